@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later: every target brings .venv up to date first.
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+export VENV
+# Nothing here needs a model from the network.
+export HF_HUB_OFFLINE ?= 1
+# GiB for the KV cache of CPU engines.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test verify lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv: vLLM for this machine's CPU or GPU, the project, the tools
+	@scripts/setup.sh
+
+demo: setup ## prune one photograph's tokens in a running vLLM and compare
+	@$(BIN)/vtprune demo
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## lint, then the tests (a fixed sample of every large grid)
+	$(BIN)/python -m pytest -q
+
+verify: setup ## the tests with the whole grids; writes docs/verification.json
+	$(BIN)/python scripts/verify.py
+
+clean: ## remove .venv and everything generated
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

