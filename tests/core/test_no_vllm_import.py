@@ -1,0 +1,47 @@
+"""The core stands alone: no vLLM, and nothing heavy before it is needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+LOADED = (
+    "import sys; print(','.join(m for m in ('vllm', 'torch', 'spacy', 'transformers', 'pydantic') if m in sys.modules))"
+)
+
+
+def loaded_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{LOADED}"], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(done.stdout.split()[-1].split(",")) if done.stdout.strip() else set()
+
+
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("import vllm_vtprune; vllm_vtprune.__version__; dir(vllm_vtprune)", set()),
+        ("from vllm_vtprune import PruningPolicy; PruningPolicy.parse('balanced').selection_digest()", {"pydantic"}),
+        ("import vllm_vtprune.selectors", set()),
+        (
+            "import torch\nfrom vllm_vtprune import *\n"
+            "f = VisualFeatures(torch.randn(9, 4), torch.randn(9, 4), (3, 3))\n"
+            "for m in ('resprune', 'random', 'uniform'):\n"
+            "    plan_tokens(f, PruningPolicy.parse({'method': m, 'budget': {'min_tokens': 1}}))",
+            {"torch", "pydantic"},
+        ),
+        (
+            "from vllm_vtprune.text import extract_nouns; assert extract_nouns('Where is the dog?') == ['dog']",
+            {"spacy", "pydantic", "torch"},
+        ),
+    ],
+)
+def test_imports(code: str, allowed: set[str]) -> None:
+    assert loaded_after(code) <= allowed
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    import vllm_vtprune
+
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = vllm_vtprune.nothing_here

@@ -1,0 +1,185 @@
+"""ResPrune against the paper's form of it: explicit Gram-Schmidt in float64."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
+from vllm_vtprune.policy import LLAVA, QWEN2_5_VL
+from vllm_vtprune.selectors.resprune import text_relevance
+
+
+def reference_order(tokens: Tensor, gate: Tensor, seed: int, k: int) -> list[int]:
+    """Eq. 10-16 to the letter: residuals of all tokens, one new orthonormal direction a step."""
+    residuals = tokens.double()
+    smallest = 1e-5 * residuals.square().sum(dim=1)
+    chosen = [seed]
+    while len(chosen) < k:
+        newest = residuals[chosen[-1]]
+        if newest.square().sum() > smallest[chosen[-1]]:
+            direction = newest / newest.norm()
+            residuals = torch.addr(residuals, residuals @ direction, direction, alpha=-1)
+        energies = residuals.square().sum(dim=1)
+        scores = torch.where(energies > smallest, energies * gate, gate - 2)
+        scores[chosen] = -torch.inf
+        chosen.append(int(scores.argmax()))
+    return chosen
+
+
+def reference_gate(tokens: Tensor, text: Tensor, alpha: float) -> Tensor:
+    cosines = normalize(tokens.double(), dim=1) @ normalize(text.double(), dim=1).T
+    return cosines.amax(dim=1).clamp(1e-6, 1.0) ** alpha
+
+
+def policy(k: int, **fields: object) -> PruningPolicy:
+    return PruningPolicy.parse({"budget": {"type": "tokens", "keep": k}, **fields})
+
+
+def image(n: int, d: int, seed: int = 0, correlated: bool = False, **fields: object) -> VisualFeatures:
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(n, d, generator=generator)
+    if correlated:  # a shared direction and a few strong ones, like a projector's output
+        embeds = embeds + 3 * torch.randn(1, d, generator=generator)
+        embeds += torch.randn(n, 8, generator=generator) @ torch.randn(8, d, generator=generator)
+    given = {"encoder": embeds, "cls_attention": torch.rand(n, generator=generator), **fields}
+    return VisualFeatures(embeds=embeds, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+@pytest.mark.parametrize("correlated", [False, True])
+@pytest.mark.parametrize(("n", "d", "k"), [(576, 4096, 128), (144, 512, 64), (100, 40, 30), (64, 2048, 64), (7, 3, 3)])
+def test_same_order_as_gram_schmidt(n: int, d: int, k: int, correlated: bool, with_text: bool) -> None:
+    if n == 576 and correlated == with_text:
+        pytest.skip("the reference takes seconds at this size; two of the four combinations will do")
+    features = image(n, d, correlated=correlated)
+    text = torch.randn(3, d, generator=torch.Generator().manual_seed(1)) if with_text else None
+    gate = torch.ones(n) if text is None else reference_gate(features.embeds, text, 0.75)
+    assert features.cls_attention is not None
+    expected = reference_order(features.embeds, gate, int(features.cls_attention.argmax()), k)
+    assert plan_tokens(features, policy(k), text).order.tolist() == expected
+
+
+@pytest.mark.parametrize("rank", [2, 5, 20])
+def test_rank_deficient_tokens_follow_by_gate_then_index(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    embeds = torch.randn(60, rank, generator=generator) @ torch.randn(rank, 128, generator=generator)
+    features = VisualFeatures(embeds, embeds)
+    text = torch.randn(2, 128, generator=generator)
+    gate = reference_gate(embeds, text, 0.75)
+    seed = int(embeds.norm(dim=1).argmax())
+    order = plan_tokens(features, policy(60), text).order.tolist()
+    assert order == reference_order(embeds, gate, seed, 60)
+    assert order[rank:] == sorted(order[rank:], key=lambda i: (-float(gate[i]), i))
+    without_text = plan_tokens(features, policy(60)).order.tolist()
+    assert without_text == reference_order(embeds, torch.ones(60), seed, 60)
+    assert without_text[rank:] == sorted(without_text[rank:])
+
+
+def test_ties_go_to_the_smallest_index() -> None:
+    assert plan_tokens(VisualFeatures(torch.eye(6), torch.eye(6)), policy(6)).order.tolist() == [0, 1, 2, 3, 4, 5]
+    twice = torch.eye(3).repeat(2, 1)
+    assert plan_tokens(VisualFeatures(twice, twice), policy(6)).order.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_zero_seed_token_spans_nothing() -> None:
+    embeds = torch.eye(4)
+    embeds[2] = 0
+    features = VisualFeatures(embeds, embeds, cls_attention=torch.tensor([0.1, 0.1, 0.9, 0.1]))
+    assert plan_tokens(features, policy(4)).order.tolist() == [2, 0, 1, 3]
+
+
+def test_relevance_forms() -> None:
+    tokens, text = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    half = 0.5**0.5
+    torch.testing.assert_close(text_relevance(tokens, text, "max"), torch.tensor([1.0, half]))
+    torch.testing.assert_close(text_relevance(tokens, text, "mean"), torch.tensor([(1 + half) / 2, half / 2]))
+    mean_row = torch.tensor([4.0, 1.0]) / 17**0.5
+    torch.testing.assert_close(text_relevance(tokens, text, "mean_token"), mean_row)
+
+
+def test_seed_tokens() -> None:
+    features = image(35, 16, grid=(5, 7))
+    text = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
+    embeds, cls = features.embeds, features.cls_attention
+    assert cls is not None
+    expected = {
+        "cls": cls.argmax(),
+        "auto": cls.argmax(),
+        "norm": embeds.norm(dim=1).argmax(),
+        "relevance": text_relevance(embeds, text, "max").argmax(),
+        "mean": (normalize(embeds, dim=1) @ embeds.mean(dim=0)).argmax(),
+        "center": 2 * 7 + 3,
+    }
+    for name, index in expected.items():
+        assert int(plan_tokens(features, policy(3, seed_token=name), text).order[0]) == int(index), name
+    no_cls = VisualFeatures(embeds, embeds)
+    assert int(plan_tokens(no_cls, policy(3)).order[0]) == int(expected["norm"])
+    assert int(plan_tokens(features, policy(3, seed_token="relevance")).order[0]) == int(expected["norm"])
+
+
+@pytest.mark.parametrize(("field", "needs"), [("cls", "cls_attention"), ("center", "grid")])
+def test_a_seed_token_that_cannot_be_found_is_an_error(field: str, needs: str) -> None:
+    features = VisualFeatures(torch.eye(4), torch.eye(4))
+    with pytest.raises(ValueError, match=f"pruning.seed_token.*needs {needs}"):
+        plan_tokens(features, policy(2, seed_token=field))
+
+
+def test_rank_by_relevance_is_top_k_of_relevance() -> None:
+    features = image(50, 16)
+    text = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
+    by_relevance = policy(9, rank_by="relevance")
+    relevance = text_relevance(features.embeds, text, "max")
+    assert plan_tokens(features, by_relevance, text).order.tolist() == relevance.argsort(descending=True)[:9].tolist()
+    assert torch.equal(plan_tokens(features, by_relevance).order, plan_tokens(features, policy(9)).order)
+
+
+def test_alpha_zero_ignores_the_text_and_the_family_sets_its_default() -> None:
+    features, text = image(80, 32), torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    plain = plan_tokens(features, policy(40)).order
+    assert torch.equal(plan_tokens(features, policy(40, alpha=0), text).order, plain)
+    assert torch.equal(plan_tokens(features, policy(40), text[:0]).order, plain)
+    for family, alpha in ((LLAVA, 0.75), (QWEN2_5_VL, 0.3)):
+        default = plan_tokens(features, policy(40), text, family=family).order
+        assert torch.equal(default, plan_tokens(features, policy(40, alpha=alpha), text).order)
+        assert not torch.equal(default, plain)
+
+
+def test_a_noun_brings_its_tokens_forward() -> None:
+    features = image(100, 64)
+    wanted = [3, 40, 77]
+    kept = plan_tokens(features, policy(10, alpha=4), features.embeds[wanted]).kept.tolist()
+    assert set(wanted) <= set(kept)
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 1e-8, 3.7, 1e8, 2.0**60])
+def test_scale_does_not_matter(scale: float) -> None:
+    features, text = image(80, 32), torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    scaled = VisualFeatures(features.encoder, features.embeds * scale, cls_attention=features.cls_attention)
+    for embeds in (None, text, text * scale):
+        expected = plan_tokens(features, policy(40), None if embeds is None else text).order
+        assert torch.equal(plan_tokens(scaled, policy(40), embeds).order, expected)
+
+
+def test_every_combination_of_options_keeps_k() -> None:
+    features, text = image(20, 8, grid=(4, 5)), torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
+    options = product(
+        ("max", "mean", "mean_token"),
+        ("auto", "cls", "norm", "relevance", "mean", "center"),
+        ("residual", "relevance"),
+        (None, 0.0, 0.3),
+        (None, text),
+    )
+    for relevance, seed_token, rank_by, alpha, embeds in options:
+        chosen = policy(12, relevance=relevance, seed_token=seed_token, rank_by=rank_by, alpha=alpha)
+        kept = plan_tokens(features, chosen, embeds).kept.tolist()
+        assert len(set(kept)) == 12
+        assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 7)])
+def test_text_of_another_width_is_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"text_embeds must have shape \(M, 8\)"):
+        plan_tokens(image(20, 8), policy(3), torch.ones(shape))

@@ -1,0 +1,98 @@
+"""What a vision tower hands to the pruning core: the visual tokens of one image in two spaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+def require_finite(name: str, rows: Tensor) -> None:
+    """Raise a ValueError unless ``rows (N, d)`` or ``(N,)`` is finite; reads it once, through the norms of its rows."""
+    precision = torch.promote_types(rows.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1, dtype=precision)
+    if not torch.isfinite(norms).all():
+        raise ValueError(f"{name} must be finite")
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Which tile every token belongs to, for models that cut an image into tiles.
+
+    Attributes:
+        ids: ``(N,)`` int64 index of the token's tile in ``grids``.
+        grids: rows and columns of each tile, in tokens.
+    """
+
+    ids: Tensor
+    grids: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class VisualFeatures:
+    """The ``N`` visual tokens of one image.
+
+    Attributes:
+        encoder: ``(N, d_v)`` patch features at the encoder layer that feeds the projector, CLS removed: the space in
+            which spectral energy is measured.
+        embeds: ``(N, d)`` the same tokens after the projector, in the language model's input space: the space in which
+            tokens are selected.
+        grid: rows and columns in tokens, row-major; ``H * W == N``. None where the tokens form no single grid.
+        tiles: tile of every token, for tiled models.
+        cls_attention: ``(N,)`` attention from the encoder's CLS token, mean over heads.
+        overview_attention: ``(n,)`` early-layer CLS attention of the overview tile of a tiled model.
+        keys: ``(N, d_k)`` encoder keys, for the methods that merge by them.
+
+    Raises:
+        ValueError: when shapes or types contradict each other; the message names the field.
+    """
+
+    encoder: Tensor
+    embeds: Tensor
+    grid: tuple[int, int] | None = None
+    tiles: Tiles | None = None
+    cls_attention: Tensor | None = None
+    overview_attention: Tensor | None = None
+    keys: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = self.embeds.shape[0] if self.embeds.ndim else 0
+        if n == 0:
+            raise ValueError(f"embeds must have shape (N, d) with N >= 1, got {tuple(self.embeds.shape)}")
+        rank = {"encoder": 2, "embeds": 2, "keys": 2, "cls_attention": 1, "overview_attention": 1}
+        for name, value in self._tensors().items():
+            if value.ndim != rank[name] or 0 in value.shape:
+                raise ValueError(f"{name} must have {rank[name]} non-empty dimension(s), got {tuple(value.shape)}")
+            if not value.is_floating_point():
+                raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
+            if name != "overview_attention" and value.shape[0] != n:
+                raise ValueError(f"{name} has {value.shape[0]} tokens, but embeds has {n}")
+        if self.grid is not None and (min(self.grid) < 1 or prod(self.grid) != n):
+            raise ValueError(f"grid {self.grid} does not hold {n} tokens")
+        if self.tiles is not None and self.tiles.ids.shape != (n,):
+            raise ValueError(f"tiles.ids must have shape ({n},), got {tuple(self.tiles.ids.shape)}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    @property
+    def num_tokens(self) -> int:
+        """``N``."""
+        return self.embeds.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the tensors hold; one that serves as two fields (``encoder`` and ``embeds``) counts once."""
+        held = {id(t): t.nbytes for t in self._tensors().values()}
+        return sum(held.values()) + (self.tiles.ids.nbytes if self.tiles is not None else 0)
+
+    def to(self, device: torch.device | str) -> VisualFeatures:
+        """The same features on ``device``; a tensor that serves as two fields is moved once."""
+        moved: dict[int, Tensor] = {}
+        for tensor in self._tensors().values():
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device)
+        tiles = None if self.tiles is None else replace(self.tiles, ids=self.tiles.ids.to(device))
+        return replace(self, tiles=tiles, **{name: moved[id(t)] for name, t in self._tensors().items()})  # type: ignore[arg-type]

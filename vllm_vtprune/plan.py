@@ -1,0 +1,100 @@
+"""The plan for one image: how many visual tokens stay, and which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from vllm_vtprune.budget import token_budget
+from vllm_vtprune.features import VisualFeatures, require_finite
+from vllm_vtprune.policy import LLAVA, FamilyDefaults, MethodBudget, PruningPolicy
+from vllm_vtprune.selectors.registry import Input
+
+
+@dataclass(frozen=True, eq=False)
+class PruningPlan:
+    """Which of an image's ``N`` visual tokens are kept.
+
+    Attributes:
+        kept: ``(k,)`` int64 positions, ascending.
+        order: ``(k,)`` int64 the same positions in the order of selection.
+        budget: ``k``.
+        energy: share of the encoder features' spectral energy at ``k``; None where it was not measured.
+        embeds: ``(k, d)`` the kept rows of the input embeddings, unchanged.
+        timings: seconds by stage: ``budget`` and ``select``.
+    """
+
+    kept: Tensor
+    order: Tensor
+    budget: int
+    energy: float | None
+    embeds: Tensor
+    timings: dict[str, float]
+
+
+@torch.no_grad()
+def plan_tokens(
+    features: VisualFeatures,
+    policy: PruningPolicy,
+    text_embeds: Tensor | None = None,
+    *,
+    family: FamilyDefaults = LLAVA,
+) -> PruningPlan:
+    """Decide which visual tokens of one image to keep.
+
+    Args:
+        features: the image's tokens, in any floating-point type; the arithmetic is done in float32 and float64.
+        policy: what to do; ``null`` and ``auto`` take their values from ``family`` and from what ``features`` hold.
+        text_embeds: ``(M, d)`` rows of the language model's input embedding table for the text's nouns. None or
+            ``M = 0`` for the text-agnostic form.
+        family: defaults of the model family.
+
+    Raises:
+        ValueError: when features or text are not finite or do not fit together, or lack what the policy asks for
+            (then a :class:`~vllm_vtprune.policy.PolicyError`).
+    """
+    n = features.num_tokens
+    if not policy.enabled:
+        everything = torch.arange(n, device=features.embeds.device)
+        return PruningPlan(everything, everything, n, None, features.embeds, {"budget": 0.0, "select": 0.0})
+    policy = policy.resolve(replace(family, provides=_provided(features)))
+    require_finite("embeds", features.embeds)
+    if features.cls_attention is not None:
+        require_finite("cls_attention", features.cls_attention)
+    if text_embeds is not None:
+        text_embeds = _checked_text(text_embeds, features) if policy.conditions_on_text else None
+
+    started = perf_counter()
+    energy: float | None = None
+    if isinstance(policy.budget, MethodBudget):
+        k = policy.spec.load_own_count()(features, policy)
+    else:
+        k, energy = token_budget(policy.budget, features, seed=policy.seed)
+    if policy.spec.max_keep is not None:
+        k = min(k, policy.spec.max_keep(features))
+    budgeted = perf_counter()
+    order = policy.spec.load()(features, k, policy, text_embeds)
+    kept = order.sort().values
+    embeds = features.embeds[kept]
+    if embeds.is_cuda:
+        torch.cuda.synchronize(embeds.device)  # or the clock stops before the work does
+    timings = {"budget": budgeted - started, "select": perf_counter() - budgeted}
+    return PruningPlan(kept, order, k, energy, embeds, timings)
+
+
+def _provided(features: VisualFeatures) -> frozenset[Input]:
+    optional: tuple[Input, ...] = ("cls_attention", "keys", "grid")
+    return frozenset(name for name in optional if getattr(features, name) is not None)
+
+
+def _checked_text(text_embeds: Tensor, features: VisualFeatures) -> Tensor | None:
+    width = features.embeds.shape[1]
+    if text_embeds.ndim != 2 or text_embeds.shape[1] != width:
+        raise ValueError(f"text_embeds must have shape (M, {width}) like embeds, got {tuple(text_embeds.shape)}")
+    if len(text_embeds) == 0:
+        return None
+    require_finite("text_embeds", text_embeds)
+    return text_embeds.to(features.embeds.device)

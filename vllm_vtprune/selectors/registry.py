@@ -1,0 +1,117 @@
+"""The table of selection methods.
+
+It imports neither torch nor a method's module, so that a policy is validated without them.
+
+To add a method: write ``selectors/<name>.py`` with a function
+
+    select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor
+
+that returns the ``(k,)`` int64 positions it keeps, first pick first, add a row below, and add the name to the matrix in
+``tests/core/test_selector_matrix.py``. The caller (:func:`vllm_vtprune.plan.plan_tokens`) has already resolved the
+policy, checked the features and brought ``k`` into ``1..max_keep``; it sorts and gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_vtprune.features import VisualFeatures
+    from vllm_vtprune.policy import PruningPolicy
+
+Input: TypeAlias = Literal["text", "cls_attention", "keys", "grid"]
+Select: TypeAlias = "Callable[[VisualFeatures, int, PruningPolicy, Tensor | None], Tensor]"
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+def _nothing_idle(policy: PruningPolicy) -> frozenset[str]:
+    return _NOTHING
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What the rest of the package knows about a method.
+
+    Attributes:
+        name: the value of ``method`` in a policy.
+        paper: where the method comes from, for tables and help texts.
+        module: module with the function ``select`` (and ``own_count`` if the method has its own count).
+        needs: inputs without which the method cannot run.
+        uses: inputs it takes when they are there.
+        parameters: fields of the policy, beside ``method`` and ``budget``, that the method reads.
+        defaults: the method's own values for parameters that are ``null`` in a policy.
+        equivariant: permuting the tokens permutes the picks and changes nothing else (under default parameters).
+        max_keep: the most tokens the method can return for given features; None for all of them.
+        own_count: the method can find its own count (``budget.type`` ``"method"``).
+        idle: the parameters that cannot change the picks, given the others; ``"text"`` among them means that the
+            policy does not look at the text.
+    """
+
+    name: str
+    paper: str
+    module: str
+    needs: frozenset[Input] = frozenset()
+    uses: frozenset[Input] = frozenset()
+    parameters: frozenset[str] = frozenset()
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    equivariant: bool = False
+    max_keep: Callable[[VisualFeatures], int] | None = None
+    own_count: bool = False
+    idle: Callable[[PruningPolicy], frozenset[str]] = _nothing_idle
+
+    @property
+    def reads_text(self) -> bool:
+        return "text" in self.needs | self.uses
+
+    def load(self) -> Select:
+        """The selection function; imports the method's module (and torch) on first use."""
+        return cast("Select", import_module(self.module).select)
+
+    def load_own_count(self) -> Callable[[VisualFeatures, PruningPolicy], int]:
+        """The function that finds the method's own count; only for methods that declare ``own_count``."""
+        return cast("Callable[[VisualFeatures, PruningPolicy], int]", import_module(self.module).own_count)
+
+
+def _resprune_idle(policy: PruningPolicy) -> frozenset[str]:
+    if policy.rank_by == "relevance":
+        return _NOTHING  # without a text it ranks by residual, so every parameter can matter
+    if policy.alpha == 0 and policy.seed_token != "relevance":
+        return frozenset({"text", "relevance"})
+    return _NOTHING
+
+
+METHODS: Mapping[str, MethodSpec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            MethodSpec(
+                name="resprune",
+                paper="ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning",
+                module="vllm_vtprune.selectors.resprune",
+                uses=frozenset({"text", "cls_attention", "grid"}),
+                parameters=frozenset({"text", "alpha", "relevance", "seed_token", "rank_by"}),
+                equivariant=True,
+                idle=_resprune_idle,
+            ),
+            MethodSpec(
+                name="random",
+                paper="baseline: tokens drawn without replacement",
+                module="vllm_vtprune.selectors.random_",
+                parameters=frozenset({"seed"}),
+            ),
+            MethodSpec(
+                name="uniform",
+                paper="baseline: tokens evenly spaced over the grid",
+                module="vllm_vtprune.selectors.uniform",
+                uses=frozenset({"grid"}),
+            ),
+        )
+    }
+)

@@ -1,0 +1,97 @@
+"""ResPrune: keep the tokens whose span best rebuilds all of them, guided by the question.
+
+"ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning in Large Vision-Language Models",
+Eq. 10-16. From a seed on, each step adds the token with the most energy outside the span of those chosen, times a gate
+of its relevance to the text. The paper keeps an orthonormal basis, O(N d) a step. Here the same recurrence runs on the
+Gram matrix ``V V^T``: a pivoted Cholesky factorisation with a weighted pivot, O(N k) a step, with the same picks.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import PruningPolicy
+
+TINY = torch.finfo(torch.float32).tiny
+LEAST_RELEVANCE = 1e-6  # a token no noun points at is not excluded, only last
+SPANNED = 1e-5  # residual, as a share of the token's own energy, that may be rounding of a float32 Gram matrix
+NEGLIGIBLE = 1e-12  # the same, as a share of the largest token's energy
+
+
+def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
+    """Positions ``(k,)`` in order of selection.
+
+    Args:
+        features: ``embeds (N, d)``; ``cls_attention`` and ``grid`` for the seed tokens that look at them.
+        k: tokens to keep, ``1..N``.
+        policy: ``alpha``, ``relevance``, ``seed_token`` and ``rank_by``, resolved.
+        text_embeds: ``(M, d)`` rows for the text's nouns. Without them every gate is 1, ``rank_by`` is ``residual``,
+            and the seed token ``relevance`` is ``norm``.
+
+    Once the chosen tokens span all others, the rest follows by gate, then by index. All ties go to the smallest index.
+    """
+    tokens = features.embeds.float()
+    norms = torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
+    if not 1e-9 < norms.max() < 1e9:  # products would leave the range of float32
+        tokens = tokens / norms.max().clamp(min=TINY).float()
+        norms = torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
+
+    relevance = None if text_embeds is None else text_relevance(tokens, text_embeds.float(), policy.relevance)
+    if relevance is not None and policy.rank_by == "relevance":
+        return relevance.sort(descending=True, stable=True).indices[:k]
+    gate = torch.ones_like(norms)
+    if relevance is not None:
+        gate = relevance.double().clamp(LEAST_RELEVANCE, 1.0).pow(policy.alpha or 0.0)
+    return weighted_pivots(tokens, norms.square(), gate, _seed_token(features, policy, norms, relevance), k)
+
+
+def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
+    """Cosine of each token ``(N, d)`` with the text ``(M, d)``, ``(N,)``: the best row's (Eq. 13), the mean over rows,
+    or the one with the mean row."""
+    if form == "mean_token":
+        text = text.mean(dim=0, keepdim=True)
+    cosines = normalize(tokens, dim=1, eps=TINY) @ normalize(text, dim=1, eps=TINY).T
+    return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
+
+
+def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: int) -> Tensor:
+    """Pivoted Cholesky of ``tokens tokens^T (N, N)`` from ``seed``, pivot = argmax of residual energy times gate.
+
+    ``energy (N,)`` is the diagonal, in float64. Returns the ``(k,)`` pivots.
+    """
+    if tokens.is_cuda:
+        tokens = tokens.double()  # cheap there, and float32 products may be set to TF32, which is too coarse
+    gram = tokens @ tokens.T
+    residual = energy.clone()
+    spanned = torch.maximum(energy * SPANNED, energy.max() * NEGLIGIBLE)  # residuals up to here are rounding
+    late = gate - 2.0  # score of a spanned token: below every other, since those are positive
+    factor = energy.new_zeros(k, len(energy))  # row j: every token's coefficient on the j-th direction
+    order = []
+    pick = seed
+    for step in range(k):
+        order.append(pick)
+        if residual[pick] > spanned[pick]:
+            known = factor[:step]
+            torch.addmv(gram[pick].double(), known.T, known[:, pick], alpha=-1, out=factor[step])
+            factor[step] /= residual[pick].sqrt()
+            residual.addcmul_(factor[step], factor[step], value=-1)
+        residual[pick] = 0.0
+        late[pick] = -torch.inf
+        pick = int(torch.where(residual > spanned, residual * gate, late).argmax())
+    return torch.tensor(order, device=tokens.device)
+
+
+def _seed_token(features: VisualFeatures, policy: PruningPolicy, norms: Tensor, relevance: Tensor | None) -> int:
+    seed_token = policy.seed_token
+    if seed_token == "cls" and features.cls_attention is not None:
+        return int(features.cls_attention.argmax())
+    if seed_token == "relevance" and relevance is not None:
+        return int(relevance.argmax())
+    if seed_token == "mean":
+        tokens = features.embeds.float()
+        return int(cosine_similarity(tokens, tokens.mean(dim=0, keepdim=True)).argmax())
+    if seed_token == "center" and features.grid is not None:
+        rows, columns = features.grid
+        return (rows - 1) // 2 * columns + (columns - 1) // 2
+    return int(norms.argmax())
