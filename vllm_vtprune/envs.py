@@ -1,0 +1,111 @@
+"""The project's environment variables, in one typed table.
+
+Each variable is an object that reads itself when called, so `envs.device()` is always the process's current value:
+
+>>> from vllm_vtprune import envs
+>>> envs.device()
+'auto'
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+__all__ = ["VARIABLES", "Variable", "device", "feature_cache_gb", "load_format", "report_table_size", "tower_threads"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable. Call it for its value; unset and empty mean the default.
+
+    Raises ValueError, naming the variable, the value and what is accepted, where `parse` refuses the value.
+    """
+
+    name: str
+    default: T
+    parse: Callable[[str], T]  # raises ValueError for a value it does not accept
+    accepts: str
+    doc: str
+
+    def __call__(self) -> T:
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError:
+            raise ValueError(f"{self.name}={text!r} is not valid: expected {self.accepts}") from None
+
+
+def _device(text: str) -> str:
+    name = text.lower()
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise ValueError
+    return name
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+device = Variable(
+    name="VTPRUNE_DEVICE",
+    default="auto",
+    parse=_device,
+    accepts="auto, cpu, cuda or cuda:INDEX",
+    doc="Where the API process computes visual features. auto: the first GPU where there is one, else the CPU.",
+)
+feature_cache_gb = Variable(
+    name="VTPRUNE_FEATURE_CACHE_GB",
+    default=2.0,
+    parse=_size,
+    accepts="a number of GiB, 0 or more",
+    doc="Memory for cached visual features in each API process, in GiB (an image of LLaVA-1.5-7B takes about 6 MiB). "
+    "0: no cache.",
+)
+report_table_size = Variable(
+    name="VTPRUNE_REPORT_TABLE_SIZE",
+    default=65536,
+    parse=_count,
+    accepts="a whole number of entries, 1 or more",
+    doc="How many plan reports each API process remembers, so that a repeated request still reports in full. At least "
+    "as many as vLLM's processor cache holds images.",
+)
+load_format = Variable(
+    name="VTPRUNE_LOAD_FORMAT",
+    default="auto",
+    parse=str,
+    accepts="a load format of vLLM",
+    doc="How the vision tower gets its weights: dummy for random ones, anything else reads safetensors. "
+    "`vtprune serve` sets it to its own --load-format; set it yourself beside LLM(load_format='dummy').",
+)
+tower_threads = Variable(
+    name="VTPRUNE_TOWER_THREADS",
+    default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    parse=_count,
+    accepts="a whole number of threads, 1 or more",
+    doc="CPU threads of one vision tower, where it runs on the CPU. Default: every core this process may run on.",
+)
+
+VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int], ...] = (
+    device,
+    feature_cache_gb,
+    load_format,
+    report_table_size,
+    tower_threads,
+)

@@ -1,0 +1,151 @@
+"""What every vision tower is, and how one is loaded for a model."""
+
+import pkgutil
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.towers.weights import TowerError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["TOWERS", "TokenTable", "VisionTower", "Weights", "load_tower", "random_table", "resolve_device"]
+
+Weights = Literal["checkpoint", "dummy"]
+
+TOWERS = {"LlavaForConditionalGeneration": "vllm_vtprune.towers.llava:LlavaTower"}  # architecture -> class
+
+ROW_CACHE = 4096  # rows of the token table kept in memory: 32 MiB at d = 4096 in bfloat16
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The language model's input embedding table, (size, dim), read row by row."""
+
+    rows: Callable[[Sequence[int]], Tensor]  # (M,) ids in range -> (M, dim)
+    size: int
+    dim: int
+
+
+def random_table(size: int, dim: int, seed: int) -> TokenTable:
+    """Rows of a random table that is never held: each drawn from N(0, 0.02^2), the same for the same seed and id."""
+
+    def row(token_id: int) -> Tensor:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + token_id) % 2**32)  # it uses 32 bits of a seed
+        return torch.randn(dim, generator=generator) * 0.02
+
+    return TokenTable(lambda ids: torch.stack([row(i) for i in ids]), size, dim)
+
+
+class VisionTower(ABC):
+    """A model's vision encoder and projector, in the API process. Safe to use from several threads."""
+
+    device: torch.device
+    dtype: torch.dtype
+    weights: Weights  # "dummy": random, as with load_format="dummy"
+    num_parameters: int  # encoder and projector, without the token table
+    nbytes: int  # of those parameters
+
+    def __init__(self, module: nn.Module, table: TokenTable, *, weights: Weights) -> None:
+        """`module`: every parameter of the tower, on one device and in one dtype."""
+        parameters = list(module.parameters())
+        unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+        if unset:
+            raise TowerError(f"the vision tower has tensors that nothing has filled: {', '.join(unset[:4])}")
+        self.device, self.dtype, self.weights = parameters[0].device, parameters[0].dtype, weights
+        self.num_parameters = sum(p.numel() for p in parameters)
+        self.nbytes = sum(p.nbytes for p in parameters)
+        self._table = table
+        self._rows: OrderedDict[int, Tensor] = OrderedDict()  # token id -> (d,) on the CPU, least recently used first
+        self._rows_lock = threading.Lock()
+
+    @abstractmethod
+    def encode(self, pixel_values: Tensor) -> list[VisualFeatures]:
+        """The visual tokens of B preprocessed images, as the model's own encoder and projector compute them.
+
+        `pixel_values`: (B, 3, H, W), any floating dtype and device. The features are on `self.device`; `embeds` and
+        `encoder` are in `self.dtype`. Each image owns its memory, so dropping one frees it.
+
+        An image encoded alone and in a batch may differ in the last bits: matrix products of other sizes add up in
+        another order.
+
+        Raises ValueError for pixels of another shape.
+        """
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Encode a blank image, so that the first real one does not pay for what PyTorch prepares on first use."""
+
+    def token_rows(self, token_ids: Sequence[int]) -> Tensor:
+        """(M, d): rows of the language model's input embedding table, in order, on `self.device` in `self.dtype`.
+
+        Reads only rows that are not in a small LRU cache. Raises ValueError for an id outside the table.
+        """
+        wrong = [i for i in token_ids if not 0 <= i < self._table.size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is not in the embedding table: expected 0 to {self._table.size - 1}")
+        if not token_ids:
+            return torch.empty(0, self._table.dim, dtype=self.dtype, device=self.device)
+        with self._rows_lock:
+            missing = [i for i in dict.fromkeys(token_ids) if i not in self._rows]
+            if missing:
+                fetched = self._table.rows(missing).to(self.dtype)
+                self._rows.update((i, row.clone()) for i, row in zip(missing, fetched, strict=True))
+            for i in token_ids:
+                self._rows.move_to_end(i)
+            rows = torch.stack([self._rows[i] for i in token_ids])
+            while len(self._rows) > ROW_CACHE:
+                self._rows.popitem(last=False)
+        return rows.to(self.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:INDEX`. Raises TowerError for a GPU that this process lacks."""
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise TowerError(f"device {name!r} is not there: this process sees {count} GPUs")
+    return torch.device("cuda:0") if name == "cuda" else device
+
+
+def load_tower(
+    model_dir: Path,
+    *,
+    architecture: str,
+    hf_config: "PretrainedConfig",
+    dtype: torch.dtype,
+    device: str = "auto",
+    load_format: str = "auto",
+    seed: int = 0,
+) -> VisionTower:
+    """The vision tower of a model.
+
+    `model_dir`: a local directory with the model's safetensors; not read where `load_format` is "dummy".
+    `architecture`: as in the config's `architectures`.
+    `hf_config`: the model's config. `dtype`: the model's.
+    `device`: auto, cpu, cuda or cuda:INDEX.
+    `load_format`: vLLM's. "dummy" fills the tower with random weights from `seed`; any other value reads safetensors.
+
+    Raises TowerError where the architecture or its config is not supported, or the files do not fit.
+    """
+    if architecture not in TOWERS:
+        raise TowerError(f"no vision tower for architecture {architecture!r}; supported: {', '.join(sorted(TOWERS))}")
+    build: Callable[..., VisionTower] = pkgutil.resolve_name(TOWERS[architecture])
+    return build(
+        Path(model_dir),
+        hf_config=hf_config,
+        dtype=dtype,
+        device=resolve_device(device),
+        seed=seed if load_format == "dummy" else None,
+    )
