@@ -1,0 +1,43 @@
+"""Prometheus metrics of this process, under the prefix ``vtprune:``.
+
+vLLM deletes collectors named ``vllm:*`` whenever it builds a logger, hence a prefix of our own. Counters and histograms
+only, so that the values add up over several API-server processes (prometheus_client's multiprocess mode).
+Import this module only where requests are processed: prometheus_client fixes its mode when it is imported.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+VISUAL_TOKENS = Counter(
+    "vtprune:visual_tokens", "Visual tokens of the images served, before pruning.", ["model_name", "method"]
+)
+VISUAL_TOKENS_KEPT = Counter(
+    "vtprune:visual_tokens_kept", "Visual tokens of the images served that entered prefill.", ["model_name", "method"]
+)
+KEEP_RATIO = Histogram(
+    "vtprune:keep_ratio",
+    "Tokens kept / visual tokens, per image.",
+    ["model_name", "method"],
+    buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
+STAGE_SECONDS = Histogram(
+    "vtprune:stage_seconds",
+    "Time spent on one stage for all images of a request (text, encode, budget, select).",
+    ["model_name", "stage"],
+    buckets=(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+)
+FEATURE_CACHE_HITS = Counter("vtprune:feature_cache_hits", "Images whose features were at hand.", ["model_name"])
+FEATURE_CACHE_MISSES = Counter(
+    "vtprune:feature_cache_misses", "Images that the frontend tower encoded.", ["model_name"]
+)
+FEATURE_CACHE_BYTES = Gauge(
+    "vtprune:feature_cache_bytes",
+    "Bytes held by cached features.",
+    ["model_name"],
+    multiprocess_mode="livesum",
+)
+BYPASS = Counter(
+    "vtprune:bypass", "Images that a policy applied to but that were not pruned.", ["model_name", "reason"]
+)
+ERRORS = Counter("vtprune:errors", "Requests refused because of their pruning field.", ["model_name", "reason"])

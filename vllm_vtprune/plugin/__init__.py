@@ -1,0 +1,1 @@
+"""Everything that imports vLLM, except the server: the plugin entry point, processors and model subclasses."""

@@ -1,0 +1,120 @@
+"""What we touch of vLLM that is not a public interface, in one place.
+
+Each entry names the version it was read in, why it is needed, and when it can go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.multimodal.processing import BaseMultiModalProcessor
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from vllm_vtprune import envs
+from vllm_vtprune.towers.base import VisionTower, load_tower
+
+logger = init_logger("vllm.vtprune")
+
+TESTED_VLLM = "0.32"
+
+_SYNTHETIC_UUID = re.compile(r"renderer-?\d+-mm-\d+-\w+-\d+")
+
+
+def stock_factories(model_class: type) -> Any:
+    """The factories (``info``, ``processor``, ``dummy_inputs``) with which a stock model class was registered.
+
+    vLLM 0.32.0 stores them as ``_processor_factory`` (multimodal/registry.py). Needed to extend a stock processor
+    without repeating its builder functions, which are private too. Can go when the registry offers a lookup.
+    """
+    return model_class._processor_factory  # type: ignore[attr-defined]
+
+
+def without_synthetic_uuids(inputs: ProcessorInputs) -> ProcessorInputs:
+    """The inputs, with the image ids removed that vLLM made up to avoid hashing.
+
+    vLLM 0.32.0 invents an id per request and item when neither the processor cache nor prefix caching is on
+    (renderers/base.py, ``_process_mm_uuids``). Such an id says nothing about the image; as a key of our feature cache
+    it would never hit. Can go when the made-up ids are marked as such.
+    """
+    if not inputs.mm_uuid_items:
+        return inputs
+    uuid_items = {
+        modality: [None if uuid and _SYNTHETIC_UUID.fullmatch(uuid) else uuid for uuid in uuids]
+        for modality, uuids in inputs.mm_uuid_items.items()
+    }
+    return inputs if uuid_items == inputs.mm_uuid_items else replace(inputs, mm_uuid_items=uuid_items)
+
+
+def stock_hashes(processor: BaseMultiModalProcessor[Any], inputs: ProcessorInputs) -> dict[str, Sequence[str]]:
+    """The hashes by which stock vLLM identifies each item (0.32.0: ``BaseMultiModalProcessor._get_mm_hashes``)."""
+    return BaseMultiModalProcessor._get_mm_hashes(processor, inputs)
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raise for engine options under which pruned embeddings would not reach the language model.
+
+    Raises:
+        ValueError: encoder CUDA graphs (they bypass ``embed_multimodal``, vLLM 0.32.0 v1/worker) or tower LoRA (the
+            frontend tower has no adapters) are on.
+    """
+    remedy = "switch it off, or leave vtprune out of VLLM_PLUGINS to serve without pruning"
+    if getattr(vllm_config.compilation_config, "cudagraph_mm_encoder", False):
+        raise ValueError(f"compilation_config.cudagraph_mm_encoder=True cannot be combined with vllm-vtprune: {remedy}")
+    lora = vllm_config.lora_config
+    if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
+        raise ValueError(f"enable_tower_connector_lora=True cannot be combined with vllm-vtprune: {remedy}")
+
+
+def model_name(model_config: ModelConfig) -> str:
+    """The name under which vLLM's own metrics label the model."""
+    served = model_config.served_model_name
+    return served[0] if isinstance(served, list) else served or model_config.model
+
+
+def transports_device_tensors(model_config: ModelConfig) -> bool:
+    """Whether items may stay on the GPU on their way to the engine (0.32.0: ``mm_tensor_ipc="torch_shm"``)."""
+    return bool(model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm")
+
+
+def load_tower_of(model_config: ModelConfig, architecture: str) -> VisionTower:
+    """Load the frontend tower of a model as the engine loads the model itself.
+
+    The processor sees the model's config but not its ``load_format`` (vLLM 0.32.0, ``InputProcessingContext``), so that
+    comes from the environment, where `vtprune serve` puts it. Can go when the context carries the load config.
+
+    Raises:
+        TowerError: the weights are not there or do not fit.
+    """
+    load_format = envs.load_format()
+    tower = load_tower(
+        Path() if load_format == "dummy" else _model_directory(model_config),
+        architecture=architecture,
+        hf_config=model_config.hf_config,
+        dtype=model_config.dtype,
+        device=envs.device(),
+        load_format=load_format,
+        seed=model_config.seed,
+    )
+    logger.info("Frontend vision tower loaded: %s weights, %s, %s", tower.weights, tower.device, tower.dtype)
+    return tower
+
+
+def _model_directory(model_config: ModelConfig) -> Path:
+    """The local directory of a model's files; downloads what the tower needs of a model on a hub, as vLLM does."""
+    if Path(model_config.model).is_dir():
+        return Path(model_config.model)
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            model_config.model,
+            revision=model_config.revision,
+            allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json"],
+        )
+    )

@@ -1,0 +1,71 @@
+"""LLaVA-1.5 (``LlavaForConditionalGeneration`` with a CLIP encoder)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llava import (
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.policy import LLAVA
+
+ARCHITECTURE = "LlavaForConditionalGeneration"
+
+
+class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
+    """One image is 576 tokens (24 x 24 at 336 pixels) unpruned; its one field holds pixels or kept embeddings."""
+
+    architecture = ARCHITECTURE
+    family = LLAVA
+
+
+_stock = compat.stock_factories(LlavaForConditionalGeneration)
+
+
+def _has_tower(config: Any) -> bool:
+    """Whether we have a tower for a model of this architecture, which also covers Pixtral and SigLIP encoders.
+
+    The tower says why not; it is not asked here because engine processes build processors too.
+    """
+    return isinstance(config.vision_config, CLIPVisionConfig) and config.vision_feature_select_strategy == "default"
+
+
+def _build_processor(info: Any, dummy_inputs: Any) -> Any:
+    if _has_tower(info.get_hf_config()):
+        return PrunedLlavaProcessor(info, dummy_inputs)
+    return _stock.processor(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(_build_processor, info=_stock.info, dummy_inputs=_stock.dummy_inputs)
+class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """The stock model, which also accepts images that arrive as the embeddings of the tokens to keep."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if _has_tower(vllm_config.model_config.hf_config):
+            compat.refuse_unsupported(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def embed_multimodal(self, **kwargs: object) -> Any:
+        """Embeddings of a batch of images, in order.
+
+        Args:
+            pixel_values: (B, 3, H, W), or a list whose entries are (3, H, W) pixels or (k, d) embeddings; equal
+                embeddings may come stacked as (B, k, d).
+
+        Returns:
+            As the stock model for pixels alone; else one (tokens, d) tensor for each image.
+        """
+        images = kwargs.get("pixel_values")
+        if images is None or (isinstance(images, torch.Tensor) and images.ndim == 4):
+            return super().embed_multimodal(**kwargs)
+        in_pixels = [image for image in images if image.ndim == 3]  # type: ignore[attr-defined]
+        encoded = iter(super().embed_multimodal(pixel_values=torch.stack(in_pixels)) if in_pixels else ())
+        return [next(encoded) if image.ndim == 3 else image for image in images]  # type: ignore[attr-defined]

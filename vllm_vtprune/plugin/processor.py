@@ -1,0 +1,313 @@
+"""The multimodal processor that prunes: a mixin over a stock vLLM processor.
+
+vLLM sizes the placeholders of an image here, before its engine encodes it, so a budget that depends on the features
+needs the features here. For an image with a policy we encode, plan, and hand the engine the kept embeddings in place of
+the pixels; an image without one passes through the stock processor untouched, under its stock hash.
+
+| vLLM's method | what it does here |
+| --- | --- |
+| ``apply`` | settles policy, text and identity of each image once, and reports afterwards |
+| ``_get_mm_hashes`` | stock hash; where the image is pruned, with the policy and the nouns |
+| ``_get_cache_missing_processor_kwargs`` | keeps the jobs of the images that vLLM's cache lacks, lest they shift |
+| ``_apply_hf_processor_main`` | encodes what is not at hand, plans, replaces pixels by embeddings |
+| ``_get_prompt_updates`` | as many placeholders as tokens were kept |
+
+``get_dummy_mm_inputs`` is inherited: start-up profiling carries no policy and therefore measures the stock encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from vllm_vtprune import text
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.plan import PruningPlan
+from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
+from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
+from vllm_vtprune.report import BypassReason, ImageReport, RequestReport
+from vllm_vtprune.runtime import PruningRuntime
+
+IDENTITY = "vtprune-1"
+"""Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
+
+ROLE_MARKER = re.compile(r"\b(?:USER|ASSISTANT|SYSTEM|HUMAN)\s*:")
+
+
+@dataclass
+class ImageJob:
+    """What is to be done with one image of a prompt and, afterwards, what was done."""
+
+    policy: PruningPolicy  # the family's defaults filled in
+    nouns: tuple[str, ...]
+    noun_ids: tuple[int, ...]
+    feature_key: str
+    item_hash: str
+    features: VisualFeatures | None = None  # held, so that the cache may forget them meanwhile
+    report: ImageReport | None = None
+
+
+@dataclass(frozen=True)
+class PromptJobs:
+    """Travels through vLLM's hooks in place of the client's value: nothing is kept on the processor itself."""
+
+    images: list[ImageJob]
+    hashes: Mapping[str, list[str]]  # of every item of the prompt, by modality
+    report: RequestReport
+
+
+class PruningProcessor(BaseMultiModalProcessor[Any]):
+    """Mixin: stands before the family's stock processor in the bases of a class.
+
+    A family sets `architecture` and `family`, and overrides `pixels_of` and `placeholder` where it differs.
+    """
+
+    architecture: str
+    family: FamilyDefaults
+    image_field = "pixel_values"
+    """The field of an item that holds (C, H, W) pixels or, where the image is pruned, (k, d) embeddings."""
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)
+        self._model_config = info.ctx.model_config
+        if PRUNING_KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
+            raise ValueError(
+                "mm_processor_kwargs.pruning is set for the whole engine: expected in each prompt, "
+                "or as --pruning-default of `vtprune serve`"
+            )
+        self.runtime = PruningRuntime(
+            lambda: compat.load_tower_of(self._model_config, self.architecture),
+            self.family,
+            compat.model_name(self._model_config),
+        )
+
+    def pixels_of(self, processed: BatchFeature, index: int) -> torch.Tensor:
+        """Pixels (C, H, W) of the index-th image, from the output of the HF processor."""
+        pixels: torch.Tensor = processed[self.image_field][index]
+        return pixels
+
+    def placeholder(self, num_tokens: int) -> list[int]:
+        """The token ids that stand in the prompt for an image of which ``num_tokens`` are kept."""
+        return [self.info.get_hf_config().image_token_index] * num_tokens
+
+    # Hooks of vLLM
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
+        if PRUNING_KEY not in inputs.hf_processor_mm_kwargs:
+            return super().apply(inputs, timing_ctx)
+
+        started = time.perf_counter()
+        stock = replace(inputs, hf_processor_mm_kwargs=_without_key(inputs.hf_processor_mm_kwargs))
+        images = inputs.mm_data_items.get("image")
+        pruning = PromptPruning.parse(
+            inputs.hf_processor_mm_kwargs[PRUNING_KEY],
+            num_images=0 if images is None else len(images),
+            prompt_text=lambda: self._prompt_text(inputs.prompt),
+        )
+        report = RequestReport()
+        if isinstance(images, ImageProcessorItems) and any(policy.enabled for policy in pruning.policies):
+            jobs = self._jobs(stock, images, pruning, report)
+            report.add_timings({"text": time.perf_counter() - started})
+            result = super().apply(self._with_jobs(stock, images, jobs), timing_ctx)
+            self._report_jobs(jobs, images, result)
+        else:
+            result = super().apply(stock, timing_ctx)
+            for policy, count in zip(pruning.policies, _token_counts(result), strict=True):
+                reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
+                report.images.append(ImageReport(policy.method, count, count, bypass_reason=reason))
+        self.runtime.record_request(report, pruning.request_id)
+        return result
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
+        jobs = _jobs_in(inputs.hf_processor_mm_kwargs)
+        return super()._get_mm_hashes(inputs) if jobs is None else jobs.hashes
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, Sequence[bool]]
+    ) -> Mapping[str, object]:
+        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
+        jobs = _jobs_in(kwargs)
+        if jobs is None:
+            return kwargs
+        missing = [job for job, is_cached in zip(jobs.images, mm_is_cached["image"], strict=True) if not is_cached]
+        return {**kwargs, PRUNING_KEY: replace(jobs, images=missing)}
+
+    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        jobs = _jobs_in(hf_kwargs)
+        if jobs is None:
+            return super()._apply_hf_processor_main(mm_items, hf_kwargs)
+
+        for job in jobs.images:
+            if job.policy.enabled and job.features is None:
+                job.features = self.runtime.cached_features(job.feature_key)
+        in_pixels = [index for index, job in enumerate(jobs.images) if job.features is None]
+        processed = super()._apply_hf_processor_main(_select_images(mm_items, in_pixels), _without_key(hf_kwargs))
+        pixels = {index: self.pixels_of(processed, position) for position, index in enumerate(in_pixels)}
+        self._encode(jobs, pixels)
+        if any(job.policy.enabled for job in jobs.images):
+            processed[self.image_field] = [
+                self._kept_embeds(job, jobs.report) if job.policy.enabled else pixels[index]
+                for index, job in enumerate(jobs.images)
+            ]
+        return processed
+
+    def _get_prompt_updates(
+        self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(
+            mm_items=mm_items,
+            hf_processor_mm_kwargs=_without_key(hf_processor_mm_kwargs),
+            out_mm_kwargs=out_mm_kwargs,
+        )
+        if _jobs_in(hf_processor_mm_kwargs) is None:
+            return updates
+        items = out_mm_kwargs.get("image", [])
+
+        def with_kept_count(update: Any) -> Any:
+            def replacement(index: int) -> Any:
+                field = items[index][self.image_field].data
+                return self.placeholder(len(field)) if field.ndim == 2 else update.replacement(index)
+
+            return replace(update, replacement=replacement)
+
+        return [with_kept_count(update) if update.modality == "image" else update for update in updates]
+
+    # Steps of the above
+
+    def _prompt_text(self, prompt: list[int]) -> str:
+        """The text of a prompt, without image placeholders, special tokens and the names of the speakers."""
+        image_token = self.info.get_hf_config().image_token_index
+        tokens = [token for token in prompt if token != image_token]
+        return ROLE_MARKER.sub(" ", self.info.get_tokenizer().decode(tokens, skip_special_tokens=True))
+
+    def _noun_ids(self, noun: str) -> list[int]:
+        """Token ids of a noun as the model would read it inside a sentence, with its leading space."""
+        tokenizer = self.info.get_tokenizer()
+        before = tokenizer.encode("the", add_special_tokens=False)
+        within = tokenizer.encode(f"the {noun}", add_special_tokens=False)
+        if within[: len(before)] == before:
+            return list(within[len(before) :])
+        return list(tokenizer.encode(noun, add_special_tokens=False))
+
+    def _jobs(
+        self, stock: ProcessorInputs, images: ImageProcessorItems, pruning: PromptPruning, report: RequestReport
+    ) -> PromptJobs:
+        hashes = {modality: list(values) for modality, values in compat.stock_hashes(self, stock).items()}
+        identified = compat.without_synthetic_uuids(stock)
+        feature_keys = hashes["image"] if identified is stock else compat.stock_hashes(self, identified)["image"]
+        jobs = []
+        for index, (policy, prompt) in enumerate(zip(pruning.policies, pruning.texts, strict=True)):
+            item_hash = hashes["image"][index]
+            nouns: tuple[str, ...] = ()
+            noun_ids: tuple[int, ...] = ()
+            if policy.enabled:
+                policy = policy.resolve(self.family)
+                if policy.conditions_on_text:
+                    report.text_pipeline = text.text_pipeline_name()
+                    nouns = tuple(text.extract_nouns(prompt, clean=policy.text.clean))
+                    noun_ids = tuple(token for noun in nouns for token in self._noun_ids(noun))
+                identity = f"{IDENTITY}|{item_hash}|{policy.selection_digest()}|{noun_ids}"
+                item_hash = hashlib.sha256(identity.encode()).hexdigest()
+            job = ImageJob(policy, nouns, noun_ids, str(feature_keys[index]), item_hash)
+            if images.get(index) is None and policy.enabled:
+                job.features = self.runtime.cached_features(job.feature_key)
+            jobs.append(job)
+        return PromptJobs(jobs, hashes | {"image": [job.item_hash for job in jobs]}, report)
+
+    def _with_jobs(self, stock: ProcessorInputs, images: ImageProcessorItems, jobs: PromptJobs) -> ProcessorInputs:
+        """The inputs that carry the jobs.
+
+        An image that the client named by its uuid, without data, gets a stand-in if its features are at hand; else it
+        stays missing and vLLM answers that its data is not there.
+        """
+        data = [
+            Image.new("RGB", (1, 1)) if image is None and job.features is not None else image
+            for image, job in zip(images.data, jobs.images, strict=True)
+        ]
+        return replace(
+            stock,
+            mm_data_items=MultiModalDataItems({**stock.mm_data_items, "image": ImageProcessorItems(data)}),
+            hf_processor_mm_kwargs={**stock.hf_processor_mm_kwargs, PRUNING_KEY: jobs},
+        )
+
+    def _encode(self, jobs: PromptJobs, pixels: Mapping[int, torch.Tensor]) -> None:
+        """Give every job that lacks features its own."""
+        waiting = [(job, pixels[i]) for i, job in enumerate(jobs.images) if job.policy.enabled and job.features is None]
+        if not waiting:
+            return
+        encoded, seconds = self.runtime.encode({job.feature_key: image for job, image in waiting})
+        jobs.report.add_timings({"encode": seconds})
+        for job, _ in waiting:
+            job.features = encoded[job.feature_key]
+
+    def _kept_embeds(self, job: ImageJob, report: RequestReport) -> torch.Tensor:
+        """Plan one image. Returns (k, d) embeddings where vLLM's transport to the engine can take them."""
+        assert job.features is not None
+        plan = self.runtime.plan(job.features, job.policy, job.noun_ids)
+        report.add_timings(plan.timings)
+        job.report = _image_report(job, plan, job.features.num_tokens)
+        self.runtime.record_image(job.item_hash, job.report)
+        embeds = plan.embeds.to(self._model_config.dtype)
+        return embeds if compat.transports_device_tensors(self._model_config) else embeds.cpu()
+
+    def _report_jobs(self, jobs: PromptJobs, images: ImageProcessorItems, result: Any) -> None:
+        """Report each image, from its job or, where vLLM's cache held the item, from the table."""
+        for index, (job, count) in enumerate(zip(jobs.images, _token_counts(result), strict=True)):
+            if not job.policy.enabled:
+                job.report = ImageReport("none", count, count)
+            elif job.report is None:
+                known = self.runtime.image_reports.get(job.item_hash)
+                if known is None:  # the item outlived its report
+                    self._apply_hf_processor_main(
+                        MultiModalDataItems({"image": ImageProcessorItems([images.data[index]])}),
+                        {PRUNING_KEY: replace(jobs, images=[job])},
+                    )
+                    known = job.report
+                assert known is not None
+                job.report = replace(known, nouns=job.nouns, cached=True)
+            jobs.report.images.append(job.report)
+
+
+def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int) -> ImageReport:
+    kept = len(plan.embeds)
+    return ImageReport(
+        method=job.policy.method,
+        visual_tokens=visual_tokens,
+        kept_tokens=kept,
+        energy=plan.energy,
+        nouns=job.nouns,
+        bypass_reason=None if kept < visual_tokens else "budget_not_below_tokens",
+    )
+
+
+def _jobs_in(hf_kwargs: Mapping[str, object]) -> PromptJobs | None:
+    jobs = hf_kwargs.get(PRUNING_KEY)
+    return jobs if isinstance(jobs, PromptJobs) else None
+
+
+def _without_key(hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
+    return {key: value for key, value in hf_kwargs.items() if key != PRUNING_KEY}
+
+
+def _select_images(mm_items: MultiModalDataItems, indices: Sequence[int]) -> MultiModalDataItems:
+    images = mm_items.get("image")
+    if images is None:
+        return mm_items
+    return MultiModalDataItems({**mm_items, "image": ImageProcessorItems([images.data[i] for i in indices])})
+
+
+def _token_counts(result: Any) -> list[int]:
+    """Placeholder tokens of each image of a processed prompt."""
+    return [placeholder.get_num_embeds() for placeholder in result["mm_placeholders"].get("image", [])]

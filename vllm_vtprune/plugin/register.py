@@ -1,0 +1,19 @@
+"""The `vllm.general_plugins` entry point: tells vLLM which classes serve the architectures we prune.
+
+vLLM calls `register` in every process, possibly more than once, before it looks a model up.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURES: dict[str, str] = {
+    "LlavaForConditionalGeneration": "vllm_vtprune.plugin.llava:PrunedLlavaForConditionalGeneration",
+}
+"""Architecture of a checkpoint -> the class that serves it, as ``module:class`` so that nothing is imported early."""
+
+
+def register() -> None:
+    """Have vLLM serve each architecture by our subclass, which is the stock class where nothing is pruned."""
+    from vllm import ModelRegistry
+
+    for architecture, target in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, target)

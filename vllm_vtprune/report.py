@@ -1,0 +1,99 @@
+"""What was done to the images of a request, as told to whoever sent it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from vllm_vtprune.policy import PruningPolicy
+
+BypassReason = Literal["budget_not_below_tokens", "unsupported_modality", "unsupported_model"]
+"""Why an image that a policy applies to was not pruned."""
+
+STAGES = ("text", "encode", "budget", "select")
+"""The stages of a plan, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image of a request.
+
+    Attributes:
+        method: the selection method that was asked for, ``"none"`` for an image that is served unpruned.
+        visual_tokens: tokens that the image has unpruned.
+        kept_tokens: tokens that entered prefill.
+        energy: share of the encoder features' spectral energy that the budget keeps, in [0, 1]; None if not measured.
+        nouns: the words of the text that the selection was conditioned on.
+        cached: the plan was made for an earlier request and reused.
+        bypass_reason: why nothing was pruned although a policy applies; None if it was pruned or if no policy applies.
+    """
+
+    method: str
+    visual_tokens: int
+    kept_tokens: int
+    energy: float | None = None
+    nouns: tuple[str, ...] = ()
+    cached: bool = False
+    bypass_reason: BypassReason | None = None
+
+    def as_cached(self) -> ImageReport:
+        """The same report, for a request that reuses the plan."""
+        return replace(self, cached=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "visual_tokens": self.visual_tokens,
+            "kept_tokens": self.kept_tokens,
+            "energy": None if self.energy is None else round(self.energy, 6),
+            "nouns": list(self.nouns),
+            "cached": self.cached,
+            "bypass_reason": self.bypass_reason,
+        }
+
+
+@dataclass
+class RequestReport:
+    """All images of one request, in prompt order, and the seconds spent on each stage of their plans."""
+
+    images: list[ImageReport] = field(default_factory=list)
+    text_pipeline: str | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any image lost a token."""
+        return any(image.kept_tokens < image.visual_tokens for image in self.images)
+
+    def add_timings(self, timings: Mapping[str, float]) -> None:
+        for stage, seconds in timings.items():
+            self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+
+    def to_json(
+        self,
+        policy: PruningPolicy,
+        *,
+        preset: str | None = None,
+        ttft: float | None = None,
+        total: float | None = None,
+    ) -> dict[str, Any]:
+        """The report as clients see it; ``method`` is ``"none"`` where nothing was pruned.
+
+        Args:
+            policy: the policy of the request.
+            preset: the name of the preset that the policy came from.
+            ttft: seconds from the arrival of the request to its first token; None if not measured.
+            total: seconds from the arrival of the request to its last token; None if not measured.
+        """
+        timings = {stage: self.timings.get(stage) for stage in STAGES} | {"ttft": ttft, "total": total}
+        return {
+            "method": policy.method if self.pruned else "none",
+            "preset": preset,
+            "budget": policy.budget.model_dump() if policy.enabled else None,
+            "text_pipeline": self.text_pipeline,
+            "images": [image.to_json() for image in self.images],
+            "timings_ms": {
+                stage: None if seconds is None else round(seconds * 1000, 3) for stage, seconds in timings.items()
+            },
+        }

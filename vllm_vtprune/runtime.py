@@ -1,0 +1,153 @@
+"""One process's pruning state: the vision tower, its feature cache, and the tables of what was reported.
+
+Everything here is independent of vLLM; the plugin drives it from the multimodal processor.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from vllm_vtprune import envs, metrics, text
+from vllm_vtprune.cache import BoundedTable, FeatureCache
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.plan import PruningPlan, plan_tokens
+from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
+from vllm_vtprune.report import ImageReport, RequestReport
+from vllm_vtprune.towers.base import VisionTower
+
+CACHE_DEVICE = torch.device("cpu")
+"""Where features wait: the engine has the GPU's memory, and copying an image back is quick beside encoding it."""
+
+ENCODE_BATCH = 8
+"""Images per forward of the tower: bounds its memory on requests with many images."""
+
+
+class PruningRuntime:
+    """Encodes images, plans what to keep and remembers both.
+
+    The tower is loaded on first use, because vLLM's engine processes build processors too and must not pay for it.
+
+    Args:
+        load_tower: loads the vision tower.
+        family: defaults of the model family.
+        model_name: label of the metrics.
+    """
+
+    def __init__(self, load_tower: Callable[[], VisionTower], family: FamilyDefaults, model_name: str) -> None:
+        self.family = family
+        self.model_name = model_name
+        self.feature_cache = FeatureCache(int(envs.feature_cache_gb() * 1024**3))
+        self.image_reports: BoundedTable[str, ImageReport] = BoundedTable(envs.report_table_size())
+        """What was done to an item, by the hash under which vLLM caches it."""
+        self.request_reports: BoundedTable[str, RequestReport] = BoundedTable(envs.report_table_size())
+        """Reports waiting for whoever sent the request, by request id."""
+        self._load_tower = load_tower
+        self._tower: VisionTower | None = None
+        self._tower_lock = threading.Lock()
+
+    @property
+    def tower(self) -> VisionTower:
+        """The vision tower; loads it on first use."""
+        with self._tower_lock:
+            if self._tower is None:
+                self._tower = self._load_tower()
+            return self._tower
+
+    @property
+    def tower_loaded(self) -> bool:
+        return self._tower is not None
+
+    def warm_up(self) -> None:
+        """Load the tower and the text pipeline, so that the first request does not wait for them."""
+        with cpu_threads(self.tower.device):
+            self.tower.warm_up()
+        text.extract_nouns("What is in the image?")
+
+    def cached_features(self, key: str) -> VisualFeatures | None:
+        """Features of an image that was encoded before, or None."""
+        features = self.feature_cache.get(key)
+        if features is not None:
+            metrics.FEATURE_CACHE_HITS.labels(self.model_name).inc()
+        return features
+
+    def encode(self, pixels: Mapping[str, torch.Tensor]) -> tuple[dict[str, VisualFeatures], float]:
+        """Encode images and remember their features.
+
+        Args:
+            pixels: feature key -> preprocessed pixels (3, H, W).
+
+        Returns:
+            Features by key, and the seconds it took.
+        """
+        tower = self.tower
+        started = time.perf_counter()
+        keys = list(pixels)
+        encoded: dict[str, VisualFeatures] = {}
+        with cpu_threads(tower.device):
+            for first in range(0, len(keys), ENCODE_BATCH):
+                batch = keys[first : first + ENCODE_BATCH]
+                encoded.update(zip(batch, tower.encode(torch.stack([pixels[key] for key in batch])), strict=True))
+        for key, features in encoded.items():
+            self.feature_cache.put(key, features.to(CACHE_DEVICE))
+        seconds = time.perf_counter() - started
+        metrics.FEATURE_CACHE_MISSES.labels(self.model_name).inc(len(keys))
+        metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(self.feature_cache.nbytes)
+        return encoded, seconds
+
+    def plan(self, features: VisualFeatures, policy: PruningPolicy, noun_ids: Sequence[int]) -> PruningPlan:
+        """Choose the tokens of one image.
+
+        Args:
+            features: what the tower computed.
+            policy: a policy with the family's defaults filled in.
+            noun_ids: token ids of the nouns to condition on; empty for the text-agnostic form.
+        """
+        tower = self.tower
+        with cpu_threads(tower.device):
+            text_embeds = tower.token_rows(noun_ids) if noun_ids else None
+            return plan_tokens(features.to(tower.device), policy, text_embeds, family=self.family)
+
+    def record_image(self, item_hash: str, report: ImageReport) -> None:
+        """Remember what was done to an item, for the requests that will find it in vLLM's processor cache."""
+        self.image_reports.put(item_hash, report)
+
+    def record_request(self, report: RequestReport, request_id: str | None) -> None:
+        """Count a request in the metrics and hold its report until `take_report` asks for it."""
+        for image in report.images:
+            metrics.VISUAL_TOKENS.labels(self.model_name, image.method).inc(image.visual_tokens)
+            metrics.VISUAL_TOKENS_KEPT.labels(self.model_name, image.method).inc(image.kept_tokens)
+            metrics.KEEP_RATIO.labels(self.model_name, image.method).observe(image.kept_tokens / image.visual_tokens)
+            if image.bypass_reason is not None:
+                metrics.BYPASS.labels(self.model_name, image.bypass_reason).inc()
+        for stage, seconds in report.timings.items():
+            metrics.STAGE_SECONDS.labels(self.model_name, stage).observe(seconds)
+        if request_id is not None:
+            self.request_reports.put(request_id, report)
+
+    def take_report(self, request_id: str) -> RequestReport | None:
+        """The report of a request that was processed in this process; each is handed out once."""
+        return self.request_reports.pop(request_id)
+
+
+class cpu_threads:
+    """Within this context, CPU kernels of the calling thread use every core that this process may run on.
+
+    vLLM processes multimodal input with one thread by default, which is right for image decoding and wrong for a
+    vision encoder. No effect for other devices.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._threads = envs.tower_threads() if device.type == "cpu" else None
+
+    def __enter__(self) -> None:
+        if self._threads is not None:
+            self._previous = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._previous)
