@@ -1,0 +1,131 @@
+"""`vtprune serve`: vLLM's own `serve`, with the pruning plugin on and checked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from importlib.metadata import entry_points
+
+from vllm_vtprune.demo.checkpoint import embedded_checkpoint
+from vllm_vtprune.plugin.register import ARCHITECTURES
+from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
+
+PLUGIN = "vtprune"
+PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.endpoint_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+EMBEDDED_NAME = "vtprune-demo"
+
+EXAMPLES = f"""examples:
+  vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
+  vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default '{{"budget": {{"type": "tokens", "keep": 128}}}}'
+  vtprune serve          # the checkpoint that comes with the package, served as {EMBEDDED_NAME}
+"""
+
+
+def serve(argv: list[str]) -> None:
+    """Run the server until it is stopped.
+
+    Args:
+        argv: the command line after ``vtprune serve``.
+
+    Raises:
+        SystemExit: 2 for options that are not valid or a model that would be served unpruned.
+    """
+    enable_plugin()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vtprune")
+    command = ServeSubcommand()
+    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser.usage = "vtprune serve [MODEL] [options of `vllm serve`] [--pruning-default POLICY]"
+    serve_parser.description = "Serve a vision-language model whose visual tokens are pruned before prefill."
+    serve_parser.epilog = EXAMPLES
+    group = serve_parser.add_argument_group("Pruning")
+    group.add_argument(
+        "--pruning-default",
+        type=policy_argument,
+        default=False,
+        metavar="POLICY",
+        help="The policy of requests that name none: a preset "
+        f"({', '.join(BUILTIN_PRESETS)}) or a JSON object. Default: off.",
+    )
+    args = parser.parse_args(["serve", *_with_model(argv)])
+    command.validate(args)
+    os.environ.setdefault("VTPRUNE_LOAD_FORMAT", str(args.load_format))
+    refuse_unpruned(args)
+    command.cmd(args)
+
+
+def enable_plugin() -> None:
+    """Name our plugin in ``VLLM_PLUGINS``, without switching off any other.
+
+    vLLM loads endpoint plugins only if they are named there, and as soon as the variable is set it filters all groups.
+    """
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is None:
+        names = [point.name for group in PLUGIN_GROUPS for point in entry_points(group=group)]
+    else:
+        names = named.split(",")
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*filter(None, names), PLUGIN]))
+
+
+def policy_argument(text: str) -> object:
+    """A policy from the command line: JSON, or the name of a preset.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    try:
+        PruningPolicy.parse(value, param="--pruning-default")
+    except PolicyError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def refuse_unpruned(args: argparse.Namespace) -> None:
+    """Exit unless vLLM resolves the model to a class of ours.
+
+    vLLM logs a plugin that fails to load and goes on: without this check, a model could be served unpruned silently.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.model_executor.model_loader import get_model_architecture
+
+    if getattr(args, "model_tag", None) is not None:
+        args.model = args.model_tag
+    model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
+    model_class, architecture = get_model_architecture(model_config)
+    expected = ARCHITECTURES.get(architecture)
+    found = f"{model_class.__module__}:{model_class.__qualname__}"
+    if expected is None:
+        sys.exit(
+            f"vtprune serve: {args.model} has the architecture {architecture}, which cannot be pruned yet; "
+            f"expected one of {', '.join(ARCHITECTURES)}. To serve it unpruned, use vLLM's own serve."
+        )
+    if found != expected:
+        sys.exit(
+            f"vtprune serve: {args.model} would be served unpruned: its architecture {architecture} resolves to "
+            f"{found}, expected {expected}. Is another plugin registering it, or did ours fail to load (see above)?"
+        )
+
+
+def _with_model(argv: list[str]) -> list[str]:
+    """The arguments, with the embedded checkpoint where they name no model."""
+    options = {argument.split("=", 1)[0] for argument in argv if argument.startswith("-")}
+    if argv and (not argv[0].startswith("-") or options & {"--model", "--config", "-h", "--help"}):
+        return argv
+    named = options & {"--served-model-name", "--served_model_name"}
+    return [str(embedded_checkpoint()), *([] if named else ["--served-model-name", EMBEDDED_NAME]), *argv]

@@ -1,0 +1,47 @@
+"""Adding a field to the last data event of a server-sent event stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+DONE = "data: [DONE]"
+
+
+async def with_last_event_field(events: AsyncIterator[str], name: str, value: Callable[[], Any]) -> AsyncIterator[str]:
+    """Pass a chat completion stream on, with one more field in its last event before ``[DONE]``.
+
+    An event that may be the last (it ends a choice, or holds no choice) is held back until the next one shows whether
+    it was; every other event is passed on as it comes.
+
+    Args:
+        events: events as vLLM writes them, ``data: {...}`` and a blank line each; comments pass.
+        name: the field.
+        value: its value, asked for when the last event is known. Errors (an event with ``error``) stay as they are.
+    """
+    held: str | None = None
+    async for event in events:
+        if event.startswith(":"):
+            yield event
+            continue
+        if held is not None:
+            yield _with_field(held, name, value) if event.startswith(DONE) else held
+            held = None
+        if _may_be_last(event):
+            held = event
+        else:
+            yield event
+    if held is not None:
+        yield held
+
+
+def _may_be_last(event: str) -> bool:
+    # Inside a JSON string the quotes would be escaped, so generated text cannot match.
+    return '"finish_reason":"' in event or '"choices":[]' in event
+
+
+def _with_field(event: str, name: str, value: Callable[[], Any]) -> str:
+    data = json.loads(event.removeprefix("data:"))
+    data[name] = value()
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

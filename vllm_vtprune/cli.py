@@ -1,0 +1,45 @@
+"""The `vtprune` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vllm_vtprune import __version__
+
+DESCRIPTION = """Serve vision-language models with fewer visual tokens.
+
+commands:
+  serve [MODEL] [options]   an OpenAI-compatible server (takes every option of `vllm serve`)
+  demo [options]            one photograph, asked about without and with pruning
+
+example:
+  vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script.
+
+    Args:
+        argv: arguments after the program's name; None for those of the process.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="vtprune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-vtprune {__version__}")
+    parser.add_argument("command", choices=["serve", "demo"], metavar="COMMAND", help="see above")
+    command = parser.parse_args(arguments[:1]).command
+    if command == "serve":
+        from server.launch import serve
+
+        serve(arguments[1:])
+    else:
+        from vllm_vtprune.demo.command import demo
+
+        demo(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()
