@@ -1,0 +1,152 @@
+"""`vtprune demo`: one photograph on a real server, asked about without and with pruning."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from PIL import Image
+
+from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune.demo.server import ServerFailed, running_server
+
+QUESTION = "What is the astronaut wearing, and what is behind her?"
+POLICY = {"method": "resprune", "budget": {"type": "energy", "threshold": 0.99}}
+ARMS: dict[str, object] = {"unpruned": False, "pruned": POLICY}
+
+SERVE_OPTIONS = (
+    "--max-model-len",
+    "2048",
+    "--enforce-eager",
+    "--no-enable-log-requests",
+    "--disable-uvicorn-access-log",
+)
+SERVE_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; two short requests need no more
+
+EXAMPLE = """example:
+  vtprune demo --json | tail -n 1 | python -m json.tool
+"""
+
+
+def demo(argv: list[str]) -> None:
+    """Run the demo.
+
+    Args:
+        argv: the command line after ``vtprune demo``.
+
+    Raises:
+        SystemExit: 1 if the server does not start or a request fails, 130 when interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vtprune demo",
+        description="Start a server, ask it about a photograph without and with pruning, and stop it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.add_argument("--model", help="the model to serve; default: the checkpoint that comes with the package")
+    parser.add_argument("--question", default=QUESTION, help="what to ask (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
+    try:
+        result = run(args.question, args.model)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the server is stopped.", file=sys.stderr)
+        sys.exit(130)
+    except ServerFailed as error:
+        sys.exit(f"vtprune demo: {error}")
+    print(json.dumps(result) if args.json else table(result))
+
+
+def run(question: str, model: str | None = None) -> dict[str, dict[str, Any]]:
+    """Ask a server of our own about the photograph, once for each of `ARMS`.
+
+    Returns:
+        For each arm ``ttft_ms`` (milliseconds from sending the request to the first token, seen by the client),
+        ``answer`` and ``pruning``, the server's report.
+    """
+    arguments = [*([model] if model else []), *SERVE_OPTIONS]
+    name = model or "the embedded checkpoint"
+    print(f"Starting a vLLM server with {name} ...", file=sys.stderr)
+    with running_server(arguments, environment=SERVE_ENVIRONMENT, on_wait=_show_progress) as url:
+        print(f"\nServing on {url}. Warming up ...", file=sys.stderr)
+        for policy in ARMS.values():
+            ask(url, Image.new("RGB", (336, 336), "gray"), question, policy)
+        picture = photograph()
+        return {arm: ask(url, picture, question, policy) for arm, policy in ARMS.items()}
+
+
+def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str, Any]:
+    """One streamed chat completion about an image, through the OpenAI client."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0)
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": question},
+    ]
+    model = client.models.list().data[0].id
+    ttft: float | None = None
+    answer, report = "", None
+    started = time.perf_counter()
+    stream: Iterable[Any] = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+        extra_body={"pruning": policy},
+    )
+    for chunk in stream:
+        text = chunk.choices[0].delta.content if chunk.choices else None
+        if text:
+            ttft = time.perf_counter() - started if ttft is None else ttft
+            answer += text
+        report = (chunk.model_extra or {}).get("pruning", report)
+    return {"ttft_ms": None if ttft is None else round(ttft * 1000, 1), "answer": answer.strip(), "pruning": report}
+
+
+def data_url(image: Image.Image) -> str:
+    """The image as a ``data:`` URL holding a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def table(result: dict[str, dict[str, Any]]) -> str:
+    """The result for people: one line for each arm."""
+    rows = [("", "visual tokens", "kept", "budget", "energy", "first token", "answer")]
+    for arm, outcome in result.items():
+        report = outcome["pruning"]
+        image = report["images"][0]
+        budget = report["budget"]
+        rows.append(
+            (
+                arm,
+                str(image["visual_tokens"]),
+                str(image["kept_tokens"]),
+                "-" if budget is None else f"{budget['type']} {budget.get('threshold', budget.get('keep', ''))}",
+                "-" if image["energy"] is None else f"{image['energy']:.4f}",
+                "-" if outcome["ttft_ms"] is None else f"{outcome['ttft_ms']:.0f} ms",
+                _shortened(outcome["answer"]),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _shortened(text: str, length: int = 40) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _show_progress(seconds: float) -> None:
+    print(f"\r  {seconds:.0f} s", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""A server of our own, started for a while: for the demo, benchmarks and tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+START_TIMEOUT = 900.0  # seconds; large models load slowly
+STOP_TIMEOUT = 60.0
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or did not answer in time; the message holds the end of its log."""
+
+
+@contextmanager
+def running_server(
+    arguments: Sequence[str] = (),
+    *,
+    command: Sequence[str] = ("-m", "vllm_vtprune.cli", "serve"),
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    on_wait: Callable[[float], None] = lambda seconds: None,
+) -> Iterator[str]:
+    """Run ``vtprune serve ARGUMENTS`` on a free port of this machine; it is stopped when the context ends.
+
+    Args:
+        arguments: the model and options.
+        command: what to run with this Python, for comparisons with other servers.
+        environment: variables on top of this process's own.
+        log: where its output goes; a temporary file if None.
+        on_wait: called about once a second while it starts, with the seconds since the start.
+
+    Yields:
+        The base URL, without a path.
+
+    Raises:
+        ServerFailed: it did not start.
+    """
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="vtprune-") as scratch:
+        log = Path(scratch) / "server.log" if log is None else log
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command, *arguments, "--host", "127.0.0.1", "--port", str(port)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the server in order
+            )
+        try:
+            _wait_until_healthy(process, url, log, on_wait)
+            yield url
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and every process that it started: first politely, after `STOP_TIMEOUT` seconds by force."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # engine processes that did not follow
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes], url: str, log: Path, on_wait: Callable[[float], None]
+) -> None:
+    started = time.monotonic()
+    while (waited := time.monotonic() - started) < START_TIMEOUT:
+        if process.poll() is not None:
+            raise ServerFailed(f"the server ended with status {process.returncode}:\n{_tail(log)}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            on_wait(waited)
+            time.sleep(1)
+    raise ServerFailed(f"the server did not answer within {START_TIMEOUT:.0f} s:\n{_tail(log)}")
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
