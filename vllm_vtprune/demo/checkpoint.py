@@ -46,7 +46,7 @@ PAD_TOKEN = "<pad>"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in LLaMA
 TRAINED_TOKENS = 2046  # enough for every word of the corpus to be one token
 
-# The vision widths bound the rank of the features: below it every prune method still has something to choose between.
+# The widths bound the rank of the features (128) and of the embeddings (256), so those are not smaller.
 VISION: dict[Size, dict[str, Any]] = {
     "tiny": dict(
         hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, projection_dim=128

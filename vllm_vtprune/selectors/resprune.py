@@ -51,7 +51,8 @@ def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
     or the one with the mean row."""
     if form == "mean_token":
         text = text.mean(dim=0, keepdim=True)
-    cosines = normalize(tokens, dim=1, eps=TINY) @ normalize(text, dim=1, eps=TINY).T
+    lengths = torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp(min=TINY)
+    cosines = tokens @ normalize(text, dim=1, eps=TINY).T / lengths
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
 
 
@@ -90,7 +91,7 @@ def _seed_token(features: VisualFeatures, policy: PruningPolicy, norms: Tensor, 
         return int(relevance.argmax())
     if seed_token == "mean":
         tokens = features.embeds.float()
-        return int(cosine_similarity(tokens, tokens.mean(dim=0, keepdim=True)).argmax())
+        return int(cosine_similarity(tokens, tokens.mean(dim=0, keepdim=True), eps=TINY).argmax())
     if seed_token == "center" and features.grid is not None:
         rows, columns = features.grid
         return (rows - 1) // 2 * columns + (columns - 1) // 2

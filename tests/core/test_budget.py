@@ -1,0 +1,208 @@
+"""Spectral energy against a full SVD, and the fixed budgets."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_vtprune.budget import (
+    energy_rank,
+    exact_spectrum,
+    randomized_spectrum,
+    spectral_energy,
+    spectrum,
+    token_budget,
+)
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+
+THRESHOLDS = (0.5, 0.9, 0.99, 0.998, 0.9999)
+
+
+def with_energies(energies: Tensor, n: int, d: int) -> Tensor:
+    """An ``(n, d)`` matrix with these squared singular values."""
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(n, len(energies), generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(d, len(energies), generator=generator))
+    return torch.as_tensor((left * energies.sqrt()) @ right.T)
+
+
+def encoder_like(n: int, d: int) -> Tensor:
+    """A spectrum that falls like an encoder's: half in one direction, then exponential decay."""
+    energies = torch.exp(-14 * torch.arange(min(n, d)) / min(n, d))
+    energies[0] = energies.sum()
+    return with_energies(energies, n, d)
+
+
+def reference_rank(features: Tensor, threshold: float) -> int:
+    return rank_of(torch.linalg.svdvals(features.double()).square(), threshold)
+
+
+def rank_of(energies: Tensor, threshold: float) -> int:
+    return int((energies.cumsum(0) / energies.sum() >= threshold).nonzero()[0]) + 1
+
+
+@pytest.mark.parametrize(("n", "d"), [(576, 1024), (200, 64), (64, 200), (50, 50), (1, 30), (30, 1), (1, 1)])
+def test_exact_rank_is_that_of_the_full_svd(n: int, d: int) -> None:
+    features = encoder_like(n, d)
+    energies = torch.linalg.svdvals(features.double()).square()
+    found = exact_spectrum(features)
+    for threshold in THRESHOLDS:
+        assert found.rank_at(threshold) == rank_of(energies, threshold)
+    assert energy_rank(features, 0.99, "exact") == rank_of(energies, 0.99)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 24),
+    d=st.integers(1, 24),
+    seed=st.integers(0, 1000),
+    threshold=st.floats(0.01, 0.999),
+)
+def test_rank_is_the_fewest_that_reach_the_threshold(n: int, d: int, seed: int, threshold: float) -> None:
+    features = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    k = energy_rank(features, threshold, "exact")
+    assert 1 <= k <= min(n, d)
+    assert spectral_energy(features, k) >= threshold - 1e-12
+    assert k == 1 or spectral_energy(features, k - 1) < threshold
+
+
+def test_one_spectrum_answers_everything() -> None:
+    features = encoder_like(100, 60)
+    energies = torch.linalg.svdvals(features.double()).square()
+    found = exact_spectrum(features)
+    torch.testing.assert_close(found.energies, energies, rtol=1e-9, atol=1e-12)
+    assert found.energy_at(0) == 0
+    assert found.energy_at(7) == pytest.approx(float(energies[:7].sum() / energies.sum()), abs=1e-12)
+    assert found.energy_at(60) == found.energy_at(1000) == 1
+
+
+def test_threshold_one_is_the_numerical_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(80, 7, generator=generator, dtype=torch.float64) @ torch.randn(
+        7, 50, generator=generator, dtype=torch.float64
+    )
+    assert energy_rank(low_rank, 1.0, "exact") == 7
+    assert energy_rank(torch.eye(9), 1.0) == 9
+    assert energy_rank(torch.ones(9, 4), 1.0) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_neither_scale_nor_dtype_nor_transposition_matters(scale: float) -> None:
+    features = encoder_like(90, 40).to(torch.bfloat16)
+    expected = energy_rank(features, 0.99)
+    assert energy_rank(features.float(), 0.99) == expected
+    assert energy_rank(features.double() * scale, 0.99) == expected
+    assert energy_rank(features.T, 0.99) == expected
+    assert energy_rank(features, 0.99) == energy_rank(features[torch.randperm(90)], 0.99)
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.99])
+def test_randomized_rank_is_close_and_never_below(threshold: float) -> None:
+    features = encoder_like(400, 700)
+    exact = reference_rank(features, threshold)
+    generator = torch.Generator().manual_seed(0)
+    assert exact <= energy_rank(features, threshold, "rsvd", 300, 2, generator) <= exact * 1.05 + 1
+
+
+def test_without_power_iterations_the_rank_is_overestimated() -> None:
+    features = with_energies(torch.arange(1, 301).pow(-1.4), 300, 400)
+    exact = reference_rank(features, 0.9)
+    rough, fine = (
+        energy_rank(features, 0.9, "rsvd", exact + 14, power_iterations, torch.Generator().manual_seed(0))
+        for power_iterations in (0, 2)
+    )
+    assert exact <= fine <= exact + 2
+    assert rough > 1.2 * exact
+
+
+def test_randomized_spectrum_keeps_the_exact_total() -> None:
+    features = encoder_like(120, 200)
+    found = randomized_spectrum(features, 20, generator=torch.Generator().manual_seed(0))
+    assert found.total == pytest.approx(float(features.double().square().sum()), rel=1e-12)
+    assert len(found.energies) == 20
+    assert found.rank_at(0.9999) is None
+    true = torch.linalg.svdvals(features.double()).square()[:20]
+    assert bool((found.energies <= true * (1 + 1e-5)).all())
+
+
+def test_too_few_components_grow_instead_of_guessing() -> None:
+    features = encoder_like(300, 400)
+    exact = reference_rank(features, 0.99)
+    assert exact > 16
+    grown = spectrum(features, 0.99, "rsvd", rank=2, generator=torch.Generator().manual_seed(0))
+    assert exact <= (grown.rank_at(0.99) or 0) <= exact * 1.1 + 1
+    assert energy_rank(features, 1.0, "rsvd", rank=2) == energy_rank(features, 1.0, "exact")
+
+
+def test_randomized_ranks_repeat_with_their_seed() -> None:
+    features = encoder_like(200, 300)
+    ranks = {energy_rank(features, 0.97, "rsvd", 40, 0, torch.Generator().manual_seed(3)) for _ in range(3)}
+    assert len(ranks) == 1
+
+
+@pytest.mark.parametrize("solver", ["auto", "exact", "rsvd"])
+def test_zero_matrix_has_rank_one(solver: str) -> None:
+    assert energy_rank(torch.zeros(8, 5), 0.99, solver, rank=2) == 1  # type: ignore[arg-type]
+    assert token_budget(EnergyBudget(min_tokens=3), VisualFeatures(torch.zeros(8, 5), torch.zeros(8, 5))) == (3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("features", "threshold", "solver", "message"),
+    [
+        (torch.tensor([[1.0, float("nan")]]), 0.9, "exact", "finite"),
+        (torch.tensor([[1.0, float("inf")]]), 0.9, "rsvd", "finite"),
+        (torch.zeros(0, 4), 0.9, "auto", "non-empty matrix"),
+        (torch.zeros(4), 0.9, "auto", "non-empty matrix"),
+        (torch.eye(4), 0.0, "auto", "threshold"),
+        (torch.eye(4), 1.5, "auto", "threshold"),
+        (torch.eye(4), float("nan"), "auto", "threshold"),
+        (torch.eye(4), 0.9, "magic", "solver"),
+    ],
+)
+def test_bad_input_is_a_value_error(features: Tensor, threshold: float, solver: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        energy_rank(features, threshold, solver)  # type: ignore[arg-type]
+
+
+def image(n: int) -> VisualFeatures:
+    features = encoder_like(n, 32)
+    return VisualFeatures(features, features)
+
+
+def test_energy_budget_is_clamped_and_measured_at_its_count() -> None:
+    features = image(100)
+    wanted = reference_rank(features.encoder, 0.9)
+    assert 1 < wanted < 30
+    for budget, k in (
+        (EnergyBudget(threshold=0.9, min_tokens=1), wanted),
+        (EnergyBudget(threshold=0.9, min_tokens=30), 30),
+        (EnergyBudget(threshold=0.9, min_tokens=1, max_tokens=wanted - 1), wanted - 1),
+        (EnergyBudget(threshold=0.9, min_tokens=500), 100),
+        (EnergyBudget(threshold=0.9, min_tokens=30, solver="rsvd", rank=2), 30),
+    ):
+        got, energy = token_budget(budget, features)
+        assert got == k
+        assert energy == pytest.approx(spectral_energy(features.encoder, k), abs=0.01)
+
+
+def test_energy_budget_looks_at_the_encoder_features() -> None:
+    features = VisualFeatures(torch.ones(40, 8), encoder_like(40, 32))
+    assert token_budget(EnergyBudget(min_tokens=1), features) == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("keep", "n", "k"),
+    [
+        (1.0, 9, 9), (0.5, 9, 5), (0.5, 1, 1), (0.001, 10, 1), (1 / 9, 576, 64), (2 / 9, 576, 128), (1 / 3, 576, 192),
+        (0.145, 100, 15), (0.144, 100, 14), (0.1, 5, 1), (0.3, 5, 2), (1, 7, 7),
+    ],
+)  # fmt: skip
+def test_ratio_rounds_half_up_and_keeps_at_least_one(keep: float, n: int, k: int) -> None:
+    assert token_budget(RatioBudget(keep=keep), VisualFeatures(torch.ones(n, 1), torch.ones(n, 1))) == (k, None)
+
+
+@pytest.mark.parametrize(("keep", "k"), [(1, 1), (9, 9), (10, 10), (11, 10), (10**6, 10)])
+def test_tokens_are_at_most_all(keep: int, k: int) -> None:
+    assert token_budget(TokensBudget(keep=keep), VisualFeatures(torch.ones(10, 1), torch.ones(10, 1))) == (k, None)

@@ -1,0 +1,115 @@
+"""The plan of one image, and the features it is made from."""
+
+import pytest
+import torch
+
+from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
+from vllm_vtprune.budget import energy_rank, spectral_energy
+from vllm_vtprune.features import Tiles
+from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.selectors import METHODS, MethodSpec, registry
+
+
+def image(n: int = 36, dtype: torch.dtype = torch.float32) -> VisualFeatures:
+    generator = torch.Generator().manual_seed(n)
+    encoder = torch.randn(n, 12, generator=generator) * torch.arange(1, 13).pow(-1.5)
+    return VisualFeatures(encoder.to(dtype), torch.randn(n, 20, generator=generator).to(dtype))
+
+
+def test_none_keeps_everything() -> None:
+    features = image()
+    plan = plan_tokens(features, PruningPolicy.parse(False))
+    assert plan.kept.tolist() == plan.order.tolist() == list(range(36))
+    assert plan.budget == 36
+    assert plan.energy is None
+    assert torch.equal(plan.embeds, features.embeds)
+
+
+def test_energy_budget_end_to_end() -> None:
+    features = image()
+    plan = plan_tokens(features, PruningPolicy.parse({"budget": {"threshold": 0.95, "min_tokens": 1}}))
+    assert plan.budget == len(plan.kept) == energy_rank(features.encoder, 0.95)
+    assert plan.energy == pytest.approx(spectral_energy(features.encoder, plan.budget))
+    assert set(plan.timings) == {"budget", "select"}
+
+
+def test_all_tokens_can_be_kept() -> None:
+    plan = plan_tokens(image(), PruningPolicy.parse({"budget": {"type": "ratio", "keep": 1}}))
+    assert plan.kept.tolist() == list(range(36))
+    assert sorted(plan.order.tolist()) == list(range(36))
+
+
+def test_half_precision_rows_come_back_bitwise() -> None:
+    features = image(dtype=torch.bfloat16)
+    plan = plan_tokens(features, PruningPolicy.parse({"budget": {"type": "tokens", "keep": 7}}))
+    assert plan.embeds.dtype == torch.bfloat16
+    assert torch.equal(plan.embeds.view(torch.int16), features.embeds[plan.kept].view(torch.int16))
+
+
+def test_text_that_is_not_used_is_not_looked_at() -> None:
+    plan_tokens(image(), PruningPolicy.parse({"method": "uniform"}), torch.full((2, 3), torch.nan))
+    with pytest.raises(ValueError, match="text_embeds must be finite"):
+        plan_tokens(image(), PruningPolicy.parse({}), torch.full((2, 20), torch.nan))
+
+
+def test_cls_attention_must_be_finite() -> None:
+    features = VisualFeatures(torch.eye(4), torch.eye(4), cls_attention=torch.full((4,), torch.nan))
+    with pytest.raises(ValueError, match="cls_attention must be finite"):
+        plan_tokens(features, PruningPolicy.parse({}))
+
+
+def test_a_method_may_cap_the_count_or_have_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_vtprune.selectors.uniform as module
+
+    capped = MethodSpec("capped", "", module.__name__, max_keep=lambda features: features.num_tokens // 2)
+    counting = MethodSpec("counting", "", module.__name__, own_count=True)
+    rows = {**METHODS, "capped": capped, "counting": counting}
+    monkeypatch.setattr("vllm_vtprune.policy.METHODS", rows)
+    monkeypatch.setattr(module, "own_count", lambda features, policy: 5, raising=False)
+    ratio = {"type": "ratio", "keep": 0.9}
+    assert plan_tokens(image(), PruningPolicy.parse({"method": "capped", "budget": ratio})).budget == 18
+    assert plan_tokens(image(), PruningPolicy.parse({"method": "counting", "budget": {"type": "method"}})).budget == 5
+
+
+def test_missing_inputs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    needy = MethodSpec("needy", "", registry.__name__, needs=frozenset({"keys"}))
+    monkeypatch.setattr("vllm_vtprune.policy.METHODS", {"needy": needy})
+    with pytest.raises(PolicyError, match=r"pruning.method: method needy needs keys"):
+        plan_tokens(image(), PruningPolicy.parse({"method": "needy"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"embeds": torch.zeros(0, 3)}, "embeds must have shape"),
+        ({"embeds": torch.tensor(1.0)}, "embeds must have shape"),
+        ({"embeds": torch.zeros(4)}, "embeds must have 2"),
+        ({"encoder": torch.zeros(3, 2)}, "encoder has 3 tokens, but embeds has 4"),
+        ({"encoder": torch.zeros(4, 2, dtype=torch.int64)}, "encoder must be a floating-point tensor"),
+        ({"grid": (2, 3)}, r"grid \(2, 3\) does not hold 4 tokens"),
+        ({"grid": (-2, -2)}, "grid"),
+        ({"cls_attention": torch.zeros(4, 1)}, "cls_attention must have 1"),
+        ({"cls_attention": torch.zeros(5)}, "cls_attention has 5"),
+        ({"keys": torch.zeros(4, 0)}, "keys must have 2 non-empty"),
+        ({"tiles": Tiles(torch.zeros(3, dtype=torch.int64), ((2, 2),))}, "tiles.ids"),
+    ],
+)
+def test_features_that_contradict_each_other(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VisualFeatures(**{"encoder": torch.zeros(4, 2), "embeds": torch.zeros(4, 3), **fields})  # type: ignore[arg-type]
+
+
+def test_features_know_their_size_and_move() -> None:
+    shared = torch.zeros(4, 8, dtype=torch.float16)
+    features = VisualFeatures(shared, shared, (2, 2), cls_attention=torch.zeros(4))
+    assert features.num_tokens == 4
+    assert features.nbytes == 4 * 8 * 2 + 4 * 4
+    moved = features.to("meta")
+    assert moved.encoder is moved.embeds
+    assert moved.embeds.device.type == "meta"
+    assert moved.cls_attention is not None
+    assert moved.cls_attention.device.type == "meta"
+    assert moved.grid == (2, 2)
+    tiled = VisualFeatures(shared, shared, tiles=Tiles(torch.zeros(4, dtype=torch.int64), ((2, 2),))).to("meta")
+    assert tiled.tiles is not None
+    assert tiled.tiles.ids.device.type == "meta"

@@ -1,0 +1,256 @@
+"""Nouns of a prompt: hand-labelled questions, answer-format instructions, quotes, other languages."""
+
+import threading
+
+import pytest
+
+from vllm_vtprune.text import MAX_CHARS, clean_instruction, extract_nouns, text_pipeline_name
+
+# question -> its nouns and proper nouns, labelled by hand. Rules were changed after looking at the errors on SEEN.
+# UNSEEN and HARDER were labelled after the rules; on first measurement they gave 1.000 and 0.965, and two general rules
+# (a subject after an inverted modal, "to" before a noun phrase) were mended since.
+SEEN = {
+    "What color is the bus?": "color bus",
+    "What does the sign say?": "sign",
+    "Is the man watching the watch?": "man watch",
+    "How many people are in the picture?": "people picture",
+    "Is there a snowboard in the image?": "snowboard image",
+    "What is the woman in the red dress holding?": "woman dress",
+    "Does the bus driver wear a hat?": "bus driver hat",
+    "Which side of the photo is the dog on?": "side photo dog",
+    "What animal is sitting on the couch?": "animal couch",
+    "Are the traffic lights green?": "traffic lights",
+    "What is the brand of this camera?": "brand camera",
+    "Who is standing next to the parking meter?": "parking meter",
+    "What time does the clock show?": "time clock",
+    "Is the cat black or white?": "cat",
+    "Can you see any orange umbrellas on the beach?": "umbrellas beach",
+    "Describe the building behind the tree.": "building tree",
+    "What kind of food is on the plate?": "kind food plate",
+    "Is it raining?": "",
+    "What is the number on the player's jersey?": "number player jersey",
+    "What are the children playing with?": "children",
+    "Is the orange to the left of the apple?": "orange left apple",
+    "What material is the table made of?": "material table",
+    "Does the stop sign look old?": "stop sign",
+    "Which country does this flag belong to?": "country flag",
+    "Is there a fork near the knife and the spoon?": "fork knife spoon",
+    "What sport is being played?": "sport",
+    "How many slices of pizza are left?": "slices pizza",
+    "What is written on the side of the truck?": "side truck",
+    "Is the person in front of the Eiffel Tower smiling?": "person front Eiffel Tower",
+    "Where is the tall man's phone?": "man phone",
+    "Count the red apples in the bowl.": "apples bowl",
+    "Why is the little girl crying?": "girl",
+}
+UNSEEN = {
+    "What type of vehicle is parked beside the curb?": "type vehicle curb",
+    "Do the shoes match the belt?": "shoes belt",
+    "Is the giraffe eating leaves from the tree?": "giraffe leaves tree",
+    "What year was this coin minted?": "year coin",
+    "How many windows does the house have?": "windows house",
+    "Are there any clouds in the blue sky?": "clouds sky",
+    "What is on top of the refrigerator?": "top refrigerator",
+    "Which man is wearing glasses?": "man glasses",
+    "What word is printed on the yellow taxi?": "word taxi",
+    "Is the skateboarder doing a trick?": "skateboarder trick",
+    "Does the woman hold a tennis racket in her right hand?": "woman tennis racket hand",
+    "What is the name of the store on the corner?": "name store corner",
+    "Is the kitchen counter clean?": "kitchen counter",
+    "How tall is the tower behind the church?": "tower church",
+    "What is the license plate number of the silver car?": "license plate number car",
+    "Are these zebras drinking water?": "zebras water",
+    "What fruit is in the glass bowl?": "fruit glass bowl",
+    "Is the train moving or stopped at the station?": "train station",
+    "Which bird has a longer beak?": "bird beak",
+    "Where was the photograph taken?": "photograph",
+    "What is the price of the coffee on the menu?": "price coffee menu",
+    "Is the teddy bear on the bed or on the chair?": "teddy bear bed chair",
+    "What does the boy want to catch?": "boy",
+    "Which company made this laptop?": "company laptop",
+    "Can the horse jump over the fence?": "horse fence",
+    "Is there a wooden bench under the lamp post?": "bench lamp post",
+    "What pattern is on the curtain in the living room?": "pattern curtain living room",
+    "How many surfers ride the wave?": "surfers wave",
+    "What is the weather like in this scene?": "weather scene",
+    "Is this photo from Times Square in New York?": "photo Times Square New York",
+    "What did the baker put on the cake?": "baker cake",
+    "Tell me the score of the game shown on the screen.": "score game screen",
+    "What is the relationship between the two people in the foreground?": "relationship people foreground",
+}
+
+HARDER = {
+    "On which side of the picture is the small lamp?": "side picture lamp",
+    "Is there either a baseball or a glove in this image?": "baseball glove image",
+    "What is the item of furniture to the right of the mirror on the wall?": "item furniture right mirror wall",
+    "Which kind of device is not off?": "kind device",
+    "Do you see a chair to the left of the man that holds the remote control?": "chair left man remote control",
+    "Is the color of the fire hydrant different than the color of the pole?": "color fire hydrant color pole",
+    "Who wears a helmet?": "helmet",
+    "What's the man wearing on his head?": "man head",
+    "What appliance is the same height as the stove?": "appliance height stove",
+    "Does the light fixture look modern?": "light fixture",
+    "Are there both forks and bread rolls in the photograph?": "forks bread rolls photograph",
+    "Is it sunny or overcast outside?": "",
+    "How much does the large popcorn cost?": "popcorn",
+    "Who is the author of the book on top?": "author book top",
+    "What does the label on the bottle say the alcohol content is?": "label bottle alcohol content",
+    "Which airline operates the plane at gate 12?": "airline plane gate",
+    "what is the last digit on the bus?": "digit bus",
+    "Is this movie directed by Christopher Nolan?": "movie Christopher Nolan",
+    "Will green grass be found where the cows graze?": "grass cows",
+    "Should I multiply the numbers in the equation on the blackboard?": "numbers equation blackboard",
+    "Based on the chart, which country had the highest growth rate in 2010?": "chart country growth rate",
+    "Please read the text in the top left corner of the page.": "text corner page",
+    "Find the person who plays the guitar and tell me his shirt color.": "person guitar shirt color",
+    "Why do people use the thing hanging from the ceiling?": "people thing ceiling",
+    "If the cyclist turns right, what street will he enter?": "cyclist street",
+    "Can dogs and cats sleep on that sofa bed?": "dogs cats sofa bed",
+    "Are the skis leaning against the ski rack?": "skis ski rack",
+    "Would this outfit suit a job interview?": "outfit job interview",
+    "List every vegetable you can spot in the salad.": "vegetable salad",
+    "Is anyone watching TV?": "TV",
+}
+
+# below what the embedded pipeline measures, which the test prints
+FLOORS = {"seen": 0.97, "unseen": 0.97, "harder": 0.94}
+
+
+def f1(questions: dict[str, str]) -> tuple[float, list[str]]:
+    hits = found_total = wanted_total = 0
+    misses = []
+    for question, labels in questions.items():
+        found, wanted = set(extract_nouns(question)), set(labels.split())
+        hits, found_total, wanted_total = (
+            hits + len(found & wanted),
+            found_total + len(found),
+            wanted_total + len(wanted),
+        )
+        if found != wanted:
+            misses.append(f"{question} extra {sorted(found - wanted)} missing {sorted(wanted - found)}")
+    return 2 * hits / (found_total + wanted_total), misses
+
+
+@pytest.mark.parametrize("name", list(FLOORS))
+def test_f1_on_hand_labelled_questions(name: str) -> None:
+    score, misses = f1({"seen": SEEN, "unseen": UNSEEN, "harder": HARDER}[name])
+    print(f"\n{text_pipeline_name()} on {name} questions: F1 {score:.3f}", *misses, sep="\n  ")
+    assert score >= FLOORS[name], misses
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        ("What is the man doing?\nAnswer the question using a single word or phrase.", "What is the man doing?"),
+        ("Is there a dog in the image? Please answer yes or no.", "Is there a dog in the image?"),
+        (
+            "What is it?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly.",
+            "What is it?\ncat\ndog",
+        ),
+        (
+            "What is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+            "Answer the question using a single word or phrase.",
+            "What is this?",
+        ),
+        ("Provide a one-sentence caption for the provided image.", ""),
+        ("Provide a one-sentence caption for the provided image.\nReference OCR token: STOP, Main", "STOP, Main"),
+        (
+            "Hint: N/A\nQuestion: Which animal is bigger?\nThere are several options:\nA. cat\nB. dog\n"
+            "Please select the correct answer from the options above.",
+            "Which animal is bigger?\ncat\ndog",
+        ),
+        ("Context: The plane flies.\nWhat is it?", "The plane flies.\nWhat is it?"),
+        ("USER: <image>\nWhat color is the bus? ASSISTANT:", "What color is the bus?"),
+        ("Question: what is the dog doing? Short answer:", "what is the dog doing?"),
+        ("Describe this image concisely.", ""),
+        ("In one word, what is the dog doing?", "what is the dog doing?"),
+        ("Answer the following question with a single word: what is it?", "what is it?"),
+        ("What is it? Let's think step by step.", "What is it?"),
+        ("Give a short answer. What is the bird?", "What is the bird?"),
+    ],
+)
+def test_answer_format_instructions_are_dropped(prompt: str, cleaned: str) -> None:
+    assert clean_instruction(prompt) == cleaned
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Answer the question based on the sign.",
+        "Describe the dog in the image.",
+        "Who will answer with a smile?",
+        "Who answers the phone on the desk?",
+        "Is this a letter?",
+        "Answer with the name of the street.",
+    ],
+)
+def test_questions_about_the_image_stay(question: str) -> None:
+    assert clean_instruction(question) == question
+
+
+@pytest.mark.parametrize(
+    ("prompt", "nouns"),
+    [
+        ('What does "Stop Sign" mean on the board?', ["Stop Sign", "board"]),
+        ("Where is the 'Exit' sign in the dog's owner's house?", ["Exit", "sign", "dog", "owner", "house"]),
+        ("Is “Main St” on the sign?", ["Main St", "sign"]),
+        ("Is the Dog next to the dog?", ["Dog"]),
+        ("Is the dog older than the other dog, and is the cat?", ["dog", "cat"]),
+        ("WHAT COLOR IS THE BUS?", ["COLOR", "BUS"]),
+        ("dog frisbee", ["dog", "frisbee"]),
+        ("Answer yes or no.", []),
+        ("What is this?", []),
+        ('""', []),
+        ("  ", []),
+        ("", []),
+    ],
+)
+def test_nouns_in_order_once_and_as_written(prompt: str, nouns: list[str]) -> None:
+    assert extract_nouns(prompt) == nouns
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "¿De qué color es el autobús?",
+        "Welche Farbe hat der Bus?",
+        "Wat is de kleur van de bus?",
+        "Quelle est la couleur du bus?",
+        "图片里有什么？",
+        "Какого цвета автобус?",
+        "この写真には何がありますか?",
+    ],
+)
+def test_other_languages_are_text_agnostic(prompt: str) -> None:
+    assert extract_nouns(prompt) == []
+
+
+def test_without_clean_up_every_word_counts() -> None:
+    assert extract_nouns("Is the dog's bowl red? Answer yes or no.", clean=False) == [
+        "Is", "the", "dog's", "bowl", "red", "Answer", "yes", "or", "no",
+    ]  # fmt: skip
+
+
+def test_only_the_beginning_of_a_long_prompt_is_looked_at() -> None:
+    assert extract_nouns("Is the dog there? " + " " * MAX_CHARS + "Is the cat there?") == ["dog"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("unit", [" ", "(", '"', "'a", "\n ", "answer the question, ", "a a a caption ", "<|"])
+def test_hostile_prompts_take_bounded_time(unit: str) -> None:
+    extract_nouns(unit * MAX_CHARS)
+
+
+def test_threads_agree() -> None:
+    expected = {question: extract_nouns(question) for question in SEEN}
+    wrong: list[str] = []
+
+    def check() -> None:
+        wrong.extend(question for question, nouns in expected.items() if extract_nouns(question) != nouns)
+
+    threads = [threading.Thread(target=check) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
