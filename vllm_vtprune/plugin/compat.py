@@ -6,14 +6,12 @@ Each entry names the version it was read in, why it is needed, and when it can g
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
-from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import envs
@@ -49,11 +47,6 @@ def without_synthetic_uuids(inputs: ProcessorInputs) -> ProcessorInputs:
         for modality, uuids in inputs.mm_uuid_items.items()
     }
     return inputs if uuid_items == inputs.mm_uuid_items else replace(inputs, mm_uuid_items=uuid_items)
-
-
-def stock_hashes(processor: BaseMultiModalProcessor[Any], inputs: ProcessorInputs) -> dict[str, Sequence[str]]:
-    """The hashes by which stock vLLM identifies each item (0.32.0: ``BaseMultiModalProcessor._get_mm_hashes``)."""
-    return BaseMultiModalProcessor._get_mm_hashes(processor, inputs)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

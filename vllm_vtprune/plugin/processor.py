@@ -51,10 +51,10 @@ class ImageJob:
     """What is to be done with one image of a prompt and, afterwards, what was done."""
 
     policy: PruningPolicy  # the family's defaults filled in
-    nouns: tuple[str, ...]
-    noun_ids: tuple[int, ...]
     feature_key: str
     item_hash: str
+    nouns: tuple[str, ...] = ()
+    noun_ids: tuple[int, ...] = ()
     features: VisualFeatures | None = None  # held, so that the cache may forget them meanwhile
     report: ImageReport | None = None
 
@@ -108,7 +108,6 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if PRUNING_KEY not in inputs.hf_processor_mm_kwargs:
             return super().apply(inputs, timing_ctx)
 
-        started = time.perf_counter()
         stock = replace(inputs, hf_processor_mm_kwargs=_without_key(inputs.hf_processor_mm_kwargs))
         images = inputs.mm_data_items.get("image")
         pruning = PromptPruning.parse(
@@ -119,7 +118,6 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         report = RequestReport()
         if isinstance(images, ImageProcessorItems) and any(policy.enabled for policy in pruning.policies):
             jobs = self._jobs(stock, images, pruning, report)
-            report.add_timings({"text": time.perf_counter() - started})
             result = super().apply(self._with_jobs(stock, images, jobs), timing_ctx)
             self._report_jobs(jobs, images, result)
         else:
@@ -204,27 +202,29 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def _jobs(
         self, stock: ProcessorInputs, images: ImageProcessorItems, pruning: PromptPruning, report: RequestReport
     ) -> PromptJobs:
-        hashes = {modality: list(values) for modality, values in compat.stock_hashes(self, stock).items()}
+        hashes = dict(self._get_mm_hashes(stock))
         identified = compat.without_synthetic_uuids(stock)
-        feature_keys = hashes["image"] if identified is stock else compat.stock_hashes(self, identified)["image"]
+        feature_keys = hashes["image"] if identified is stock else self._get_mm_hashes(identified)["image"]
         jobs = []
-        for index, (policy, prompt) in enumerate(zip(pruning.policies, pruning.texts, strict=True)):
-            item_hash = hashes["image"][index]
-            nouns: tuple[str, ...] = ()
-            noun_ids: tuple[int, ...] = ()
+        for index, policy in enumerate(pruning.policies):
+            job = ImageJob(policy, feature_key=feature_keys[index], item_hash=hashes["image"][index])
             if policy.enabled:
-                policy = policy.resolve(self.family)
-                if policy.conditions_on_text:
-                    report.text_pipeline = text.text_pipeline_name()
-                    nouns = tuple(text.extract_nouns(prompt, clean=policy.text.clean))
-                    noun_ids = tuple(token for noun in nouns for token in self._noun_ids(noun))
-                identity = f"{IDENTITY}|{item_hash}|{policy.selection_digest()}|{noun_ids}"
-                item_hash = hashlib.sha256(identity.encode()).hexdigest()
-            job = ImageJob(policy, nouns, noun_ids, str(feature_keys[index]), item_hash)
-            if images.get(index) is None and policy.enabled:
-                job.features = self.runtime.cached_features(job.feature_key)
+                job.policy = policy.resolve(self.family)
+                if job.policy.conditions_on_text:
+                    self._read_text(job, pruning.texts[index], report)
+                identity = f"{IDENTITY}|{job.item_hash}|{job.policy.selection_digest()}|{job.noun_ids}"
+                job.item_hash = hashlib.sha256(identity.encode()).hexdigest()
+                if images.get(index) is None:
+                    job.features = self.runtime.cached_features(job.feature_key)
             jobs.append(job)
         return PromptJobs(jobs, hashes | {"image": [job.item_hash for job in jobs]}, report)
+
+    def _read_text(self, job: ImageJob, prompt: str, report: RequestReport) -> None:
+        started = time.perf_counter()
+        job.nouns = tuple(text.extract_nouns(prompt, clean=job.policy.text.clean))
+        job.noun_ids = tuple(token for noun in job.nouns for token in self._noun_ids(noun))
+        report.text_pipeline = text.text_pipeline_name()
+        report.add_timings({"text": time.perf_counter() - started})
 
     def _with_jobs(self, stock: ProcessorInputs, images: ImageProcessorItems, jobs: PromptJobs) -> ProcessorInputs:
         """The inputs that carry the jobs.
