@@ -151,6 +151,9 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             if job.policy.enabled and job.features is None:
                 job.features = self.runtime.cached_features(job.feature_key)
         in_pixels = [index for index, job in enumerate(jobs.images) if job.features is None]
+        for index in in_pixels:
+            if mm_items["image"].get(index) is None:  # named by its uuid, and what was known of it is gone
+                raise ValueError(f"Cache miss for image {jobs.images[index].feature_key} but data is not provided.")
         processed = super()._apply_hf_processor_main(_select_images(mm_items, in_pixels), _without_key(hf_kwargs))
         pixels = {index: self.pixels_of(processed, position) for position, index in enumerate(in_pixels)}
         self._encode(jobs, pixels)

@@ -1,0 +1,78 @@
+"""The engines of this folder, each started once: a start takes longer than most tests."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engines import Engine, running_engine
+from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llava_checkpoint(tmp_path_factory.mktemp("llava-tiny"), size="tiny", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def cached(checkpoint: Path) -> Iterator[Engine]:
+    """vLLM's defaults: every cache is on. Its processes can be looked into."""
+    with running_engine(
+        checkpoint,
+        "cached",
+        distributed_executor_backend="tests.support.processes.ObservedExecutor",
+        worker_extension_cls="tests.support.processes.ObservedWorker",
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def uncached(checkpoint: Path) -> Iterator[Engine]:
+    """Every cache is off: what the others are compared with."""
+    with running_engine(
+        checkpoint,
+        "uncached",
+        environment={"VTPRUNE_FEATURE_CACHE_GB": "0"},
+        mm_processor_cache_gb=0,
+        enable_prefix_caching=False,
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def chunked(checkpoint: Path) -> Iterator[Engine]:
+    """Prefill in chunks smaller than an image, prefix cache on, a memory of one report; takes embeddings as images."""
+    with running_engine(
+        checkpoint,
+        "chunked",
+        environment={"VTPRUNE_REPORT_TABLE_SIZE": "1"},
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=64,
+        enable_mm_embeds=True,
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def stock_runs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `stock_answers.py` wrote, without the plugin and with it. The two engines run at the same time."""
+    folder = tmp_path_factory.mktemp("stock")
+    variants = {"without": ["absent"], "with": ["false", "absent"]}  # pruning off comes first
+    runs = {}
+    for name, asked in variants.items():
+        environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
+        if name == "without":
+            environment["VLLM_PLUGINS"] = ""
+        command = [sys.executable, "-m", "tests.engine.stock_answers", str(checkpoint), str(folder / name), *asked]
+        with (folder / f"{name}.log").open("w") as log:
+            runs[name] = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    for name, run in runs.items():
+        assert run.wait() == 0, (folder / f"{name}.log").read_text()[-4000:]
+    return {name: json.loads((folder / name).read_text()) for name in variants}

@@ -1,0 +1,66 @@
+"""What is not pruned says why, and what cannot be asked is refused before anything is encoded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.engines import Ask, Engine, ask_about, running_engine, worst_difference
+from tests.support.images import sample_images
+from vllm_vtprune.policy import PolicyError
+
+pytestmark = pytest.mark.engine
+
+QUESTION = ask_about("Where is the bus?")
+
+
+@pytest.mark.parametrize("budget", [{"type": "ratio", "keep": 1.0}, {"type": "tokens", "keep": 5000}])
+def test_keeping_every_token_is_the_unpruned_answer(cached: Engine, budget: dict[str, Any]) -> None:
+    for image in sample_images(5, stamp=str(budget["keep"])):
+        answer = cached.ask(Ask(QUESTION, [image], {"budget": budget}))
+        unpruned = cached.ask(Ask(QUESTION, [image]))  # from the engine's own tower
+        assert answer.images is not None
+        assert [(report.kept_tokens, report.bypass_reason) for report in answer.images] == [
+            (576, "budget_not_below_tokens")
+        ]
+        assert answer.prompt_ids == unpruned.prompt_ids
+        assert answer.token_ids == unpruned.token_ids
+        worst_difference(answer.logprobs, unpruned.logprobs)
+
+
+def test_images_that_come_as_embeddings_are_left_alone(chunked: Engine) -> None:
+    embeds = torch.randn(576, 256, generator=torch.Generator().manual_seed(0))
+    asked = chunked.ask(Ask(QUESTION, [embeds], {"budget": {"type": "tokens", "keep": 48}}))
+    plain = chunked.ask(Ask(QUESTION, [embeds]))
+    assert asked.images is not None
+    assert [(report.kept_tokens, report.bypass_reason) for report in asked.images] == [(576, "unsupported_modality")]
+    assert asked.prompt_ids == plain.prompt_ids
+    assert asked.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize(
+    ("pruning", "param"),
+    [
+        ({"budget": {"type": "tokens", "keep": 0}}, "mm_processor_kwargs.pruning.budget.keep"),
+        ({"images": [None, None]}, "mm_processor_kwargs.pruning.images"),
+        ({"images": [{"method": "no such"}]}, "mm_processor_kwargs.pruning.images.0.method"),
+        ({"texts": [7]}, "mm_processor_kwargs.pruning.texts.0"),
+        ("no such preset", "mm_processor_kwargs.pruning"),
+    ],
+)
+def test_a_wrong_policy_is_refused_by_name(cached: Engine, pruning: object, param: str) -> None:
+    (image,) = sample_images(1, stamp="refused")
+    encoded_before = cached.encodings()
+    with pytest.raises(PolicyError) as refusal:
+        cached.ask(Ask(QUESTION, [image], pruning))
+    assert refusal.value.param == param
+    assert cached.encodings() == encoded_before
+
+
+def test_a_policy_for_the_whole_engine_is_refused_at_start(checkpoint: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"mm_processor_kwargs\.pruning is set for the whole engine"),
+        running_engine(checkpoint, "refused", mm_processor_kwargs={"pruning": "balanced"}),
+    ):
+        pass

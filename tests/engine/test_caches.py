@@ -1,0 +1,297 @@
+"""Caches and mixtures change how fast an answer comes, never the answer or its report.
+
+Whatever an engine with caches answers is compared with an engine on which every cache is off. Each test has images of
+its own, so that it knows what the caches hold.
+"""
+
+from collections.abc import Callable
+from itertools import permutations
+from typing import Any
+
+import pytest
+
+from tests.support.engines import BLOCK, Answer, Ask, Engine, ask_about, assert_same
+from tests.support.images import sample_images
+from vllm_vtprune.cache import FeatureCache
+
+pytestmark = pytest.mark.engine
+
+BUS, BUS_AGAIN, DOG = "Where is the bus?", "Is there a bus?", "Where is the dog?"
+ENERGY = {"budget": {"type": "energy", "threshold": 0.98, "min_tokens": 1}}  # looks at the text
+UNIFORM = {"method": "uniform", "budget": {"type": "ratio", "keep": 1 / 3}}  # does not
+TOKENS = {"budget": {"type": "tokens", "keep": 48}}
+RANDOM = {"method": "random", "budget": {"type": "tokens", "keep": 64}}
+LONG = "You look at pictures with great care and say in plain words what a traveller would like to know of them. " * 4
+
+
+def whole_blocks(tokens: int) -> int:
+    return tokens // BLOCK * BLOCK
+
+
+def flags(answer: Answer) -> list[bool]:
+    assert answer.images is not None
+    return [image.cached for image in answer.images]
+
+
+def kept(answer: Answer) -> list[int]:
+    assert answer.images is not None
+    return [image.kept_tokens for image in answer.images]
+
+
+def first_image_token(engine: Engine, answer: Answer) -> int:
+    return answer.prompt_ids.index(engine.llm.model_config.hf_config.image_token_index)
+
+
+def test_two_policies_two_questions_and_two_turns_encode_an_image_once(
+    cached: Engine, uncached: Engine, record_property: Callable[[str, object], None]
+) -> None:
+    images = sample_images(2, stamp="turns")
+    encoded_before, reference_encoded_before = cached.encodings(), uncached.encodings()
+    differences = []
+    for image in images:
+        for policy in (ENERGY, UNIFORM):
+            for question in (BUS, DOG):
+                first = ask_about(f"{question} {LONG}")
+                second = ask_about("And what is behind it?", images=0, before=f"{first} Nothing. ")
+                turns = []
+                for prompt in (first, second):
+                    request = Ask(prompt, [image], {**policy, "texts": [question]})
+                    turns.append(cached.ask(request))
+                    differences.append(assert_same(turns[-1], uncached.ask(request)))
+                assert flags(turns[0]) == [policy is UNIFORM and question == DOG]
+                assert flags(turns[1]) == [True]
+                assert turns[1].prefix_hits == whole_blocks(len(turns[0].prompt_ids)) > turns[0].prefix_hits
+    assert cached.encodings() - encoded_before == len(images)
+    assert uncached.encodings() - reference_encoded_before == len(differences)  # its caches are really off
+    record_property("comparisons", len(differences))
+    record_property("worst_logprob_difference", max(differences))
+
+
+def test_a_conversation_that_grows_by_an_image(cached: Engine, uncached: Engine) -> None:
+    one, two = sample_images(2, stamp="grows")
+    encoded_before = cached.encodings()
+    first = ask_about(f"{BUS} {LONG}")
+    second = ask_about(DOG, before=f"{first} Nothing. ")
+    third = ask_about("Anything else?", images=0, before=f"{second} No. ")
+    answers = []
+    for prompt, images, texts in (
+        (first, [one], [BUS]),
+        (second, [one, two], [BUS, DOG]),
+        (third, [one, two], [BUS, DOG]),
+    ):
+        request = Ask(prompt, images, {**ENERGY, "texts": texts})
+        answers.append(cached.ask(request))
+        assert_same(answers[-1], uncached.ask(request))
+    assert [flags(answer) for answer in answers] == [[False], [True, False], [True, True]]
+    lengths = [len(answer.prompt_ids) for answer in answers]
+    assert [answer.prefix_hits for answer in answers] == [0, *map(whole_blocks, lengths[:2])]
+    assert cached.encodings() - encoded_before == 2
+
+
+def test_pruned_unpruned_and_cached_images_in_every_order(
+    cached: Engine, uncached: Engine, record_property: Callable[[str, object], None]
+) -> None:
+    images = iter(sample_images(18, stamp="orders"))
+    differences = []
+    for order in permutations(range(3)):
+        encoded_before = cached.encodings()
+        parts = [
+            (next(images), TOKENS, BUS),  # pruned, never seen
+            (next(images), False, "How is the weather?"),  # unpruned, never seen
+            (next(images), ENERGY, DOG),  # pruned, seen a moment ago
+        ]
+        seen, seen_policy, seen_text = parts[2]
+        cached.ask(Ask(ask_about(seen_text), [seen], {**seen_policy, "texts": [seen_text]}))
+        in_order, policies, texts = zip(*(parts[i] for i in order), strict=True)
+        prompt = ask_about("Compare them.", images=3)
+        request = Ask(prompt, in_order, {"images": list(policies), "texts": list(texts)})
+        answer = cached.ask(request)
+        differences.append(assert_same(answer, uncached.ask(request)))
+        assert flags(answer) == [part == 2 for part in order]
+        assert [kept(answer)[order.index(part)] for part in (0, 1)] == [48, 576]
+        assert cached.encodings() - encoded_before == 2  # of the pruned ones; the engine encodes the other
+        again = cached.ask(request)
+        differences.append(assert_same(again, answer))
+        assert flags(again) == [part != 1 for part in order]
+    record_property("comparisons", len(differences))
+    record_property("worst_logprob_difference", max(differences))
+
+
+def test_identical_requests(cached: Engine, uncached: Engine) -> None:
+    one, two = sample_images(2, stamp="identical")
+    for request in (
+        Ask(ask_about(BUS), [one], ENERGY),
+        Ask(ask_about(BUS), [one], False),
+        Ask(ask_about("Which is older?", images=3), [two, one, two], TOKENS),  # the first comes twice in one prompt
+    ):
+        expected = uncached.ask(request)
+        answers = [cached.ask(request) for _ in range(3)]
+        for answer in answers:
+            assert_same(answer, expected)
+        assert [answer.prefix_hits for answer in answers] == [0, *[whole_blocks(len(expected.prompt_ids) - 1)] * 2]
+        if expected.images is not None:
+            assert [all(flags(answer)) for answer in answers] == [False, True, True]
+
+
+def test_one_image_twice_in_a_prompt_under_two_policies(cached: Engine, uncached: Engine) -> None:
+    (image,) = sample_images(1, stamp="twice")
+    encoded_before = cached.encodings()
+    request = Ask(ask_about("Which?", images=3), [image] * 3, {"images": [TOKENS, False, UNIFORM], "texts": [BUS] * 3})
+    answer = cached.ask(request)
+    assert_same(answer, uncached.ask(request))
+    assert kept(answer) == [48, 576, 192]
+    assert cached.encodings() - encoded_before == 1
+
+
+def test_two_images_with_the_same_text(cached: Engine, uncached: Engine) -> None:
+    answers = []
+    for image in sample_images(2, stamp="same text"):
+        request = Ask(ask_about(BUS), [image], TOKENS)
+        answers.append(cached.ask(request))
+        assert_same(answers[-1], uncached.ask(request))
+    assert [flags(answer) for answer in answers] == [[False], [False]]
+    assert answers[0].prompt_ids == answers[1].prompt_ids
+    assert answers[0].token_ids != answers[1].token_ids
+    assert answers[1].prefix_hits == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "texts", "shared"),
+    [
+        ("same nouns", TOKENS, (BUS, BUS_AGAIN), True),
+        ("other nouns", TOKENS, (BUS, DOG), False),
+        ("every word", {**TOKENS, "text": {"clean": False}}, (BUS, BUS_AGAIN), False),
+        ("own query", {**TOKENS, "text": {"query": BUS}}, (BUS, DOG), True),
+        ("alpha 0", {**TOKENS, "alpha": 0.0}, (BUS, DOG), True),
+        ("uniform", UNIFORM, (BUS, DOG), True),
+        ("random", RANDOM, (BUS, DOG), True),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_texts_share_an_item_where_they_keep_the_same_tokens(
+    cached: Engine, uncached: Engine, name: str, policy: dict[str, Any], texts: tuple[str, str], shared: bool
+) -> None:
+    (image,) = sample_images(1, stamp=name)
+    encoded_before = cached.encodings()
+    requests = [Ask(ask_about("Tell me."), [image], {**policy, "texts": [text]}) for text in texts]
+    answers = [cached.ask(request) for request in requests]
+    for request, answer in zip(requests, answers, strict=True):
+        assert_same(answer, uncached.ask(request))
+    assert [flags(answer) for answer in answers] == [[False], [shared]]
+    assert (answers[1].prefix_hits > 0) == shared
+    assert cached.encodings() - encoded_before == 1
+
+
+def test_the_prefix_cache_never_reaches_into_an_image_under_another_policy(cached: Engine, uncached: Engine) -> None:
+    image, other = sample_images(2, stamp="prefix")
+    prompt = ask_about(BUS, before=LONG)
+    for request in (
+        Ask(prompt, [image], {**RANDOM, "seed": 1}),
+        Ask(prompt, [image], {**RANDOM, "seed": 2}),  # the same prompt, token by token
+        Ask(prompt, [image], {"method": "uniform", "budget": RANDOM["budget"]}),  # again
+        Ask(prompt, [image], {"budget": RANDOM["budget"], "texts": [BUS]}),  # again
+        Ask(prompt, [image], {"budget": RANDOM["budget"], "texts": [DOG]}),  # again
+        Ask(prompt, [other], {**RANDOM, "seed": 1}),  # again
+        Ask(prompt, [image], {"method": "none"}),
+        Ask(prompt, [other]),
+    ):
+        answer = cached.ask(request)
+        before_image = first_image_token(cached, answer)
+        assert before_image >= 2 * BLOCK
+        assert answer.prefix_hits <= before_image
+        assert_same(answer, uncached.ask(request))
+        repeated = cached.ask(request)
+        assert repeated.prefix_hits == whole_blocks(len(answer.prompt_ids) - 1) > before_image
+        assert_same(repeated, answer)
+    assert answer.prefix_hits == whole_blocks(before_image)  # up to there it does
+
+
+def test_no_key_and_pruning_off_are_one_item(cached: Engine) -> None:
+    (image,) = sample_images(1, stamp="off")
+    answers = [cached.ask(Ask(ask_about(BUS), [image], pruning)) for pruning in (None, False, {"method": "none"})]
+    assert [answer.prefix_hits > 500 for answer in answers] == [False, True, True]
+    assert answers[2].images is not None
+    assert kept(answers[2]) == [576]
+
+
+def test_an_image_named_by_its_uuid_is_served_from_the_feature_cache(cached: Engine, uncached: Engine) -> None:
+    (image,) = sample_images(1, stamp="uuid")
+    encoded_before = cached.encodings()
+    cached.ask(Ask(ask_about(BUS), [image], TOKENS, uuids=["the photograph"]))
+    for pruning, known in (
+        ({**TOKENS, "texts": [BUS]}, True),
+        ({**ENERGY, "texts": [DOG]}, False),
+        (UNIFORM, False),
+        ({**UNIFORM, "texts": [DOG]}, True),
+    ):
+        answer = cached.ask(Ask(ask_about(BUS), [None], pruning, uuids=["the photograph"]))
+        assert_same(answer, uncached.ask(Ask(ask_about(BUS), [image], pruning)))
+        assert flags(answer) == [known]
+    assert cached.encodings() - encoded_before == 1
+
+    mixed = {"images": [RANDOM, None], **TOKENS, "texts": [DOG, BUS]}
+    (other,) = sample_images(1, stamp="uuid too")
+    by_name = Ask(ask_about(BUS, images=2), [None, other], mixed, uuids=["the photograph", None])
+    in_full = Ask(ask_about(BUS, images=2), [image, other], mixed)
+    assert_same(cached.ask(by_name), uncached.ask(in_full))
+
+
+@pytest.mark.parametrize("pruning", [TOKENS, {"method": "none"}, None], ids=["pruned", "off", "absent"])
+def test_an_unknown_uuid_without_data_is_refused(cached: Engine, pruning: Any) -> None:
+    with pytest.raises(ValueError, match="data is not provided"):
+        cached.ask(Ask(ask_about(BUS), [None], pruning, uuids=[f"never seen {pruning}"]))
+    (image,) = sample_images(1, stamp="after a refusal")
+    assert cached.ask(Ask(ask_about(BUS), [image], TOKENS)).token_ids
+
+
+def test_an_image_that_every_cache_forgot_is_refused(
+    chunked: Engine, uncached: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = sample_images(2, stamp="forgotten")
+    uncached.ask(Ask(ask_about(BUS), [one], TOKENS, uuids=["forgotten"]))
+    with pytest.raises(ValueError, match="forgotten but data is not provided"):
+        uncached.ask(Ask(ask_about(BUS), [None], TOKENS, uuids=["forgotten"]))
+
+    monkeypatch.setattr(chunked.runtime, "feature_cache", FeatureCache(0))
+    chunked.ask(Ask(ask_about(BUS), [one], TOKENS, uuids=["forgotten"]))
+    chunked.ask(Ask(ask_about(BUS), [two], TOKENS))  # takes the one place in the table of reports
+    with pytest.raises(ValueError, match="forgotten but data is not provided"):
+        chunked.ask(Ask(ask_about(BUS), [None], TOKENS, uuids=["forgotten"]))
+
+
+def test_chunks_smaller_than_an_image(
+    chunked: Engine, uncached: Engine, record_property: Callable[[str, object], None]
+) -> None:
+    scheduler = chunked.llm.llm_engine.vllm_config.scheduler_config
+    assert (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill) == (64, True)
+    one, two, three = sample_images(3, stamp="chunks")
+    differences = []
+    for request in (
+        Ask(ask_about(BUS), [one], {"budget": {"type": "tokens", "keep": 200}}),
+        Ask(ask_about(BUS, before=LONG), [one], UNIFORM),
+        Ask(ask_about(BUS), [one]),
+        Ask(ask_about(BUS, images=3), [one, two, three], {"images": [UNIFORM, False, RANDOM]}),
+        Ask(ask_about(BUS, images=3), [three, one, two], {"images": [RANDOM, UNIFORM, False]}),
+    ):
+        expected = uncached.ask(request)
+        assert len(expected.prompt_ids) > 2 * 64
+        for _ in range(2):
+            answer = chunked.ask(request)
+            differences.append(assert_same(answer, expected))
+        assert answer.prefix_hits == whole_blocks(len(expected.prompt_ids) - 1)
+    record_property("comparisons", len(differences))
+    record_property("worst_logprob_difference", max(differences))
+
+
+def test_an_item_that_outlived_its_report_is_reported_in_full(chunked: Engine, uncached: Engine) -> None:
+    one, two = sample_images(2, stamp="reports")
+    encoded_before = chunked.encodings()
+    requests = [Ask(ask_about(BUS), [image], ENERGY, uuids=[f"report {i}"]) for i, image in enumerate((one, two))]
+    expected = [uncached.ask(request) for request in requests]
+    by_name = [Ask(ask_about(BUS), [None], ENERGY, uuids=[f"report {i}"]) for i in range(2)]
+    for asked, known in ((requests, False), (requests, True), (by_name, True)):  # the table holds one report
+        for request, answer in zip(asked, expected, strict=True):
+            got = chunked.ask(request)
+            assert_same(got, answer)
+            assert flags(got) == [known]
+    assert chunked.encodings() - encoded_before == 2

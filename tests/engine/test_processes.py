@@ -1,0 +1,91 @@
+"""Which process does what: only the frontend encodes images to prune, the engine's processes stay stock."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support.engines import Ask, Engine, ask_about, assert_same
+from tests.support.images import sample_images
+from tests.support.processes import state
+from vllm_vtprune.plugin.compat import refuse_unsupported
+
+pytestmark = pytest.mark.engine
+
+TOWER = "vllm_vtprune.towers.llava"
+PLUGIN = "vllm_vtprune.plugin.llava"
+
+
+def test_the_engines_processes_never_load_the_tower(cached: Engine) -> None:
+    for image in sample_images(2, stamp="processes"):
+        cached.ask(Ask(ask_about("What is it?"), [image], {"budget": {"type": "tokens", "keep": 32}}))
+    frontend = state()
+    assert frontend["towers"] >= 1
+    assert TOWER in frontend["modules"]
+
+    (core,) = cached.llm.collective_rpc("engine_core_state")
+    (worker,) = cached.llm.collective_rpc("worker_state")
+    assert len({frontend["pid"], core["pid"], worker["pid"]}) == 3
+    assert worker["model_class"] == f"{PLUGIN}.PrunedLlavaForConditionalGeneration"
+    for process in (core, worker):
+        assert PLUGIN in process["modules"]
+        assert TOWER not in process["modules"]
+        assert process["towers"] == 0
+
+
+def test_starting_up_does_not_load_the_tower(stock_runs: dict[str, dict[str, Any]]) -> None:
+    started = stock_runs["with"]["started"]
+    assert PLUGIN in started["modules"]
+    assert TOWER not in started["modules"]
+    assert started["towers"] == 0
+
+
+def test_the_very_first_request_may_be_unpruned(stock_runs: dict[str, dict[str, Any]]) -> None:
+    asked = stock_runs["with"]["answers"]
+    assert next(iter(asked)) == "false"
+    prompt_ids, token_ids, _ = asked["false"][0]
+    assert len(prompt_ids) > 576
+    assert len(token_ids) == 8
+
+
+def test_profiling_measures_the_stock_encoder(cached: Engine) -> None:
+    dummy = cached.processor.get_dummy_mm_inputs(mm_counts={"image": 2})
+    assert [tuple(item["pixel_values"].data.shape) for item in dummy["mm_kwargs"]["image"]] == [(3, 336, 336)] * 2
+    assert [placeholder.get_num_embeds() for placeholder in dummy["mm_placeholders"]["image"]] == [576, 576]
+
+
+def test_requests_at_the_same_time_answer_as_one_by_one(cached: Engine, uncached: Engine) -> None:
+    one, two, three = sample_images(3, stamp="together")
+    tokens = {"budget": {"type": "tokens", "keep": 48}}
+    requests = [
+        Ask(ask_about("Where is the bus?"), [one], tokens),
+        Ask(ask_about("Where is the bus?"), [one], False),
+        Ask(ask_about("Where is the dog?"), [one], {"budget": {"type": "energy", "threshold": 0.95}}),
+        Ask(ask_about("Why?", images=0)),
+        Ask(ask_about("Where is the bus?"), [two], {"method": "uniform", "budget": {"type": "ratio", "keep": 0.5}}),
+        Ask(ask_about("Compare them.", images=2), [two, three], {"images": [False, tokens]}),
+        Ask(ask_about("Where is the bus?"), [three]),
+        Ask(ask_about("Compare them.", images=3), [three, two, one], {"images": [tokens, {"method": "random"}, False]}),
+    ]
+    for answer, request in zip(cached.ask_together(requests), requests, strict=True):
+        assert_same(answer, uncached.ask(request))
+
+
+@pytest.mark.parametrize(
+    ("graphs", "lora", "option"),
+    [
+        (True, None, "cudagraph_mm_encoder"),
+        (False, SimpleNamespace(enable_tower_connector_lora=True), "enable_tower_connector_lora"),
+    ],
+)
+def test_options_that_would_bypass_pruned_embeddings_are_refused(graphs: bool, lora: Any, option: str) -> None:
+    config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mm_encoder=graphs), lora_config=lora)
+    with pytest.raises(ValueError, match=option):
+        refuse_unsupported(config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lora", [None, SimpleNamespace(enable_tower_connector_lora=False)])
+def test_other_options_are_not_refused(lora: Any) -> None:
+    refuse_unsupported(  # type: ignore[arg-type]
+        SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mm_encoder=False), lora_config=lora)
+    )

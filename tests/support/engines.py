@@ -1,0 +1,173 @@
+"""A real vLLM engine on a tiny checkpoint, and what a test asks it."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from prometheus_client import REGISTRY
+from torch import Tensor
+from vllm import LLM, SamplingParams
+
+from vllm_vtprune.report import ImageReport
+from vllm_vtprune.runtime import PruningRuntime
+
+TOLERANCE = 1e-3
+"""Of a log-probability: the same computation in another order of additions."""
+
+BLOCK = 32
+"""Tokens of a KV-cache block, the least that the CPU kernels take: the prefix cache works in whole blocks."""
+
+_request_ids = count()
+
+
+def ask_about(question: str, images: int = 1, before: str = "") -> str:
+    """A prompt in the checkpoint's chat format."""
+    return f"{before}USER: " + "<image>\n" * images + f"{question} ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request. `pruning` is the value of the key; None leaves the key out."""
+
+    prompt: str
+    images: Sequence[Image.Image | Tensor | None] = ()
+    pruning: object = None
+    uuids: Sequence[str | None] | None = None
+    max_tokens: int = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+    """Of the best tokens of each step, and of the one taken."""
+    prefix_hits: int
+    """Prompt tokens whose keys and values were at hand."""
+    images: list[ImageReport] | None = field(default=None)
+
+
+class Engine:
+    """An LLM and the way to its report of each request."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.processor = llm.llm_engine.renderer.get_mm_processor()
+
+    @property
+    def runtime(self) -> PruningRuntime:
+        return self.processor.runtime
+
+    def ask(self, request: Ask) -> Answer:
+        return self.ask_together([request])[0]
+
+    def ask_together(self, requests: Sequence[Ask]) -> list[Answer]:
+        """Give the engine all requests at once."""
+        prompts, params, ids = [], [], []
+        for request in requests:
+            prompt: dict[str, Any] = {"prompt": request.prompt}
+            request_id = None
+            if request.images:
+                prompt["multi_modal_data"] = {"image": list(request.images)}
+            if request.uuids is not None:
+                prompt["multi_modal_uuids"] = {"image": list(request.uuids)}
+            if request.pruning is not None:
+                value = request.pruning
+                if isinstance(value, Mapping):
+                    request_id = f"request-{next(_request_ids)}"
+                    value = {**value, "request_id": request_id}
+                prompt["mm_processor_kwargs"] = {"pruning": value}
+            prompts.append(prompt)
+            ids.append(request_id)
+            params.append(SamplingParams(temperature=0, max_tokens=request.max_tokens, logprobs=5, ignore_eos=True))
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [self._answer(output, request_id) for output, request_id in zip(outputs, ids, strict=True)]
+
+    def _answer(self, output: Any, request_id: str | None) -> Answer:
+        completion = output.outputs[0]
+        report = None if request_id is None else self.runtime.take_report(request_id)
+        return Answer(
+            prompt_ids=list(output.prompt_token_ids),
+            token_ids=list(completion.token_ids),
+            logprobs=[{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs],
+            prefix_hits=output.num_cached_tokens,
+            images=None if report is None else report.images,
+        )
+
+    def encodings(self) -> int:
+        """Images that the tower of this engine's frontend has encoded so far, by its metrics."""
+        sample = {"model_name": self.runtime.model_name}
+        return int(REGISTRY.get_sample_value("vtprune:feature_cache_misses_total", sample) or 0)
+
+    def forget_prompts(self) -> None:
+        """Empty vLLM's processor, encoder and prefix caches."""
+        self.llm.reset_mm_cache()
+        assert self.llm.reset_prefix_cache()
+
+
+@contextmanager
+def running_engine(
+    checkpoint: Path, name: str, environment: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[Engine]:
+    """Start an engine whose metrics are labelled `name`, and stop it.
+
+    Args:
+        environment: variables that are set while the engine starts.
+        options: of `LLM`, beside those that all engines of the tests share.
+    """
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
+    before = {variable: os.environ.get(variable) for variable in environment}
+    os.environ.update(environment)
+    try:
+        llm = LLM(
+            model=str(checkpoint),
+            served_model_name=name,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=2560,
+            max_num_seqs=8,
+            block_size=BLOCK,
+            limit_mm_per_prompt={"image": 3},
+            **options,
+        )
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown(timeout=60)
+
+
+def assert_same(answer: Answer, expected: Answer) -> float:
+    """Same prompt, tokens, log-probabilities and reports, whatever came from a cache. Returns the worst difference."""
+    assert answer.prompt_ids == expected.prompt_ids
+    assert answer.token_ids == expected.token_ids
+    assert uncached(answer.images) == uncached(expected.images)
+    return worst_difference(answer.logprobs, expected.logprobs)
+
+
+def uncached(images: list[ImageReport] | None) -> list[ImageReport] | None:
+    return None if images is None else [replace(image, cached=False) for image in images]
+
+
+def worst_difference(got: Sequence[Mapping[int, float]], expected: Sequence[Mapping[int, float]]) -> float:
+    """The largest difference between the log-probabilities of the tokens that both list, checked against TOLERANCE."""
+    assert len(got) == len(expected)
+    differences = [
+        abs(step[token] - other[token])
+        for step, other in zip(got, expected, strict=True)
+        for token in step.keys() & other
+    ]
+    assert len(differences) >= len(got), "each step's own token, at least, is in both"
+    worst = max(differences)
+    assert worst < TOLERANCE
+    return worst

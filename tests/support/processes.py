@@ -1,0 +1,35 @@
+"""Lets a test look into the processes of a vLLM engine: the engine core's and its worker's."""
+
+import gc
+import os
+import sys
+from typing import Any
+
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+
+def state(model: object = None) -> dict[str, Any]:
+    """What this process holds of the package: its modules, and how many runtimes and loaded towers there are."""
+    runtime_class = getattr(sys.modules.get("vllm_vtprune.runtime"), "PruningRuntime", None)
+    runtimes = [thing for thing in gc.get_objects() if type(thing) is runtime_class]
+    return {
+        "pid": os.getpid(),
+        "modules": sorted(name for name in sys.modules if name.startswith("vllm_vtprune.")),
+        "runtimes": len(runtimes),
+        "towers": sum(runtime.tower_loaded for runtime in runtimes),
+        "model_class": None if model is None else f"{type(model).__module__}.{type(model).__name__}",
+    }
+
+
+class ObservedWorker:
+    """`worker_extension_cls`: adds a method to the worker."""
+
+    def worker_state(self) -> dict[str, Any]:
+        return state(self.get_model())  # type: ignore[attr-defined]
+
+
+class ObservedExecutor(MultiprocExecutor):
+    """`distributed_executor_backend`: the one that vLLM picks on a CPU, which also answers for the engine core."""
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        return [state()] if method == "engine_core_state" else super().collective_rpc(method, *args, **kwargs)

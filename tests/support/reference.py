@@ -1,0 +1,59 @@
+"""A LLaVA in plain transformers that reads a prompt in which only some tokens of each image are left."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+
+class Reference:
+    """Built from the checkpoint alone, in float32 with eager attention."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model, loading = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(loading.values()), f"not every weight of the checkpoint was used: {loading}"
+        self.model.eval()
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+        self._pixels = CLIPImageProcessor.from_pretrained(checkpoint)
+        self.image_token = self.model.config.image_token_index
+
+    @torch.inference_mode()
+    def visual_embeds(self, image: Image.Image) -> torch.Tensor:
+        """(N, d): an image's tokens as the language model reads them."""
+        pixels = self._pixels(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values=pixels).pooler_output[0]
+
+    @torch.inference_mode()
+    def noun_embeds(self, nouns: Sequence[str]) -> torch.Tensor | None:
+        """(M, d): rows of the input table for words as they stand inside a sentence."""
+        ids = [token for noun in nouns for token in self.tokenizer.encode(f" {noun}", add_special_tokens=False)]
+        return self.model.get_input_embeddings()(torch.tensor(ids)) if ids else None
+
+    def prompt_ids(self, prompt: str, kept: Sequence[int]) -> list[int]:
+        """The prompt's tokens, with `kept[i]` placeholders for its i-th image."""
+        counts = iter(kept)
+        ids: list[int] = []
+        for token in self.tokenizer(prompt)["input_ids"]:
+            ids += [token] * next(counts) if token == self.image_token else [token]
+        return ids
+
+    @torch.inference_mode()
+    def logprobs(
+        self, prompt_ids: Sequence[int], images: Sequence[torch.Tensor], answer: Sequence[int]
+    ) -> torch.Tensor:
+        """(T, vocabulary): log-probabilities at each of the T tokens of `answer`, given the prompt and those before.
+
+        Positions run from 0 without gaps. Where every token of `answer` is the likeliest of its row, `answer` is what
+        greedy decoding gives.
+        """
+        table = self.model.get_input_embeddings()
+        ids = torch.tensor(prompt_ids)
+        prompt = table(ids)
+        prompt[ids == self.image_token] = torch.cat(list(images))
+        embeds = torch.cat([prompt, table(torch.tensor(answer[:-1], dtype=torch.long))])
+        logits = self.model(inputs_embeds=embeds[None], position_ids=torch.arange(len(embeds))[None]).logits[0]
+        return logits[len(prompt_ids) - 1 :].float().log_softmax(dim=-1)
