@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from copy import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import Request
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
@@ -23,6 +24,8 @@ from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.request import PRUNING_KEY
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
+
+Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 
 
 class PruningServingChat(OpenAIServingChat):
@@ -153,31 +156,38 @@ class PruningServingChat(OpenAIServingChat):
         return report
 
     def chat_completion_stream_generator(
-        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
+        self,
+        request: ChatCompletionRequest,
+        result_generator: AsyncGenerator[RequestOutput, None],
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
         watched = _note_first_token(request, result_generator)
         return super().chat_completion_stream_generator(request, watched, *args, **kwargs)
 
     async def chat_completion_full_generator(
-        self, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
+        self,
+        request: ChatCompletionRequest,
+        result_generator: AsyncGenerator[RequestOutput, None],
+        *args: Any,
+        **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
         watched = _note_first_token(request, result_generator)
         return await super().chat_completion_full_generator(request, watched, *args, **kwargs)
 
 
-async def _note_first_token(
-    request: ChatCompletionRequest, results: AsyncIterator[RequestOutput]
-) -> AsyncIterator[RequestOutput]:
+async def _note_first_token(request: ChatCompletionRequest, results: Results) -> Results:
     """Pass results on and note in the request's trace when the first token came.
 
     A stream shows it. Otherwise the one result comes at the end, and vLLM's own statistics tell, unless they are off.
     """
     trace = request.trace if isinstance(request, PruningChatCompletionRequest) else Trace()
-    async for result in results:
-        if trace.ttft is None:
-            stats = result.metrics
-            if request.stream:
-                trace.ttft = time.time() - trace.started
-            elif stats is not None and stats.first_token_latency > 0:
-                trace.ttft = stats.arrival_time - trace.started + stats.first_token_latency
-        yield result
+    async with aclosing(results):
+        async for result in results:
+            if trace.ttft is None:
+                stats = result.metrics
+                if request.stream:
+                    trace.ttft = time.time() - trace.started
+                elif stats is not None and stats.first_token_latency > 0:
+                    trace.ttft = stats.arrival_time - trace.started + stats.first_token_latency
+            yield result

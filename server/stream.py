@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 DONE = "data: [DONE]"
 
 
-async def with_last_event_field(events: AsyncIterator[str], name: str, value: Callable[[], Any]) -> AsyncIterator[str]:
+async def with_last_event_field(
+    events: AsyncGenerator[str, None], name: str, value: Callable[[], Any]
+) -> AsyncGenerator[str, None]:
     """Pass a chat completion stream on, with one more field in its last event before ``[DONE]``.
 
     An event that may be the last (it ends a choice, or holds no choice) is held back until the next one shows whether
@@ -21,19 +24,20 @@ async def with_last_event_field(events: AsyncIterator[str], name: str, value: Ca
         value: its value, asked for when the last event is known. Errors (an event with ``error``) stay as they are.
     """
     held: str | None = None
-    async for event in events:
-        if event.startswith(":"):
-            yield event
-            continue
+    async with aclosing(events):  # a client that leaves ends the request at once
+        async for event in events:
+            if event.startswith(":"):
+                yield event
+                continue
+            if held is not None:
+                yield _with_field(held, name, value) if event.startswith(DONE) else held
+                held = None
+            if _may_be_last(event):
+                held = event
+            else:
+                yield event
         if held is not None:
-            yield _with_field(held, name, value) if event.startswith(DONE) else held
-            held = None
-        if _may_be_last(event):
-            held = event
-        else:
-            yield event
-    if held is not None:
-        yield held
+            yield held
 
 
 def _may_be_last(event: str) -> bool:

@@ -9,11 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.engines import Engine, running_engine
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Leave the cores to the engines: small kernels on several threads crawl where other processes are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VTPRUNE_TOWER_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

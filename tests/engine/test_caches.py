@@ -143,6 +143,28 @@ def test_one_image_twice_in_a_prompt_under_two_policies(cached: Engine, uncached
     assert cached.encodings() - encoded_before == 1
 
 
+def test_images_encoded_together_are_planned_as_if_alone(cached: Engine, uncached: Engine) -> None:
+    images = sample_images(12, stamp="together")[::4]
+    encoded_before = cached.encodings()
+    together = cached.ask(Ask(ask_about("Compare them.", images=3), images, {**ENERGY, "texts": [BUS, DOG, BUS]}))
+    assert cached.encodings() - encoded_before == len(images)
+    alone = [
+        uncached.ask(Ask(ask_about("Look."), [image], {**ENERGY, "texts": [text]}))
+        for image, text in zip(images, (BUS, DOG, BUS), strict=True)
+    ]
+    assert together.images == [answer.images[0] for answer in alone if answer.images is not None]
+    assert len(set(kept(together))) == len(images)  # no two could be mixed up unseen
+
+
+def test_the_feature_cache_works_where_vllm_hashes_no_images(uncached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uncached.runtime, "feature_cache", FeatureCache(2**30))
+    (image,) = sample_images(1, stamp="no hashes")
+    encoded_before = uncached.encodings()
+    for policy in (ENERGY, UNIFORM, ENERGY):
+        uncached.ask(Ask(ask_about(BUS), [image], policy))
+    assert uncached.encodings() - encoded_before == 1
+
+
 def test_two_images_with_the_same_text(cached: Engine, uncached: Engine) -> None:
     answers = []
     for image in sample_images(2, stamp="same text"):
