@@ -6,7 +6,8 @@ To add a method: write ``selectors/<name>.py`` with a function
 
     select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor
 
-that returns the ``(k,)`` int64 positions it keeps, first pick first, add a row below, and add the name to the matrix in
+that returns the ``(k,)`` int64 positions it keeps, first pick first (or, if it merges tokens, a
+:class:`~vllm_vtprune.selectors.merged.Merged`), add a row below, to the table in ``README.md`` and to the matrix in
 ``tests/core/test_selector_matrix.py``. The caller (:func:`vllm_vtprune.plan.plan_tokens`) has already resolved the
 policy, checked the features and brought ``k`` into ``1..max_keep``; it sorts and gathers.
 """
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 
     from vllm_vtprune.features import VisualFeatures
     from vllm_vtprune.policy import PruningPolicy
+    from vllm_vtprune.selectors.merged import Merged
 
-Input: TypeAlias = Literal["text", "cls_attention", "keys", "grid"]
-Select: TypeAlias = "Callable[[VisualFeatures, int, PruningPolicy, Tensor | None], Tensor]"
+# "grid": a single one. "positions": where each token lies, on a grid or on tiles.
+Input: TypeAlias = Literal["text", "encoder", "cls_attention", "overview_attention", "keys", "grid", "positions"]
+Select: TypeAlias = "Callable[[VisualFeatures, int, PruningPolicy, Tensor | None], Tensor | Merged]"
+OwnCount: TypeAlias = "Callable[[VisualFeatures, PruningPolicy, Tensor | None], int]"
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -41,20 +45,23 @@ class MethodSpec:
 
     Attributes:
         name: the value of ``method`` in a policy.
-        paper: where the method comes from, for tables and help texts.
+        idea: what it keeps, in a few words.
+        paper: where it comes from.
         module: module with the function ``select`` (and ``own_count`` if the method has its own count).
         needs: inputs without which the method cannot run.
-        uses: inputs it takes when they are there.
+        uses: inputs it takes when they are there; without a text, every method that reads one has another form.
         parameters: fields of the policy, beside ``method`` and ``budget``, that the method reads.
         defaults: the method's own values for parameters that are ``null`` in a policy.
         equivariant: permuting the tokens permutes the picks and changes nothing else (under default parameters).
         max_keep: the most tokens the method can return for given features; None for all of them.
+        merges: the kept tokens take in those that leave, so their embeddings change.
         own_count: the method can find its own count (``budget.type`` ``"method"``).
         idle: the parameters that cannot change the picks, given the others; ``"text"`` among them means that the
             policy does not look at the text.
     """
 
     name: str
+    idea: str
     paper: str
     module: str
     needs: frozenset[Input] = frozenset()
@@ -63,20 +70,26 @@ class MethodSpec:
     defaults: Mapping[str, float] = field(default_factory=dict)
     equivariant: bool = False
     max_keep: Callable[[VisualFeatures], int] | None = None
+    merges: bool = False
     own_count: bool = False
     idle: Callable[[PruningPolicy], frozenset[str]] = _nothing_idle
 
     @property
+    def reads(self) -> frozenset[Input]:
+        """The inputs, beside ``embeds``, that can change what the method returns."""
+        return self.needs | self.uses
+
+    @property
     def reads_text(self) -> bool:
-        return "text" in self.needs | self.uses
+        return "text" in self.reads
 
     def load(self) -> Select:
         """The selection function; imports the method's module (and torch) on first use."""
         return cast("Select", import_module(self.module).select)
 
-    def load_own_count(self) -> Callable[[VisualFeatures, PruningPolicy], int]:
+    def load_own_count(self) -> OwnCount:
         """The function that finds the method's own count; only for methods that declare ``own_count``."""
-        return cast("Callable[[VisualFeatures, PruningPolicy], int]", import_module(self.module).own_count)
+        return cast("OwnCount", import_module(self.module).own_count)
 
 
 def _resprune_idle(policy: PruningPolicy) -> frozenset[str]:
@@ -93,6 +106,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
         for spec in (
             MethodSpec(
                 name="resprune",
+                idea="the token that those chosen explain least, weighted by its likeness to the question's nouns",
                 paper="ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning",
                 module="vllm_vtprune.selectors.resprune",
                 uses=frozenset({"text", "cls_attention", "grid"}),
@@ -102,13 +116,15 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
             ),
             MethodSpec(
                 name="random",
-                paper="baseline: tokens drawn without replacement",
+                idea="any tokens",
+                paper="baseline",
                 module="vllm_vtprune.selectors.random_",
                 parameters=frozenset({"seed"}),
             ),
             MethodSpec(
                 name="uniform",
-                paper="baseline: tokens evenly spaced over the grid",
+                idea="tokens evenly spaced over the grid",
+                paper="baseline",
                 module="vllm_vtprune.selectors.uniform",
                 uses=frozenset({"grid"}),
             ),
