@@ -72,7 +72,7 @@ WRONG: list[tuple[object, str, str]] = [
     ({1: 2}, "1", "unknown field"),
     ({LONG: LONG}, "x" * 64, "unknown field"),
     ({"a\ud800\n": 1}, "a\\ud800\\n", "unknown field"),
-    ({"method": "bogus"}, "method", '"bogus" is not accepted; expected one of none, resprune, random, uniform'),
+    ({"method": "bogus"}, "method", '"bogus" is not accepted; expected one of none, resprune, adaptprune, '),
     ({"method": None}, "method", "null is not accepted"),
     ({"method": LONG}, "method", "expected one of none"),
     ({"budget": None}, "budget", "an object whose type is one of energy, ratio, tokens, method"),

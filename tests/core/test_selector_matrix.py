@@ -24,6 +24,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "resprune-no-text": ("resprune", {"alpha": 0}),
     "resprune-relevance-only": ("resprune", {"rank_by": "relevance"}),
     "resprune-mean-seed": ("resprune", {"seed_token": "mean", "relevance": "mean_token"}),
+    "adaptprune": ("adaptprune", {}),
+    "adaptprune-relevance": ("adaptprune", {"importance": "relevance", "similarity": False}),
+    "adaptprune-residual": ("adaptprune", {"importance": "residual", "distance": False, "sigma_s": 0.5}),
+    "adaptprune-norm": ("adaptprune", {"importance": "norm", "correction": False}),
     "random": ("random", {"seed": 5}),
     "uniform": ("uniform", {}),
 }

@@ -100,6 +100,24 @@ def _resprune_idle(policy: PruningPolicy) -> frozenset[str]:
     return _NOTHING
 
 
+def _importance_idle(policy: PruningPolicy) -> frozenset[str]:
+    return _NOTHING if policy.importance == "relevance" else frozenset({"text", "relevance"})
+
+
+def _adaptprune_idle(policy: PruningPolicy) -> frozenset[str]:
+    idle = set(_importance_idle(policy))
+    if not policy.distance:
+        idle |= {"sigma_d", "radius"}
+    if not policy.similarity:
+        idle.add("sigma_s")
+    return frozenset(idle)
+
+
+# What the methods share that start from a map of importance.
+_IMPORTANCE = frozenset({"importance", "text", "relevance"})
+_IMPORTANCE_INPUTS: frozenset[Input] = frozenset({"text", "cls_attention"})
+
+
 METHODS: Mapping[str, MethodSpec] = MappingProxyType(
     {
         spec.name: spec
@@ -113,6 +131,17 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 parameters=frozenset({"text", "alpha", "relevance", "seed_token", "rank_by"}),
                 equivariant=True,
                 idle=_resprune_idle,
+            ),
+            MethodSpec(
+                name="adaptprune",
+                idea="the most important token, after those near and like the ones chosen have lost importance",
+                paper="Multi-Cue Adaptive Visual Token Pruning for Large Vision-Language Models",
+                module="vllm_vtprune.selectors.adaptprune",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE | {"sigma_d", "sigma_s", "radius", "correction", "distance", "similarity"},
+                defaults={"sigma_d": 1.5, "sigma_s": 0.05, "radius": 5.0},
+                idle=_adaptprune_idle,
             ),
             MethodSpec(
                 name="random",
