@@ -28,11 +28,20 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "adaptprune-relevance": ("adaptprune", {"importance": "relevance", "similarity": False}),
     "adaptprune-residual": ("adaptprune", {"importance": "residual", "distance": False, "sigma_s": 0.5}),
     "adaptprune-norm": ("adaptprune", {"importance": "norm", "correction": False}),
+    **{
+        name: (name, {})
+        for name in (
+            "divprune",
+            "cdpruner",
+            "scope",
+            "dart",
+        )
+    },
     "random": ("random", {"seed": 5}),
     "uniform": ("uniform", {}),
 }
 # Which tokens a small budget keeps is not a part of what a larger one keeps.
-NOT_NESTED = {"uniform"}
+NOT_NESTED = {"dart", "uniform"}
 METHOD_CASES = pytest.mark.parametrize("case", CASES)
 TEXT = torch.randn(3, 64, generator=torch.Generator().manual_seed(9))
 TILES = ((4, 6), (2, 6), (3, 4))
