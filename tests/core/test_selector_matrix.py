@@ -35,13 +35,16 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "cdpruner",
             "scope",
             "dart",
+            "fastervlm",
+            "vispruner",
+            "hired",
         )
     },
     "random": ("random", {"seed": 5}),
     "uniform": ("uniform", {}),
 }
 # Which tokens a small budget keeps is not a part of what a larger one keeps.
-NOT_NESTED = {"dart", "uniform"}
+NOT_NESTED = {"dart", "vispruner", "uniform"}
 METHOD_CASES = pytest.mark.parametrize("case", CASES)
 TEXT = torch.randn(3, 64, generator=torch.Generator().manual_seed(9))
 TILES = ((4, 6), (2, 6), (3, 4))

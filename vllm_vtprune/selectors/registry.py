@@ -175,6 +175,33 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 equivariant=True,
             ),
             MethodSpec(
+                name="fastervlm",
+                idea="the tokens with the most CLS attention",
+                paper="[CLS] Attention is All You Need for Training-Free Visual Token Pruning: "
+                "Make VLM Inference Faster",
+                module="vllm_vtprune.selectors.fastervlm",
+                needs=frozenset({"cls_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="vispruner",
+                idea="half by CLS attention, half by removing duplicates from the rest",
+                paper="Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
+                module="vllm_vtprune.selectors.vispruner",
+                needs=frozenset({"encoder", "cls_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="hired",
+                idea="a budget for each tile by what the overview attends to, and CLS attention within each",
+                paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution "
+                "Vision-Language Models",
+                module="vllm_vtprune.selectors.hired",
+                needs=frozenset({"cls_attention"}),
+                uses=frozenset({"overview_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
                 name="random",
                 idea="any tokens",
                 paper="baseline",
