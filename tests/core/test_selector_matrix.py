@@ -40,11 +40,20 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "hired",
         )
     },
+    **{
+        name: (name, {})
+        for name in (
+            "visionzip",
+            "prumerge",
+            "trim",
+            "tome",
+        )
+    },
     "random": ("random", {"seed": 5}),
     "uniform": ("uniform", {}),
 }
 # Which tokens a small budget keeps is not a part of what a larger one keeps.
-NOT_NESTED = {"dart", "vispruner", "uniform"}
+NOT_NESTED = {"dart", "vispruner", "visionzip", "tome", "uniform"}
 METHOD_CASES = pytest.mark.parametrize("case", CASES)
 TEXT = torch.randn(3, 64, generator=torch.Generator().manual_seed(9))
 TILES = ((4, 6), (2, 6), (3, 4))
