@@ -49,6 +49,12 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "tome",
         )
     },
+    "skip": ("skip", {}),
+    "random3x3": ("random3x3", {"importance": "norm"}),
+    "maxpool3x3": ("maxpool3x3", {}),
+    "avgpool": ("avgpool", {"importance": "residual"}),
+    "avgpool-relevance": ("avgpool", {"importance": "relevance", "relevance": "mean"}),
+    "last": ("last", {}),
     "random": ("random", {"seed": 5}),
     "uniform": ("uniform", {}),
 }

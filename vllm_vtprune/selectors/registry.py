@@ -113,6 +113,10 @@ def _adaptprune_idle(policy: PruningPolicy) -> frozenset[str]:
     return frozenset(idle)
 
 
+def _cells_3x3(features: VisualFeatures) -> int:
+    return sum(-(-rows // 3) * -(-columns // 3) for rows, columns in features.grids)
+
+
 # What the methods share that start from a map of importance.
 _IMPORTANCE = frozenset({"importance", "text", "relevance"})
 _IMPORTANCE_INPUTS: frozenset[Input] = frozenset({"text", "cls_attention"})
@@ -251,6 +255,55 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 paper="baseline",
                 module="vllm_vtprune.selectors.uniform",
                 uses=frozenset({"grid"}),
+            ),
+            MethodSpec(
+                name="random3x3",
+                idea="one random token of each 3 x 3 cell, then by importance",
+                paper="baseline (AdaptPrune, Table 5 d)",
+                module="vllm_vtprune.selectors.random3x3",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE | {"seed"},
+                max_keep=_cells_3x3,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="maxpool3x3",
+                idea="the most important token of each 3 x 3 cell, then by importance",
+                paper="baseline (AdaptPrune, Table 5 e)",
+                module="vllm_vtprune.selectors.maxpool3x3",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE,
+                max_keep=_cells_3x3,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="avgpool",
+                idea="the tokens whose surroundings are most important",
+                paper="baseline (AdaptPrune, Table 5 f)",
+                module="vllm_vtprune.selectors.avgpool",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="skip",
+                idea="every other of the most important tokens",
+                paper="baseline (AdaptPrune, Table 5 b)",
+                module="vllm_vtprune.selectors.skip",
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE,
+                equivariant=True,
+                max_keep=lambda features: (features.num_tokens + 1) // 2,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="last",
+                idea="the last tokens",
+                paper="baseline (AdaptPrune, Table 5 g)",
+                module="vllm_vtprune.selectors.last",
             ),
         )
     }
