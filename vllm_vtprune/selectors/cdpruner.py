@@ -26,9 +26,10 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
         text_embeds: ``(M, d)``; a token's relevance is its mean cosine with them. Without them all are as relevant.
     """
     tokens = unit_rows(features.embeds)
+    relevance = tokens.new_ones(len(tokens))
     if text_embeds is not None:
         relevance = text_relevance(tokens, text_embeds.to(tokens.dtype), "mean")
         relevance = relevance - relevance.min() + LEAST
-        tokens = tokens * (relevance / relevance.max())[:, None]
-    energy = torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64).square()
-    return weighted_pivots(tokens, energy, torch.ones_like(energy), int(energy.argmax()), k)
+        relevance /= relevance.max()
+    energy = torch.where(tokens.any(dim=1), relevance.double().square(), 0.0)
+    return weighted_pivots(tokens * relevance[:, None], energy, torch.ones_like(energy), int(energy.argmax()), k)
