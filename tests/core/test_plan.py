@@ -92,6 +92,7 @@ def test_missing_inputs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cls_attention": torch.zeros(5)}, "cls_attention has 5"),
         ({"keys": torch.zeros(4, 0)}, "keys must have 2 non-empty"),
         ({"tiles": Tiles(torch.zeros(3, dtype=torch.int64), ((2, 2),))}, "tiles.ids"),
+        ({"tiles": Tiles(torch.zeros(4, dtype=torch.int64), ((2, 2),), (None, None))}, "tiles.boxes has 2 entries"),
     ],
 )
 def test_features_that_contradict_each_other(fields: dict[str, object], message: str) -> None:
