@@ -22,12 +22,15 @@ class Tiles:
     """Which tile every token belongs to, for models that cut an image into tiles.
 
     Attributes:
-        ids: ``(N,)`` int64 index of the token's tile in ``grids``.
+        ids: ``(N,)`` int64 index of the token's tile in ``grids``; the tokens of a tile stand in raster order.
         grids: rows and columns of each tile, in tokens.
+        boxes: the part of the image that each tile shows: top, left, bottom and right, from 0 to 1. None in the place
+            of a box for the overview. Empty where it is not known.
     """
 
     ids: Tensor
     grids: tuple[tuple[int, int], ...]
+    boxes: tuple[tuple[float, float, float, float] | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class VisualFeatures:
         tiles: tile of every token, for tiled models.
         cls_attention: ``(N,)`` attention from the encoder's CLS token, mean over heads.
         overview_attention: ``(n,)`` early-layer CLS attention of the overview tile of a tiled model.
-        keys: ``(N, d_k)`` encoder keys, for the methods that merge by them.
+        keys: ``(N, d_k)`` keys of the same encoder layer, mean over heads, for the methods that merge by them.
 
     Raises:
         ValueError: when shapes or types contradict each other; the message names the field.
@@ -73,6 +76,8 @@ class VisualFeatures:
             raise ValueError(f"grid {self.grid} does not hold {n} tokens")
         if self.tiles is not None and self.tiles.ids.shape != (n,):
             raise ValueError(f"tiles.ids must have shape ({n},), got {tuple(self.tiles.ids.shape)}")
+        if self.tiles is not None and self.tiles.boxes and len(self.tiles.boxes) != len(self.tiles.grids):
+            raise ValueError(f"tiles.boxes has {len(self.tiles.boxes)} entries, but there are {len(self.tiles.grids)}")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
@@ -81,6 +86,29 @@ class VisualFeatures:
     def num_tokens(self) -> int:
         """``N``."""
         return self.embeds.shape[0]
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each tile, or of the whole image; empty where the tokens have no known place."""
+        if self.tiles is not None:
+            return self.tiles.grids
+        return () if self.grid is None else (self.grid,)
+
+    def planes(self) -> list[tuple[Tensor, tuple[int, int]]]:
+        """For each of ``grids`` the positions ``(H * W,)`` of its tokens in raster order, and ``(H, W)``.
+
+        Raises:
+            ValueError: when a tile has another number of tokens than its grid.
+        """
+        if self.tiles is None:
+            return [(torch.arange(self.num_tokens, device=self.embeds.device), grid) for grid in self.grids]
+        planes = [((self.tiles.ids == i).nonzero()[:, 0], grid) for i, grid in enumerate(self.grids)]
+        for i, (positions, grid) in enumerate(planes):
+            if len(positions) != prod(grid):
+                raise ValueError(f"tile {i} has {len(positions)} tokens, but its grid {grid} has {prod(grid)}")
+        if sum(len(positions) for positions, _ in planes) != self.num_tokens:
+            raise ValueError(f"tiles.ids must be from 0 to {len(planes) - 1}")
+        return planes
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures, require_finite
 from vllm_vtprune.policy import LLAVA, FamilyDefaults, MethodBudget, PruningPolicy
+from vllm_vtprune.selectors.merged import Merged
 from vllm_vtprune.selectors.registry import Input
 
 
@@ -23,7 +24,8 @@ class PruningPlan:
         order: ``(k,)`` int64 the same positions in the order of selection.
         budget: ``k``.
         energy: share of the encoder features' spectral energy at ``k``; None where it was not measured.
-        embeds: ``(k, d)`` the kept rows of the input embeddings, unchanged.
+        embeds: ``(k, d)`` the tokens to prefill, one for each of ``kept``: those rows of the input embeddings
+            unchanged, or what a merging method made of them.
         timings: seconds by stage: ``budget`` and ``select``.
     """
 
@@ -62,23 +64,28 @@ def plan_tokens(
         return PruningPlan(everything, everything, n, None, features.embeds, {"budget": 0.0, "select": 0.0})
     policy = policy.resolve(replace(family, provides=_provided(features)))
     require_finite("embeds", features.embeds)
-    if features.cls_attention is not None:
-        require_finite("cls_attention", features.cls_attention)
+    for name in ("encoder", "cls_attention", "overview_attention", "keys"):
+        if name in policy.spec.reads and (given := getattr(features, name)) is not None:
+            require_finite(name, given)
     if text_embeds is not None:
         text_embeds = _checked_text(text_embeds, features) if policy.conditions_on_text else None
 
     started = perf_counter()
     energy: float | None = None
     if isinstance(policy.budget, MethodBudget):
-        k = policy.spec.load_own_count()(features, policy)
+        k = policy.spec.load_own_count()(features, policy, text_embeds)
     else:
         k, energy = token_budget(policy.budget, features, seed=policy.seed)
     if policy.spec.max_keep is not None:
         k = min(k, policy.spec.max_keep(features))
     budgeted = perf_counter()
-    order = policy.spec.load()(features, k, policy, text_embeds)
-    kept = order.sort().values
-    embeds = features.embeds[kept]
+    chosen = policy.spec.load()(features, k, policy, text_embeds)
+    order = chosen.order if isinstance(chosen, Merged) else chosen
+    kept, ranks = order.sort()
+    if isinstance(chosen, Merged) and k < n:
+        embeds = chosen.embeds[ranks]
+    else:
+        embeds = features.embeds[kept]  # where every token stays, nothing is merged
     if embeds.is_cuda:
         torch.cuda.synchronize(embeds.device)  # or the clock stops before the work does
     timings = {"budget": budgeted - started, "select": perf_counter() - budgeted}
@@ -86,8 +93,9 @@ def plan_tokens(
 
 
 def _provided(features: VisualFeatures) -> frozenset[Input]:
-    optional: tuple[Input, ...] = ("cls_attention", "keys", "grid")
-    return frozenset(name for name in optional if getattr(features, name) is not None)
+    optional: tuple[Input, ...] = ("cls_attention", "overview_attention", "keys", "grid")
+    provided = {name for name in optional if getattr(features, name) is not None}
+    return frozenset(provided | {"positions"} if features.grids else provided)
 
 
 def _checked_text(text_embeds: Tensor, features: VisualFeatures) -> Tensor | None:

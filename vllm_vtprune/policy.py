@@ -159,8 +159,8 @@ _CHOICES_THAT_NEED: dict[tuple[str, str], Input] = {
     ("importance", "cls"): "cls_attention",
 }
 
-LLAVA = FamilyDefaults(alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid"}))
-QWEN2_5_VL = FamilyDefaults(alpha=0.3, provides=frozenset({"grid"}))
+LLAVA = FamilyDefaults(alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid", "positions"}))
+QWEN2_5_VL = FamilyDefaults(alpha=0.3, provides=frozenset({"grid", "positions"}))
 
 _POSITIVE = "null or a number above 0"
 _SWITCH = "true or false"
@@ -334,9 +334,11 @@ class PruningPolicy(_Strict):
             for name, value in fallback.items()
             if name in self.spec.parameters and getattr(self, name) in (None, "auto")
         }
-        for source in sorted(self.spec.needs - family.provides - {"text"}):
+        given = family.provides | {"text", "encoder"}
+        for source in sorted(self.spec.needs - given):
             problem = f"method {self.method} needs {source}, which this model's vision tower does not give"
-            raise PolicyError(f"{param}.method", self.method, "another method", problem)
+            accepted = "one of " + ", ".join([NONE, *(name for name, spec in METHODS.items() if spec.needs <= given)])
+            raise PolicyError(f"{param}.method", self.method, accepted, problem)
         for (name, value), source in _CHOICES_THAT_NEED.items():
             if getattr(self, name) == value and source not in family.provides:
                 problem = f'"{value}" needs {source}, which this model\'s vision tower does not give'

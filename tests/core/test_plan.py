@@ -61,18 +61,18 @@ def test_cls_attention_must_be_finite() -> None:
 def test_a_method_may_cap_the_count_or_have_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm_vtprune.selectors.uniform as module
 
-    capped = MethodSpec("capped", "", module.__name__, max_keep=lambda features: features.num_tokens // 2)
-    counting = MethodSpec("counting", "", module.__name__, own_count=True)
+    capped = MethodSpec("capped", "", "", module.__name__, max_keep=lambda features: features.num_tokens // 2)
+    counting = MethodSpec("counting", "", "", module.__name__, own_count=True)
     rows = {**METHODS, "capped": capped, "counting": counting}
     monkeypatch.setattr("vllm_vtprune.policy.METHODS", rows)
-    monkeypatch.setattr(module, "own_count", lambda features, policy: 5, raising=False)
+    monkeypatch.setattr(module, "own_count", lambda features, policy, text_embeds: 5, raising=False)
     ratio = {"type": "ratio", "keep": 0.9}
     assert plan_tokens(image(), PruningPolicy.parse({"method": "capped", "budget": ratio})).budget == 18
     assert plan_tokens(image(), PruningPolicy.parse({"method": "counting", "budget": {"type": "method"}})).budget == 5
 
 
 def test_missing_inputs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    needy = MethodSpec("needy", "", registry.__name__, needs=frozenset({"keys"}))
+    needy = MethodSpec("needy", "", "", registry.__name__, needs=frozenset({"keys"}))
     monkeypatch.setattr("vllm_vtprune.policy.METHODS", {"needy": needy})
     with pytest.raises(PolicyError, match=r"pruning.method: method needy needs keys"):
         plan_tokens(image(), PruningPolicy.parse({"method": "needy"}))
@@ -92,6 +92,7 @@ def test_missing_inputs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cls_attention": torch.zeros(5)}, "cls_attention has 5"),
         ({"keys": torch.zeros(4, 0)}, "keys must have 2 non-empty"),
         ({"tiles": Tiles(torch.zeros(3, dtype=torch.int64), ((2, 2),))}, "tiles.ids"),
+        ({"tiles": Tiles(torch.zeros(4, dtype=torch.int64), ((2, 2),), (None, None))}, "tiles.boxes has 2 entries"),
     ],
 )
 def test_features_that_contradict_each_other(fields: dict[str, object], message: str) -> None:

@@ -72,7 +72,7 @@ WRONG: list[tuple[object, str, str]] = [
     ({1: 2}, "1", "unknown field"),
     ({LONG: LONG}, "x" * 64, "unknown field"),
     ({"a\ud800\n": 1}, "a\\ud800\\n", "unknown field"),
-    ({"method": "bogus"}, "method", '"bogus" is not accepted; expected one of none, resprune, random, uniform'),
+    ({"method": "bogus"}, "method", '"bogus" is not accepted; expected one of none, resprune, adaptprune, '),
     ({"method": None}, "method", "null is not accepted"),
     ({"method": LONG}, "method", "expected one of none"),
     ({"budget": None}, "budget", "an object whose type is one of energy, ratio, tokens, method"),
@@ -104,7 +104,7 @@ WRONG: list[tuple[object, str, str]] = [
     ({"budget": {"solver": "svd"}}, "budget.solver", '"auto", "exact" or "rsvd"'),
     ({"budget": {"rank": 0}}, "budget.rank", "not accepted"),
     ({"budget": {"power_iterations": -1}}, "budget.power_iterations", "not accepted"),
-    ({"budget": {"type": "method"}}, "budget.type", "resprune has none"),
+    ({"budget": {"type": "method"}}, "budget.type", "(prumerge, trim), and resprune has none"),
     ({"text": "noun"}, "text", '"noun" is not accepted; expected an object with any of scope, query, clean'),
     ({"text": {"scope": "all"}}, "text.scope", '"message" or "last_turn"'),
     ({"text": {"clean": 1}}, "text.clean", "1 is not accepted; expected true or false"),
@@ -193,6 +193,10 @@ def test_frozen_and_hashable() -> None:
         ({"method": "random"}, False),
         ({"method": "uniform"}, False),
         ({"method": "none"}, False),
+        ({"method": "adaptprune"}, False),
+        ({"method": "adaptprune", "importance": "relevance"}, True),
+        ({"method": "avgpool", "importance": "relevance"}, True),
+        ({"method": "cdpruner"}, True),
     ],
 )
 def test_conditions_on_text(fields: dict[str, object], conditions: bool) -> None:
@@ -207,6 +211,9 @@ def test_resolve_fills_what_the_method_reads() -> None:
     asked = PruningPolicy.parse({"alpha": 0.5, "seed_token": "mean"}).resolve(LLAVA)
     assert (asked.alpha, asked.seed_token) == (0.5, "mean")
     assert OFF.resolve(LLAVA) is OFF
+    adaptprune = PruningPolicy.parse({"method": "adaptprune", "radius": 3}).resolve(LLAVA)
+    assert (adaptprune.importance, adaptprune.sigma_d, adaptprune.sigma_s, adaptprune.radius) == ("cls", 1.5, 0.05, 3)
+    assert PruningPolicy.parse({"method": "adaptprune"}).resolve(QWEN2_5_VL).importance == "norm"
     uniform = PruningPolicy.parse({"method": "uniform"})
     assert uniform.resolve(LLAVA) == uniform
     assert PruningPolicy.parse(llava.dump()) == llava
@@ -219,6 +226,15 @@ def test_resolve_refuses_what_the_family_cannot_give() -> None:
     assert (raised.value.param, raised.value.value) == ("p.seed_token", "cls")
     with pytest.raises(PolicyError, match='"center" needs grid'):
         PruningPolicy.parse({"seed_token": "center"}).resolve(FamilyDefaults(0.5, frozenset()))
+
+
+def test_a_method_the_family_cannot_run_is_refused_with_those_it_can() -> None:
+    with pytest.raises(PolicyError, match="method visionzip needs cls_attention, which this model") as raised:
+        PruningPolicy.parse({"method": "visionzip"}).resolve(QWEN2_5_VL, param="p")
+    assert (raised.value.param, raised.value.value) == ("p.method", "visionzip")
+    accepted = raised.value.accepted.removeprefix("one of ").split(", ")
+    assert {"none", "resprune", "adaptprune", "divprune", "uniform"} <= set(accepted)
+    assert not {"visionzip", "scope", "tome", "hired"} & set(accepted)
 
 
 def digest(**fields: object) -> str:
@@ -243,6 +259,8 @@ def test_digest_is_stable_hex() -> None:
         ({"alpha": 0}, {"alpha": 0.0, "relevance": "mean"}),
         ({"budget": {"solver": "exact"}}, {"budget": {"solver": "exact", "rank": 5, "power_iterations": 7}}),
         ({"method": "none"}, {"method": "none", "alpha": None}),
+        ({"method": "adaptprune"}, {"method": "adaptprune", "importance": "cls", "relevance": "mean", "sigma_d": 1.5}),
+        ({"method": "adaptprune", "similarity": False}, {"method": "adaptprune", "similarity": False, "sigma_s": 1}),
     ],
 )
 def test_equal_selections_have_equal_digests(one: dict[str, object], other: dict[str, object]) -> None:
@@ -267,6 +285,13 @@ def test_different_selections_have_different_digests() -> None:
         {"budget": {"solver": "rsvd"}, "seed": 1},
         {"budget": {"type": "tokens", "keep": 1}},
         {"budget": {"type": "ratio", "keep": 1}},
+        {"method": "adaptprune"},
+        {"method": "adaptprune", "sigma_d": 2},
+        {"method": "adaptprune", "distance": False},
+        {"method": "adaptprune", "importance": "relevance"},
+        {"method": "adaptprune", "importance": "relevance", "relevance": "mean"},
+        {"method": "prumerge"},
+        {"method": "prumerge", "budget": {"type": "method"}},
         {"method": "uniform"},
         {"method": "random"},
         {"method": "random", "seed": 1},

@@ -106,20 +106,37 @@ def test_cls_attention_is_that_of_the_selected_layer(tower, model, pixels):
         torch.testing.assert_close(features.cls_attention, expected[i], rtol=1e-4, atol=1e-6)
 
 
+def plain_keys(model, hidden_states, depth):
+    """Keys of the layer that computes `hidden_states[depth]`, mean over heads, (B, N, d_h)."""
+    layer = model.model.vision_tower.encoder.layers[depth - 1]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(hidden_states[depth - 1]))[:, 1:]
+    return keys.unflatten(-1, (layer.self_attn.num_heads, -1)).mean(dim=2)
+
+
+def test_keys_are_those_of_the_selected_layer(tower, model, pixels):
+    _, out = reference(model, pixels)
+    with torch.no_grad():
+        expected = plain_keys(model, out.hidden_states, depth=3)
+    for i, features in enumerate(tower.encode(pixels)):
+        torch.testing.assert_close(features.keys, expected[i], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layer", [-1, -3, 2, -5, 0, [-2, 1], [1, 4, 2]])
 def test_other_feature_layers(layer, tiny_config, tiny_model, save, pixels, tmp_path):
     config = tiny_config(vision_feature_layer=layer)
     model = tiny_model(config)
     tower = load(save(model, tmp_path), config)
-    embeds, _ = reference(model, pixels)
+    embeds, out = reference(model, pixels)
     features = tower.encode(pixels)
     torch.testing.assert_close(torch.stack([f.embeds for f in features]), embeds, rtol=1e-5, atol=1e-5)
     deepest = max(feature_depths(config))
     if deepest == 0:
-        assert features[0].cls_attention is None
+        assert features[0].cls_attention is features[0].keys is None
     else:
         expected = eager_attention(model, pixels)[deepest - 1][:, :, 0, 1:].mean(1)
         torch.testing.assert_close(torch.stack([f.cls_attention for f in features]), expected, rtol=1e-4, atol=1e-6)
+        keys = plain_keys(model, out.hidden_states, deepest)
+        torch.testing.assert_close(torch.stack([f.keys for f in features]), keys, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_past_the_selected_one_are_neither_built_nor_read(model, config, save, tmp_path, pixels):
@@ -149,7 +166,7 @@ def test_attend_also_gives_the_keys_and_the_layer_output(model):
 def test_bfloat16_stays_close_and_keeps_the_dtype(tower, model, config, save, pixels, tmp_path):
     half = load(save(model, tmp_path), config, dtype=torch.bfloat16)
     for exact, rounded in zip(tower.encode(pixels), half.encode(pixels), strict=True):
-        assert rounded.embeds.dtype == rounded.encoder.dtype == torch.bfloat16
+        assert rounded.embeds.dtype == rounded.encoder.dtype == rounded.keys.dtype == torch.bfloat16
         assert rounded.cls_attention.dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(exact.embeds, rounded.embeds.float(), dim=-1)
         assert cosine.min() > 0.99
@@ -176,7 +193,7 @@ def test_warm_up_encodes_a_blank_image(tower, monkeypatch):
 
 def test_images_do_not_share_memory(tower, pixels):
     for features in tower.encode(pixels):
-        for tensor in (features.encoder, features.embeds, features.cls_attention):
+        for tensor in (features.encoder, features.embeds, features.cls_attention, features.keys):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
             assert not tensor.requires_grad
 

@@ -6,7 +6,8 @@ To add a method: write ``selectors/<name>.py`` with a function
 
     select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor
 
-that returns the ``(k,)`` int64 positions it keeps, first pick first, add a row below, and add the name to the matrix in
+that returns the ``(k,)`` int64 positions it keeps, first pick first (or, if it merges tokens, a
+:class:`~vllm_vtprune.selectors.merged.Merged`), add a row below, to the table in ``README.md`` and to the matrix in
 ``tests/core/test_selector_matrix.py``. The caller (:func:`vllm_vtprune.plan.plan_tokens`) has already resolved the
 policy, checked the features and brought ``k`` into ``1..max_keep``; it sorts and gathers.
 """
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 
     from vllm_vtprune.features import VisualFeatures
     from vllm_vtprune.policy import PruningPolicy
+    from vllm_vtprune.selectors.merged import Merged
 
-Input: TypeAlias = Literal["text", "cls_attention", "keys", "grid"]
-Select: TypeAlias = "Callable[[VisualFeatures, int, PruningPolicy, Tensor | None], Tensor]"
+# "grid": a single one. "positions": where each token lies, on a grid or on tiles.
+Input: TypeAlias = Literal["text", "encoder", "cls_attention", "overview_attention", "keys", "grid", "positions"]
+Select: TypeAlias = "Callable[[VisualFeatures, int, PruningPolicy, Tensor | None], Tensor | Merged]"
+OwnCount: TypeAlias = "Callable[[VisualFeatures, PruningPolicy, Tensor | None], int]"
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -41,20 +45,23 @@ class MethodSpec:
 
     Attributes:
         name: the value of ``method`` in a policy.
-        paper: where the method comes from, for tables and help texts.
+        idea: what it keeps, in a few words.
+        paper: where it comes from.
         module: module with the function ``select`` (and ``own_count`` if the method has its own count).
         needs: inputs without which the method cannot run.
-        uses: inputs it takes when they are there.
+        uses: inputs it takes when they are there; without a text, every method that reads one has another form.
         parameters: fields of the policy, beside ``method`` and ``budget``, that the method reads.
         defaults: the method's own values for parameters that are ``null`` in a policy.
         equivariant: permuting the tokens permutes the picks and changes nothing else (under default parameters).
         max_keep: the most tokens the method can return for given features; None for all of them.
+        merges: the kept tokens take in those that leave, so their embeddings change.
         own_count: the method can find its own count (``budget.type`` ``"method"``).
         idle: the parameters that cannot change the picks, given the others; ``"text"`` among them means that the
             policy does not look at the text.
     """
 
     name: str
+    idea: str
     paper: str
     module: str
     needs: frozenset[Input] = frozenset()
@@ -63,20 +70,26 @@ class MethodSpec:
     defaults: Mapping[str, float] = field(default_factory=dict)
     equivariant: bool = False
     max_keep: Callable[[VisualFeatures], int] | None = None
+    merges: bool = False
     own_count: bool = False
     idle: Callable[[PruningPolicy], frozenset[str]] = _nothing_idle
 
     @property
+    def reads(self) -> frozenset[Input]:
+        """The inputs, beside ``embeds``, that can change what the method returns."""
+        return self.needs | self.uses
+
+    @property
     def reads_text(self) -> bool:
-        return "text" in self.needs | self.uses
+        return "text" in self.reads
 
     def load(self) -> Select:
         """The selection function; imports the method's module (and torch) on first use."""
         return cast("Select", import_module(self.module).select)
 
-    def load_own_count(self) -> Callable[[VisualFeatures, PruningPolicy], int]:
+    def load_own_count(self) -> OwnCount:
         """The function that finds the method's own count; only for methods that declare ``own_count``."""
-        return cast("Callable[[VisualFeatures, PruningPolicy], int]", import_module(self.module).own_count)
+        return cast("OwnCount", import_module(self.module).own_count)
 
 
 def _resprune_idle(policy: PruningPolicy) -> frozenset[str]:
@@ -87,12 +100,35 @@ def _resprune_idle(policy: PruningPolicy) -> frozenset[str]:
     return _NOTHING
 
 
+def _importance_idle(policy: PruningPolicy) -> frozenset[str]:
+    return _NOTHING if policy.importance == "relevance" else frozenset({"text", "relevance"})
+
+
+def _adaptprune_idle(policy: PruningPolicy) -> frozenset[str]:
+    idle = set(_importance_idle(policy))
+    if not policy.distance:
+        idle |= {"sigma_d", "radius"}
+    if not policy.similarity:
+        idle.add("sigma_s")
+    return frozenset(idle)
+
+
+def _cells_3x3(features: VisualFeatures) -> int:
+    return sum(-(-rows // 3) * -(-columns // 3) for rows, columns in features.grids)
+
+
+# What the methods share that start from a map of importance.
+_IMPORTANCE = frozenset({"importance", "text", "relevance"})
+_IMPORTANCE_INPUTS: frozenset[Input] = frozenset({"text", "cls_attention"})
+
+
 METHODS: Mapping[str, MethodSpec] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
             MethodSpec(
                 name="resprune",
+                idea="the token that those chosen explain least, weighted by its likeness to the question's nouns",
                 paper="ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning",
                 module="vllm_vtprune.selectors.resprune",
                 uses=frozenset({"text", "cls_attention", "grid"}),
@@ -101,16 +137,173 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idle=_resprune_idle,
             ),
             MethodSpec(
+                name="adaptprune",
+                idea="the most important token, after those near and like the ones chosen have lost importance",
+                paper="Multi-Cue Adaptive Visual Token Pruning for Large Vision-Language Models",
+                module="vllm_vtprune.selectors.adaptprune",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE | {"sigma_d", "sigma_s", "radius", "correction", "distance", "similarity"},
+                defaults={"sigma_d": 1.5, "sigma_s": 0.05, "radius": 5.0},
+                idle=_adaptprune_idle,
+            ),
+            MethodSpec(
+                name="divprune",
+                idea="the token farthest from those chosen",
+                paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+                module="vllm_vtprune.selectors.divprune",
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="cdpruner",
+                idea="the most diverse tokens, given the question (a determinantal point process)",
+                paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
+                module="vllm_vtprune.selectors.cdpruner",
+                uses=frozenset({"text"}),
+                parameters=frozenset({"text"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="scope",
+                idea="the token that covers most of what is not yet covered, weighted by CLS attention",
+                paper="SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs",
+                module="vllm_vtprune.selectors.scope",
+                needs=frozenset({"encoder", "cls_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="dart",
+                idea="a few tokens of large norm, and those least like each of them",
+                paper="Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
+                module="vllm_vtprune.selectors.dart",
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="fastervlm",
+                idea="the tokens with the most CLS attention",
+                paper="[CLS] Attention is All You Need for Training-Free Visual Token Pruning: "
+                "Make VLM Inference Faster",
+                module="vllm_vtprune.selectors.fastervlm",
+                needs=frozenset({"cls_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="vispruner",
+                idea="half by CLS attention, half by removing duplicates from the rest",
+                paper="Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
+                module="vllm_vtprune.selectors.vispruner",
+                needs=frozenset({"encoder", "cls_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="hired",
+                idea="a budget for each tile by what the overview attends to, and CLS attention within each",
+                paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution "
+                "Vision-Language Models",
+                module="vllm_vtprune.selectors.hired",
+                needs=frozenset({"cls_attention"}),
+                uses=frozenset({"overview_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="visionzip",
+                idea="the tokens with the most CLS attention, and a few that take in all others",
+                paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models",
+                module="vllm_vtprune.selectors.visionzip",
+                needs=frozenset({"cls_attention", "keys"}),
+                merges=True,
+            ),
+            MethodSpec(
+                name="prumerge",
+                idea="the outliers of CLS attention, which take in tokens like them, and one for all others",
+                paper="LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
+                module="vllm_vtprune.selectors.prumerge",
+                needs=frozenset({"cls_attention", "keys"}),
+                equivariant=True,
+                merges=True,
+                own_count=True,
+            ),
+            MethodSpec(
+                name="trim",
+                idea="the tokens most like the question's nouns, and the mean of all others",
+                paper="Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs",
+                module="vllm_vtprune.selectors.trim",
+                uses=frozenset({"text"}),
+                parameters=frozenset({"text"}),
+                equivariant=True,
+                merges=True,
+                own_count=True,
+            ),
+            MethodSpec(
+                name="tome",
+                idea="the most similar pairs merged, round after round",
+                paper="Token Merging: Your ViT But Faster",
+                module="vllm_vtprune.selectors.tome",
+                needs=frozenset({"keys"}),
+                merges=True,
+            ),
+            MethodSpec(
                 name="random",
-                paper="baseline: tokens drawn without replacement",
+                idea="any tokens",
+                paper="baseline",
                 module="vllm_vtprune.selectors.random_",
                 parameters=frozenset({"seed"}),
             ),
             MethodSpec(
                 name="uniform",
-                paper="baseline: tokens evenly spaced over the grid",
+                idea="tokens evenly spaced over the grid",
+                paper="baseline",
                 module="vllm_vtprune.selectors.uniform",
                 uses=frozenset({"grid"}),
+            ),
+            MethodSpec(
+                name="random3x3",
+                idea="one random token of each 3 x 3 cell, then by importance",
+                paper="baseline (AdaptPrune, Table 5 d)",
+                module="vllm_vtprune.selectors.random3x3",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE | {"seed"},
+                max_keep=_cells_3x3,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="maxpool3x3",
+                idea="the most important token of each 3 x 3 cell, then by importance",
+                paper="baseline (AdaptPrune, Table 5 e)",
+                module="vllm_vtprune.selectors.maxpool3x3",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE,
+                max_keep=_cells_3x3,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="avgpool",
+                idea="the tokens whose surroundings are most important",
+                paper="baseline (AdaptPrune, Table 5 f)",
+                module="vllm_vtprune.selectors.avgpool",
+                needs=frozenset({"positions"}),
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="skip",
+                idea="every other of the most important tokens",
+                paper="baseline (AdaptPrune, Table 5 b)",
+                module="vllm_vtprune.selectors.skip",
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE,
+                equivariant=True,
+                max_keep=lambda features: (features.num_tokens + 1) // 2,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="last",
+                idea="the last tokens",
+                paper="baseline (AdaptPrune, Table 5 g)",
+                module="vllm_vtprune.selectors.last",
             ),
         )
     }

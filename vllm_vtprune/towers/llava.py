@@ -140,8 +140,8 @@ class LlavaTower(VisionTower):
         """As `VisionTower.encode`, for square images of the encoder's size.
 
         `encoder`: the hidden states that the config selects, side by side where it selects several, without CLS.
-        `cls_attention`: of the layer that computes the deepest of them, float32; None where that is no layer at all
-        (the embeddings).
+        `cls_attention`, `keys`: of the layer that computes the deepest of them, mean over heads, the former in float32;
+        None where that is no layer at all (the embeddings).
         """
         size = self._image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
@@ -150,12 +150,13 @@ class LlavaTower(VisionTower):
             return []
 
         hidden = self._vision.pre_layrnorm(self._vision.embeddings(pixel_values.to(self.device, self.dtype)))
-        states, cls_attention = {0: hidden}, None
+        states, cls_attention, keys = {0: hidden}, None, None
         for depth, layer in enumerate(self._vision.encoder.layers, start=1):
             if depth < max(self._depths):
                 hidden = layer(hidden, attention_mask=None)
             else:
-                hidden, cls_attention, _keys = attend(layer, hidden)
+                hidden, cls_attention, keys = attend(layer, hidden)
+                keys = keys.mean(dim=1)
             if depth in self._depths:
                 states[depth] = hidden
         encoder = torch.cat([states[depth][:, 1:] for depth in self._depths], dim=-1)
@@ -166,6 +167,7 @@ class LlavaTower(VisionTower):
                 embeds=embeds[i].clone(),
                 grid=(self._side, self._side),
                 cls_attention=None if cls_attention is None else cls_attention[i].clone(),
+                keys=None if keys is None else keys[i].clone(),
             )
             for i in range(len(pixel_values))
         ]

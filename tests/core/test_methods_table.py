@@ -1,0 +1,46 @@
+"""The README's table of methods says what the registry says."""
+
+from pathlib import Path
+
+import pytest
+
+import vllm_vtprune
+from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.selectors import METHODS, MethodSpec
+
+ROOT = Path(vllm_vtprune.__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+INPUTS = {"cls_attention": "CLS attention", "keys": "encoder keys", "positions": "a grid or tiles"}
+
+
+def row(spec: MethodSpec) -> str:
+    reads = "no"
+    if spec.reads_text:
+        reads = "yes" if PruningPolicy(method=spec.name).conditions_on_text else "if asked to"
+    needs = ", ".join(words for name, words in INPUTS.items() if name in spec.needs)
+    file = spec.module.replace(".", "/") + ".py"
+    cells = (f"`{spec.name}`", spec.idea, spec.paper, reads, needs, f"[{Path(file).name}]({file})")
+    return "| " + " | ".join(cells) + " |"
+
+
+def test_readme_has_every_method_and_no_other() -> None:
+    table = README.split("| method | idea |")[1].split("\n\n")[0]
+    assert [line.replace("|  |", "| |") for line in table.splitlines()[2:]] == [
+        row(spec).replace("|  |", "| |") for spec in METHODS.values()
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_is_a_file_that_names_its_paper(name: str) -> None:
+    spec = METHODS[name]
+    assert spec.name == name
+    source = (ROOT / (spec.module.replace(".", "/") + ".py")).read_text()
+    docstring = " ".join(source.split('"""')[1].split())
+    if not spec.paper.startswith("baseline"):
+        assert f'"{spec.paper}' in docstring
+    assert spec.load()
+    assert spec.own_count == hasattr(__import__(spec.module, fromlist=["select"]), "own_count")
+    assert spec.parameters <= set(PruningPolicy.model_fields)
+    assert set(spec.defaults) <= spec.parameters
+    assert ("text" in spec.parameters) == spec.reads_text
+    assert set(INPUTS) >= spec.needs - {"encoder"}

@@ -1,0 +1,31 @@
+"""DivPrune: the token farthest from those chosen.
+
+"DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models": the max-min diversity problem under cosine
+distance, greedily. One running maximum of the cosines with the chosen tokens makes a step O(N).
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.selectors.similarity import unit_rows
+
+
+def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
+    """Positions ``(k,)`` in order of selection, by cosine of ``embeds (N, d)``.
+
+    The first is the token whose nearest neighbour is farthest.
+    """
+    unit = unit_rows(features.embeds)
+    cosines = unit @ unit.T
+    pick = int(cosines.clone().fill_diagonal_(-torch.inf).amax(dim=1).argmin())
+    nearest = torch.full_like(cosines[0], -torch.inf)  # largest cosine with a chosen token
+    chosen = torch.zeros_like(nearest, dtype=torch.bool)
+    order = [pick]
+    for _ in range(k - 1):
+        chosen[pick] = True
+        torch.maximum(nearest, cosines[pick], out=nearest)
+        pick = int(nearest.masked_fill(chosen, torch.inf).argmin())
+        order.append(pick)
+    return torch.tensor(order, device=unit.device)
