@@ -125,7 +125,9 @@ def test_greedy_answers_are_those_of_transformers(
         ties += int((behind > 0).sum())
         counts.add(len(kept))
     assert max(differences) < TOLERANCE
-    assert len(counts) > 5 or policy.get("budget", {})["type"] != "energy", "an energy budget follows the image"
+    assert len(counts) > IMAGES // 4 or policy.get("budget", {})["type"] != "energy", (
+        "an energy budget follows the image"
+    )
     record_property("cases", len(differences))
     record_property("worst_logprob_difference", max(differences))
     record_property("ties", ties)

@@ -62,19 +62,33 @@ def running_server(
             )
         try:
             _wait_until_healthy(process, url, log, on_wait)
+        except BaseException:
+            _kill(process)  # it has nothing to finish, and vLLM 0.32.0 loses a SIGTERM while it waits for its engine
+            raise
+        try:
             yield url
         finally:
             stop(process)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and every process that it started: first politely, after `STOP_TIMEOUT` seconds by force."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT)
+    """End a server and every process that it started.
+
+    First politely; by force after `STOP_TIMEOUT` seconds, or where an impatient user interrupts the wait.
+    """
+    try:
+        process.terminate()
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a server and its whole session at once; also processes that did not follow when the server ended."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # engine processes that did not follow
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

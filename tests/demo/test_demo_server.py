@@ -1,0 +1,123 @@
+"""A server of our own for a while: whatever happens, it and its children are gone afterwards."""
+
+import json
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.process_tree import kill, survivors
+from vllm_vtprune.demo import server
+from vllm_vtprune.demo.server import ServerFailed, running_server
+
+STUBBORN = """
+import http.server, json, os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if sys.argv[1] == "child":
+    time.sleep(600)
+child = subprocess.Popen([sys.executable, "-c", os.environ["SCRIPT"], "child"])
+print(json.dumps([os.getpid(), child.pid]), flush=True)
+if sys.argv[1] == "never healthy":
+    time.sleep(600)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+"""A server that ignores SIGTERM, as does the child that it starts; it prints both process ids."""
+
+
+class Stubborn:
+    """How to start it, and its processes once it runs."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def options(self, behaviour: str) -> dict[str, Any]:
+        environment = {"SCRIPT": STUBBORN}
+        return {"arguments": [behaviour], "command": ["-c", STUBBORN], "environment": environment, "log": self.log}
+
+    def left(self) -> list[psutil.Process]:
+        """Those of its two processes that still exist."""
+        left = []
+        for pid in json.loads(self.log.read_text().splitlines()[0]):
+            with suppress(psutil.NoSuchProcess):
+                left.append(psutil.Process(pid))
+        return left
+
+
+@pytest.fixture
+def stubborn(tmp_path: Path) -> Iterator[Stubborn]:
+    started = Stubborn(tmp_path / "log")
+    yield started
+    kill(started.left())
+
+
+def test_it_serves_and_is_forced_to_end_where_it_does_not_want_to(
+    stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "STOP_TIMEOUT", 0.5)
+    with running_server(**stubborn.options("healthy")) as url:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
+        assert urllib.request.urlopen(url).status == 200
+        assert len(stubborn.left()) == 2
+    assert survivors(stubborn.left(), within=5) == []
+
+
+def test_an_error_while_it_is_used_ends_it_and_comes_through(
+    stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "STOP_TIMEOUT", 0.5)
+    with pytest.raises(ZeroDivisionError), running_server(**stubborn.options("healthy")):
+        raise ZeroDivisionError
+    assert survivors(stubborn.left(), within=5) == []
+
+
+def test_interrupted_while_it_starts_it_is_gone_at_once(stubborn: Stubborn) -> None:
+    interrupted = []
+
+    def interrupt(waited: float) -> None:
+        if stubborn.log.read_text():
+            assert len(stubborn.left()) == 2
+            interrupted.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), running_server(**stubborn.options("never healthy"), on_wait=interrupt):
+        pytest.fail("it was never healthy")
+    assert survivors(stubborn.left(), within=5) == []
+    assert time.monotonic() - interrupted[0] < 5
+
+
+def test_an_interrupt_while_it_stops_does_not_leave_it_running(stubborn: Stubborn) -> None:
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), running_server(**stubborn.options("healthy")):
+            signal.setitimer(signal.ITIMER_REAL, 0.5)  # from now: by then it has been asked to stop
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert survivors(stubborn.left(), within=5) == []
+
+
+def test_a_server_that_ends_by_itself_has_failed_and_its_last_words_are_told() -> None:
+    script = "import sys; print('starting', flush=True); sys.exit('no such model')"
+    with pytest.raises(ServerFailed, match="ended with status 1") as failed, running_server(command=["-c", script]):
+        pytest.fail("it never served")
+    assert str(failed.value).endswith("starting\nno such model")
+
+
+def test_a_server_that_does_not_answer_in_time_has_failed(stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "START_TIMEOUT", 1.5)
+    with (
+        pytest.raises(ServerFailed, match="did not answer within"),
+        running_server(**stubborn.options("never healthy")),
+    ):
+        pytest.fail("it was never healthy")
+    assert survivors(stubborn.left(), within=5) == []

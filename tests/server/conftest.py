@@ -1,0 +1,44 @@
+"""The server that most tests of this folder talk to, started once."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.chat import Server
+from vllm_vtprune.demo.server import running_server
+
+DEFAULT_KEEP = 96
+BLOCK = 32
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`vtprune serve` with the checkpoint that comes with the package; requests without a policy keep 96 tokens.
+
+    In float32, so that the same prompt gets the same answer whatever part of it the prefix cache knows.
+    """
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    options = [
+        *("--pruning-default", json.dumps({"budget": {"type": "tokens", "keep": DEFAULT_KEEP}})),
+        *("--max-model-len", "2048"),
+        *("--dtype", "float32"),
+        *("--block-size", str(BLOCK)),
+        *("--limit-mm-per-prompt", '{"image": 3}'),
+        "--enforce-eager",
+        "--enable-prompt-tokens-details",
+    ]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with running_server(options, environment=environment, log=log) as url:
+        yield Server(url, log)
+
+
+@pytest.fixture(scope="session")
+def default_keep() -> int:
+    return DEFAULT_KEEP
+
+
+@pytest.fixture(scope="session")
+def block() -> int:
+    """Tokens of a KV-cache block: the prefix cache works in whole blocks."""
+    return BLOCK

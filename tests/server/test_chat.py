@@ -1,0 +1,491 @@
+"""Chat completions on a real server: what the `pruning` field does and what the report says."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+from PIL import Image
+
+from tests.support.chat import (
+    DONE,
+    VISUAL_TOKENS,
+    Body,
+    Server,
+    data_of,
+    fresh_url,
+    image_part,
+    kept,
+    nouns,
+    text_of,
+    url_of,
+    user,
+)
+from vllm_vtprune.text import text_pipeline_name
+
+pytestmark = pytest.mark.engine
+
+REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "images", "timings_ms"}
+IMAGE_KEYS = {"method", "visual_tokens", "kept_tokens", "energy", "nouns", "cached", "bypass_reason"}
+STAGES = ["text", "encode", "budget", "select"]
+OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
+
+
+def tokens(keep: int, **fields: Any) -> Body:
+    return {"budget": {"type": "tokens", "keep": keep}, **fields}
+
+
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY", max_retries=0)
+
+
+# --- the field ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pruning", "method", "preset", "budget", "count"),
+    [
+        (tokens(50), "resprune", None, {"type": "tokens", "keep": 50}, 50),
+        (tokens(50, method="uniform"), "uniform", None, {"type": "tokens", "keep": 50}, 50),
+        ({"budget": {"type": "ratio", "keep": 0.25}}, "resprune", None, {"type": "ratio", "keep": 0.25}, 144),
+        ("fast", "resprune", "fast", {"type": "ratio", "keep": 1 / 9}, 64),
+        ("off", "none", "off", None, VISUAL_TOKENS),
+        (False, "none", None, None, VISUAL_TOKENS),
+        ({"method": "none"}, "none", None, None, VISUAL_TOKENS),
+        (None, "resprune", None, {"type": "tokens", "keep": 96}, 96),
+    ],
+)
+def test_the_field_decides_how_many_tokens_stay(
+    server: Server, pruning: object, method: str, preset: str | None, budget: Body | None, count: int
+) -> None:
+    answer = server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=pruning)
+    report = answer["pruning"]
+    assert (report["method"], report["preset"], report["budget"]) == (method, preset, budget)
+    [image] = report["images"]
+    assert (image["method"], image["visual_tokens"], image["kept_tokens"]) == (method, VISUAL_TOKENS, count)
+    assert image["bypass_reason"] is None
+
+
+def test_without_the_field_the_server_s_default_applies(server: Server, default_keep: int) -> None:
+    assert kept(server.ask(messages=[user("Where is the dog?", fresh_url())])) == [default_keep]
+
+
+def test_an_energy_budget_follows_the_image(server: Server) -> None:
+    policy = {"budget": {"type": "energy", "threshold": 0.98, "min_tokens": 1}}
+    pictures = {"flat": url_of(Image.new("RGB", (48, 48), "gray")), "noise": fresh_url()}
+    images = {
+        name: server.ask(messages=[user("Where is the dog?", url)], pruning=policy)["pruning"]["images"][0]
+        for name, url in pictures.items()
+    }
+    for image in images.values():
+        assert 0.98 <= image["energy"] <= 1
+        assert 1 <= image["kept_tokens"] < VISUAL_TOKENS
+    assert images["flat"]["kept_tokens"] < images["noise"]["kept_tokens"]
+
+
+def test_a_budget_that_leaves_nothing_to_prune_says_so(server: Server) -> None:
+    report = server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=tokens(5000))["pruning"]
+    assert report["method"] == "none", "nothing was pruned"
+    assert [image["kept_tokens"] for image in report["images"]] == [VISUAL_TOKENS]
+    assert [image["bypass_reason"] for image in report["images"]] == ["budget_not_below_tokens"]
+
+
+def test_each_image_may_have_a_policy_of_its_own(server: Server, default_keep: int) -> None:
+    images = [
+        image_part(fresh_url(), pruning="fast"),
+        image_part(fresh_url(), pruning=False),
+        image_part(fresh_url()),
+    ]
+    assert kept(server.ask(messages=[user("Compare them.", *images)])) == [64, VISUAL_TOKENS, default_keep]
+    assert kept(server.ask(messages=[user("Compare them.", *images)], pruning=tokens(30))) == [64, VISUAL_TOKENS, 30]
+    # from the caches, and in another order
+    assert kept(server.ask(messages=[user("Compare them.", *images[::-1])])) == [default_keep, VISUAL_TOKENS, 64]
+
+
+def test_images_of_several_messages(server: Server) -> None:
+    first, second = image_part(fresh_url(), pruning=tokens(20)), image_part(fresh_url(), pruning=tokens(40))
+    conversation = [user("The dog.", first), {"role": "assistant", "content": "Yes."}, user("The bus.", second)]
+    answer = server.ask(messages=conversation)
+    assert kept(answer) == [20, 40]
+    assert nouns(answer) == [["dog"], ["bus"]]
+
+
+def test_text_alone(server: Server) -> None:
+    answer = server.ask(messages=[{"role": "user", "content": "Where is the dog?"}], pruning="fast")
+    report = answer["pruning"]
+    assert set(report) == REPORT_KEYS
+    assert (report["images"], report["method"], report["preset"]) == ([], "none", "fast")
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_a_part_is_an_image_by_its_type(server: Server, default_keep: int) -> None:
+    """As for vLLM, which ignores other keys of a part."""
+    text = {"type": "text", "text": "Where is the dog?", "image_url": {"url": fresh_url()}}
+    assert server.ask(messages=[{"role": "user", "content": [text]}])["pruning"]["images"] == []
+    both = [text, image_part(fresh_url())]
+    assert kept(server.ask(messages=[{"role": "user", "content": both}])) == [default_keep]
+    untyped = [{"image_url": fresh_url()}, {"type": "text", "text": "Where is the dog?"}]
+    assert kept(server.ask(messages=[{"role": "user", "content": untyped}])) == [default_keep]
+
+
+def test_an_image_that_the_server_remembers_under_a_uuid(server: Server) -> None:
+    shown = server.ask(messages=[user("Where is the dog?", image_part(fresh_url(), uuid="a-cat"))])
+    before = server.metrics()
+    recalled = server.ask(messages=[user("And the bus?", image_part(None, uuid="a-cat"))], pruning=tokens(40))
+    assert kept(recalled) == [40]
+    assert nouns(shown) == [["dog"]]
+    assert nouns(recalled) == [["bus"]]
+    assert server.metrics().since(before, "vtprune:feature_cache_misses_total") == (0,), "encoded again"
+
+
+def test_the_schema_describes_the_field(server: Server) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    operation = document["paths"]["/v1/chat/completions"]["post"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+    field = schemas[body]["properties"]["pruning"]
+    assert "server's default" in field["description"]
+    assert field["examples"]
+    [policy] = [schemas[one["$ref"].rsplit("/", 1)[1]] for one in field["anyOf"] if "$ref" in one]
+    assert {"method", "budget", "text", "alpha", "seed"} <= set(policy["properties"])
+    assert policy["additionalProperties"] is False
+    for reference in references(field):
+        assert reference.rsplit("/", 1)[1] in schemas
+    for example in field["examples"]:
+        assert server.post({"messages": [user("Where?", fresh_url())], "pruning": example}).status_code == 200
+
+
+def references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            yield schema["$ref"]
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for one in schema:
+            yield from references(one)
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_complete(server: Server, default_keep: int) -> None:
+    report = server.ask(messages=[user("Where is the dog?", fresh_url())])["pruning"]
+    assert set(report) == REPORT_KEYS
+    assert report["text_pipeline"] == text_pipeline_name()
+    [image] = report["images"]
+    assert set(image) == IMAGE_KEYS
+    assert image == {
+        "method": "resprune",
+        "visual_tokens": VISUAL_TOKENS,
+        "kept_tokens": default_keep,
+        "energy": None,  # a count was given, so nobody measured it
+        "nouns": ["dog"],
+        "cached": False,
+        "bypass_reason": None,
+    }
+    assert list(report["timings_ms"]) == [*STAGES, "ttft", "total"]
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_STREAMS, ids=["plain", "usage"])
+def test_in_a_stream_the_last_event_has_the_report_and_no_other(server: Server, options: Body) -> None:
+    url = fresh_url()
+    chunks = server.stream(messages=[user("Where is the dog?", url)], **options)
+    assert [i for i, chunk in enumerate(chunks) if "pruning" in chunk] == [len(chunks) - 1]
+    assert set(chunks[-1]["pruning"]) == REPORT_KEYS
+    assert ("usage" in chunks[-1]) == bool(options), "the last event is the one that a client expects"
+    assert (chunks[-1]["choices"] == []) == bool(options)
+    assert len(chunks) > 3, "tokens come one by one"
+
+    whole = server.ask(messages=[user("Where is the dog?", url)])
+    assert text_of(chunks) == whole["choices"][0]["message"]["content"]
+    [streamed], [image] = chunks[-1]["pruning"]["images"], whole["pruning"]["images"]
+    assert image == {**streamed, "cached": True}
+
+
+def test_the_openai_client_reads_it(client: OpenAI, server: Server) -> None:
+    request: dict[str, Any] = {
+        "model": server.model,
+        "messages": [user("Where is the dog?", fresh_url())],
+        "max_tokens": 4,
+        "temperature": 0,
+        "extra_body": {"pruning": tokens(48)},
+    }
+    answer = client.chat.completions.create(**request)
+    assert answer.model_extra is not None
+    assert kept(answer.model_extra) == [48]
+    for options in OPTIONS_OF_STREAMS:
+        chunks = list(client.chat.completions.create(**request, stream=True, **options))
+        reports = [chunk.model_extra["pruning"] for chunk in chunks if "pruning" in (chunk.model_extra or {})]
+        assert [kept({"pruning": report}) for report in reports] == [[48]]
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert said == answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("options", [None, *OPTIONS_OF_STREAMS], ids=["whole", "stream", "stream-usage"])
+def test_several_answers_to_one_prompt(server: Server, options: Body | None) -> None:
+    messages = [user("Where is the dog?", fresh_url())]
+    request = {"messages": messages, "n": 2, "temperature": 1, "max_tokens": 6, "seed": 1}
+    before = server.metrics()
+    if options is None:
+        answer = server.ask(**request)
+        report = answer["pruning"]
+        texts = [choice["message"]["content"] for choice in answer["choices"]]
+    else:
+        chunks = server.stream(**request, **options)
+        assert [i for i, chunk in enumerate(chunks) if "pruning" in chunk] == [len(chunks) - 1]
+        report = chunks[-1]["pruning"]
+        texts = [text_of(chunks, index) for index in range(2)]
+        ended = [part["index"] for chunk in chunks for part in chunk["choices"] if part["finish_reason"]]
+        assert sorted(ended) == [0, 1]
+    assert all(texts)
+    assert len(report["images"]) == 1
+    check_timings(report["timings_ms"])
+    grown = server.metrics().since(before, "vtprune:visual_tokens_total", "vtprune:visual_tokens_kept_total")
+    assert grown == (VISUAL_TOKENS, 96), "the image was counted once"
+
+
+def test_log_probabilities_come_along(server: Server) -> None:
+    request = {"messages": [user("Where is the dog?", fresh_url())], "logprobs": True, "top_logprobs": 2}
+    answer = server.ask(**request)
+    listed = answer["choices"][0]["logprobs"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in listed] == [2] * answer["usage"]["completion_tokens"]
+    assert kept(answer) == [96]
+
+    chunks = server.stream(**request)
+    parts = [part["logprobs"] for chunk in chunks for part in chunk["choices"] if part["logprobs"]]
+    streamed = [entry for part in parts for entry in part["content"]]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in listed]
+    assert [entry["logprob"] for entry in streamed] == pytest.approx([entry["logprob"] for entry in listed], abs=1e-3)
+    assert kept(chunks[-1]) == [96]
+
+
+def check_timings(timings: Body) -> None:
+    assert 0 < timings["ttft"] <= timings["total"]
+    known = [timings[stage] for stage in STAGES if timings[stage] is not None]
+    assert all(milliseconds >= 0 for milliseconds in known)
+    assert sum(known) <= timings["ttft"], "the stages come before the first token"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_timings_are_those_of_the_request(server: Server, stream: bool) -> None:
+    request = {"messages": [user("Where is the dog?", fresh_url())], "max_tokens": 40, "ignore_eos": True}
+    started = time.perf_counter()
+    report = server.stream(**request)[-1]["pruning"] if stream else server.ask(**request)["pruning"]
+    elapsed = (time.perf_counter() - started) * 1000
+    timings = report["timings_ms"]
+    check_timings(timings)
+    assert all(timings[stage] is not None for stage in STAGES)
+    assert timings["encode"] > 0
+    assert timings["total"] <= elapsed
+    assert timings["total"] > elapsed / 10, "in milliseconds, like the others"
+    assert timings["ttft"] < 0.9 * timings["total"], "39 of the 40 tokens come after the first"
+
+
+def test_stages_that_did_not_run_have_no_time(server: Server) -> None:
+    messages = [user("Where is the dog?", fresh_url())]
+    off = server.ask(messages=messages, pruning=False)["pruning"]["timings_ms"]
+    assert [off[stage] for stage in STAGES] == [None] * 4
+    check_timings(off)
+    server.ask(messages=messages)
+    again = server.ask(messages=messages)["pruning"]["timings_ms"]
+    assert [again[stage] is None for stage in STAGES] == [False, True, True, True]
+    check_timings(again)
+
+
+# --- the text that an image is conditioned on -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ({}, ["dog"]),
+        ({"scope": "message"}, ["dog"]),
+        ({"scope": "last_turn"}, ["bus"]),
+        ({"query": "a red kite"}, ["kite"]),
+        ({"query": "a red kite", "scope": "last_turn"}, ["kite"]),
+        ({"clean": False}, ["Where", "is", "the", "dog"]),
+        ({"query": ""}, []),
+    ],
+)
+def test_which_text_counts(server: Server, text: Body, expected: list[str]) -> None:
+    messages = [
+        user("Where is the dog?", fresh_url()),
+        {"role": "assistant", "content": "Beside the tree."},
+        user("Is there a bus?"),
+    ]
+    answer = server.ask(messages=messages, pruning=tokens(96, text=text))
+    assert nouns(answer) == [expected]
+    assert kept(answer) == [96]
+
+
+def test_a_method_that_does_not_read_the_text_reports_no_words(server: Server) -> None:
+    answer = server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=tokens(96, method="uniform"))
+    assert nouns(answer) == [[]]
+    assert answer["pruning"]["text_pipeline"] is None
+
+
+def cached_tokens(answer: Body) -> int:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_the_next_turn_reuses_what_was_prefilled(server: Server, block: int) -> None:
+    """Text of scope ``message`` never changes, so neither does the choice, and the prefix stays valid."""
+    messages = [user("Where is the dog?", fresh_url())]
+    policy = tokens(200)
+    first = server.ask(messages=messages, pruning=policy)
+    assert cached_tokens(first) == 0
+
+    messages += [{"role": "assistant", "content": first["choices"][0]["message"]["content"]}, user("Is there a bus?")]
+    second = server.ask(messages=messages, pruning=policy)
+    [before], [after] = first["pruning"]["images"], second["pruning"]["images"]
+    assert after == {**before, "cached": True}
+    assert cached_tokens(second) >= 200 // block * block
+
+    messages += [{"role": "assistant", "content": second["choices"][0]["message"]["content"]}, user("Which colour?")]
+    third = server.ask(messages=messages, pruning=policy)
+    assert third["pruning"]["images"] == [after]
+    assert cached_tokens(third) >= max(cached_tokens(second), second["usage"]["prompt_tokens"] // block * block - block)
+
+
+def test_following_the_last_turn_chooses_anew_and_says_so(server: Server) -> None:
+    messages = [user("Where is the dog?", fresh_url())]
+    policy = tokens(200, text={"scope": "last_turn"})
+    first = server.ask(messages=messages, pruning=policy)
+    messages += [{"role": "assistant", "content": "There."}, user("Is there a bus?")]
+    second = server.ask(messages=messages, pruning=policy)
+    assert (nouns(first), nouns(second)) == ([["dog"]], [["bus"]])
+    assert second["pruning"]["images"][0]["cached"] is False
+    assert cached_tokens(second) == 0, "what was prefilled for another choice of tokens was reused"
+
+
+# --- what enters prefill --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruning", [[False], [tokens(1)], [tokens(77)], [tokens(33), tokens(44)], [False, "fast"]])
+def test_the_prompt_is_the_text_and_the_tokens_kept(server: Server, pruning: list[object]) -> None:
+    question = "Where is the dog beside the red bus?"
+    answer = server.ask(messages=[user(question, *[image_part(fresh_url(), pruning=one) for one in pruning])])
+    prompt = "USER: " + "<image>\n" * len(pruning) + question + " ASSISTANT:"
+    tokenized = server.post({"prompt": prompt, "add_special_tokens": False}, "/tokenize").json()
+    text_tokens = tokenized["count"] - len(pruning)
+    assert answer["usage"]["prompt_tokens"] == text_tokens + sum(kept(answer))
+    assert answer["usage"]["prompt_tokens_details"]["multimodal_tokens"] == {"image": sum(kept(answer))}
+
+
+def test_answers_do_not_depend_on_what_is_cached(server: Server) -> None:
+    request = {
+        "messages": [user("Where is the dog?", fresh_url(), fresh_url())],
+        "max_tokens": 12,
+        "logprobs": True,
+        "pruning": tokens(60),
+    }
+    first, again = server.ask(**request), server.ask(**request)
+    assert [image["cached"] for image in first["pruning"]["images"]] == [False, False]
+    assert [image["cached"] for image in again["pruning"]["images"]] == [True, True]
+    one, other = (answer["choices"][0]["logprobs"]["content"] for answer in (first, again))
+    assert [entry["token"] for entry in one] == [entry["token"] for entry in other]
+    assert [entry["logprob"] for entry in one] == pytest.approx([entry["logprob"] for entry in other], abs=1e-3)
+
+
+def test_requests_at_the_same_time_get_their_own_reports(server: Server) -> None:
+    things = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
+
+    def ask(index: int) -> Body:
+        message = user(f"Where is the {things[index]}?", fresh_url(), fresh_url())
+        if index % 2:
+            return server.ask(messages=[message], pruning=tokens(20 + index))
+        return server.stream(messages=[message], pruning=tokens(20 + index))[-1]
+
+    with ThreadPoolExecutor(len(things)) as threads:
+        answers = list(threads.map(ask, range(len(things))))
+    for index, answer in enumerate(answers):
+        assert kept(answer) == [20 + index] * 2
+        assert nouns(answer) == [[things[index]]] * 2
+
+
+def test_a_client_that_hangs_up_ends_its_request(server: Server) -> None:
+    messages = [user("Where is the dog?", fresh_url())]
+    body = {**server.defaults, "messages": messages, "stream": True, "max_tokens": 1800, "ignore_eos": True}
+    before = server.metrics()
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        assert next(answer.iter_lines()).startswith("data: ")
+    deadline = time.monotonic() + 30
+    generated = "vllm:generation_tokens_total"
+    earlier = now = server.metrics()
+    while now.since(before, generated) == (0,) or now.since(earlier, generated) != (0,):
+        assert time.monotonic() < deadline, "the request goes on"
+        time.sleep(1)
+        earlier, now = now, server.metrics()
+    assert now.since(before, generated)[0] < 1800
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_count_what_was_served(server: Server) -> None:
+    url = fresh_url()
+    keys = [
+        "vtprune:visual_tokens_total|method=resprune",
+        "vtprune:visual_tokens_kept_total|method=resprune",
+        "vtprune:keep_ratio_count|method=resprune",
+        "vtprune:visual_tokens_total|method=none",
+        "vtprune:visual_tokens_kept_total|method=none",
+        "vtprune:feature_cache_misses_total",
+        "vtprune:feature_cache_hits_total",
+        "vtprune:stage_seconds_count|stage=text",
+        "vtprune:stage_seconds_count|stage=encode",
+        "vtprune:stage_seconds_count|stage=select",
+        "vtprune:bypass_total|reason=budget_not_below_tokens",
+        "vtprune:errors_total",
+    ]
+
+    def grown_by(pruning: object, *more_images: str) -> dict[str, float]:
+        before = server.metrics()
+        server.ask(messages=[user("Where is the dog?", url, *more_images)], pruning=pruning)
+        grown = server.metrics().since(before, *keys)
+        return {key.removeprefix("vtprune:"): value for key, value in zip(keys, grown, strict=True) if value}
+
+    pruned = {
+        "visual_tokens_total|method=resprune": 576,
+        "visual_tokens_kept_total|method=resprune": 72,
+        "keep_ratio_count|method=resprune": 1,
+        "stage_seconds_count|stage=text": 1,
+    }
+    selected = {"stage_seconds_count|stage=select": 1}
+    encoded = {"feature_cache_misses_total": 1, "stage_seconds_count|stage=encode": 1}
+    assert grown_by(tokens(72)) == {**pruned, **selected, **encoded}
+    assert grown_by(tokens(72)) == pruned, "all from vLLM's processor cache"
+    other = {**pruned, "visual_tokens_kept_total|method=resprune": 71, "feature_cache_hits_total": 1}
+    assert grown_by(tokens(71)) == {**other, **selected}, "features from our cache"
+    assert grown_by(False) == {"visual_tokens_total|method=none": 576, "visual_tokens_kept_total|method=none": 576}
+    twice = grown_by(tokens(70), fresh_url())
+    assert twice["visual_tokens_kept_total|method=resprune"] == 140
+    assert (twice["feature_cache_hits_total"], twice["feature_cache_misses_total"]) == (1, 1)
+    assert grown_by(tokens(576))["bypass_total|reason=budget_not_below_tokens"] == 1
+
+
+def test_metrics_carry_the_served_name_and_help(server: Server) -> None:
+    server.ask(messages=[user("Where is the dog?", fresh_url())])
+    text = httpx.get(f"{server.url}/metrics").text
+    ours = [line for line in text.splitlines() if line.startswith("vtprune:")]
+    assert ours
+    assert all(f'model_name="{server.model}"' in line for line in ours)
+    assert "# HELP vtprune:visual_tokens_kept_total " in text
+    assert server.metrics()["vtprune:feature_cache_bytes"] > 0
+    assert server.metrics()["vtprune:keep_ratio_sum"] < server.metrics()["vtprune:keep_ratio_count"]
+
+
+def test_a_stream_is_valid_server_sent_events(server: Server) -> None:
+    """Line by line, as a client that is not OpenAI's would read it."""
+    response = server.post({"stream": True, "messages": [user("Where is the dog?", fresh_url())]})
+    events = data_of(response.text)
+    assert events[-1] == DONE
+    assert events.count(DONE) == 1
+    for event in events[:-1]:
+        assert "\n" not in event
+        assert isinstance(json.loads(event), dict)

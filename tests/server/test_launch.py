@@ -1,0 +1,219 @@
+"""What `vtprune serve` refuses, says and sets before an engine starts."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+import vllm_vtprune
+from server import launch
+from tests.support.chat import leaks
+
+Run = CompletedProcess[str]
+CLI = ("-m", "vllm_vtprune.cli")
+# As if our general plugin had failed to load, which vLLM logs and then goes on.
+WITHOUT_OUR_MODELS = """
+import sys
+import vllm_vtprune.plugin.register as plugin
+plugin.register = lambda: None
+from vllm_vtprune.cli import main
+main(sys.argv[1:])
+"""
+
+
+def start(*arguments: str) -> Run:
+    """Run this Python with `arguments` to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA without anything to see with."""
+    directory = tmp_path_factory.mktemp("llama")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def serve(text_model: Path) -> Iterator[Callable[[str], Run]]:
+    """Gives the outcome of a command by its name. They run two at a time: each imports vLLM, which takes long."""
+    commands: dict[str, Sequence[str]] = {
+        "text model": [*CLI, "serve", str(text_model)],
+        "without our models": ["-c", WITHOUT_OUR_MODELS, "serve"],
+        "bad default": [*CLI, "serve", "--pruning-default", '{"budget": {"threshold": 2}}'],
+        "help": [*CLI, "serve", "--help"],
+    }
+    with ThreadPoolExecutor(2) as threads:
+        outcomes: dict[str, Future[Run]] = {name: threads.submit(start, *line) for name, line in commands.items()}
+        yield lambda name: outcomes[name].result()
+
+
+def test_a_model_that_cannot_be_pruned_is_refused(serve: Callable[[str], Run], text_model: Path) -> None:
+    done = serve("text model")
+    assert done.returncode == 1
+    [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
+    assert f"{text_model} has the architecture LlamaForCausalLM, which cannot be pruned yet" in message
+    assert "expected one of LlavaForConditionalGeneration" in message
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_would_be_served_unpruned_is_refused(serve: Callable[[str], Run]) -> None:
+    done = serve("without our models")
+    assert done.returncode == 1
+    [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
+    assert "would be served unpruned" in message
+    assert "vllm.model_executor.models.llava:LlavaForConditionalGeneration" in message, "what it found"
+    assert "vllm_vtprune.plugin.llava:PrunedLlavaForConditionalGeneration" in message, "what it expected"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_default_that_is_no_policy_is_refused(serve: Callable[[str], Run]) -> None:
+    done = serve("bad default")
+    assert done.returncode == 2
+    message = done.stderr.splitlines()[-1]
+    assert "--pruning-default.budget.threshold: 2 is not accepted; expected a number above 0 and at most 1." in message
+    assert leaks(done.stderr) == []
+
+
+def test_the_help_of_serve_shows_our_option_with_an_example(serve: Callable[[str], Run]) -> None:
+    done = serve("help")
+    assert done.returncode == 0
+    assert "[--pruning-default POLICY]" in done.stdout
+    assert "vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("balanced", "balanced"),
+        ("off", "off"),
+        ("false", False),
+        ('{"method": "uniform"}', {"method": "uniform"}),
+        ('{"budget": {"type": "tokens", "keep": 128}}', {"budget": {"type": "tokens", "keep": 128}}),
+    ],
+)
+def test_a_default_is_a_preset_or_json(text: str, value: object) -> None:
+    assert launch.policy_argument(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("blanced", '--pruning-default: "blanced" is not accepted; expected an object, false, or a preset: off, '),
+        ("", '--pruning-default: "" is not accepted; expected an object, false, or a preset: '),
+        ("true", "--pruning-default: true is not accepted; expected "),
+        ("[1]", "--pruning-default: [1] is not accepted; expected "),
+        ('{"metod": 1}', "--pruning-default.metod: 1 given for an unknown field; expected one of method, "),
+        (
+            '{"budget": {"type": "tokens", "keep": 0}}',
+            "--pruning-default.budget.keep: 0 is not accepted; expected an integer from 1 to 1000000.",
+        ),
+        ('{"alpha": NaN}', "--pruning-default.alpha: NaN is not accepted; expected null or a number from 0 to 16."),
+        ('{"budget": ', '--pruning-default: "{\\"budget\\": " is not accepted; expected '),
+    ],
+)
+def test_another_default_is_refused_by_name(text: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        launch.policy_argument(text)
+    assert str(refused.value).startswith(said)
+
+
+# --- VLLM_PLUGINS ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "vtprune"),
+        ("vtprune", "vtprune"),
+        ("other", "other,vtprune"),
+        ("one,two", "one,two,vtprune"),
+        ("one,vtprune,two", "one,vtprune,two"),
+    ],
+)
+def test_plugins_that_are_named_stay_on(before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", before)
+    for _ in range(2):
+        launch.enable_plugin()
+        assert os.environ["VLLM_PLUGINS"] == after
+
+
+def test_where_none_is_named_all_that_are_installed_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads every plugin while the variable is unset, and only those it names once it is set."""
+    groups = [group for group in entry_points().groups if group.startswith("vllm.")]
+    installed = {point.name for group in groups for point in entry_points(group=group)}
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    launch.enable_plugin()
+    named = os.environ["VLLM_PLUGINS"].split(",")
+    assert set(named) == installed | {"vtprune"}
+    assert len(named) == len(set(named))
+
+
+def test_plugins_of_every_kind_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(group: str) -> list[EntryPoint]:
+        return [EntryPoint(f"a-{group.removeprefix('vllm.')}", "a:b", group), EntryPoint("in-all", "a:b", group)]
+
+    monkeypatch.setattr(launch, "entry_points", points)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    launch.enable_plugin()
+    kinds = ("general_plugins", "endpoint_plugins", "io_processor_plugins", "platform_plugins", "stat_logger_plugins")
+    expected = [*(f"a-{kind}" for kind in kinds), "in-all", "vtprune"]
+    assert sorted(os.environ["VLLM_PLUGINS"].split(",")) == sorted(expected)
+
+
+def test_the_kinds_of_plugins_are_vllm_s() -> None:
+    """A kind that a new vLLM adds would be switched off silently."""
+    package = find_spec("vllm")
+    assert package is not None
+    assert package.origin is not None
+    files = Path(package.origin).parent.joinpath("plugins").rglob("*.py")
+    source = "\n".join(file.read_text() for file in files)
+    assert set(launch.PLUGIN_GROUPS) == set(re.findall(r'"(vllm\.\w+_plugins)"', source))
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands_and_shows_an_example() -> None:
+    done = start(*CLI, "--help")
+    assert done.returncode == 0
+    for text in ("serve [MODEL]", "demo", "example:", "vtprune serve llava-hf/llava-1.5-7b-hf"):
+        assert text in done.stdout
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert start(*CLI, "--version").stdout.strip() == f"vllm-vtprune {vllm_vtprune.__version__}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["sevre"], ["--model"]])
+def test_a_command_that_does_not_exist_is_an_error(arguments: list[str]) -> None:
+    done = start(*CLI, *arguments)
+    assert done.returncode == 2
+    assert "usage: vtprune" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,114 @@
+"""Several API processes in front of several engines: who loads the tower, what adds up, and that all of them end."""
+
+import re
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, kept, nouns, user
+from tests.support.process_tree import family, kill, survivors
+from vllm_vtprune.demo.server import running_server
+
+pytestmark = pytest.mark.engine
+
+THINGS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
+TOWER_LOADED = "Frontend vision tower loaded"
+STOPPED_WITHIN = 60  # seconds
+
+
+@pytest.fixture(scope="module")
+def two_of_each(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two API processes, two engines; requests without a policy follow the preset `balanced`."""
+    log = tmp_path_factory.mktemp("two-of-each") / "server.log"
+    options = [
+        *("--api-server-count", "2", "--data-parallel-size", "2"),
+        *("--pruning-default", "balanced"),
+        *("--max-model-len", "2048"),
+        "--enforce-eager",
+    ]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with running_server(options, environment=environment, log=log) as url:
+        yield Server(url, log)
+
+
+def processes_that_loaded_a_tower(server: Server) -> list[str]:
+    """As their lines in the log begin: role and process id."""
+    lines = [line for line in server.log.read_text(errors="replace").splitlines() if TOWER_LOADED in line]
+    return [line[: line.index(")")].lstrip("(") for line in lines]
+
+
+def test_only_the_api_process_loads_the_tower(server: Server) -> None:
+    [process] = processes_that_loaded_a_tower(server)
+    assert re.fullmatch(r"APIServer pid=\d+", process)
+
+
+def test_every_api_process_loads_it_once_and_no_engine_does(two_of_each: Server) -> None:
+    processes = processes_that_loaded_a_tower(two_of_each)
+    assert len(set(processes)) == len(processes) == 2
+    assert {re.sub(r" pid=\d+", "", process) for process in processes} == {"ApiServer_0", "ApiServer_1"}
+
+
+def test_every_request_is_pruned_and_reported(two_of_each: Server) -> None:
+    before = two_of_each.metrics()
+    counts = []
+    for index, thing in enumerate(THINGS):
+        messages = [user(f"Where is the {thing}?", fresh_url())]
+        if index % 2:
+            answer = two_of_each.ask(messages=messages)
+        else:
+            answer = two_of_each.stream(messages=messages, stream_options={"include_usage": True})[-1]
+        report = answer["pruning"]
+        assert (report["method"], report["preset"]) == ("resprune", "balanced")
+        [image] = report["images"]
+        assert image["visual_tokens"] == VISUAL_TOKENS
+        assert 32 <= image["kept_tokens"] < VISUAL_TOKENS
+        assert image["energy"] >= 0.99
+        assert nouns(answer) == [[thing]]
+        counts += kept(answer)
+        text_tokens = answer["usage"]["prompt_tokens"] - counts[-1]
+        assert 0 < text_tokens < 20
+
+    names = ["visual_tokens_total", "visual_tokens_kept_total", "keep_ratio_count", "feature_cache_misses_total"]
+    grown = two_of_each.metrics().since(before, *(f"vtprune:{name}" for name in names))
+    assert grown == (len(THINGS) * VISUAL_TOKENS, sum(counts), len(THINGS), len(THINGS))
+
+
+def test_both_api_processes_answer_and_their_metrics_add_up(two_of_each: Server) -> None:
+    """Each has a feature cache of its own, so one image is encoded once in each that gets to see it."""
+    messages = [user("Where is the dog?", fresh_url())]
+    before = two_of_each.metrics()
+    asked, encoded = 0, 0.0
+    seen = set()
+    while encoded < 2 and asked < 64:
+        answer = two_of_each.ask(messages=messages)
+        asked += 1
+        seen.add((*kept(answer), answer["choices"][0]["message"]["content"]))
+        (encoded,) = two_of_each.metrics().since(before, "vtprune:feature_cache_misses_total")
+    assert encoded == 2, f"{asked} requests all went to one process"
+    assert len(seen) == 1, "the processes choose differently"
+    (counted,) = two_of_each.metrics().since(before, "vtprune:visual_tokens_total")
+    assert counted == asked * VISUAL_TOKENS
+
+
+def test_both_engines_answer(two_of_each: Server) -> None:
+    keys = [f"vllm:prompt_tokens_total|engine={engine}" for engine in range(2)]
+    deadline = time.monotonic() + 60
+    while not all(two_of_each.metrics()[key] > 0 for key in keys):
+        assert time.monotonic() < deadline, f"one engine got nothing: {keys}"
+        two_of_each.ask(messages=[user("Where is the dog?", fresh_url())])
+
+
+def test_sigterm_ends_them_all(two_of_each: Server) -> None:
+    """The last test of this file: it ends the server."""
+    port = str(urlsplit(two_of_each.url).port)
+    [root] = [child for child in psutil.Process().children() if port in child.cmdline()]
+    processes = family(root.pid)
+    try:
+        assert len(processes) >= 5, "itself, two API processes, two engines"
+        root.terminate()
+        assert survivors(processes, within=STOPPED_WITHIN) == []
+    finally:
+        kill(processes)
