@@ -193,6 +193,19 @@ def test_same_order_as_the_rule(method: str, rows: int, columns: int, share: flo
     assert result.order.tolist() == ORDERS[method](features, k, text)[: result.budget]
 
 
+@pytest.mark.parametrize("method", sorted(set(ORDERS) - {"cdpruner"}))
+@settings(max_examples=12, deadline=None)
+@given(kinds=st.lists(st.integers(0, 6), min_size=1, max_size=60), share=st.floats(0, 1), level=st.booleans())
+def test_ties_go_to_the_smallest_index(method: str, kinds: list[int], share: float, level: bool) -> None:
+    """Tokens that are equal or orthogonal, whose cosines are exact, under few levels of attention."""
+    tokens = torch.eye(7)[kinds]
+    attention = torch.full((len(kinds),), 0.5) if level else torch.tensor(kinds) / 8 + 0.125
+    features = VisualFeatures(tokens, tokens, (1, len(kinds)), cls_attention=attention)
+    k = max(1, round(share * len(kinds)))
+    result = plan(method, features, k)
+    assert result.order.tolist() == ORDERS[method](features, k, None)[: result.budget]
+
+
 @pytest.mark.parametrize("method", ["divprune", "scope", "vispruner", "fastervlm", "dart", "maxpool3x3"])
 def test_same_order_at_the_size_of_llava(method: str) -> None:
     generator = torch.Generator().manual_seed(1)
