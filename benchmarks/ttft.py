@@ -14,7 +14,8 @@ the kinds of request alternate. What is compared:
 - S(n):   a text prompt of n tokens on stock vLLM, n being the length of the stock and of the pruned prompt
 - E:      the vision encoder and projector of transformers, on the picture's pixels, in this process
 
-The ideal speed-up, (E + S(stock length)) / (E + S(pruned length)), is that of a selection that costs nothing.
+The ideal speed-ups are those of a selection that costs nothing: (E + S(stock length)) / (E + S(pruned length)) for a
+picture never seen, (E + S(stock length)) / S(pruned length) for one whose features are at hand.
 """
 
 from __future__ import annotations
@@ -199,20 +200,21 @@ def picture(seed: int, pixels: int) -> str:
 
 def summary(samples: Samples, *, keep: int) -> dict[str, Any]:
     """Ratios of what was measured, as `PairedRatio` in plain numbers."""
-    ideal = [
-        (encoder + full) / (encoder + pruned)
-        for encoder, full, pruned in zip(samples["E"], samples["S_stock"], samples["S_pruned"], strict=True)
-    ]
-    speedup = [stock / cold for stock, cold in zip(samples["stock"], samples["cold"], strict=True)]
-    ones = [1.0] * len(ideal)
+    unpruned = [encoder + full for encoder, full in zip(samples["E"], samples["S_stock"], strict=True)]
+    ideal = [encoder + pruned for encoder, pruned in zip(samples["E"], samples["S_pruned"], strict=True)]
     ratios: dict[str, PairedRatio] = {
         "speedup_cold": paired_ratio(samples["stock"], samples["cold"]),
-        "speedup_ideal": paired_ratio(ideal, ones),
-        "share_of_ideal": paired_ratio(speedup, ideal),
+        "ideal_cold": paired_ratio(unpruned, ideal),
+        "share_of_ideal": paired_ratio(products(samples["stock"], ideal), products(samples["cold"], unpruned)),
         "speedup_hit": paired_ratio(samples["stock"], samples["hit"]),
+        "ideal_hit": paired_ratio(unpruned, samples["S_pruned"]),
         "off_over_stock": paired_ratio(samples["off"], samples["stock"]),
     }
     return {"keep": keep, "visual_tokens": VISUAL_TOKENS, "ratios": {name: asdict(r) for name, r in ratios.items()}}
+
+
+def products(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    return [a * b for a, b in zip(left, right, strict=True)]
 
 
 def table(result: dict[str, Any]) -> str:

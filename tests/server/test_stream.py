@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ ERROR = event(error={"message": "the engine died", "type": "InternalServerError"
 def passed(events: Iterable[str], value: Callable[[], Any] = lambda: REPORT) -> list[str]:
     """What comes out for these events."""
 
-    async def source() -> AsyncIterator[str]:
+    async def source() -> AsyncGenerator[str, None]:
         for one in events:
             yield one
 
@@ -145,7 +145,7 @@ def pulled_before_each(events: list[str]) -> list[int]:
     pulled = 0
     counts = []
 
-    async def source() -> AsyncIterator[str]:
+    async def source() -> AsyncGenerator[str, None]:
         nonlocal pulled
         for one in events:
             pulled += 1
@@ -168,7 +168,7 @@ def test_only_events_that_may_be_the_last_wait_and_only_for_the_next() -> None:
 def test_leaving_early_ends_the_source_too() -> None:
     closed = []
 
-    async def source() -> AsyncIterator[str]:
+    async def source() -> AsyncGenerator[str, None]:
         try:
             while True:
                 yield token("a")
@@ -178,9 +178,7 @@ def test_leaving_early_ends_the_source_too() -> None:
     async def leave() -> None:
         out = with_last_event_field(source(), "pruning", lambda: REPORT)
         await anext(out)
-        await out.aclose()  # type: ignore[attr-defined]
-        del out
-        await asyncio.sleep(0)
+        await out.aclose()
         assert closed == [True]  # here: when the loop ends, it closes whatever is left
 
     asyncio.run(leave())

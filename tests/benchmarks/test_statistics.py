@@ -1,0 +1,54 @@
+"""The statistics behind the numbers in the documentation."""
+
+import math
+
+import pytest
+
+from benchmarks.statistics import paired_ratio
+from benchmarks.ttft import summary
+
+
+def test_a_constant_ratio_has_no_spread() -> None:
+    ratio = paired_ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0])
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert ratio.pairs == 3
+
+
+def test_pairing_removes_what_both_sides_share() -> None:
+    drift = [1.0, 3.0, 9.0, 27.0, 81.0]
+    ratio = paired_ratio([1.1 * value for value in drift], drift)
+    assert ratio.low == pytest.approx(1.1)
+    assert ratio.high == pytest.approx(1.1)
+
+
+def test_the_interval_holds_the_geometric_mean_and_widens_with_the_spread() -> None:
+    narrow = paired_ratio([1.0, 1.1, 0.9, 1.05, 0.95], [1.0] * 5)
+    wide = paired_ratio([1.0, 2.0, 0.5, 1.5, 0.7], [1.0] * 5)
+    assert narrow.value == pytest.approx(math.prod([1.0, 1.1, 0.9, 1.05, 0.95]) ** 0.2)
+    for ratio in (narrow, wide):
+        assert ratio.low < ratio.value < ratio.high
+    assert wide.high / wide.low > narrow.high / narrow.low
+
+
+@pytest.mark.parametrize(("left", "right"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0]), ([-1.0], [1.0])])
+def test_samples_without_a_ratio_are_refused(left: list[float], right: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        paired_ratio(left, right)
+
+
+def test_a_selection_that_costs_nothing_reaches_the_ideal() -> None:
+    samples = {
+        "E": [1.0, 1.0],
+        "S_stock": [17.0, 18.0],
+        "S_pruned": [4.0, 4.5],
+        "stock": [18.0, 19.0],
+        "cold": [5.0, 5.5],
+        "hit": [4.0, 4.5],
+        "off": [18.0, 19.0],
+    }
+    ratios = summary(samples, keep=128)["ratios"]
+    assert ratios["share_of_ideal"]["value"] == pytest.approx(1.0)
+    assert ratios["speedup_hit"]["value"] == pytest.approx(ratios["ideal_hit"]["value"])
+    assert ratios["off_over_stock"]["value"] == pytest.approx(1.0)
+    slower = summary({**samples, "cold": [10.0, 11.0]}, keep=128)["ratios"]
+    assert slower["share_of_ideal"]["value"] == pytest.approx(0.5)
