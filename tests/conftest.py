@@ -1,4 +1,4 @@
-"""Settings of every test: no model hub, little memory for the KV caches of small engines, one thread for small tensors."""
+"""Settings of every test: no model hub, small KV caches, and one thread for small tensors."""
 
 import os
 
