@@ -48,6 +48,11 @@ class Demo:
         return any(name in command_of(process) for process in self.seen)
 
 
+def interruptible() -> None:
+    """Undo what a shell does to its background jobs, and so to a test run among them: there SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[Demo]:
     stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
@@ -58,6 +63,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
             stderr=err,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            preexec_fn=interruptible,
         )
     started = Demo(process, stdout, stderr)
     try:
