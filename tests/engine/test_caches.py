@@ -117,7 +117,10 @@ def test_pruned_unpruned_and_cached_images_in_every_order(
     record_property("worst_logprob_difference", max(differences))
 
 
-def test_identical_requests(cached: Engine, uncached: Engine) -> None:
+def test_identical_requests(cached: Engine, uncached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    plan = cached.runtime.plan
+    monkeypatch.setattr(cached.runtime, "plan", lambda *arguments: planned.append(1) or plan(*arguments))
     one, two = sample_images(2, stamp="identical")
     for request in (
         Ask(ask_about(BUS), [one], ENERGY),
@@ -131,6 +134,7 @@ def test_identical_requests(cached: Engine, uncached: Engine) -> None:
         assert [answer.prefix_hits for answer in answers] == [0, *[whole_blocks(len(expected.prompt_ids) - 1)] * 2]
         if expected.images is not None:
             assert [all(flags(answer)) for answer in answers] == [False, True, True]
+    assert len(planned) == 1 + 3  # the one image of the first request, the three of the last
 
 
 def test_one_image_twice_in_a_prompt_under_two_policies(cached: Engine, uncached: Engine) -> None:

@@ -107,6 +107,7 @@ class Engine:
     def forget_prompts(self) -> None:
         """Empty vLLM's processor, encoder and prefix caches."""
         self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
         assert self.llm.reset_prefix_cache()
 
 
