@@ -14,7 +14,11 @@ from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 
 Solver: TypeAlias = Literal["auto", "exact", "rsvd"]
 
-EXACT_UP_TO = 1024  # smaller side of F up to which "auto" takes the exact solver
+KRYLOV_FROM = 1024  # smaller side of F from which "auto" tries a Krylov subspace first
+KRYLOV_BLOCK = 64  # columns by which the subspace grows
+KRYLOV_SHARE = 0.375  # of the smaller side, that it may grow to: beyond, all eigenvalues cost less
+ROUNDING = 4e-6  # share of the total energy by which float32 products may misplace a sum of eigenvalues
+TOLERANCE = 0.01  # of the rank, that "auto" may leave open
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,42 +28,62 @@ class Spectrum:
     Attributes:
         energies: ``(r,)`` float64 squared singular values on the CPU, largest first.
         total: ``||F||_F^2``, of which ``energies`` may be a leading part.
+        missing: the most energy that the leading components of the matrix can hold beyond their ``energies``.
+        rounding: how far a sum of ``energies`` may be off by rounding.
     """
 
     energies: Tensor
     total: float
+    missing: float = 0.0
+    rounding: float = 0.0
 
     def rank_at(self, threshold: float) -> int | None:
         """The fewest components that hold ``threshold`` of the energy; None if the known ones do not reach it."""
-        if self.total == 0:
-            return 1
-        reached = (self.energies.cumsum(0) / self.total >= threshold).nonzero()
-        return int(reached[0]) + 1 if len(reached) else None
+        return self._first_above(threshold * self.total)
+
+    def settles(self, threshold: float) -> bool:
+        """Whether the rank at ``threshold`` is known to 1 %, whatever ``missing`` and ``rounding`` are in truth."""
+        wanted = threshold * self.total
+        most = self._first_above(wanted + self.rounding)
+        fewest = self._first_above(wanted - self.rounding - self.missing)
+        return most is not None and fewest is not None and fewest >= (1 - TOLERANCE) * most
 
     def energy_at(self, k: int) -> float:
-        """Share of the energy in the ``k`` leading components; 1.0 for a zero matrix."""
+        """Share of the energy in the ``k`` leading components; 1.0 for a zero matrix.
+
+        Where fewer than ``k`` are known, that of the known ones: never too high.
+        """
         if self.total == 0:
             return 1.0
         return min(1.0, float(self.energies.cumsum(0)[:k][-1:].sum() / self.total))
 
+    def _first_above(self, energy: float) -> int | None:
+        if self.total == 0:
+            return 1
+        reached = (self.energies.cumsum(0) >= energy).nonzero()
+        return int(reached[0]) + 1 if len(reached) else None
+
 
 def exact_spectrum(features: Tensor) -> Spectrum:
-    """All squared singular values of ``F (N, d_v)``, as eigenvalues of its smaller Gram matrix.
+    """All squared singular values of ``F (N, d_v)`` in float64, as eigenvalues of its smaller Gram matrix.
 
-    The Gram matrix is formed in float64. In float32 its eigenvalues carry an error of about 1e-7 of the largest, which
-    is harmless at a threshold of 0.99 but not near 1; in float64 that floor is ``max(N, d_v) * 2e-16``, and what lies
-    below it counts as zero, so that threshold 1 asks for the numerical rank.
-
-    Raises:
-        ValueError: when ``F`` is not a non-empty matrix of finite numbers.
+    What lies below ``max(N, d_v) * 2e-16`` of the largest counts as zero, so that threshold 1 asks for the numerical
+    rank.
     """
-    matrix = _checked(features).double()
+    found = gram_spectrum(features, torch.float64)
+    floor = found.energies[0] * max(features.shape) * torch.finfo(torch.float64).eps
+    energies = torch.where(found.energies > floor, found.energies, 0.0)
+    return Spectrum(energies, float(energies.cumsum(0)[-1]))
+
+
+def gram_spectrum(features: Tensor, dtype: torch.dtype) -> Spectrum:
+    """All squared singular values of ``F (N, d_v)``, as eigenvalues of its smaller Gram matrix computed in ``dtype``."""
+    matrix = features.to(dtype)
     rows, columns = matrix.shape
     gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
-    energies = torch.linalg.eigvalsh(gram).flip(0).cpu()
-    floor = energies[0] * max(rows, columns) * torch.finfo(torch.float64).eps
-    energies = torch.where(energies > floor, energies, 0.0)
-    return Spectrum(energies, float(energies.cumsum(0)[-1]))
+    energies = torch.linalg.eigvalsh(gram).double().flip(0).clamp(min=0).cpu()
+    total = float(gram.diagonal().sum(dtype=torch.float64))
+    return Spectrum(energies, total, rounding=0.0 if dtype == torch.float64 else ROUNDING * total)
 
 
 def randomized_spectrum(
@@ -69,11 +93,8 @@ def randomized_spectrum(
 
     E-AdaPrune's Algorithm 2, re-orthonormalised between power steps. The values are never above the true ones, so a
     rank read from them is never too small, and the total is exact. Without power steps they are too low to be of use.
-
-    Raises:
-        ValueError: when ``F`` is not a non-empty matrix of finite numbers.
     """
-    matrix = _checked(features).float()
+    matrix = features.float()
     probes = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix.device)
     basis = torch.linalg.qr(matrix @ probes).Q
     for _ in range(power_iterations):
@@ -82,6 +103,46 @@ def randomized_spectrum(
     projected = (basis.T @ matrix).double()
     energies = torch.linalg.eigvalsh(projected @ projected.T).flip(0).clamp(min=0).cpu()
     return Spectrum(energies, float(matrix.double().square().sum()))
+
+
+def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generator | None = None) -> Spectrum | None:
+    """Leading squared singular values of ``F (N, d_v)``, enough of them to settle the rank at ``threshold``.
+
+    A randomised block Krylov subspace of the smaller side: it costs as much as a range finder without power steps
+    (two products with ``F`` for each column), and is more exact than one with two. It grows until the energy outside
+    it is too little to change the rank by more than 1 %: the ``k`` leading components hold at most what they hold
+    inside plus all that is outside (Ky Fan). None as soon as it looks as if it would have to grow beyond its share of
+    the smaller side, as the flat tail of a power law makes it.
+    """
+    matrix = features.float()
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64) ** 2)
+    side, length = matrix.shape
+    widest = int(KRYLOV_SHARE * side)
+    basis, projected = matrix.new_empty(widest, side), matrix.new_empty(widest, length)
+    block = matrix @ torch.randn(length, KRYLOV_BLOCK, generator=generator).to(matrix.device)
+    outside = total
+    for width in range(0, widest - KRYLOV_BLOCK + 1, KRYLOV_BLOCK):
+        known = basis[:width]
+        for _ in range(2):  # once is not enough in float32
+            block = block - known.T @ (known @ block)
+        directions = torch.linalg.qr(block).Q.T
+        basis[width : width + KRYLOV_BLOCK] = directions
+        rows = torch.mm(directions, matrix, out=projected[width : width + KRYLOV_BLOCK])
+        was_outside, outside = outside, outside - float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
+        tail = (1 - threshold) * total
+        if outside <= tail / 4:  # else no use to look
+            inside = projected[: width + KRYLOV_BLOCK]
+            energies = torch.linalg.eigvalsh((inside @ inside.T).double()).flip(0).clamp(min=0).cpu()
+            found = Spectrum(energies, total, max(outside, 0.0), ROUNDING * total)
+            if found.settles(threshold):
+                return found
+        blocks_left = (widest - width) // KRYLOV_BLOCK - 1
+        if outside * (outside / was_outside) ** blocks_left > tail / 4:
+            return None
+        block = matrix @ rows.T
+    return None
 
 
 def spectrum(
@@ -94,20 +155,34 @@ def spectrum(
 ) -> Spectrum:
     """A spectrum of ``F (N, d_v)`` that reaches ``threshold``: ``rank_at(threshold)`` is never None.
 
-    ``rsvd`` doubles ``rank`` until the threshold is reached, and turns to the exact solver once that takes all
-    components. ``auto`` is ``exact`` up to a smaller side of 1024, where it is the faster one, and ``rsvd`` above.
+    ``exact``: all singular values in float64. ``rsvd``: the paper's solver, with ``rank`` doubled until the threshold is
+    reached; exact once that takes all components. ``auto``: the cheapest that settles the rank to 1 %, of a Krylov
+    subspace (where ``F`` is large), all eigenvalues in float32, and ``exact``.
+
+    Raises:
+        ValueError: when ``F`` is not a non-empty matrix of finite numbers, or ``threshold`` not in (0, 1].
     """
     if solver not in ("auto", "exact", "rsvd"):
         raise ValueError(f'solver must be "auto", "exact" or "rsvd", got {solver!r}')
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold!r}")
-    smaller_side = min(_checked(features).shape)
-    if solver == "rsvd" or (solver == "auto" and smaller_side > EXACT_UP_TO):
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"features must be a non-empty matrix, got shape {tuple(features.shape)}")
+    require_finite("features", features)
+    smaller_side = min(features.shape)
+    if solver == "rsvd":
         while rank < smaller_side:
             found = randomized_spectrum(features, rank, power_iterations, generator)
             if found.rank_at(threshold) is not None:
                 return found
             rank *= 2
+    if solver == "auto":
+        subspace = krylov_spectrum(features, threshold, generator) if smaller_side >= KRYLOV_FROM else None
+        if subspace is not None:
+            return subspace
+        rounded = gram_spectrum(features, torch.float32)
+        if rounded.settles(threshold):
+            return rounded
     return exact_spectrum(features)
 
 
@@ -132,8 +207,12 @@ def energy_rank(
 
 
 def spectral_energy(F: Tensor, k: int) -> float:
-    """Share of the energy of ``F (N, d_v)`` in its ``k`` leading singular directions, between 0 and 1."""
-    return exact_spectrum(F).energy_at(k)
+    """Share of the energy of ``F (N, d_v)`` in its ``k`` leading singular directions, between 0 and 1.
+
+    Raises:
+        ValueError: when ``F`` is not a non-empty matrix of finite numbers.
+    """
+    return spectrum(F, 1.0, "exact").energy_at(k)
 
 
 def token_budget(
@@ -155,7 +234,7 @@ def token_budget(
         features.encoder,
         budget.threshold,
         budget.solver,
-        max(budget.rank, min(budget.min_tokens, n)),  # so that the energy at min_tokens is known too
+        max(budget.rank, min(budget.min_tokens, n)),  # so that rsvd knows the energy at min_tokens too
         budget.power_iterations,
         torch.Generator().manual_seed(seed),
     )
@@ -163,10 +242,3 @@ def token_budget(
     assert wanted is not None
     k = min(max(wanted, budget.min_tokens), budget.max_tokens or n, n)
     return k, measured.energy_at(k)
-
-
-def _checked(features: Tensor) -> Tensor:
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features must be a non-empty matrix, got shape {tuple(features.shape)}")
-    require_finite("features", features)
-    return features

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.resprune import text_relevance, weighted_pivots
+from vllm_vtprune.selectors.pivots import weighted_pivots
+from vllm_vtprune.selectors.resprune import text_relevance
 from vllm_vtprune.selectors.similarity import unit_rows
 
 LEAST = 1e-6  # relevance of the least relevant token; the most relevant has 1

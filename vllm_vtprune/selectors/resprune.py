@@ -12,11 +12,10 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.selectors.pivots import weighted_pivots
 
 TINY = torch.finfo(torch.float32).tiny
 LEAST_RELEVANCE = 1e-6  # a token no noun points at is not excluded, only last
-SPANNED = 1e-5  # residual, as a share of the token's own energy, that may be rounding of a float32 Gram matrix
-NEGLIGIBLE = 1e-12  # the same, as a share of the largest token's energy
 
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
@@ -54,33 +53,6 @@ def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
     lengths = torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp(min=TINY)
     cosines = tokens @ normalize(text, dim=1, eps=TINY).T / lengths
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
-
-
-def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: int) -> Tensor:
-    """Pivoted Cholesky of ``tokens tokens^T (N, N)`` from ``seed``, pivot = argmax of residual energy times gate.
-
-    ``energy (N,)`` is the diagonal, in float64. Returns the ``(k,)`` pivots.
-    """
-    if tokens.is_cuda:
-        tokens = tokens.double()  # cheap there, and float32 products may be set to TF32, which is too coarse
-    gram = tokens @ tokens.T
-    residual = energy.clone()
-    spanned = torch.maximum(energy * SPANNED, energy.max() * NEGLIGIBLE)  # residuals up to here are rounding
-    late = gate - 2.0  # score of a spanned token: below every other, since those are positive
-    factor = energy.new_zeros(k, len(energy))  # row j: every token's coefficient on the j-th direction
-    order = []
-    pick = seed
-    for step in range(k):
-        order.append(pick)
-        if residual[pick] > spanned[pick]:
-            known = factor[:step]
-            torch.addmv(gram[pick].double(), known.T, known[:, pick], alpha=-1, out=factor[step])
-            factor[step] /= residual[pick].sqrt()
-            residual.addcmul_(factor[step], factor[step], value=-1)
-        residual[pick] = 0.0
-        late[pick] = -torch.inf
-        pick = int(torch.where(residual > spanned, residual * gate, late).argmax())
-    return torch.tensor(order, device=tokens.device)
 
 
 def _seed_token(features: VisualFeatures, policy: PruningPolicy, norms: Tensor, relevance: Tensor | None) -> int:

@@ -1,0 +1,163 @@
+"""Weighted pivots: which rows of a matrix a pivoted Cholesky factorisation of its Gram matrix takes, in order.
+
+Greedy residual energy (ResPrune) and the greedy map of a determinantal point process (CDPruner) are this recurrence:
+with ``G = V V^T``, ``c = (G[:, i] - L L[i]^T) / sqrt(e_i)`` and ``e -= c^2``. Taken step by step it is bound by memory:
+each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks are drafted and checked, a panel at a time:
+
+1. scores only fall, so the next picks are almost always among the tokens with the best scores now: draft them within
+   the small Gram matrix of those;
+2. compute the columns of the whole draft by matrix products;
+3. follow the scores of all tokens through the draft, and accept its picks as far as they are the best of all.
+
+The picks are those of the step-by-step form. Products are in float32, and decisions in float64. What tokens share (real
+ones share most of their energy) would drown in rounding what tells them apart: so after the first few picks their part
+is computed again in float64, and later picks enter the products without it. On a GPU see :mod:`~vllm_vtprune.selectors.pivots_triton`.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SPANNED = 1e-5  # residual, as a share of the token's own energy, that may be rounding of a float32 product
+NEGLIGIBLE = 1e-12  # the same, as a share of the largest token's energy
+LEAST_PANEL = 48  # picks drafted at once; a tenth of all where that is more, so that V is read ten times
+CANDIDATES = 2  # tokens among which a panel is drafted, as a multiple of its picks
+
+HEAD = 16  # picks whose directions hold what the tokens share
+CHUNK = 256  # tokens turned to float64 at once
+
+Floats = NDArray[np.float64]
+
+
+def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: int) -> Tensor:
+    """The ``(k,)`` pivots, in order: ``seed``, then each time the argmax of residual energy times gate.
+
+    A token whose residual energy is down to rounding is spanned by those chosen. Once all are, the rest follows by
+    gate. All ties go to the smallest index.
+
+    Args:
+        tokens: ``V (N, d)`` in float32.
+        energy: ``(N,)`` squared lengths of the tokens, in float64.
+        gate: ``(N,)`` in float64, above 0 and at most 1.
+        seed: the first pivot.
+        k: how many, ``1..N``.
+    """
+    spanned = torch.maximum(energy * SPANNED, energy.max() * NEGLIGIBLE)
+    if tokens.is_cuda:
+        from vllm_vtprune.selectors.pivots_triton import pivots
+
+        return pivots(tokens, energy, gate, spanned, seed, k)
+    return _Factorisation(tokens, energy, gate, spanned, k).run(seed)
+
+
+class _Factorisation:
+    """A factorisation under way: the rows of the factor, and what is left of every token."""
+
+    def __init__(self, tokens: Tensor, energy: Tensor, gate: Tensor, spanned: Tensor, k: int) -> None:
+        self.tokens, self.gate, self.spanned, self.k = tokens, gate, spanned, k
+        self.factor = tokens.new_empty(k, len(tokens))  # row j: every token's coefficient on the j-th direction
+        self.directions = 0
+        self.head = tokens.new_empty(0, tokens.shape[1], dtype=torch.float64)  # (h, d) the first directions themselves
+        self.residual = energy.clone()
+        self.late = gate - 2.0  # score of a spanned token: below every other, since those are positive
+        self.order: list[int] = []
+        self.pivots: list[int] = []  # those of `order` that brought a direction
+
+    def run(self, seed: int) -> Tensor:
+        energy, pick = self.residual, seed
+        while len(self.order) < self.k:
+            if self.residual[pick] > self.spanned[pick]:
+                if len(self.head) == 0 and self.directions >= HEAD:
+                    self._sharpen(energy)
+                panel = max(LEAST_PANEL, self.k // 10) if self.directions else HEAD
+                candidates = self._candidates(pick, CANDIDATES * panel)
+                self._accept(self._draft(candidates, pick, min(panel, self.k - len(self.order))))
+            elif not self.order:  # a seed that is next to zero
+                self._take([pick])
+            else:
+                rest = self.late.sort(descending=True, stable=True).indices
+                self.order += rest[: self.k - len(self.order)].tolist()
+            pick = int(self._scores(self.residual).argmax())
+        return torch.tensor(self.order, device=self.tokens.device)
+
+    def _scores(self, residual: Tensor) -> Tensor:
+        """Scores ``(N,)`` at residuals ``(N,)``, or ``(b, N)`` at ``(b, N)``."""
+        return torch.where(residual > self.spanned, residual * self.gate, self.late)
+
+    def _take(self, picks: list[int]) -> None:
+        self.order += picks
+        self.residual[picks] = 0.0
+        self.late[picks] = -torch.inf
+
+    def _candidates(self, pick: int, count: int) -> Tensor:
+        """The tokens with the best scores, ``pick`` among them, ascending."""
+        scores = self._scores(self.residual)
+        scores[pick] = torch.inf  # a seed may have any score
+        return scores.topk(min(count, len(scores))).indices.sort().values
+
+    def _draft(self, candidates: Tensor, pick: int, count: int) -> Tensor:
+        """The next picks, at most ``count``, if none but the candidates could be picked."""
+        tokens, known = self.tokens[candidates], self.factor[: self.directions, candidates]
+        gram = torch.addmm(tokens @ tokens.T, known.T, known, alpha=-1).double().numpy()
+        gate, spanned = self.gate[candidates].numpy(), self.spanned[candidates].numpy()
+        residual = self.residual[candidates].numpy()
+        place = int(torch.searchsorted(candidates, pick))
+        return candidates[_steps(gram, residual, gate, spanned, place, count)]
+
+    def _accept(self, draft: Tensor) -> None:
+        """Factorise by the draft, as far as its picks are what the scores of all tokens ask for."""
+        picked, known = self.tokens[draft], self.factor[len(self.head) : self.directions]
+        if len(self.head):
+            exact = picked.double()
+            picked = (exact - exact @ self.head.T @ self.head).to(picked.dtype)
+        columns = picked @ self.tokens.T
+        columns = columns.addmm_(known[:, draft].T, known, alpha=-1).double()  # (b, N)
+        corner = columns[:, draft]
+        corner.diagonal().copy_(self.residual[draft])  # where the products cancel most
+        lower, failed_at = torch.linalg.cholesky_ex(corner)
+        usable = int(failed_at) - 1 if failed_at else len(draft)
+        rows = torch.linalg.solve_triangular(lower[:usable, :usable], columns[:usable], upper=False)
+        residual = self.residual - rows.square().cumsum(dim=0)  # (b, N): after each pick
+        scores = self._scores(residual)
+        place = torch.arange(usable)
+        chosen = place[:, None] >= place[None, :]  # (after pick, pick)
+        scores[:, draft[:usable]] = scores[:, draft[:usable]].masked_fill(chosen, -torch.inf)
+        agrees = scores[:-1].argmax(dim=1) == draft[1:usable]
+        accepted = 1 + int(agrees.cumprod(dim=0).sum())
+        self.factor[self.directions : self.directions + accepted] = rows[:accepted]
+        self.directions += accepted
+        self.pivots += draft[:accepted].tolist()
+        self.residual = residual[accepted - 1]
+        self._take(draft[:accepted].tolist())
+
+    def _sharpen(self, energy: Tensor) -> None:
+        """Compute anew, in float64, the first directions, every token's coefficients on them, and what they leave."""
+        rows = self.tokens[self.pivots].double()
+        self.head = torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.T), rows, upper=False)
+        coefficients = torch.cat([self.head @ chunk.double().T for chunk in self.tokens.split(CHUNK)], dim=1)
+        self.factor[: len(self.head)] = coefficients
+        self.residual = energy - coefficients.square().sum(dim=0)
+        self.residual[self.order] = 0.0
+
+
+def _steps(gram: Floats, residual: Floats, gate: Floats, spanned: Floats, pick: int, count: int) -> list[int]:
+    """At most ``count`` steps of the recurrence, from ``pick``, until what is left is spanned.
+
+    ``gram (m, m)`` is what is left of the Gram matrix of ``m`` tokens; the other arrays are ``(m,)``.
+    """
+    rows = np.empty((count, len(gram)))
+    residual = residual.copy()
+    order: list[int] = []
+    for step in range(count):
+        order.append(pick)
+        row = rows[step]
+        np.matmul(rows[:step, pick], rows[:step], out=row)
+        np.subtract(gram[pick], row, out=row)
+        row /= np.sqrt(residual[pick])
+        residual -= row * row
+        residual[order] = 0.0
+        pick = int(np.argmax(np.where(residual > spanned, residual * gate, 0.0)))
+        if residual[pick] <= spanned[pick]:
+            break
+    return order
