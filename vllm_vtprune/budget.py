@@ -77,7 +77,7 @@ def exact_spectrum(features: Tensor) -> Spectrum:
 
 
 def gram_spectrum(features: Tensor, dtype: torch.dtype) -> Spectrum:
-    """All squared singular values of ``F (N, d_v)``, as eigenvalues of its smaller Gram matrix computed in ``dtype``."""
+    """All squared singular values of ``F (N, d_v)``, as eigenvalues of its smaller Gram matrix in ``dtype``."""
     matrix = features.to(dtype)
     rows, columns = matrix.shape
     gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
@@ -155,8 +155,8 @@ def spectrum(
 ) -> Spectrum:
     """A spectrum of ``F (N, d_v)`` that reaches ``threshold``: ``rank_at(threshold)`` is never None.
 
-    ``exact``: all singular values in float64. ``rsvd``: the paper's solver, with ``rank`` doubled until the threshold is
-    reached; exact once that takes all components. ``auto``: the cheapest that settles the rank to 1 %, of a Krylov
+    ``exact``: all singular values in float64. ``rsvd``: the paper's solver, with ``rank`` doubled until the threshold
+    is reached; exact once that takes all components. ``auto``: the cheapest that settles the rank to 1 %, of a Krylov
     subspace (where ``F`` is large), all eigenvalues in float32, and ``exact``.
 
     Raises:

@@ -1,8 +1,8 @@
 """Weighted pivots: which rows of a matrix a pivoted Cholesky factorisation of its Gram matrix takes, in order.
 
 Greedy residual energy (ResPrune) and the greedy map of a determinantal point process (CDPruner) are this recurrence:
-with ``G = V V^T``, ``c = (G[:, i] - L L[i]^T) / sqrt(e_i)`` and ``e -= c^2``. Taken step by step it is bound by memory:
-each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks are drafted and checked, a panel at a time:
+with ``G = V V^T``, ``c = (G[:, i] - L L[i]^T) / sqrt(e_i)`` and ``e -= c^2``. Taken step by step it is bound by memory,
+as each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks are drafted and checked, in panels:
 
 1. scores only fall, so the next picks are almost always among the tokens with the best scores now: draft them within
    the small Gram matrix of those;
@@ -11,7 +11,8 @@ each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks ar
 
 The picks are those of the step-by-step form. Products are in float32, and decisions in float64. What tokens share (real
 ones share most of their energy) would drown in rounding what tells them apart: so after the first few picks their part
-is computed again in float64, and later picks enter the products without it. On a GPU see :mod:`~vllm_vtprune.selectors.pivots_triton`.
+is computed again in float64, and later picks enter the products without it. The GPU's form is in
+:mod:`~vllm_vtprune.selectors.pivots_triton`.
 """
 
 import numpy as np
@@ -43,12 +44,18 @@ def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: 
         seed: the first pivot.
         k: how many, ``1..N``.
     """
-    spanned = torch.maximum(energy * SPANNED, energy.max() * NEGLIGIBLE)
+    spanned = spanned_below(energy)
     if tokens.is_cuda:
-        from vllm_vtprune.selectors.pivots_triton import pivots
+        from vllm_vtprune.selectors.pivots_triton import pivots  # Triton comes with torch's CUDA builds
 
-        return pivots(tokens, energy, gate, spanned, seed, k)
+        seeds = torch.tensor([seed], device=tokens.device)
+        return pivots(tokens[None], energy[None], gate[None], spanned[None], seeds, k)[0]
     return _Factorisation(tokens, energy, gate, spanned, k).run(seed)
+
+
+def spanned_below(energy: Tensor) -> Tensor:
+    """Residual energies ``(N,)`` up to which a token of ``energy (N,)`` counts as spanned by those chosen."""
+    return torch.maximum(energy * SPANNED, energy.max() * NEGLIGIBLE)
 
 
 class _Factorisation:
@@ -135,7 +142,7 @@ class _Factorisation:
         """Compute anew, in float64, the first directions, every token's coefficients on them, and what they leave."""
         rows = self.tokens[self.pivots].double()
         self.head = torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.T), rows, upper=False)
-        coefficients = torch.cat([self.head @ chunk.double().T for chunk in self.tokens.split(CHUNK)], dim=1)
+        coefficients = torch.cat([self.head @ chunk.double().T for chunk in torch.split(self.tokens, CHUNK)], dim=1)
         self.factor[: len(self.head)] = coefficients
         self.residual = energy - coefficients.square().sum(dim=0)
         self.residual[self.order] = 0.0
