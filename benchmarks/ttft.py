@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from PIL import Image
 from transformers import AutoConfig, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from benchmarks.machine import machine
 from benchmarks.statistics import PairedRatio, paired_ratio
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.command import data_url
@@ -227,16 +227,6 @@ def table(result: dict[str, Any]) -> str:
     for kind, seconds in result["samples_s"].items():
         lines.append(f"{kind:16}  median {float(np.median(seconds)):.3f} s")
     return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,214 @@
+"""What a plan costs: the papers' pipeline to the letter, ours, and the floor, on one machine in one run.
+
+    python -m benchmarks.plan                   # all shapes, one and two threads: some minutes
+    python -m benchmarks.plan --methods         # one image of 576 tokens, every method
+
+For each shape, spectrum and number of threads the three take turns on the same features, and the median of the turns
+counts. ``k`` is fixed through ``min_tokens = max_tokens``, so that all keep the same number; the energy is measured all
+the same, at the threshold of 0.99.
+
+- literal: the randomised SVD of E-AdaPrune (300 components, two power steps, more components until the threshold is
+  reached), then ResPrune by Gram-Schmidt on the full vectors
+- ours: :func:`vllm_vtprune.plan_tokens`, checks of its input included
+- floor: all eigenvalues of F's Gram matrix in float32, or the subspace that ours took instead, whichever is less; and
+  ``k`` columns of ``V V^T``
+
+Spectra of F, before a shared direction that holds half of the energy is added: ``exponential``, the k-th energy is
+``exp(-k / (0.1 N))``; ``power``, it is ``k^-1.2``. V is a random two-layer projector of F.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, normalize
+
+from benchmarks.machine import machine
+from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
+from vllm_vtprune.budget import gram_spectrum, krylov_spectrum, spectrum
+from vllm_vtprune.policy import LLAVA
+from vllm_vtprune.selectors import METHODS
+
+THRESHOLD = 0.99
+SHAPES = {  # (tokens, encoder's width, language model's width): kept
+    (576, 1024, 4096): (64, 128, 192),
+    (2880, 1024, 4096): (320, 640),
+    (4096, 3584, 3584): (455, 910, 1365),
+}
+SPECTRA = ("exponential", "power")
+GOALS = {576: 4.0, 2880: 5.0, 4096: 5.0}  # times faster than literal; and at most twice the floor
+Stage = Literal["budget", "select", "both"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5, help="turns of each measurement (default: 5)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[n for n, _, _ in SHAPES], help="shapes, by tokens")
+    parser.add_argument("--methods", action="store_true", help="time every method instead")
+    parser.add_argument("--out", type=Path, help="also write the result to this file, as JSON")
+    args = parser.parse_args()
+    rows = methods(args) if args.methods else pipelines(args)
+    if args.out is not None:
+        args.out.write_text(json.dumps({"machine": machine(), "turns": args.turns, "rows": rows}, indent=1) + "\n")
+
+
+def pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
+    print(
+        "tokens  spectrum     k* at 0.99  kept  threads | literal budget+select | ours budget+select | "
+        "literal/ours (goal)  ours/floor (at most 2)"
+    )
+    rows = []
+    for (n, encoder_width, width), kept in SHAPES.items():
+        if n not in args.tokens:
+            continue
+        for name in SPECTRA:
+            features, text = image(n, encoder_width, width, name)
+            rank = spectrum(features.encoder, THRESHOLD, "exact").rank_at(THRESHOLD)
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                for k in kept:
+                    row = {"tokens": n, "spectrum": name, "rank": rank, "kept": k, "threads": threads}
+                    row |= pipeline(features, text, k, args.turns)
+                    rows.append(row)
+                    print(line(row), flush=True)
+    return rows
+
+
+def pipeline(features: VisualFeatures, text: Tensor, k: int, turns: int) -> dict[str, Any]:
+    """Milliseconds by stage of the literal pipeline, ours and the floor, and how many picks of ours are the literal."""
+    policy = PruningPolicy.parse(
+        {"budget": {"type": "energy", "threshold": THRESHOLD, "min_tokens": k, "max_tokens": k}}
+    )
+    F, V = features.encoder, features.embeds
+    assert features.cls_attention is not None
+    seed = int(features.cls_attention.argmax())
+    generator = torch.Generator().manual_seed(0)
+    ours: list[dict[str, float]] = []
+    samples: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        samples.setdefault(name, []).append((time.perf_counter() - started) * 1e3)
+        return result
+
+    for _ in range(turns + 1):  # the first warms up
+        timed("literal_budget", lambda: literal_rank(F, generator))
+        expected = timed("literal_select", lambda: literal_picks(V, text, seed, k))
+        plan = timed("ours", lambda: plan_tokens(features, policy, text))
+        ours.append(plan.timings)
+        timed("floor_gram", lambda: gram_spectrum(F, torch.float32))
+        if krylov_spectrum(F, THRESHOLD, torch.Generator().manual_seed(0)) is not None:
+            timed("floor_krylov", lambda: krylov_spectrum(F, THRESHOLD, torch.Generator().manual_seed(0)))
+        timed("floor_select", lambda: V[:k] @ V.T)
+    median = {name: statistics.median(times[1:]) for name, times in samples.items()}
+    same = sum(a == b for a, b in zip(expected.tolist(), plan.order.tolist(), strict=True))
+    floor = min(median["floor_gram"], median.get("floor_krylov", torch.inf)) + median["floor_select"]
+    return {
+        "literal_ms": [median["literal_budget"], median["literal_select"]],
+        "ours_ms": [statistics.median(t[stage] * 1e3 for t in ours[1:]) for stage in ("budget", "select")],
+        "ours_all_ms": median["ours"],
+        "floor_ms": floor,
+        "times_faster": (median["literal_budget"] + median["literal_select"]) / median["ours"],
+        "over_floor": median["ours"] / floor,
+        "picks_as_literal": same,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    literal, ours = row["literal_ms"], row["ours_ms"]
+    return (
+        f"{row['tokens']:6}  {row['spectrum']:11}  {row['rank']:10}  {row['kept']:4}  {row['threads']:7} | "
+        f"{literal[0]:8.1f} + {literal[1]:7.1f} ms | {ours[0]:6.1f} + {ours[1]:6.1f} ms | "
+        f"{row['times_faster']:6.2f} ({GOALS[row['tokens']]:.0f})  {row['over_floor']:6.2f}   "
+        f"{row['picks_as_literal']} of {row['kept']} picks as literal"
+    )
+
+
+def methods(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds for one image of LLaVA-1.5's shape, 128 of 576 tokens kept, by method."""
+    features, text = image(576, 1024, 4096, "exponential")
+    rows = []
+    threads = args.threads[-1]
+    torch.set_num_threads(threads)
+    for name, spec in METHODS.items():
+        keep = min(128, spec.max_keep(features)) if spec.max_keep else 128
+        policy = PruningPolicy.parse({"method": name, "budget": {"type": "tokens", "keep": keep}})
+        times = []
+        for _ in range(args.turns + 1):
+            started = time.perf_counter()
+            plan_tokens(features, policy, text)
+            times.append((time.perf_counter() - started) * 1e3)
+        rows.append({"method": name, "kept": keep, "threads": threads, "ms": statistics.median(times[1:])})
+        print(f"{name:12} {keep:4} of 576  {rows[-1]['ms']:8.2f} ms, {threads} threads", flush=True)
+    return rows
+
+
+def image(n: int, encoder_width: int, width: int, name: str) -> tuple[VisualFeatures, Tensor]:
+    """Features of one image, and a text of three nouns; the same for the same arguments."""
+    print(f"making {n} tokens with {name} spectrum", file=sys.stderr, flush=True)
+    generator = torch.Generator().manual_seed(0)
+    side = min(n, encoder_width)
+    place = torch.arange(1, side + 1)
+    energies = torch.exp(-place / (0.1 * n)) if name == "exponential" else place.float() ** -1.2
+    left = torch.randn(n, side, generator=generator)
+    right = torch.randn(side, encoder_width, generator=generator)
+    F = (left * energies.sqrt()) @ right
+    shared = torch.randn(1, encoder_width, generator=generator)
+    F += shared * (F.norm() / (shared.norm() * n**0.5))
+    inside = torch.randn(encoder_width, width, generator=generator)
+    V = gelu(F @ inside / F.norm(dim=1).mean()) @ torch.randn(width, width, generator=generator)
+    text = torch.randn(3, width, generator=generator) * V.std()
+    attention = torch.rand(n, generator=generator)
+    keys = torch.randn(n, 64, generator=generator)
+    grid = next((rows, n // rows) for rows in range(int(n**0.5), 0, -1) if n % rows == 0)
+    return VisualFeatures(F, V, grid, cls_attention=attention, keys=keys), text
+
+
+def literal_rank(F: Tensor, generator: torch.Generator, components: int = 300, power_steps: int = 2) -> int:
+    """E-AdaPrune, Algorithms 1 and 2; with more components where they do not reach the threshold."""
+    while True:
+        components = min(components, *F.shape)
+        basis = torch.linalg.qr(F @ torch.randn(F.shape[1], components, generator=generator)).Q
+        for _ in range(power_steps):
+            basis = torch.linalg.qr(F.T @ basis).Q
+            basis = torch.linalg.qr(F @ basis).Q
+        energies = torch.linalg.svdvals(basis.T @ F).square()
+        reached = (energies.cumsum(0) / F.square().sum() >= THRESHOLD).nonzero()
+        if len(reached):
+            return int(reached[0]) + 1
+        if components == min(F.shape):
+            return components
+        components *= 2
+
+
+def literal_picks(V: Tensor, text: Tensor, seed: int, k: int) -> Tensor:
+    """ResPrune, Eq. 10-16: each pick adds one orthonormal vector, onto which all tokens are projected."""
+    cosines = normalize(V, dim=1) @ normalize(text, dim=1).T
+    gate = cosines.amax(dim=1).clamp(1e-6, 1.0) ** LLAVA.alpha
+    energy = V.square().sum(dim=1)
+    basis = V.new_empty(k, V.shape[1])
+    order = [seed]
+    for step in range(k - 1):
+        token = V[order[-1]]
+        token = token - basis[:step].T @ (basis[:step] @ token)
+        basis[step] = token / token.norm()
+        energy = energy - (V @ basis[step]).square()
+        scores = energy * gate
+        scores[order] = -torch.inf
+        order.append(int(scores.argmax()))
+    return torch.tensor(order)
+
+
+if __name__ == "__main__":
+    main()
