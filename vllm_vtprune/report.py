@@ -66,6 +66,22 @@ class RequestReport:
         """Whether any image lost a token."""
         return any(image.kept_tokens < image.visual_tokens for image in self.images)
 
+    @property
+    def method(self) -> str:
+        """The method that removed tokens: ``"none"`` where none did, ``"mixed"`` where images had different ones."""
+        methods = {image.method for image in self.images if image.kept_tokens < image.visual_tokens}
+        return methods.pop() if len(methods) == 1 else "mixed" if methods else "none"
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens of all images, unpruned."""
+        return sum(image.visual_tokens for image in self.images)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of all images that entered prefill."""
+        return sum(image.kept_tokens for image in self.images)
+
     def add_timings(self, timings: Mapping[str, float]) -> None:
         for stage, seconds in timings.items():
             self.timings[stage] = self.timings.get(stage, 0.0) + seconds
@@ -78,7 +94,7 @@ class RequestReport:
         ttft: float | None = None,
         total: float | None = None,
     ) -> dict[str, Any]:
-        """The report as clients see it; ``method`` is ``"none"`` where nothing was pruned.
+        """The report as clients see it.
 
         Args:
             policy: the policy of the request.
@@ -88,7 +104,7 @@ class RequestReport:
         """
         timings = {stage: self.timings.get(stage) for stage in STAGES} | {"ttft": ttft, "total": total}
         return {
-            "method": policy.method if self.pruned else "none",
+            "method": self.method,
             "preset": preset,
             "budget": policy.budget.model_dump() if policy.enabled else None,
             "text_pipeline": self.text_pipeline,
