@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.chat import DONE, Body, Server, data_of, fresh_url, kept, text_of, user
+from tests.support.chat import DONE, VISUAL_TOKENS, Body, Server, data_of, fresh_url, kept, text_of, user
 from tests.support.collector import Collector, running_collector
 from tests.support.process_tree import family, kill, survivors
 from vllm_vtprune.demo.server import running_server
@@ -147,6 +147,20 @@ def test_the_log_can_be_read_by_a_machine(operated: Server) -> None:
     assert "zebra" not in operated.log.read_text()
 
 
+# --- usage ----------------------------------------------------------------------------------------------------------
+
+
+def test_usage_tells_visual_tokens_where_vllm_gives_no_details(operated: Server) -> None:
+    """This server has no --enable-prompt-tokens-details."""
+    request: Body = {"messages": [user("Where is the dog?", fresh_url())], "pruning": "fast"}
+    expected = {"visual_tokens": VISUAL_TOKENS, "kept_tokens": 64}
+    details = operated.ask(**request)["usage"]["prompt_tokens_details"]
+    assert {name: value for name, value in details.items() if value is not None} == {"vtprune": expected}
+    last = operated.stream(**request, stream_options={"include_usage": True})[-1]
+    assert last["usage"]["prompt_tokens_details"] == {"vtprune": expected}
+    assert "usage" not in operated.stream(**request)[-1], "not asked for"
+
+
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +188,11 @@ def test_sigterm_finishes_what_it_can_and_says_what_it_cannot(operated: Server) 
             cut, finished = threads.submit(stream, endless), threads.submit(stream, short)
             started.wait(30)
             root.terminate()
+            time.sleep(0.3)
+            late = operated.post(short)
+            assert late.status_code == 503, f"a request that comes too late: {late.text}"
+            assert "shutting down" in late.json()["error"]["message"]
+
             *chunks, done = data_of(finished.result())
             assert done == DONE
             assert len(text_of(map(json.loads, chunks))) > 0
