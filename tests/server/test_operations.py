@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,8 +93,10 @@ def test_stages_are_spans_below_the_request_s(operated: Server, collector: Colle
         assert span.parent_span_id == request.span_id
         assert request.start_time_unix_nano <= span.start_time_unix_nano < span.end_time_unix_nano
         assert span.end_time_unix_nano <= request.end_time_unix_nano + 50_000_000
-    order = [spans[f"vtprune.{stage}"][0].start_time_unix_nano for stage in STAGES]
-    assert order == sorted(order)
+    [encode] = spans["vtprune.encode"]
+    planning = [spans[f"vtprune.{stage}"][index] for index in range(2) for stage in ("budget", "select")]
+    order = [encode, *sorted(planning, key=lambda span: span.start_time_unix_nano)]
+    assert all(one.end_time_unix_nano <= other.start_time_unix_nano for one, other in pairwise(order))
     attributes = collector.attributes_of(request)
     assert attributes["gen_ai.request.id"] == collector.attributes_of(spans["llm_request"][0])["gen_ai.request.id"]
     report = {name: attributes[f"vtprune.{name}"] for name in ("method", "visual_tokens", "kept_tokens", "outcome")}
@@ -164,6 +167,14 @@ def test_usage_tells_visual_tokens_where_vllm_gives_no_details(operated: Server)
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
+def check_ended(error: Body) -> None:
+    """Ours says that the server shuts down; vLLM's, where it is the first to see its engine end, that this happened."""
+    assert (error["code"], error["message"][:34]) in (
+        (503, "The server is shutting down and co"),
+        (500, "EngineCore encountered an issue. S"),
+    )
+
+
 def test_sigterm_finishes_what_it_can_and_says_what_it_cannot(operated: Server) -> None:
     """The last test of this file: it ends the server."""
     port = str(urlsplit(operated.url).port)
@@ -201,13 +212,11 @@ def test_sigterm_finishes_what_it_can_and_says_what_it_cannot(operated: Server) 
             *chunks, error, done = data_of(cut.result())
             assert done == DONE
             assert len(chunks) > 8
-            expected = {"type": "Service Unavailable", "code": 503, "param": None}
-            assert expected.items() <= json.loads(error)["error"].items()
-            assert "shutting down" in json.loads(error)["error"]["message"]
+            check_ended(json.loads(error)["error"])
 
             response = whole.result()
-            assert response.status_code == 503, response.text
-            assert "shutting down" in response.json()["error"]["message"]
+            check_ended(response.json()["error"])
+            assert response.status_code == response.json()["error"]["code"]
         assert survivors(processes, within=30) == []
     finally:
         kill(processes)

@@ -120,7 +120,7 @@ def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_of_each: Server) -
             root.terminate()
             *_, last, done = data_of(first + "".join(parts))
         assert done == DONE
-        assert json.loads(last)["error"]["code"] == 503
+        assert json.loads(last)["error"]["code"] in (503, 500), "500 where vLLM is the first to see an engine end"
         assert survivors(processes, within=STOPPED_WITHIN) == []
     finally:
         kill(processes)
