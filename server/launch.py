@@ -7,10 +7,13 @@ import json
 import os
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
+from server.policies import Policies
 from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.plugin.register import ARCHITECTURES
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
+from vllm_vtprune.presets import PresetsError, read_presets
 
 PLUGIN = "vtprune"
 PLUGIN_GROUPS = (
@@ -21,10 +24,13 @@ PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 EMBEDDED_NAME = "vtprune-demo"
+SHUTDOWN_TIMEOUT = 20
+"""Seconds in which requests in flight may finish after SIGTERM; vLLM's default is 0. Kubernetes kills after 30."""
 
 EXAMPLES = f"""examples:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default '{{"budget": {{"type": "tokens", "keep": 128}}}}'
+  vtprune serve llava-hf/llava-1.5-7b-hf --pruning-presets presets.toml --pruning-default thumbnail
   vtprune serve          # the checkpoint that comes with the package, served as {EMBEDDED_NAME}
 """
 
@@ -36,9 +42,10 @@ def serve(argv: list[str]) -> None:
         argv: the command line after ``vtprune serve``.
 
     Raises:
-        SystemExit: 2 for options that are not valid or a model that would be served unpruned.
+        SystemExit: 2 for options that are not valid, 1 for a model or a server that would not prune.
     """
     enable_plugin()
+    refuse_without_routes()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -47,7 +54,9 @@ def serve(argv: list[str]) -> None:
     parser = FlexibleArgumentParser(prog="vtprune")
     command = ServeSubcommand()
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    serve_parser.usage = "vtprune serve [MODEL] [options of `vllm serve`] [--pruning-default POLICY]"
+    serve_parser.usage = (
+        "vtprune serve [MODEL] [options of `vllm serve`] [--pruning-default POLICY] [--pruning-presets FILE]"
+    )
     serve_parser.description = "Serve a vision-language model whose visual tokens are pruned before prefill."
     serve_parser.epilog = EXAMPLES
     group = serve_parser.add_argument_group("Pruning")
@@ -57,9 +66,21 @@ def serve(argv: list[str]) -> None:
         default=False,
         metavar="POLICY",
         help="The policy of requests that name none: a preset "
-        f"({', '.join(BUILTIN_PRESETS)}) or a JSON object. Default: off.",
+        f"({', '.join(BUILTIN_PRESETS)}, or one of --pruning-presets) or a JSON object. Default: off.",
     )
+    group.add_argument(
+        "--pruning-presets",
+        type=presets_argument,
+        metavar="FILE",
+        help="Presets of your own, in TOML or (.json) JSON: a policy for each name. "
+        "One with the name of a preset of the package replaces it.",
+    )
+    serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
     args = parser.parse_args(["serve", *_with_model(argv)])
+    try:
+        Policies.of(args.pruning_default, args.pruning_presets)
+    except PolicyError as error:
+        serve_parser.error(str(error))
     command.validate(args)
     os.environ.setdefault("VTPRUNE_LOAD_FORMAT", str(args.load_format))
     refuse_unpruned(args)
@@ -80,20 +101,39 @@ def enable_plugin() -> None:
 
 
 def policy_argument(text: str) -> object:
-    """A policy from the command line: JSON, or the name of a preset.
+    """A policy from the command line: JSON, or else the name of a preset. It is judged when all presets are known."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def presets_argument(text: str) -> dict[str, PruningPolicy]:
+    """Presets from the file of this name.
 
     Raises:
-        argparse.ArgumentTypeError: it is neither.
+        argparse.ArgumentTypeError: naming the file and, where it applies, preset and field.
     """
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    try:
-        PruningPolicy.parse(value, param="--pruning-default")
-    except PolicyError as error:
+        return read_presets(Path(text))
+    except PresetsError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return value
+
+
+def refuse_without_routes() -> None:
+    """Exit unless our routes load.
+
+    vLLM logs an endpoint plugin that fails to load and goes on: without this check, the stock routes could serve, which
+    ignore the ``pruning`` field.
+    """
+    try:
+        found = [point.load() for point in entry_points(group="vllm.endpoint_plugins", name=PLUGIN)]
+    except Exception as error:
+        sys.exit(f"vtprune serve: the server's routes cannot be loaded: {type(error).__name__}: {error}")
+    if not found:
+        sys.exit(
+            "vtprune serve: the server's routes are not installed; expected the package vllm-vtprune, installed anew"
+        )
 
 
 def refuse_unpruned(args: argparse.Namespace) -> None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+import vllm
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion import api_router as stock
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from server.aliases import AliasedModels
+from server.information import PruningInformation, pruning_information
+from server.policies import Policies
 from server.protocol import PruningChatCompletionRequest
 from server.serving import PruningServingChat
+from server.shutdown import fail_unfinished_requests
+from server.trace import HEADER
+from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.text import text_pipeline_name
 
 router = APIRouter()
 
@@ -23,7 +32,15 @@ router = APIRouter()
     "/v1/chat/completions",
     dependencies=[Depends(validate_json_request)],
     responses={
-        200: {"content": {"text/event-stream": {}}},
+        200: {
+            "content": {"text/event-stream": {}},
+            "headers": {
+                HEADER: {
+                    "description": "What was done to the images, known before the first token.",
+                    "schema": {"type": "string", "example": "method=resprune, images=2, visual=1152, kept=214"},
+                }
+            },
+        },
         400: {"model": ErrorResponse},
         404: {"model": ErrorResponse},
         500: {"model": ErrorResponse},
@@ -32,7 +49,24 @@ router = APIRouter()
 )
 async def create_chat_completion(request: PruningChatCompletionRequest, raw_request: Request) -> Any:
     """Chat completions as vLLM serves them, with the `pruning` field in requests and responses."""
-    return await stock.create_chat_completion(request, raw_request)
+    response = await stock.create_chat_completion(request, raw_request)
+    if isinstance(response, Response) and request.trace.report is not None:
+        response.headers[HEADER] = request.trace.header()
+    return response
+
+
+@router.get("/v1/pruning")
+async def show_pruning(raw_request: Request) -> PruningInformation:
+    """What requests to this server may ask for in their `pruning` field."""
+    state = raw_request.app.state
+    registry: AliasedModels = state.openai_serving_models.registry
+    serving: PruningServingChat = state.openai_serving_chat
+    return pruning_information(
+        serving.policies,
+        serving.processor.runtime,
+        models=[model.name for model in registry.base_model_paths],
+        aliases={alias: preset for alias, (_, preset) in registry.aliases.items()},
+    )
 
 
 class ServerPlugin:
@@ -49,6 +83,7 @@ class ServerPlugin:
 
         Raises:
             RuntimeError: the model would be served unpruned.
+            PolicyError: the default or a preset is not a policy, or not one for this model.
             TowerError: the weights of the vision tower are not there or do not fit.
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
@@ -58,10 +93,24 @@ class ServerPlugin:
                 f"the multimodal processor of {args.model} is {type(processor).__name__}, which cannot prune: "
                 "expected a model that vtprune supports, with its general plugin loaded"
             )
+        policies = Policies.of(getattr(args, "pruning_default", None), getattr(args, "pruning_presets", None))
+        policies.refuse_impossible(processor.family)
         processor.runtime.warm_up()
+        tower = processor.runtime.tower
+        metrics.BUILD_INFO.labels(
+            processor.runtime.model_name,
+            __version__,
+            vllm.__version__,
+            tower.weights,
+            str(tower.device),
+            str(tower.dtype).removeprefix("torch."),
+            text_pipeline_name(),
+        ).set(1)
+        state.openai_serving_models.registry = AliasedModels(state.openai_serving_models, policies.presets)
         state.openai_serving_chat = PruningServingChat.take_over(
             state.openai_serving_chat,
             processor=processor,
-            default=getattr(args, "pruning_default", None),
+            policies=policies,
             trust_request_mm_kwargs=args.trust_request_mm_kwargs,
         )
+        state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

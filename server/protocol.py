@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, SkipValidation, model_validator
+from pydantic import Field, GetJsonSchemaHandler, PrivateAttr, SkipValidation, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from vllm_vtprune.policy import OFF, PruningPolicy
-from vllm_vtprune.report import RequestReport
+from server.schema import describe
+from server.trace import Trace
+from vllm_vtprune.policy import PruningPolicy
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
 IMAGE_TYPES = {key: key for key in IMAGE_KEYS} | {"input_image": "image_url"}
@@ -37,21 +39,6 @@ class ImagePart:
     pruning: object = None
 
 
-@dataclass
-class Trace:
-    """What is known of one request on its way: its policy, its report so far, and when things happened (seconds)."""
-
-    policy: PruningPolicy = OFF
-    preset: str | None = None
-    report: RequestReport = field(default_factory=RequestReport)
-    started: float = field(default_factory=time.time)  # wall clock, as vLLM's arrival times
-    ttft: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        total = time.time() - self.started
-        return self.report.to_json(self.policy, preset=self.preset, ttft=self.ttft, total=total)
-
-
 class PruningChatCompletionRequest(ChatCompletionRequest):
     """vLLM's request, with ``pruning`` at its top level and beside each image."""
 
@@ -74,6 +61,7 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     _images: list[ImagePart] = PrivateAttr(default_factory=list)
     _last_turn: str = PrivateAttr(default="")
     _trace: Trace = PrivateAttr(default_factory=Trace)
+    _alias_preset: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -95,10 +83,25 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         request._last_turn = last_turn
         return request
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        describe(schema, handler, image_keys=IMAGE_KEYS)
+        return schema
+
     @property
     def trace(self) -> Trace:
         """What the handler notes about this request on its way."""
         return self._trace
+
+    @property
+    def alias_preset(self) -> str | None:
+        """The preset of the model name that the client wrote; None where it was no alias, or was not looked at yet."""
+        return self._alias_preset
+
+    @alias_preset.setter
+    def alias_preset(self, preset: str) -> None:
+        self._alias_preset = preset
 
     @property
     def images(self) -> list[ImagePart]:

@@ -7,49 +7,54 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from copy import copy
+from functools import partial
+from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from fastapi import Request
+from opentelemetry.trace import use_span
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsageInfo
 from vllm.outputs import RequestOutput
 
+from server.aliases import AliasedModels, UnknownPreset
 from server.errors import InvalidField, explain_image_error
-from server.protocol import PruningChatCompletionRequest, Trace
-from server.stream import with_last_event_field
+from server.policies import Policies
+from server.protocol import PruningChatCompletionRequest
+from server.shutdown import ServerStopping
+from server.stream import with_last_event_completed
+from server.trace import USAGE_KEY, Trace
+from server.tracing import record_stages, start_request_span
 from vllm_vtprune import metrics
+from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.request import PRUNING_KEY
-from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.report import ImageReport, RequestReport
 
 Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 
 
-class PruningServingChat(OpenAIServingChat):
+class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
     """Takes over a stock handler and adds pruning; chat templates, tools, streaming and sampling stay vLLM's."""
 
     processor: PruningProcessor
-    default_policy: PruningPolicy
-    default_preset: str | None
+    policies: Policies
     trust_request_mm_kwargs: bool
 
     @classmethod
     def take_over(
-        cls, stock: OpenAIServingChat, *, processor: PruningProcessor, default: object, trust_request_mm_kwargs: bool
+        cls, stock: OpenAIServingChat, *, processor: PruningProcessor, policies: Policies, trust_request_mm_kwargs: bool
     ) -> PruningServingChat:
         """A handler with the settings of a stock one.
 
         Args:
             stock: the handler that vLLM built from its options; not used by this one afterwards.
             processor: the multimodal processor of this API process.
-            default: the policy of requests that name none, in any form that a request may use.
+            policies: presets and the default.
             trust_request_mm_kwargs: whether clients may send ``mm_processor_kwargs``.
-
-        Raises:
-            PolicyError: the default is not a policy.
         """
         serving = cls.__new__(cls)
         serving.__dict__.update(stock.__dict__)
@@ -57,21 +62,49 @@ class PruningServingChat(OpenAIServingChat):
         serving.online_renderer = copy(stock.online_renderer)
         serving.online_renderer.trust_request_mm_kwargs = True
         serving.processor = processor
-        serving.default_policy = PruningPolicy.parse(default, param="--pruning-default")
-        serving.default_preset = default if isinstance(default, str) else None
+        serving.policies = policies
         serving.trust_request_mm_kwargs = trust_request_mm_kwargs
         return serving
 
     async def create_chat_completion(
         self, request: ChatCompletionRequest, raw_request: Request | None = None
     ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
+        if not isinstance(request, PruningChatCompletionRequest):
+            return await super().create_chat_completion(request, raw_request)
+        start_request_span(request.trace, {} if raw_request is None else raw_request.headers)
+        try:
+            with use_span(request.trace.span, record_exception=False):
+                response = await self._create(request, raw_request)
+        except BaseException:
+            request.trace.finish("refused")
+            raise
+        if isinstance(response, ErrorResponse):
+            request.trace.finish("refused")
+        return response
+
+    async def _create(
+        self, request: PruningChatCompletionRequest, raw_request: Request | None
+    ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
+        try:
+            self._resolve_alias(request)
+        except UnknownPreset as error:
+            return self.create_error_response(
+                str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"
+            )
         response = await super().create_chat_completion(request, raw_request)
-        if isinstance(response, ErrorResponse) or not isinstance(request, PruningChatCompletionRequest):
+        if isinstance(response, ErrorResponse):
             return response
         if isinstance(response, ChatCompletionResponse):
-            response.pruning = request.trace.to_json()  # the model allows extra fields
+            _complete(response, request.trace)
             return response
-        return with_last_event_field(response, "pruning", request.trace.to_json)
+        return with_last_event_completed(response, partial(_complete_event, trace=request.trace))
+
+    def _resolve_alias(self, request: PruningChatCompletionRequest) -> None:
+        """Put the model's own name in the place of an alias, and note the alias's preset."""
+        registry: AliasedModels = self.models.registry
+        resolved = registry.resolve(request.model)
+        if resolved is not None:
+            request.model, request.alias_preset = resolved
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         self._refuse_client_kwargs(request)
@@ -86,6 +119,8 @@ class PruningServingChat(OpenAIServingChat):
             metrics.ERRORS.labels(self.processor.runtime.model_name, "policy").inc()
             raise InvalidField(str(error), parameter=error.param) from error
         except Exception as error:
+            if compat.says_shut_down(error):
+                raise ServerStopping from error
             explained = explain_image_error(request.images, error)
             if explained is None:
                 raise
@@ -93,6 +128,7 @@ class PruningServingChat(OpenAIServingChat):
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
             trace.report = self._report(pruned, report_id, rendered[1])
+            record_stages(trace.report)
         return rendered
 
     def _refuse_client_kwargs(self, request: ChatCompletionRequest) -> None:
@@ -118,14 +154,14 @@ class PruningServingChat(OpenAIServingChat):
         Raises:
             PolicyError: naming the field as the client wrote it.
         """
-        asked = request.pruning
-        trace.policy = PruningPolicy.parse(asked, default=self.default_policy)
-        trace.preset = asked if isinstance(asked, str) else self.default_preset if asked is None else None
+        asked = request.alias_preset if request.pruning is None else request.pruning
+        trace.policy = self.policies.parse(asked)
+        trace.preset = asked if isinstance(asked, str) else self.policies.default_preset if asked is None else None
         trace.policy.resolve(self.processor.family)
         policies = []
         for image in request.images:
             param = f"{image.param}.pruning"
-            policy = PruningPolicy.parse(image.pruning, param=param, default=trace.policy)
+            policy = self.policies.parse(image.pruning, param=param, default=trace.policy)
             policy.resolve(self.processor.family, param=param)
             policies.append(policy)
         if not any(policy.enabled for policy in policies):
@@ -159,35 +195,72 @@ class PruningServingChat(OpenAIServingChat):
         self,
         request: ChatCompletionRequest,
         result_generator: AsyncGenerator[RequestOutput, None],
+        request_id: str,
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        watched = _note_first_token(request, result_generator)
-        return super().chat_completion_stream_generator(request, watched, *args, **kwargs)
+        watched = self._watched(request, result_generator, request_id)
+        return super().chat_completion_stream_generator(request, watched, request_id, *args, **kwargs)
 
     async def chat_completion_full_generator(
         self,
         request: ChatCompletionRequest,
         result_generator: AsyncGenerator[RequestOutput, None],
+        request_id: str,
         *args: Any,
         **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
-        watched = _note_first_token(request, result_generator)
-        return await super().chat_completion_full_generator(request, watched, *args, **kwargs)
+        watched = self._watched(request, result_generator, request_id)
+        return await super().chat_completion_full_generator(request, watched, request_id, *args, **kwargs)
+
+    def _watched(self, request: ChatCompletionRequest, results: Results, request_id: str) -> Results:
+        if not isinstance(request, PruningChatCompletionRequest):
+            return results
+        request.trace.request_id = request_id
+        return _watch(results, request.trace, self.processor.runtime.model_name, stream=bool(request.stream))
 
 
-async def _note_first_token(request: ChatCompletionRequest, results: Results) -> Results:
-    """Pass results on and note in the request's trace when the first token came.
+async def _watch(results: Results, trace: Trace, model_name: str, *, stream: bool) -> Results:
+    """Pass results on, note in the trace when the first token came and how the request ended.
 
-    A stream shows it. Otherwise the one result comes at the end, and vLLM's own statistics tell, unless they are off.
+    A stream shows its first token. Otherwise the one result comes at the end, and vLLM's own statistics tell, unless
+    they are off.
     """
-    trace = request.trace if isinstance(request, PruningChatCompletionRequest) else Trace()
-    async with aclosing(results):
-        async for result in results:
-            if trace.ttft is None:
-                stats = result.metrics
-                if request.stream:
-                    trace.ttft = time.time() - trace.started
-                elif stats is not None and stats.first_token_latency > 0:
-                    trace.ttft = stats.arrival_time - trace.started + stats.first_token_latency
-            yield result
+    outcome = "aborted"
+    try:
+        async with aclosing(results):
+            async for result in results:
+                if trace.ttft is None:
+                    stats = result.metrics
+                    if stream:
+                        trace.note_first_token(time.time() - trace.started, model_name)
+                    elif stats is not None and stats.first_token_latency > 0:
+                        first_token = stats.arrival_time + stats.first_token_latency
+                        trace.note_first_token(first_token - trace.started, model_name)
+                if result.finished:
+                    outcome = "finished"
+                yield result
+    except Exception:
+        outcome = "failed"
+        raise
+    finally:
+        trace.finish(outcome)
+
+
+def _complete(response: ChatCompletionResponse, trace: Trace) -> None:
+    """Add the report, and its short form to the usage; both models allow extra fields."""
+    response.pruning = trace.to_json()
+    tokens = trace.usage()
+    if tokens is not None:
+        details = response.usage.prompt_tokens_details or PromptTokenUsageInfo()
+        setattr(details, USAGE_KEY, tokens)
+        response.usage.prompt_tokens_details = details
+
+
+def _complete_event(event: dict[str, Any], trace: Trace) -> None:
+    """The same for the last event of a stream, which tells usage if the client or the operator wants it to."""
+    event["pruning"] = trace.to_json()
+    tokens = trace.usage()
+    usage = event.get("usage")
+    if usage is not None and tokens is not None:
+        usage["prompt_tokens_details"] = {**(usage.get("prompt_tokens_details") or {}), USAGE_KEY: tokens}

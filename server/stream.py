@@ -1,4 +1,4 @@
-"""Adding a field to the last data event of a server-sent event stream."""
+"""Completing the last data event of a server-sent event stream."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 DONE = "data: [DONE]"
 
 
-async def with_last_event_field(
-    events: AsyncGenerator[str, None], name: str, value: Callable[[], Any]
+async def with_last_event_completed(
+    events: AsyncGenerator[str, None], complete: Callable[[dict[str, Any]], None]
 ) -> AsyncGenerator[str, None]:
-    """Pass a chat completion stream on, with one more field in its last event before ``[DONE]``.
+    """Pass a chat completion stream on, with more in its last event before ``[DONE]``.
 
     An event that may be the last (it ends a choice, or holds no choice) is held back until the next one shows whether
     it was; every other event is passed on as it comes.
 
     Args:
         events: events as vLLM writes them, ``data: {...}`` and a blank line each; comments pass.
-        name: the field.
-        value: its value, asked for when the last event is known. Errors (an event with ``error``) stay as they are.
+        complete: changes the data of the last event, when it is known. Errors (an event with ``error``) stay as they
+            are.
     """
     held: str | None = None
     async with aclosing(events):  # a client that leaves ends the request at once
@@ -30,7 +30,7 @@ async def with_last_event_field(
                 yield event
                 continue
             if held is not None:
-                yield _with_field(held, name, value) if event.startswith(DONE) else held
+                yield _completed(held, complete) if event.startswith(DONE) else held
                 held = None
             if _may_be_last(event):
                 held = event
@@ -45,7 +45,7 @@ def _may_be_last(event: str) -> bool:
     return '"finish_reason":"' in event or '"choices":[]' in event
 
 
-def _with_field(event: str, name: str, value: Callable[[], Any]) -> str:
+def _completed(event: str, complete: Callable[[dict[str, Any]], None]) -> str:
     data = json.loads(event.removeprefix("data:"))
-    data[name] = value()
+    complete(data)
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

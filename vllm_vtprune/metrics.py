@@ -1,7 +1,7 @@
 """Prometheus metrics of this process, under the prefix ``vtprune:``.
 
 vLLM deletes collectors named ``vllm:*`` whenever it builds a logger, hence a prefix of our own. Counters and histograms
-only, so that the values add up over several API-server processes (prometheus_client's multiprocess mode).
+add up over several API-server processes; each gauge says how it does (prometheus_client's multiprocess mode).
 Import this module only where requests are processed: prometheus_client fixes its mode when it is imported.
 """
 
@@ -27,6 +27,12 @@ STAGE_SECONDS = Histogram(
     ["model_name", "stage"],
     buckets=(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
+TIME_TO_FIRST_TOKEN = Histogram(
+    "vtprune:time_to_first_token_seconds",
+    "From the arrival of a request with images to its first token, by the share of visual tokens that were kept.",
+    ["model_name", "method", "keep_ratio"],
+    buckets=(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
 FEATURE_CACHE_HITS = Counter("vtprune:feature_cache_hits", "Images whose features were at hand.", ["model_name"])
 FEATURE_CACHE_MISSES = Counter(
     "vtprune:feature_cache_misses", "Images that the frontend tower encoded.", ["model_name"]
@@ -41,3 +47,27 @@ BYPASS = Counter(
     "vtprune:bypass", "Images that a policy applied to but that were not pruned.", ["model_name", "reason"]
 )
 ERRORS = Counter("vtprune:errors", "Requests refused because of their pruning field.", ["model_name", "reason"])
+BUILD_INFO = Gauge(
+    "vtprune:build_info",
+    "1, with what serves as labels.",
+    ["model_name", "version", "vllm_version", "tower_weights", "tower_device", "tower_dtype", "text_pipeline"],
+    multiprocess_mode="livemax",
+)
+
+KEEP_RATIO_BANDS = (0.125, 0.25, 0.5, 0.75)
+"""Upper ends of the bands of `keep_ratio_band`, each within its band."""
+
+
+def keep_ratio_band(kept: int, visual: int) -> str:
+    """The label that says which share of a request's visual tokens was kept.
+
+    ``"unpruned"`` for all of them, else a band such as ``"0.125-0.25"``; the last one ends below 1.
+    """
+    if kept >= visual:
+        return "unpruned"
+    lower = 0.0
+    for upper in KEEP_RATIO_BANDS:
+        if kept <= upper * visual:
+            return f"{lower:g}-{upper:g}"
+        lower = upper
+    return f"{lower:g}-1"

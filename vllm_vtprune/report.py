@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -53,22 +54,71 @@ class ImageReport:
         }
 
 
+@dataclass(frozen=True)
+class StageRun:
+    """One run of a stage, for one image or a batch of them.
+
+    Attributes:
+        stage: one of `STAGES`.
+        began: nanoseconds of the wall clock.
+        seconds: how long it took.
+    """
+
+    stage: str
+    began: int
+    seconds: float
+
+    @property
+    def ended(self) -> int:
+        """Nanoseconds of the wall clock."""
+        return self.began + int(self.seconds * 1e9)
+
+
 @dataclass
 class RequestReport:
-    """All images of one request, in prompt order, and the seconds spent on each stage of their plans."""
+    """All images of one request, in prompt order, and the stages that their plans took."""
 
     images: list[ImageReport] = field(default_factory=list)
     text_pipeline: str | None = None
-    timings: dict[str, float] = field(default_factory=dict)
+    stages: list[StageRun] = field(default_factory=list)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds spent on each stage that ran."""
+        seconds: dict[str, float] = {}
+        for run in self.stages:
+            seconds[run.stage] = seconds.get(run.stage, 0.0) + run.seconds
+        return seconds
 
     @property
     def pruned(self) -> bool:
         """Whether any image lost a token."""
         return any(image.kept_tokens < image.visual_tokens for image in self.images)
 
+    @property
+    def method(self) -> str:
+        """The method that removed tokens: ``"none"`` where none did, ``"mixed"`` where images had different ones."""
+        methods = {image.method for image in self.images if image.kept_tokens < image.visual_tokens}
+        return methods.pop() if len(methods) == 1 else "mixed" if methods else "none"
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens of all images, unpruned."""
+        return sum(image.visual_tokens for image in self.images)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of all images that entered prefill."""
+        return sum(image.kept_tokens for image in self.images)
+
     def add_timings(self, timings: Mapping[str, float]) -> None:
-        for stage, seconds in timings.items():
-            self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+        """Note stages that have just run one after the other, in the order of ``timings``: seconds by stage."""
+        ended = time.time_ns()
+        runs = []
+        for stage, seconds in reversed(list(timings.items())):
+            runs.append(StageRun(stage, ended - int(seconds * 1e9), seconds))
+            ended = runs[-1].began
+        self.stages += reversed(runs)
 
     def to_json(
         self,
@@ -78,7 +128,7 @@ class RequestReport:
         ttft: float | None = None,
         total: float | None = None,
     ) -> dict[str, Any]:
-        """The report as clients see it; ``method`` is ``"none"`` where nothing was pruned.
+        """The report as clients see it.
 
         Args:
             policy: the policy of the request.
@@ -86,9 +136,10 @@ class RequestReport:
             ttft: seconds from the arrival of the request to its first token; None if not measured.
             total: seconds from the arrival of the request to its last token; None if not measured.
         """
-        timings = {stage: self.timings.get(stage) for stage in STAGES} | {"ttft": ttft, "total": total}
+        spent = self.timings
+        timings = {stage: spent.get(stage) for stage in STAGES} | {"ttft": ttft, "total": total}
         return {
-            "method": policy.method if self.pruned else "none",
+            "method": self.method,
             "preset": preset,
             "budget": policy.budget.model_dump() if policy.enabled else None,
             "text_pipeline": self.text_pipeline,

@@ -10,6 +10,15 @@ from vllm_vtprune.demo.server import running_server
 
 DEFAULT_KEEP = 96
 BLOCK = 32
+SERVED_NAMES = ("vtprune-demo", "llava")
+PRESETS = """
+[thumbnail]
+budget = {type = "tokens", keep = 24}
+
+[quality]  # in the place of the package's
+method = "uniform"
+budget = {type = "tokens", keep = 400}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -18,13 +27,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
     In float32, so that the same prompt gets the same answer whatever part of it the prefix cache knows.
     """
-    log = tmp_path_factory.mktemp("server") / "server.log"
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "server.log"
+    (folder / "presets.toml").write_text(PRESETS)
     options = [
+        *("--served-model-name", *SERVED_NAMES),
+        *("--pruning-presets", str(folder / "presets.toml")),
         *("--pruning-default", json.dumps({"budget": {"type": "tokens", "keep": DEFAULT_KEEP}})),
         *("--max-model-len", "2048"),
         *("--dtype", "float32"),
         *("--block-size", str(BLOCK)),
         *("--limit-mm-per-prompt", '{"image": 3}'),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]
@@ -42,3 +56,9 @@ def default_keep() -> int:
 def block() -> int:
     """Tokens of a KV-cache block: the prefix cache works in whole blocks."""
     return BLOCK
+
+
+@pytest.fixture(scope="session")
+def served_names() -> tuple[str, ...]:
+    """The names under which the model is served; the first is that of its metrics."""
+    return SERVED_NAMES

@@ -17,10 +17,19 @@ import pytest
 
 import vllm_vtprune
 from server import launch
+from server.policies import Policies
 from tests.support.chat import leaks
+from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
 
 Run = CompletedProcess[str]
 CLI = ("-m", "vllm_vtprune.cli")
+# As if our endpoint plugin failed to load, which vLLM logs and then goes on, too.
+WITHOUT_OUR_ROUTES = """
+import sys
+sys.modules["server.plugin"] = None
+from vllm_vtprune.cli import main
+main(sys.argv[1:])
+"""
 # As if our general plugin had failed to load, which vLLM logs and then goes on.
 WITHOUT_OUR_MODELS = """
 import sys
@@ -66,6 +75,7 @@ def serve(text_model: Path) -> Iterator[Callable[[str], Run]]:
     commands: dict[str, Sequence[str]] = {
         "text model": [*CLI, "serve", str(text_model)],
         "without our models": ["-c", WITHOUT_OUR_MODELS, "serve"],
+        "without our routes": ["-c", WITHOUT_OUR_ROUTES, "serve"],
         "bad default": [*CLI, "serve", "--pruning-default", '{"budget": {"threshold": 2}}'],
         "help": [*CLI, "serve", "--help"],
     }
@@ -93,6 +103,14 @@ def test_a_model_that_would_be_served_unpruned_is_refused(serve: Callable[[str],
     assert "Traceback" not in done.stderr
 
 
+def test_a_server_whose_routes_do_not_load_is_refused(serve: Callable[[str], Run]) -> None:
+    done = serve("without our routes")
+    assert done.returncode == 1
+    [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
+    assert "the server's routes cannot be loaded: ModuleNotFoundError" in message
+    assert "Traceback" not in done.stderr
+
+
 def test_a_default_that_is_no_policy_is_refused(serve: Callable[[str], Run]) -> None:
     done = serve("bad default")
     assert done.returncode == 2
@@ -104,7 +122,7 @@ def test_a_default_that_is_no_policy_is_refused(serve: Callable[[str], Run]) -> 
 def test_the_help_of_serve_shows_our_option_with_an_example(serve: Callable[[str], Run]) -> None:
     done = serve("help")
     assert done.returncode == 0
-    assert "[--pruning-default POLICY]" in done.stdout
+    assert "[--pruning-default POLICY] [--pruning-presets FILE]" in done.stdout
     assert "vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced" in done.stdout
 
 
@@ -139,9 +157,34 @@ def test_a_default_is_a_preset_or_json(text: str, value: object) -> None:
     ],
 )
 def test_another_default_is_refused_by_name(text: str, said: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError) as refused:
-        launch.policy_argument(text)
+    with pytest.raises(PolicyError) as refused:
+        Policies.of(launch.policy_argument(text))
     assert str(refused.value).startswith(said)
+
+
+def test_a_default_may_be_a_preset_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "presets.toml"
+    path.write_text("[tiny]\nbudget = {type = 'tokens', keep = 5}\n")
+    policies = Policies.of("tiny", launch.presets_argument(str(path)))
+    assert (policies.default_preset, policies.default.budget.model_dump()) == ("tiny", {"type": "tokens", "keep": 5})
+
+
+def test_presets_that_cannot_be_used_are_refused_with_the_file_s_name(tmp_path: Path) -> None:
+    path = tmp_path / "presets.toml"
+    path.write_text("[tiny]\nbudget = {type = 'tokens', keep = 0}\n")
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        launch.presets_argument(str(path))
+    assert str(refused.value).startswith(f"{path}: tiny.budget.keep: 0 is not accepted; expected an integer")
+
+
+def test_a_policy_that_the_model_cannot_follow_is_refused_before_any_request() -> None:
+    without_cls = FamilyDefaults(alpha=0.5, provides=frozenset({"grid", "positions"}))
+    presets = {"mine": PruningPolicy.parse({"method": "fastervlm"})}
+    Policies.of("fast").refuse_impossible(without_cls)
+    with pytest.raises(PolicyError, match=r"mine\.method: method fastervlm needs cls_attention"):
+        Policies.of("fast", presets).refuse_impossible(without_cls)
+    with pytest.raises(PolicyError, match=r"--pruning-default\.method: method fastervlm needs cls_attention"):
+        Policies.of({"method": "fastervlm"}).refuse_impossible(without_cls)
 
 
 # --- VLLM_PLUGINS ---------------------------------------------------------------------------------------------------

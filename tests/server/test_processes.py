@@ -1,14 +1,16 @@
 """Several API processes in front of several engines: who loads the tower, what adds up, and that all of them end."""
 
+import json
 import re
 import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+import httpx
 import psutil
 import pytest
 
-from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, kept, nouns, user
+from tests.support.chat import DONE, VISUAL_TOKENS, Server, data_of, fresh_url, kept, nouns, user
 from tests.support.process_tree import family, kill, survivors
 from vllm_vtprune.demo.server import running_server
 
@@ -72,8 +74,10 @@ def test_every_request_is_pruned_and_reported(two_of_each: Server) -> None:
         assert 0 < text_tokens < 20
 
     names = ["visual_tokens_total", "visual_tokens_kept_total", "keep_ratio_count", "feature_cache_misses_total"]
+    names.append("time_to_first_token_seconds_count")
     grown = two_of_each.metrics().since(before, *(f"vtprune:{name}" for name in names))
-    assert grown == (len(THINGS) * VISUAL_TOKENS, sum(counts), len(THINGS), len(THINGS))
+    assert grown == (len(THINGS) * VISUAL_TOKENS, sum(counts), *[len(THINGS)] * 3)
+    assert two_of_each.metrics()["vtprune:build_info"] == 1, "the same in both processes, once"
 
 
 def test_both_api_processes_answer_and_their_metrics_add_up(two_of_each: Server) -> None:
@@ -101,14 +105,22 @@ def test_both_engines_answer(two_of_each: Server) -> None:
         two_of_each.ask(messages=[user("Where is the dog?", fresh_url())])
 
 
-def test_sigterm_ends_them_all(two_of_each: Server) -> None:
-    """The last test of this file: it ends the server."""
+def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_of_each: Server) -> None:
+    """The last test of this file: it ends the server. With several API processes, vLLM stops the engines at once."""
     port = str(urlsplit(two_of_each.url).port)
     [root] = [child for child in psutil.Process().children() if port in child.cmdline()]
     processes = family(root.pid)
     try:
         assert len(processes) >= 5, "itself, two API processes, two engines"
-        root.terminate()
+        body = {**two_of_each.defaults, "messages": [user("Where is the dog?", fresh_url())], "max_tokens": 600}
+        body |= {"stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{two_of_each.url}/v1/chat/completions", json=body, timeout=60) as answer:
+            parts = answer.iter_text()
+            first = next(parts)
+            root.terminate()
+            *_, last, done = data_of(first + "".join(parts))
+        assert done == DONE
+        assert json.loads(last)["error"]["code"] in (503, 500), "500 where vLLM is the first to see an engine end"
         assert survivors(processes, within=STOPPED_WITHIN) == []
     finally:
         kill(processes)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.stream import with_last_event_field
+from server.stream import with_last_event_completed
 
 DONE = "data: [DONE]\n\n"
 COMMENT = ": keep-alive\n\n"
@@ -44,7 +44,7 @@ def passed(events: Iterable[str], value: Callable[[], Any] = lambda: REPORT) -> 
             yield one
 
     async def collect() -> list[str]:
-        return [one async for one in with_last_event_field(source(), "pruning", value)]
+        return [one async for one in with_last_event_completed(source(), lambda data: data.update(pruning=value()))]
 
     return asyncio.run(collect())
 
@@ -152,7 +152,7 @@ def pulled_before_each(events: list[str]) -> list[int]:
             yield one
 
     async def run() -> None:
-        async for _ in with_last_event_field(source(), "pruning", lambda: REPORT):
+        async for _ in with_last_event_completed(source(), lambda data: data.update(pruning=REPORT)):
             counts.append(pulled)
 
     asyncio.run(run())
@@ -176,7 +176,7 @@ def test_leaving_early_ends_the_source_too() -> None:
             closed.append(True)
 
     async def leave() -> None:
-        out = with_last_event_field(source(), "pruning", lambda: REPORT)
+        out = with_last_event_completed(source(), lambda data: None)
         await anext(out)
         await out.aclose()
         assert closed == [True]  # here: when the loop ends, it closes whatever is left

@@ -34,10 +34,15 @@ class Server:
     log: Path
     model: str = "vtprune-demo"
 
-    def post(self, body: Mapping[str, Any] | bytes, path: str = "/v1/chat/completions") -> httpx.Response:
+    def post(
+        self,
+        body: Mapping[str, Any] | bytes,
+        path: str = "/v1/chat/completions",
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         """The answer, whatever its status. A mapping is completed by `defaults`; bytes are sent as they are."""
         content = body if isinstance(body, bytes) else json.dumps({**self.defaults, **body}).encode()
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", **(headers or {})}
         return _http.post(f"{self.url}{path}", content=content, headers=headers)
 
     def ask(self, **body: Any) -> Body:

@@ -6,10 +6,12 @@ Each entry names the version it was read in, why it is needed, and when it can g
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal.processing.inputs import ProcessorInputs
@@ -111,3 +113,46 @@ def _model_directory(model_config: ModelConfig) -> Path:
             allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json"],
         )
     )
+
+
+def engine_client_is_stopped(app_state: Any) -> bool:
+    """Whether a server that is shutting down has stopped its engine client, after which no more tokens come.
+
+    vLLM 0.32.0 (entrypoints/launchers/launcher.py) keeps its uvicorn server in ``app.state.server`` and has it exit at
+    that point. Can go with `fail_unfinished_requests`.
+    """
+    server = getattr(app_state, "server", None)
+    return server is not None and server.should_exit
+
+
+def fail_unfinished_requests(engine_client: Any, error: Exception) -> None:
+    """Have every request that still waits for the engine raise ``error``.
+
+    vLLM 0.32.0 stops the task that hands out the engine's outputs when it stops the engine, so requests that were not
+    finished by then wait for ever, and their clients with them, until someone kills the server. Can go when vLLM ends
+    them itself.
+    """
+    engine_client.output_processor.propagate_error(error)
+
+
+def says_shut_down(error: Exception) -> bool:
+    """Whether a request came when a server that finishes others had stopped rendering.
+
+    vLLM 0.32.0 shuts down the renderer's threads first (v1/engine/async_llm.py) and answers what comes then with status
+    500. Can go when it answers 503.
+    """
+    return isinstance(error, RuntimeError) and "cannot schedule new futures after" in str(error)
+
+
+class PropagatesCurrentSpan:
+    """Mixin before a serving class of vLLM: what its engine client traces is below the current span.
+
+    vLLM 0.32.0 hands the engine only what the HTTP request carries (entrypoints/serve/engine/serving.py,
+    ``_get_trace_headers``), so that its ``llm_request`` would be a trace of its own. Can go when it looks at the
+    current span.
+    """
+
+    async def _get_trace_headers(self, headers: Mapping[str, str]) -> Mapping[str, str] | None:
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier)
+        return carrier or None

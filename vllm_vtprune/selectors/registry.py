@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 Input: TypeAlias = Literal["text", "encoder", "cls_attention", "overview_attention", "keys", "grid", "positions"]
 Select: TypeAlias = "Callable[[VisualFeatures, int, PruningPolicy, Tensor | None], Tensor | Merged]"
 OwnCount: TypeAlias = "Callable[[VisualFeatures, PruningPolicy, Tensor | None], int]"
+Cost: TypeAlias = Literal["ranking", "pairwise", "greedy"]
+
+COSTS: Mapping[Cost, str] = MappingProxyType(
+    {
+        "ranking": "scores each of the N tokens once and sorts them",
+        "pairwise": "compares the N tokens with each other: one N x N matrix, or a few smaller ones",
+        "greedy": "compares the N tokens with each other and takes one step over all of them for each token kept",
+    }
+)
+"""What a method's time grows with, in words."""
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -48,6 +58,7 @@ class MethodSpec:
         idea: what it keeps, in a few words.
         paper: where it comes from.
         module: module with the function ``select`` (and ``own_count`` if the method has its own count).
+        cost: what its time grows with, a key of :data:`COSTS`; the dearest where a method says nothing.
         needs: inputs without which the method cannot run.
         uses: inputs it takes when they are there; without a text, every method that reads one has another form.
         parameters: fields of the policy, beside ``method`` and ``budget``, that the method reads.
@@ -64,6 +75,7 @@ class MethodSpec:
     idea: str
     paper: str
     module: str
+    cost: Cost = "greedy"
     needs: frozenset[Input] = frozenset()
     uses: frozenset[Input] = frozenset()
     parameters: frozenset[str] = frozenset()
@@ -131,6 +143,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the token that those chosen explain least, weighted by its likeness to the question's nouns",
                 paper="ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning",
                 module="vllm_vtprune.selectors.resprune",
+                cost="greedy",
                 uses=frozenset({"text", "cls_attention", "grid"}),
                 parameters=frozenset({"text", "alpha", "relevance", "seed_token", "rank_by"}),
                 equivariant=True,
@@ -141,6 +154,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the most important token, after those near and like the ones chosen have lost importance",
                 paper="Multi-Cue Adaptive Visual Token Pruning for Large Vision-Language Models",
                 module="vllm_vtprune.selectors.adaptprune",
+                cost="greedy",
                 needs=frozenset({"positions"}),
                 uses=_IMPORTANCE_INPUTS,
                 parameters=_IMPORTANCE | {"sigma_d", "sigma_s", "radius", "correction", "distance", "similarity"},
@@ -152,6 +166,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the token farthest from those chosen",
                 paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
                 module="vllm_vtprune.selectors.divprune",
+                cost="greedy",
                 equivariant=True,
             ),
             MethodSpec(
@@ -159,6 +174,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the most diverse tokens, given the question (a determinantal point process)",
                 paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
                 module="vllm_vtprune.selectors.cdpruner",
+                cost="greedy",
                 uses=frozenset({"text"}),
                 parameters=frozenset({"text"}),
                 equivariant=True,
@@ -168,6 +184,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the token that covers most of what is not yet covered, weighted by CLS attention",
                 paper="SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs",
                 module="vllm_vtprune.selectors.scope",
+                cost="greedy",
                 needs=frozenset({"encoder", "cls_attention"}),
                 equivariant=True,
             ),
@@ -176,6 +193,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="a few tokens of large norm, and those least like each of them",
                 paper="Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
                 module="vllm_vtprune.selectors.dart",
+                cost="ranking",
                 equivariant=True,
             ),
             MethodSpec(
@@ -184,6 +202,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 paper="[CLS] Attention is All You Need for Training-Free Visual Token Pruning: "
                 "Make VLM Inference Faster",
                 module="vllm_vtprune.selectors.fastervlm",
+                cost="ranking",
                 needs=frozenset({"cls_attention"}),
                 equivariant=True,
             ),
@@ -192,6 +211,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="half by CLS attention, half by removing duplicates from the rest",
                 paper="Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
                 module="vllm_vtprune.selectors.vispruner",
+                cost="pairwise",
                 needs=frozenset({"encoder", "cls_attention"}),
                 equivariant=True,
             ),
@@ -201,6 +221,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution "
                 "Vision-Language Models",
                 module="vllm_vtprune.selectors.hired",
+                cost="ranking",
                 needs=frozenset({"cls_attention"}),
                 uses=frozenset({"overview_attention"}),
                 equivariant=True,
@@ -210,6 +231,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the tokens with the most CLS attention, and a few that take in all others",
                 paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models",
                 module="vllm_vtprune.selectors.visionzip",
+                cost="pairwise",
                 needs=frozenset({"cls_attention", "keys"}),
                 merges=True,
             ),
@@ -218,6 +240,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the outliers of CLS attention, which take in tokens like them, and one for all others",
                 paper="LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
                 module="vllm_vtprune.selectors.prumerge",
+                cost="pairwise",
                 needs=frozenset({"cls_attention", "keys"}),
                 equivariant=True,
                 merges=True,
@@ -228,6 +251,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the tokens most like the question's nouns, and the mean of all others",
                 paper="Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs",
                 module="vllm_vtprune.selectors.trim",
+                cost="ranking",
                 uses=frozenset({"text"}),
                 parameters=frozenset({"text"}),
                 equivariant=True,
@@ -239,6 +263,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the most similar pairs merged, round after round",
                 paper="Token Merging: Your ViT But Faster",
                 module="vllm_vtprune.selectors.tome",
+                cost="pairwise",
                 needs=frozenset({"keys"}),
                 merges=True,
             ),
@@ -247,6 +272,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="any tokens",
                 paper="baseline",
                 module="vllm_vtprune.selectors.random_",
+                cost="ranking",
                 parameters=frozenset({"seed"}),
             ),
             MethodSpec(
@@ -254,6 +280,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="tokens evenly spaced over the grid",
                 paper="baseline",
                 module="vllm_vtprune.selectors.uniform",
+                cost="ranking",
                 uses=frozenset({"grid"}),
             ),
             MethodSpec(
@@ -261,6 +288,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="one random token of each 3 x 3 cell, then by importance",
                 paper="baseline (AdaptPrune, Table 5 d)",
                 module="vllm_vtprune.selectors.random3x3",
+                cost="ranking",
                 needs=frozenset({"positions"}),
                 uses=_IMPORTANCE_INPUTS,
                 parameters=_IMPORTANCE | {"seed"},
@@ -272,6 +300,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the most important token of each 3 x 3 cell, then by importance",
                 paper="baseline (AdaptPrune, Table 5 e)",
                 module="vllm_vtprune.selectors.maxpool3x3",
+                cost="ranking",
                 needs=frozenset({"positions"}),
                 uses=_IMPORTANCE_INPUTS,
                 parameters=_IMPORTANCE,
@@ -283,6 +312,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the tokens whose surroundings are most important",
                 paper="baseline (AdaptPrune, Table 5 f)",
                 module="vllm_vtprune.selectors.avgpool",
+                cost="ranking",
                 needs=frozenset({"positions"}),
                 uses=_IMPORTANCE_INPUTS,
                 parameters=_IMPORTANCE,
@@ -293,6 +323,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="every other of the most important tokens",
                 paper="baseline (AdaptPrune, Table 5 b)",
                 module="vllm_vtprune.selectors.skip",
+                cost="ranking",
                 uses=_IMPORTANCE_INPUTS,
                 parameters=_IMPORTANCE,
                 equivariant=True,
@@ -304,6 +335,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 idea="the last tokens",
                 paper="baseline (AdaptPrune, Table 5 g)",
                 module="vllm_vtprune.selectors.last",
+                cost="ranking",
             ),
         )
     }

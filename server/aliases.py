@@ -1,0 +1,98 @@
+"""Model names that carry a preset, ``NAME@PRESET``, for clients that can choose a model but send no other field."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
+
+from server.errors import InvalidField
+
+SEPARATOR = "@"
+
+
+class UnknownPreset(LookupError):
+    """An alias of a model that is served, with a preset that does not exist; the message says which do."""
+
+
+class AliasedModels(OpenAIModelRegistry):
+    """The models that a server lists, each also under its aliases.
+
+    Chat completions resolve an alias before they look a model up. Every other endpoint would serve the model unpruned,
+    so to them an alias is an error.
+
+    Args:
+        models: the server's models; their registry is to be replaced by this one.
+        presets: names of the presets.
+    """
+
+    def __init__(self, models: OpenAIServingModels, presets: Collection[str]) -> None:
+        super().__init__(models.model_config, models.base_model_paths)
+        self._models = models
+        self._presets = presets
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, str]]:
+        """Model and preset by alias."""
+        return {
+            f"{model.name}{SEPARATOR}{preset}": (model.name, preset)
+            for model in self.base_model_paths
+            for preset in self._presets
+        }
+
+    def resolve(self, name: str | None) -> tuple[str, str] | None:
+        """The model and the preset that an alias stands for; None for any other name.
+
+        Raises:
+            UnknownPreset: the model is served, but there is no such preset.
+        """
+        if name is None or self._is_served(name):
+            return None
+        model, separator, preset = name.rpartition(SEPARATOR)
+        if not separator or not self._is_served(model):
+            return None
+        if preset not in self._presets:
+            raise UnknownPreset(
+                f"The model `{name[:200]}` does not exist: `{model}` is served, but there is no such preset; "
+                f"expected {model}{SEPARATOR} and one of {', '.join(self._presets)}."
+            )
+        return model, preset
+
+    def is_base_model(self, model_name: str) -> bool:
+        """Whether a model of this name is served.
+
+        Raises:
+            InvalidField: it is an alias.
+        """
+        if super().is_base_model(model_name):
+            return True
+        try:
+            alias = self.resolve(model_name)
+        except UnknownPreset:
+            return False
+        if alias is not None:
+            raise InvalidField(
+                f"model: `{model_name}` prunes visual tokens, which only chat completions do; "
+                f"expected `{alias[0]}`, which this endpoint serves unpruned.",
+                parameter="model",
+            )
+        return False
+
+    async def show_available_models(self) -> ModelList:
+        listed = await super().show_available_models()
+        cards = {card.id: card for card in listed.data}
+        listed.data += [
+            ModelCard(
+                id=alias,
+                parent=name,
+                root=cards[name].root,
+                max_model_len=cards[name].max_model_len,
+                permission=[ModelPermission()],
+            )
+            for alias, (name, _) in self.aliases.items()
+        ]
+        return listed
+
+    def _is_served(self, name: str) -> bool:
+        return super().is_base_model(name) or name in self._models.lora_requests

@@ -1,0 +1,115 @@
+"""``GET /v1/pruning``: what this server can do with the ``pruning`` field, for people and for clients that adapt."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+import vllm
+from pydantic import BaseModel, Field
+
+import vllm_vtprune
+from server.policies import Policies
+from vllm_vtprune.policy import FamilyDefaults
+from vllm_vtprune.runtime import PruningRuntime
+from vllm_vtprune.selectors.registry import COSTS, METHODS, Cost, MethodSpec
+from vllm_vtprune.text import text_pipeline_name
+
+
+class Method(BaseModel):
+    """A value of ``pruning.method``."""
+
+    name: str
+    idea: str = Field(description="What it keeps, in a few words.")
+    paper: str
+    available: bool = Field(description="Whether this model's vision encoder gives what the method needs.")
+    needs: list[str] = Field(description="Inputs without which the method cannot run.")
+    uses: list[str] = Field(description="Inputs that it takes when they are there.")
+    parameters: list[str] = Field(description="Fields of the policy, beside method and budget, that it reads.")
+    merges: bool = Field(description="Whether kept tokens take in those that leave.")
+    own_count: bool = Field(description='Whether {"budget": {"type": "method"}} is possible.')
+    cost: Cost = Field(description="What its time grows with: " + "; ".join(f"{c}: {w}" for c, w in COSTS.items()))
+
+
+class Tower(BaseModel):
+    """The vision encoder of this API process."""
+
+    weights: Literal["checkpoint", "dummy"]
+    device: str
+    dtype: str
+    parameters: int
+
+
+class Versions(BaseModel):
+    """Of the software that serves."""
+
+    vllm_vtprune: str
+    vllm: str
+    torch: str
+    transformers: str
+
+
+class PruningInformation(BaseModel):
+    """What requests to ``/v1/chat/completions`` may ask for in their ``pruning`` field."""
+
+    object: Literal["pruning"] = "pruning"
+    models: list[str] = Field(description="The names under which the model is served.")
+    default: dict[str, Any] = Field(description="The policy of requests that name none.")
+    default_preset: str | None = Field(description="The preset that the default is, if it is one.")
+    presets: dict[str, dict[str, Any]] = Field(description="Policies by name.")
+    aliases: dict[str, str] = Field(description="Model names that select a preset -> that preset.")
+    methods: list[Method]
+    tower: Tower
+    text_pipeline: str = Field(description="What finds the nouns of a question.")
+    versions: Versions
+
+
+def pruning_information(
+    policies: Policies, runtime: PruningRuntime, *, models: list[str], aliases: dict[str, str]
+) -> PruningInformation:
+    """The answer of ``GET /v1/pruning``.
+
+    Args:
+        policies: the operator's.
+        runtime: of this process; its tower is loaded if it is not yet.
+        models: the names under which the model is served.
+        aliases: model names that select a preset, with that preset.
+    """
+    tower = runtime.tower
+    return PruningInformation(
+        models=models,
+        default=policies.default.dump(),
+        default_preset=policies.default_preset,
+        presets={name: policy.dump() for name, policy in policies.presets.items()},
+        aliases=aliases,
+        methods=[_method(spec, runtime.family) for spec in METHODS.values()],
+        tower=Tower(
+            weights=tower.weights,
+            device=str(tower.device),
+            dtype=str(tower.dtype).removeprefix("torch."),
+            parameters=tower.num_parameters,
+        ),
+        text_pipeline=text_pipeline_name(),
+        versions=Versions(
+            vllm_vtprune=vllm_vtprune.__version__,
+            vllm=vllm.__version__,
+            torch=torch.__version__,
+            transformers=version("transformers"),
+        ),
+    )
+
+
+def _method(spec: MethodSpec, family: FamilyDefaults) -> Method:
+    return Method(
+        name=spec.name,
+        idea=spec.idea,
+        paper=spec.paper,
+        available=spec.needs <= family.provides | {"text", "encoder"},
+        needs=sorted(spec.needs),
+        uses=sorted(spec.uses),
+        parameters=sorted(spec.parameters),
+        merges=spec.merges,
+        own_count=spec.own_count,
+        cost=spec.cost,
+    )

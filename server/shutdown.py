@@ -1,0 +1,38 @@
+"""Requests in flight when the server stops: what cannot be finished is answered with an error, never just cut off."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError
+
+from vllm_vtprune.plugin import compat
+
+POLL = 0.1  # seconds
+
+
+class ServerStopping(GracefulHTTPError):
+    """The server stops before the request is finished, or before it is begun."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The server is shutting down and could not finish this request; please send it again.",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
+
+
+async def fail_unfinished_requests(state: State, engine_client: EngineClient) -> None:
+    """Wait for the end of the server's time to finish requests (``--shutdown-timeout``), then fail those that are left.
+
+    A stream gets an error event and ``[DONE]``, a whole answer status 503.
+
+    Args:
+        state: of the app.
+        engine_client: of the same API process.
+    """
+    while not compat.engine_client_is_stopped(state):
+        await asyncio.sleep(POLL)
+    compat.fail_unfinished_requests(engine_client, ServerStopping())

@@ -1,0 +1,73 @@
+"""`GET /v1/pruning`: what a client can find out before it asks."""
+
+from importlib.metadata import version
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.chat import Server, fresh_url, kept, user
+from vllm_vtprune import __version__
+from vllm_vtprune.policy import BUILTIN_PRESETS
+from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune.text import text_pipeline_name
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def information(server: Server) -> dict[str, Any]:
+    response = httpx.get(f"{server.url}/v1/pruning")
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_it_lists_every_method_with_needs_and_cost(information: dict[str, Any]) -> None:
+    methods = {method["name"]: method for method in information["methods"]}
+    assert list(methods) == list(METHODS)
+    assert methods["fastervlm"]["needs"] == ["cls_attention"]
+    assert methods["fastervlm"]["cost"] == "ranking"
+    assert methods["resprune"]["cost"] == "greedy"
+    assert "alpha" in methods["resprune"]["parameters"]
+    assert [name for name, method in methods.items() if method["own_count"]] == ["prumerge", "trim"]
+    assert all(method["available"] for method in methods.values()), "this checkpoint's encoder is CLIP"
+
+
+def test_its_presets_are_policies_that_a_request_may_send(server: Server, information: dict[str, Any]) -> None:
+    assert set(information["presets"]) == {*BUILTIN_PRESETS, "thumbnail"}
+    messages = [user("Where is the dog?", fresh_url())]
+    for name, policy in information["presets"].items():
+        assert kept(server.ask(messages=messages, pruning=name)) == kept(server.ask(messages=messages, pruning=policy))
+
+
+def test_it_tells_the_default(server: Server, information: dict[str, Any], default_keep: int) -> None:
+    assert information["default_preset"] is None
+    assert information["default"]["budget"] == {"type": "tokens", "keep": default_keep}
+    answer = server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=information["default"])
+    assert kept(answer) == [default_keep]
+
+
+def test_its_aliases_are_models(server: Server, information: dict[str, Any], served_names: tuple[str, ...]) -> None:
+    listed = [card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]]
+    assert information["models"] == list(served_names)
+    assert listed == [*information["models"], *information["aliases"]]
+    assert information["aliases"]["llava@thumbnail"] == "thumbnail"
+
+
+def test_it_tells_what_runs(information: dict[str, Any]) -> None:
+    tower = information["tower"]
+    assert (tower["weights"], tower["dtype"]) == ("checkpoint", "float32")
+    assert tower["device"].startswith(("cpu", "cuda"))
+    assert tower["parameters"] > 0
+    assert information["text_pipeline"] == text_pipeline_name()
+    versions = {"vllm_vtprune": __version__} | {name: version(name) for name in ("torch", "transformers")}
+    assert versions.items() <= information["versions"].items()
+    assert information["versions"]["vllm"].startswith("0.32")
+
+
+def test_its_schema_is_typed(server: Server) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    answer = document["paths"]["/v1/pruning"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert answer == {"$ref": "#/components/schemas/PruningInformation"}
+    assert {"Method", "Tower", "Versions"} <= set(document["components"]["schemas"])

@@ -1,0 +1,208 @@
+"""The `openai` client as it is installed, against a real server: what it can do, it can do with pruned images."""
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, image_part, kept, user
+
+pytestmark = pytest.mark.engine
+
+POLICY: dict[str, Any] = {"pruning": {"method": "uniform", "budget": {"type": "tokens", "keep": 48}}}
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look at one side.",
+        "strict": True,  # vLLM then holds the model to the schema, which a model with random weights needs
+        "parameters": {
+            "type": "object",
+            "properties": {"side": {"type": "string", "enum": ["left", "right"]}},
+            "required": ["side"],
+            "additionalProperties": False,
+        },
+    },
+}
+SCHEMA: Any = {
+    "type": "json_schema",
+    "json_schema": {"name": "answer", "schema": TOOL["function"]["parameters"], "strict": True},
+}
+
+
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY", max_retries=0)
+
+
+@pytest.fixture
+def request_(server: Server) -> dict[str, Any]:
+    messages = [user("Where is the dog?", fresh_url())]
+    return {"model": server.model, "messages": messages, "max_tokens": 6, "temperature": 0, "extra_body": POLICY}
+
+
+def fields(header: str) -> dict[str, str]:
+    """The ``x-vtprune`` header, read as the documentation says."""
+    return dict(member.strip().split("=", 1) for member in header.split(","))
+
+
+# --- where the report stands ----------------------------------------------------------------------------------------
+
+
+def test_the_header_comes_before_the_first_token(client: OpenAI, request_: dict[str, Any]) -> None:
+    expected = {"method": "uniform", "images": "1", "visual": "576", "kept": "48"}
+    whole = client.chat.completions.with_raw_response.create(**request_)
+    assert fields(whole.headers["x-vtprune"]) == expected
+    with client.chat.completions.with_streaming_response.create(**request_, stream=True) as stream:
+        assert fields(stream.headers["x-vtprune"]) == expected, "nothing of the body was read yet"
+
+
+def test_the_header_names_the_preset_and_adds_images_up(client: OpenAI, server: Server) -> None:
+    messages: Any = [user("Compare them.", fresh_url(), fresh_url())]
+    raw = client.chat.completions.with_raw_response.create(model="llava@fast", messages=messages, max_tokens=2)
+    report = {"method": "resprune", "preset": "fast", "images": "2", "visual": str(2 * VISUAL_TOKENS), "kept": "128"}
+    assert fields(raw.headers["x-vtprune"]) == report
+    off = client.chat.completions.with_raw_response.create(
+        model=server.model, messages=messages, max_tokens=2, extra_body={"pruning": False}
+    )
+    assert fields(off.headers["x-vtprune"]) == {"method": "none", "images": "2", "visual": "1152", "kept": "1152"}
+
+
+def test_an_answer_that_is_an_error_has_no_header(client: OpenAI, request_: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**{**request_, "extra_body": {"pruning": {"alpha": -1}}})
+    assert refused.value.param == "pruning.alpha"
+    assert "x-vtprune" not in refused.value.response.headers
+
+
+def test_usage_tells_the_tokens_before_and_after(client: OpenAI, request_: dict[str, Any]) -> None:
+    expected = {"visual_tokens": VISUAL_TOKENS, "kept_tokens": 48}
+    usage = client.chat.completions.create(**request_).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert (usage.prompt_tokens_details.model_extra or {})["vtprune"] == expected
+    assert usage.prompt_tokens_details.cached_tokens == 0, "vLLM's own numbers stay"
+
+    options: Any = {"include_usage": True}
+    *_, last = client.chat.completions.create(**request_, stream=True, stream_options=options)
+    assert last.usage is not None
+    assert last.usage.prompt_tokens == usage.prompt_tokens
+    assert last.usage.prompt_tokens_details is not None
+    assert (last.usage.prompt_tokens_details.model_extra or {})["vtprune"] == expected
+
+
+def test_without_images_usage_is_vllm_s(server: Server) -> None:
+    answer = server.ask(messages=[{"role": "user", "content": "Where is the dog?"}])
+    assert "vtprune" not in answer["usage"]["prompt_tokens_details"]
+
+
+def test_each_image_says_its_method_and_the_request_says_what_they_share(server: Server) -> None:
+    def report(first: object, second: object, asked: object) -> Any:
+        images = [image_part(fresh_url(), pruning=one) for one in (first, second)]
+        return server.ask(messages=[user("Compare them.", *images)], pruning=asked)["pruning"]
+
+    uniform = POLICY["pruning"]
+    assert report(uniform, False, False)["method"] == "uniform", "though the request itself is not pruned"
+    assert report(uniform, "fast", False)["method"] == "mixed"
+    assert report(False, False, "fast")["method"] == "none"
+
+
+# --- what else a request may ask for --------------------------------------------------------------------------------
+
+
+def test_a_tool_is_called_about_a_pruned_image(client: OpenAI, request_: dict[str, Any]) -> None:
+    choice = {"type": "function", "function": {"name": "look"}}
+    request_ |= {"tools": [TOOL], "tool_choice": choice, "max_tokens": 100}
+    answer = client.chat.completions.create(**request_)
+    [call] = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "look"
+    assert json.loads(call.function.arguments)["side"] in ("left", "right")
+    assert kept(answer.model_extra or {}) == [48]
+
+    chunks = list(client.chat.completions.create(**request_, stream=True))
+    calls = [part for chunk in chunks for choice in chunk.choices for part in choice.delta.tool_calls or []]
+    arguments = "".join(part.function.arguments or "" for part in calls if part.function is not None)
+    assert json.loads(arguments) == json.loads(call.function.arguments)
+    assert kept(chunks[-1].model_extra or {}) == [48]
+
+
+def test_a_tool_s_result_continues_the_conversation(client: OpenAI, request_: dict[str, Any]) -> None:
+    call = {"id": "call-1", "type": "function", "function": {"name": "look", "arguments": '{"side": "left"}'}}
+    request_["messages"] = [
+        *request_["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call-1", "content": "A tree."},
+    ]
+    answer = client.chat.completions.create(**request_, tools=[TOOL])
+    assert answer.choices[0].message.content
+    assert kept(answer.model_extra or {}) == [48]
+
+
+def test_an_answer_keeps_to_a_schema(client: OpenAI, request_: dict[str, Any]) -> None:
+    request_ |= {"response_format": SCHEMA, "max_tokens": 100}
+    answer = client.chat.completions.create(**request_)
+    said = answer.choices[0].message.content or ""
+    assert json.loads(said)["side"] in ("left", "right")
+    assert kept(answer.model_extra or {}) == [48]
+    chunks = list(client.chat.completions.create(**request_, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == said
+    assert kept(chunks[-1].model_extra or {}) == [48]
+
+
+def test_several_answers_with_their_log_probabilities(client: OpenAI, request_: dict[str, Any]) -> None:
+    request_ |= {"n": 3, "temperature": 1, "seed": 7, "logprobs": True, "top_logprobs": 2}
+    answer = client.chat.completions.create(**request_)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert [len(token.top_logprobs) for token in choice.logprobs.content or []] == [2] * 6
+    assert kept(answer.model_extra or {}) == [48]
+
+
+def test_a_conversation_reuses_its_prefix_turn_after_turn(client: OpenAI, server: Server, block: int) -> None:
+    """The image stands in the first turn: its choice stays, and what was prefilled grows."""
+    messages: list[Any] = [user("Where is the dog?", fresh_url())]
+    extra: Any = {"pruning": {"budget": {"type": "tokens", "keep": 200}}}
+    images, cached, prompts = [], [], []
+    for question in ("Is there a bus?", "Which colour has the tree?", "Who holds the kite?", ""):
+        answer = client.chat.completions.create(
+            model=server.model, messages=messages, max_tokens=40, temperature=0, extra_body=extra
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        images.append((answer.model_extra or {})["pruning"]["images"])
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens or 0)
+        prompts.append(answer.usage.prompt_tokens)
+        messages += [{"role": "assistant", "content": answer.choices[0].message.content}, user(question)]
+    assert cached[0] == 0
+    assert cached == sorted(set(cached)), f"it does not grow: {cached}"
+    for before, hits in zip(prompts, cached[1:], strict=False):
+        assert hits >= before // block * block - block, "all of the turn before, but for the last block"
+    assert [one["nouns"] for turn in images for one in turn] == [["dog"]] * 4
+    assert images[1:] == [[{**images[0][0], "cached": True}]] * 3
+
+
+def test_the_client_lists_models_and_their_aliases(client: OpenAI, server: Server) -> None:
+    assert f"{server.model}@balanced" in [model.id for model in client.models.list()]
+
+
+# --- what the server says of itself ---------------------------------------------------------------------------------
+
+
+def test_the_schema_describes_the_field_beside_an_image(server: Server) -> None:
+    schemas = httpx.get(f"{server.url}/openapi.json").json()["components"]["schemas"]
+    beside = schemas["ChatCompletionContentPartImageParam"]["properties"]["pruning"]
+    assert {"$ref": "#/components/schemas/PruningPolicy"} in beside["anyOf"]
+    assert "/v1/chat/completions alone" in beside["description"]
+    assert "image_url" in schemas["ChatCompletionContentPartImageParam"]["properties"]
+    assert "pruning" not in schemas["ChatCompletionContentPartTextParam"]["properties"]
+
+
+def test_the_documentation_page_is_served(server: Server) -> None:
+    page = httpx.get(f"{server.url}/docs")
+    assert page.status_code == 200
+    assert "/openapi.json" in page.text

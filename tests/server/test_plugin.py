@@ -1,0 +1,20 @@
+"""A server under plain `vllm serve` with our plugin named: it starts pruning, or it does not start."""
+
+import asyncio
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+from starlette.datastructures import State
+
+from server.plugin import ServerPlugin
+
+
+@pytest.mark.parametrize("processor", [None, object()])
+def test_a_model_without_our_processor_stops_the_start(processor: object) -> None:
+    """vLLM answers /health only after this has returned."""
+    client = SimpleNamespace(renderer=SimpleNamespace(mm_processor=processor))
+    state = State()
+    with pytest.raises(RuntimeError, match=f"of some-model is {type(processor).__name__}, which cannot prune"):
+        asyncio.run(ServerPlugin().init_state(client, state, Namespace(model="some-model")))  # type: ignore[arg-type]
+    assert len(state) == 0, "nothing was taken over"
