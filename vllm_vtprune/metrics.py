@@ -27,6 +27,12 @@ STAGE_SECONDS = Histogram(
     ["model_name", "stage"],
     buckets=(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
+ENCODE_BATCH_SIZE = Histogram(
+    "vtprune:encode_batch_size",
+    "Images in one run of the frontend tower.",
+    ["model_name"],
+    buckets=(1, 2, 3, 4, 5, 6, 7, 8),
+)
 FEATURE_CACHE_HITS = Counter("vtprune:feature_cache_hits", "Images whose features were at hand.", ["model_name"])
 FEATURE_CACHE_MISSES = Counter(
     "vtprune:feature_cache_misses", "Images that the frontend tower encoded.", ["model_name"]
