@@ -12,11 +12,13 @@ from vllm.entrypoints.openai.chat_completion import api_router as stock
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from server import media  # noqa: F401  (registers the media connector)
 from server.protocol import PruningChatCompletionRequest
 from server.serving import PruningServingChat
+from server.validation import ReadableErrors
 from vllm_vtprune.plugin.processor import PruningProcessor
 
-router = APIRouter()
+router = APIRouter(route_class=ReadableErrors)
 
 
 @router.post(

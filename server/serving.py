@@ -16,10 +16,12 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.outputs import RequestOutput
 
-from server.errors import InvalidField, explain_image_error
+from server.errors import explain_image_error
 from server.protocol import PruningChatCompletionRequest, Trace
 from server.stream import with_last_event_field
+from server.validation import InvalidField, bounded
 from vllm_vtprune import metrics
+from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.request import PRUNING_KEY
 from vllm_vtprune.policy import PolicyError, PruningPolicy
@@ -66,7 +68,9 @@ class PruningServingChat(OpenAIServingChat):
         self, request: ChatCompletionRequest, raw_request: Request | None = None
     ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
         response = await super().create_chat_completion(request, raw_request)
-        if isinstance(response, ErrorResponse) or not isinstance(request, PruningChatCompletionRequest):
+        if isinstance(response, ErrorResponse):
+            return bounded(response)
+        if not isinstance(request, PruningChatCompletionRequest):
             return response
         if isinstance(response, ChatCompletionResponse):
             response.pruning = request.trace.to_json()  # the model allows extra fields
@@ -79,9 +83,11 @@ class PruningServingChat(OpenAIServingChat):
             return await super().render_chat_request(request)
         trace = request.trace
         report_id = uuid.uuid4().hex
+        client_kwargs = dict(request.mm_processor_kwargs or {})
         try:
-            pruned = self._apply_policy(request, trace, report_id)
-            rendered = await super().render_chat_request(request)
+            images = self._apply_policy(request, trace, report_id)
+            with EarlyEncoding(self.processor, images, client_kwargs):
+                rendered = await super().render_chat_request(request)
         except PolicyError as error:
             metrics.ERRORS.labels(self.processor.runtime.model_name, "policy").inc()
             raise InvalidField(str(error), parameter=error.param) from error
@@ -92,7 +98,7 @@ class PruningServingChat(OpenAIServingChat):
             metrics.ERRORS.labels(self.processor.runtime.model_name, "image").inc()
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
-            trace.report = self._report(pruned, report_id, rendered[1])
+            trace.report = self._report(bool(images), report_id, rendered[1])
         return rendered
 
     def _refuse_client_kwargs(self, request: ChatCompletionRequest) -> None:
@@ -109,11 +115,12 @@ class PruningServingChat(OpenAIServingChat):
             trust_request_mm_kwargs=self.trust_request_mm_kwargs,
         )
 
-    def _apply_policy(self, request: PruningChatCompletionRequest, trace: Trace, report_id: str) -> bool:
+    def _apply_policy(self, request: PruningChatCompletionRequest, trace: Trace, report_id: str) -> list[ExpectedImage]:
         """Validate the policies of a request and hand them to the processor.
 
         Returns:
-            Whether any image has a policy; if none has, the request takes vLLM's stock path.
+            The images and what is to be done with them; empty where none has a policy and the request takes vLLM's
+            stock path.
 
         Raises:
             PolicyError: naming the field as the client wrote it.
@@ -129,7 +136,7 @@ class PruningServingChat(OpenAIServingChat):
             policy.resolve(self.processor.family, param=param)
             policies.append(policy)
         if not any(policy.enabled for policy in policies):
-            return False
+            return []
         texts = [request.text_for(image, policy) for image, policy in zip(request.images, policies, strict=True)]
         request.mm_processor_kwargs = {
             **(request.mm_processor_kwargs or {}),
@@ -140,7 +147,10 @@ class PruningServingChat(OpenAIServingChat):
                 "request_id": report_id,
             },
         }
-        return True
+        return [
+            ExpectedImage(image.url or "", image.uuid, policy, text)
+            for image, policy, text in zip(request.images, policies, texts, strict=True)
+        ]
 
     def _report(self, pruned: bool, report_id: str, engine_inputs: list[Any]) -> RequestReport:
         runtime = self.processor.runtime
