@@ -10,12 +10,14 @@ import json
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
@@ -25,6 +27,8 @@ logger = init_logger("vllm.vtprune")
 
 MAX_MESSAGE = 1000  # characters
 MAX_PARAM = 200
+Path: TypeAlias = tuple[str | int, ...]
+
 CONTENT_TYPE = "Content-Type: expected application/json."
 
 
@@ -59,8 +63,12 @@ def explain(error: Exception) -> ErrorResponse | None:
     """The answer to a request that raised an error; None where the client is not to blame."""
     if isinstance(error, RequestValidationError):
         message, param = explain_validation(error.errors(), error.body)
+    elif isinstance(error, ValidationError):  # of a part that vLLM validates later
+        message, param = explain_validation(error.errors(), None)
     elif isinstance(error, VLLMValidationError):
         message, param = (str(error.args[0]) if error.args else ""), error.parameter
+    elif isinstance(error, HTTPException) and error.status_code == 400:
+        message, param = "The body cannot be parsed.", None  # FastAPI knows no more: numbers too long, nested too deep
     else:
         answer = create_error_response(error)
         return bounded(answer) if answer.error.code < 500 else None
@@ -91,14 +99,40 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
     if details[0]["type"] == "json_invalid":
         return f"The body is not valid JSON: {details[0].get('ctx', {}).get('error', 'it cannot be parsed')}.", None
 
+    if body is None:
+        first = details[0]
+        body, details = _nested(first["loc"], first.get("input")), [first]
     paths = [_path(error, body) for error in details]
-    seen = Counter(paths)
-    path = max(seen, key=lambda path: (seen[path], len(path)))
+    path = _most_telling(details, paths)
     told = dict.fromkeys(_expectation(error) for error, its in zip(details, paths, strict=True) if its == path)
-    found = _at(body, path) if path or not isinstance(body, Mapping) else "a part of it"
-    shown = "nothing given" if found is _NOTHING else f"{_show(found)} is not accepted"
+    if path or not isinstance(body, Mapping):
+        found = _at(body, path)
+        shown = "nothing given" if found is _NOTHING else f"{_show(found)} is not accepted"
+    else:
+        shown = "a part of it is not accepted"
     name = ".".join(_cut(str(key), 64) for key in path)
     return f"{name or 'The body'}: {shown}; expected {' or '.join(told)}.", name or None
+
+
+def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> Path:
+    """Where most of the alternatives that were tried went wrong, as far inside as that is.
+
+    Where that is the word which tells the alternatives apart, but one of them accepts it, its own error counts.
+    """
+    seen = Counter(paths)
+    path = max(seen, key=lambda path: (seen[path], len(path)))
+    kinds = {error["type"] for error, its in zip(details, paths, strict=True) if its == path}
+    if kinds == {"literal_error"}:
+        for error, its in zip(details, paths, strict=True):
+            if its[:-1] == path[:-1] and its != path and error["type"] not in ("literal_error", "missing"):
+                return its
+    return path
+
+
+def _nested(keys: Sequence[str | int], value: object) -> object:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
 
 
 def check_messages(data: object) -> None:
@@ -116,6 +150,23 @@ def check_messages(data: object) -> None:
         content = message.get("content")
         if isinstance(content, Mapping) or not (content is None or isinstance(content, Iterable)):
             raise _wrong_shape(f"messages.{index}.content", content, "a string or a list of content parts")
+        texts = [(f"messages.{index}.content", content)]
+        if isinstance(content, list):
+            parts = [(number, part) for number, part in enumerate(content) if isinstance(part, Mapping)]
+            texts = [(f"messages.{index}.content.{number}.text", part.get("text")) for number, part in parts]
+        for path, text in texts:
+            if isinstance(text, str) and not _encodes(text):
+                raise _wrong_shape(path, text, "whole characters, no halves of surrogate pairs")
+
+
+def _encodes(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wrong_shape(path: str, value: object, accepted: str) -> InvalidField:
@@ -125,7 +176,7 @@ def _wrong_shape(path: str, value: object, accepted: str) -> InvalidField:
 _NOTHING = object()
 
 
-def _path(error: Mapping[str, Any], body: object) -> tuple[str | int, ...]:
+def _path(error: Mapping[str, Any], body: object) -> Path:
     """Where an error is, without the names of validators between the keys; empty where that is not known."""
     keys = list(error["loc"])
     keys = keys[1:] if keys[:1] == ["body"] else keys
@@ -166,7 +217,7 @@ def _expectation(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return "a value"
     text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    text = text.partition(" or instance of ")[0].partition(", unable to ")[0]
+    text = text.partition(" or instance of ")[0].partition(" or object to ")[0].partition(", unable to ")[0]
     return text.replace("a valid dictionary", "an object").replace("a valid ", "a ").replace("a integer", "an integer")
 
 

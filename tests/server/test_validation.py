@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from vllm.exceptions import VLLMValidationError
 
 from server.protocol import PruningChatCompletionRequest
@@ -57,9 +57,18 @@ def refusal(body: Any) -> tuple[str, str | None]:
         ({"stop": ["a", 5]}, "stop.1: 5 is not accepted; expected a string."),
         ({"logit_bias": {"7": "b"}}, "logit_bias.7: 'b' is not accepted; expected a number."),
         ({"response_format": 5}, "response_format: 5 is not accepted; expected an object."),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": 5}},
+            "response_format.json_schema: 5 is not accepted; expected an object.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            "messages.0.content.0.text: '\\ud800' is not accepted; expected whole characters, "
+            "no halves of surrogate pairs.",
+        ),
         ({"tools": [TOOL, {"type": "x"}]}, "tools.1.type: 'x' is not accepted; expected 'function'."),
         (
-            {"stream_options": {"include_usage": 5}},
+            {"stream": True, "stream_options": {"include_usage": 5}},
             "stream_options.include_usage: 5 is not accepted; expected a boolean.",
         ),
         ({"mm_processor_kwargs": 5}, "mm_processor_kwargs: 5 is not accepted; expected an object."),
@@ -70,6 +79,20 @@ def test_the_field_the_value_and_what_is_accepted(body: dict[str, Any], message:
     said, param = refusal(body if "messages" in body or not body else {"messages": [USER], **body})
     assert said == message
     assert param == message.partition(":")[0]
+
+
+def test_a_part_that_is_validated_later_is_told_by_its_own_name() -> None:
+    with pytest.raises(ValidationError) as later:
+        TypeAdapter(dict[str, dict[str, int]]).validate_python({"image_url": {"detail": "high"}})
+    answer = explain(later.value)
+    assert answer is not None
+    assert answer.error.message == "image_url.detail: 'high' is not accepted; expected an integer."
+
+
+def test_what_has_no_path_is_told_without_one() -> None:
+    said, param = refusal({"messages": [{"role": "assistant", "tool_calls": [{"id": 5}]}]})
+    assert said.startswith("The body: a part of it is not accepted; expected a string")
+    assert param is None
 
 
 def test_what_vllm_says_itself_stays_without_its_repetitions() -> None:
