@@ -53,9 +53,9 @@ def check(cases: Any, examples: int, server: Server, statuses: dict[int, int]) -
         if response.status_code >= 400 and case.method == "POST":
             error = response.json()["error"]
             assert error["message"]
-            assert len(response.content) <= MAX_REFUSAL
-            assert leaks(response.text) == []
-            assert "body." not in response.text
+            assert len(response.content) <= MAX_REFUSAL, response.text
+            assert leaks(response.text) == [], response.text
+            assert "body." not in response.text, response.text
 
     run()
 
