@@ -34,7 +34,7 @@ TOLERANCE = 0.05
 FEATURE_CACHE_GB = 0.05  # some fifty pictures
 CLIENTS = 4
 OPTIONS = (
-    "--max-model-len", "2048", "--enforce-eager", "--mm-processor-cache-gb", "0.05", "--block-size", "32",
+    "--max-model-len", "2048", "--enforce-eager", "--mm-processor-cache-gb", "0.02", "--block-size", "32",
     "--num-gpu-blocks-override", "256", "--disable-uvicorn-access-log",
 )  # fmt: skip
 ENVIRONMENT = {
@@ -56,22 +56,20 @@ POLICIES: tuple[object, ...] = (
 
 @dataclass(frozen=True)
 class Process:
-    """Resident memory of one process, in MiB.
+    """Resident memory of one process.
 
     Attributes:
         role: what it is, by its command line.
-        full: after the caches were full.
-        end: after the last request.
+        mib: MiB after every 200 requests, from when the caches were full.
     """
 
     role: str
-    full: float
-    end: float
+    mib: list[float]
 
     @property
     def grown(self) -> float:
-        """By which share of `full`."""
-        return self.end / self.full - 1
+        """From when the caches were full to the end, as a share of the former."""
+        return self.mib[-1] / self.mib[0] - 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args.requests)
     for process in result.processes:
-        print(f"{process.role:32} {process.full:8.0f} MiB -> {process.end:8.0f} MiB  {process.grown:+.1%}")
+        print(f"{process.role:32} {process.grown:+.1%}, MiB: {' '.join(f'{mib:.0f}' for mib in process.mib)}")
     print(f"feature cache: {result.feature_cache_bytes:.0f} of {result.feature_cache_limit:.0f} bytes")
     if args.out is not None:
         args.out.write_text(json.dumps(asdict(result), indent=1) + "\n")
@@ -103,22 +101,22 @@ def measure(requests: int) -> Result:
     """Start a server, send it so many requests, and look at its memory when its caches are full and at the end."""
     with server() as url, httpx.Client(base_url=url, timeout=120) as client:
         root = server_process(url)
-        bodies = [body(index) for index in range(FULL_BY)]
-        cache = send(client, bodies)
+        cache = send(client, [body(index) for index in range(FULL_BY)])
         family = [root, *root.children(recursive=True)]
-        full = [process.memory_info().rss for process in family]
+        seen = [resident(family)]
         for first in range(FULL_BY, requests, FULL_BY):
             cache = max(cache, send(client, [body(index) for index in range(first, min(first + FULL_BY, requests))]))
+            seen.append(resident(family))
             print(f"{first + FULL_BY} requests", file=sys.stderr, flush=True)
-        return Result(
-            requests,
-            [
-                Process(role(process), before / 2**20, process.memory_info().rss / 2**20)
-                for process, before in zip(family, full, strict=True)
-            ],
-            cache,
-            FEATURE_CACHE_GB * 2**30,
-        )
+        processes = [
+            Process(role(process), list(mib)) for process, mib in zip(family, zip(*seen, strict=True), strict=True)
+        ]
+        return Result(requests, processes, cache, FEATURE_CACHE_GB * 2**30)
+
+
+def resident(family: list[psutil.Process]) -> list[float]:
+    """MiB of each process."""
+    return [process.memory_info().rss / 2**20 for process in family]
 
 
 @contextmanager

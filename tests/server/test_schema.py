@@ -1,5 +1,6 @@
 """Requests made up from the OpenAPI schema of our routes: none breaks the server, each is answered as the API says."""
 
+import json
 import os
 from typing import Any
 
@@ -54,7 +55,8 @@ def check(cases: Any, examples: int, server: Server, statuses: dict[int, int]) -
             error = response.json()["error"]
             assert error["message"]
             assert len(response.content) <= MAX_REFUSAL, response.text
-            assert leaks(response.text) == [], response.text
+            told = [leak for leak in leaks(response.text) if leak not in json.dumps(case.body, default=repr)]
+            assert told == [], response.text  # what the client sent may come back
             assert "body." not in response.text, response.text
 
     run()
