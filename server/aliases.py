@@ -7,7 +7,7 @@ from collections.abc import Collection
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 
-from server.errors import InvalidField
+from server.validation import InvalidField
 
 SEPARATOR = "@"
 

@@ -83,6 +83,7 @@ def serve(argv: list[str]) -> None:
         serve_parser.error(str(error))
     command.validate(args)
     os.environ.setdefault("VTPRUNE_LOAD_FORMAT", str(args.load_format))
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", PLUGIN)  # server/media.py
     refuse_unpruned(args)
     command.cmd(args)
 

@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.chat_completion import api_router as stock
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from server import media  # noqa: F401  (registers the media connector)
 from server.aliases import AliasedModels
 from server.information import PruningInformation, pruning_information
 from server.policies import Policies
@@ -21,11 +22,12 @@ from server.protocol import PruningChatCompletionRequest
 from server.serving import PruningServingChat
 from server.shutdown import fail_unfinished_requests
 from server.trace import HEADER
+from server.validation import ReadableErrors
 from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.text import text_pipeline_name
 
-router = APIRouter()
+router = APIRouter(route_class=ReadableErrors)
 
 
 @router.post(

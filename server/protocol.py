@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 
 from server.schema import describe
 from server.trace import Trace
+from server.validation import check_messages
 from vllm_vtprune.policy import PruningPolicy
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
@@ -29,12 +30,14 @@ class ImagePart:
     Attributes:
         param: path of its content part, such as ``messages.0.content.1``.
         url: where the image comes from, None where the client gave none (an image known by its uuid).
+        uuid: the client's name for it, None where it has none.
         message_text: the text of the message that carries it.
         pruning: the policy beside it, None where there is none.
     """
 
     param: str
     url: str | None
+    uuid: str | None
     message_text: str
     pruning: object = None
 
@@ -70,6 +73,7 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
 
         Done before validation because validation turns the parts of a message into one-shot iterators.
         """
+        check_messages(data)
         images: list[ImagePart] = []
         last_turn = ""
         if isinstance(data, Mapping) and isinstance(data.get("messages"), list):
@@ -163,6 +167,7 @@ def _images(message_index: int, message: Any) -> Iterator[ImagePart]:
             yield ImagePart(
                 param=f"messages.{message_index}.content.{index}",
                 url=url if isinstance(url, str) else None,
+                uuid=uuid if isinstance(uuid := part.get("uuid"), str) else None,
                 message_text=_text(message),
                 pruning=part.get("pruning"),
             )

@@ -20,15 +20,17 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsa
 from vllm.outputs import RequestOutput
 
 from server.aliases import AliasedModels, UnknownPreset
-from server.errors import InvalidField, explain_image_error
+from server.errors import explain_image_error
 from server.policies import Policies
 from server.protocol import PruningChatCompletionRequest
 from server.shutdown import ServerStopping
 from server.stream import with_last_event_completed
 from server.trace import USAGE_KEY, Trace
 from server.tracing import record_stages, start_request_span
+from server.validation import InvalidField, bounded
 from vllm_vtprune import metrics
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.request import PRUNING_KEY
 from vllm_vtprune.policy import PolicyError
@@ -93,7 +95,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             )
         response = await super().create_chat_completion(request, raw_request)
         if isinstance(response, ErrorResponse):
-            return response
+            return bounded(response)
         if isinstance(response, ChatCompletionResponse):
             _complete(response, request.trace)
             return response
@@ -112,9 +114,11 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             return await super().render_chat_request(request)
         trace = request.trace
         report_id = uuid.uuid4().hex
+        client_kwargs = dict(request.mm_processor_kwargs or {})
         try:
-            pruned = self._apply_policy(request, trace, report_id)
-            rendered = await super().render_chat_request(request)
+            images = self._apply_policy(request, trace, report_id)
+            with EarlyEncoding(self.processor, images, client_kwargs):
+                rendered = await super().render_chat_request(request)
         except PolicyError as error:
             metrics.ERRORS.labels(self.processor.runtime.model_name, "policy").inc()
             raise InvalidField(str(error), parameter=error.param) from error
@@ -127,7 +131,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             metrics.ERRORS.labels(self.processor.runtime.model_name, "image").inc()
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
-            trace.report = self._report(pruned, report_id, rendered[1])
+            trace.report = self._report(bool(images), report_id, rendered[1])
             record_stages(trace.report)
         return rendered
 
@@ -145,11 +149,12 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             trust_request_mm_kwargs=self.trust_request_mm_kwargs,
         )
 
-    def _apply_policy(self, request: PruningChatCompletionRequest, trace: Trace, report_id: str) -> bool:
+    def _apply_policy(self, request: PruningChatCompletionRequest, trace: Trace, report_id: str) -> list[ExpectedImage]:
         """Validate the policies of a request and hand them to the processor.
 
         Returns:
-            Whether any image has a policy; if none has, the request takes vLLM's stock path.
+            The images and what is to be done with them; empty where none has a policy and the request takes vLLM's
+            stock path.
 
         Raises:
             PolicyError: naming the field as the client wrote it.
@@ -165,7 +170,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             policy.resolve(self.processor.family, param=param)
             policies.append(policy)
         if not any(policy.enabled for policy in policies):
-            return False
+            return []
         texts = [request.text_for(image, policy) for image, policy in zip(request.images, policies, strict=True)]
         request.mm_processor_kwargs = {
             **(request.mm_processor_kwargs or {}),
@@ -176,7 +181,10 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
                 "request_id": report_id,
             },
         }
-        return True
+        return [
+            ExpectedImage(image.url or "", image.uuid, policy, text)
+            for image, policy, text in zip(request.images, policies, texts, strict=True)
+        ]
 
     def _report(self, pruned: bool, report_id: str, engine_inputs: list[Any]) -> RequestReport:
         runtime = self.processor.runtime

@@ -14,7 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["VARIABLES", "Variable", "device", "feature_cache_gb", "load_format", "report_table_size", "tower_threads"]
+__all__ = [
+    "VARIABLES",
+    "Variable",
+    "device",
+    "feature_cache_gb",
+    "fetch_private_addresses",
+    "load_format",
+    "max_image_aspect",
+    "max_image_mb",
+    "max_image_megapixels",
+    "report_table_size",
+    "tower_threads",
+]
 
 T = TypeVar("T")
 
@@ -63,6 +75,19 @@ def _count(text: str) -> int:
     return value
 
 
+def _limit(text: str) -> float:
+    value = _size(text)
+    if value == 0:
+        raise ValueError
+    return value
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError
+    return text == "1"
+
+
 device = Variable(
     name="VTPRUNE_DEVICE",
     default="auto",
@@ -101,11 +126,44 @@ tower_threads = Variable(
     accepts="a whole number of threads, 1 or more",
     doc="CPU threads of one vision tower, where it runs on the CPU. Default: every core this process may run on.",
 )
+max_image_mb = Variable(
+    name="VTPRUNE_MAX_IMAGE_MB",
+    default=32.0,
+    parse=_limit,
+    accepts="a number of MiB above 0",
+    doc="Largest image file that the server accepts, in MiB.",
+)
+max_image_megapixels = Variable(
+    name="VTPRUNE_MAX_IMAGE_MEGAPIXELS",
+    default=100.0,
+    parse=_limit,
+    accepts="a number of megapixels above 0",
+    doc="Largest image that the server decodes, in millions of pixels (3 bytes of memory each, while it is decoded).",
+)
+max_image_aspect = Variable(
+    name="VTPRUNE_MAX_IMAGE_ASPECT",
+    default=512,
+    parse=_count,
+    accepts="a whole number, 1 or more",
+    doc="How many times its shorter side an image's longer side may be. CLIP's preprocessing scales the shorter side "
+    "to the encoder's size before it crops, so that a line of 10,000 x 1 pixels would cost seconds and gigabytes.",
+)
+fetch_private_addresses = Variable(
+    name="VTPRUNE_FETCH_PRIVATE_ADDRESSES",
+    default=False,
+    parse=_switch,
+    accepts="0 or 1",
+    doc="1: images may also be fetched from allowed hosts at private, loopback and link-local addresses.",
+)
 
-VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int], ...] = (
+VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool], ...] = (
     device,
     feature_cache_gb,
+    fetch_private_addresses,
     load_format,
+    max_image_aspect,
+    max_image_mb,
+    max_image_megapixels,
     report_table_size,
     tower_threads,
 )

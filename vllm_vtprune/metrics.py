@@ -33,6 +33,12 @@ TIME_TO_FIRST_TOKEN = Histogram(
     ["model_name", "method", "keep_ratio"],
     buckets=(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
+ENCODE_BATCH_SIZE = Histogram(
+    "vtprune:encode_batch_size",
+    "Images in one run of the frontend tower.",
+    ["model_name"],
+    buckets=(1, 2, 3, 4, 5, 6, 7, 8),
+)
 FEATURE_CACHE_HITS = Counter("vtprune:feature_cache_hits", "Images whose features were at hand.", ["model_name"])
 FEATURE_CACHE_MISSES = Counter(
     "vtprune:feature_cache_misses", "Images that the frontend tower encoded.", ["model_name"]

@@ -6,13 +6,13 @@ Everything here is independent of vLLM; the plugin drives it from the multimodal
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from vllm_vtprune import envs, metrics, text
 from vllm_vtprune.cache import BoundedTable, FeatureCache
+from vllm_vtprune.encoder import BatchingEncoder, Encoded
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
@@ -23,7 +23,7 @@ CACHE_DEVICE = torch.device("cpu")
 """Where features wait: the engine has the GPU's memory, and copying an image back is quick beside encoding it."""
 
 ENCODE_BATCH = 8
-"""Images per forward of the tower: bounds its memory on requests with many images."""
+"""Most images per forward of the tower: bounds its memory."""
 
 
 class PruningRuntime:
@@ -40,11 +40,18 @@ class PruningRuntime:
     def __init__(self, load_tower: Callable[[], VisionTower], family: FamilyDefaults, model_name: str) -> None:
         self.family = family
         self.model_name = model_name
-        self.feature_cache = FeatureCache(int(envs.feature_cache_gb() * 1024**3))
+        self.encoder = BatchingEncoder(
+            self._encode,
+            FeatureCache(int(envs.feature_cache_gb() * 1024**3)),
+            to_cache=lambda features: features.to(CACHE_DEVICE),
+            max_batch=ENCODE_BATCH,
+            on_batch=self._count_batch,
+        )
         self.image_reports: BoundedTable[str, ImageReport] = BoundedTable(envs.report_table_size())
         """What was done to an item, by the hash under which vLLM caches it."""
         self.request_reports: BoundedTable[str, RequestReport] = BoundedTable(envs.report_table_size())
         """Reports waiting for whoever sent the request, by request id."""
+        self._asked: BoundedTable[tuple[str, str, str], bool] = BoundedTable(envs.report_table_size())
         self._load_tower = load_tower
         self._tower: VisionTower | None = None
         self._tower_lock = threading.Lock()
@@ -67,36 +74,29 @@ class PruningRuntime:
             self.tower.warm_up()
         text.extract_nouns("What is in the image?")
 
-    def cached_features(self, key: str) -> VisualFeatures | None:
-        """Features of an image that was encoded before, or None."""
-        features = self.feature_cache.get(key)
-        if features is not None:
-            metrics.FEATURE_CACHE_HITS.labels(self.model_name).inc()
-        return features
-
-    def encode(self, pixels: Mapping[str, torch.Tensor]) -> tuple[dict[str, VisualFeatures], float]:
-        """Encode images and remember their features.
-
-        Args:
-            pixels: feature key -> preprocessed pixels (3, H, W).
-
-        Returns:
-            Features by key, and the seconds it took.
-        """
+    def _encode(self, pixels: torch.Tensor) -> list[VisualFeatures]:
         tower = self.tower
-        started = time.perf_counter()
-        keys = list(pixels)
-        encoded: dict[str, VisualFeatures] = {}
         with cpu_threads(tower.device):
-            for first in range(0, len(keys), ENCODE_BATCH):
-                batch = keys[first : first + ENCODE_BATCH]
-                encoded.update(zip(batch, tower.encode(torch.stack([pixels[key] for key in batch])), strict=True))
-        for key, features in encoded.items():
-            self.feature_cache.put(key, features.to(CACHE_DEVICE))
-        seconds = time.perf_counter() - started
-        metrics.FEATURE_CACHE_MISSES.labels(self.model_name).inc(len(keys))
-        metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(self.feature_cache.nbytes)
-        return encoded, seconds
+            return tower.encode(pixels)
+
+    def _count_batch(self, size: int) -> None:
+        metrics.ENCODE_BATCH_SIZE.labels(self.model_name).observe(size)
+        metrics.FEATURE_CACHE_MISSES.labels(self.model_name).inc(size)
+        metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(self.encoder.cache.nbytes)
+
+    def count_hits(self, encoded: Iterable[Encoded]) -> None:
+        """Count the images that a request did not have to encode itself."""
+        hits = sum(not one.fresh for one in encoded)
+        if hits:
+            metrics.FEATURE_CACHE_HITS.labels(self.model_name).inc(hits)
+
+    def first_asked(self, key: str, policy: PruningPolicy, text: str) -> bool:
+        """Whether nobody has asked this before for an image under the policy and, where it looks at it, the text."""
+        question = (key, policy.selection_digest(), text if policy.conditions_on_text else "")
+        if self._asked.get(question):
+            return False
+        self._asked.put(question, True)
+        return True
 
     def plan(self, features: VisualFeatures, policy: PruningPolicy, noun_ids: Sequence[int]) -> PruningPlan:
         """Choose the tokens of one image.

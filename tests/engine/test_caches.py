@@ -161,7 +161,7 @@ def test_images_encoded_together_are_planned_as_if_alone(cached: Engine, uncache
 
 
 def test_the_feature_cache_works_where_vllm_hashes_no_images(uncached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uncached.runtime, "feature_cache", FeatureCache(2**30))
+    monkeypatch.setattr(uncached.runtime.encoder, "cache", FeatureCache(2**30))
     (image,) = sample_images(1, stamp="no hashes")
     encoded_before = uncached.encodings()
     for policy in (ENERGY, UNIFORM, ENERGY):
@@ -278,7 +278,7 @@ def test_an_image_that_every_cache_forgot_is_refused(
     with pytest.raises(ValueError, match="forgotten but data is not provided"):
         uncached.ask(Ask(ask_about(BUS), [None], TOKENS, uuids=["forgotten"]))
 
-    monkeypatch.setattr(chunked.runtime, "feature_cache", FeatureCache(0))
+    monkeypatch.setattr(chunked.runtime.encoder, "cache", FeatureCache(0))
     chunked.ask(Ask(ask_about(BUS), [one], TOKENS, uuids=["forgotten"]))
     chunked.ask(Ask(ask_about(BUS), [two], TOKENS))  # takes the one place in the table of reports
     with pytest.raises(ValueError, match="forgotten but data is not provided"):

@@ -69,9 +69,9 @@ def features(cached: Engine) -> Callable[[Case], VisualFeatures]:
     """What the frontend's tower computed of a case's image."""
 
     def find(case: Case) -> VisualFeatures:
-        if cached.runtime.cached_features(case.uuid) is None:
+        if cached.runtime.encoder.cache.get(case.uuid) is None:
             ask(cached, case, POLICIES["uniform"])
-        found = cached.runtime.cached_features(case.uuid)
+        found = cached.runtime.encoder.cache.get(case.uuid)
         assert found is not None
         return found
 

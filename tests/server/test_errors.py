@@ -177,7 +177,38 @@ BAD_URLS: dict[str, tuple[str, str]] = {
     "PNG signature alone": (url_of_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40), "holds 48 bytes that are no image"),
     "no URL": ("nonsense", "'nonsense' is not a URL"),
     "empty": ("", "'' is not a URL"),
-    "unpacks to 900 megapixels": (url_of(Image.new("1", (30_000, 30_000))), "cannot be decoded"),
+}
+OVER_A_LIMIT: dict[str, tuple[str, str, str]] = {
+    "unpacks to 900 megapixels": (
+        url_of(Image.new("1", (30_000, 30_000))),
+        "has far too many pixels",
+        "at most 100 megapixels",
+    ),
+    "unpacks to 144 megapixels": (
+        url_of(Image.new("1", (12_000, 12_000))),
+        "has 12000 x 12000 pixels",
+        "at most 100 megapixels",
+    ),
+    "a line": (
+        url_of(Image.new("RGB", (10_000, 1))),
+        "has 10000 x 1 pixels",
+        "a longer side of at most 512 times the shorter",
+    ),
+    "an upright line": (
+        url_of(Image.new("RGB", (1, 513))),
+        "has 1 x 513 pixels",
+        "a longer side of at most 512 times the shorter",
+    ),
+    "33 MiB": (url_of_bytes(b"\0" * (33 * 2**20)), "is too large", "at most 32 MiB"),
+}
+NOT_LOADED: dict[str, tuple[str, str]] = {
+    "web": ("http://example.com/cat.png", "is on the web"),
+    "web, secure": ("https://example.com/cat.png", "is on the web"),
+    "this machine": ("http://127.0.0.1:1/cat.png", "is on the web"),
+    "a file": ("file:///etc/passwd", "is a file of the server"),
+    "a file by another name": ("FILE://localhost/etc/passwd", "is a file of the server"),
+    "another scheme": ("ftp://example.com/cat.png", "is not a URL of an image"),
+    "a script": ("javascript:alert(1)", "is not a URL of an image"),
 }
 
 
@@ -190,6 +221,19 @@ def test_an_image_that_cannot_be_read(server: Server, url: str, problem: str, pr
     messages = [user("Hello."), {"role": "assistant", "content": "Hello."}, user("Where?", fresh_url(), url)]
     error = refusal(server.post({"messages": messages, "pruning": pruning}))
     check_named(error, "messages.2.content.1.image_url", problem)
+
+
+@pytest.mark.parametrize("pruning", ["fast", False], ids=["pruned", "unpruned"])
+@pytest.mark.parametrize(("url", "problem", "accepted"), OVER_A_LIMIT.values(), ids=OVER_A_LIMIT.keys())
+def test_an_image_over_a_limit(server: Server, url: str, problem: str, accepted: str, pruning: object) -> None:
+    error = refusal(server.post({"messages": [user("Where is the dog?", fresh_url(), url)], "pruning": pruning}))
+    check_named(error, "messages.0.content.1.image_url", problem, accepted)
+
+
+@pytest.mark.parametrize(("url", "problem"), NOT_LOADED.values(), ids=NOT_LOADED.keys())
+def test_an_image_that_is_not_sent_along(server: Server, url: str, problem: str) -> None:
+    error = refusal(server.post({"messages": [user("Where is the dog?", url)]}))
+    check_named(error, "messages.0.content.0.image_url", problem, "data:image/<format>;base64,")
 
 
 def test_a_uuid_that_nobody_showed_an_image_for(server: Server) -> None:
@@ -246,7 +290,7 @@ def test_a_body_that_is_no_request(server: Server, body: bytes) -> None:
 
 
 def test_a_body_too_deep_to_be_read(server: Server) -> None:
-    assert server.post(b"[" * 100_000).status_code == 400
+    refusal(server.post(b"[" * 100_000))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 `size="tiny"` is the real architecture with small dimensions and seeded random weights: a CLIP tower at 336 pixels (576
 visual tokens and a CLS token), the projector and a LLaMA. Its answers mean nothing, but they depend on every visual
-token, so it tells a correct path through the engine from a wrong one. `size="7b"` has the shapes of LLaVA-1.5-7B, for
-measurements with vLLM's `load_format="dummy"`.
+token, so it tells a correct path through the engine from a wrong one. The others are for measurements with vLLM's
+`load_format="dummy"`: "7b" has the shapes of LLaVA-1.5-7B, "small" is just large enough that, on a CPU, prefill costs
+much more than everything else.
 
 The directories are laid out like `llava-hf/llava-1.5-7b-hf`. Weights come under one of three sets of names, because all
 three exist: the released one, which vLLM 0.32 reads ("vllm"); what `save_pretrained` of transformers 5 writes for a new
@@ -37,7 +38,7 @@ from transformers import (
 
 from vllm_vtprune.demo import words
 
-Size = Literal["tiny", "7b"]
+Size = Literal["tiny", "small", "7b"]
 Naming = Literal["vllm", "transformers", "module"]
 DType = Literal["float32", "bfloat16"]
 
@@ -51,17 +52,23 @@ VISION: dict[Size, dict[str, Any]] = {
     "tiny": dict(
         hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, projection_dim=128
     ),
+    "small": dict(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, projection_dim=256
+    ),
     "7b": dict(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, projection_dim=768
     ),
 }
 TEXT: dict[Size, dict[str, Any]] = {
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=2048),
+    "small": dict(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, vocab_size=2048
+    ),
     "7b": dict(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064
     ),
 }
-IMAGE_TOKEN_ID: dict[Size, int] = {"tiny": TRAINED_TOKENS, "7b": 32000}
+IMAGE_TOKEN_ID: dict[Size, int] = {"tiny": TRAINED_TOKENS, "small": TRAINED_TOKENS, "7b": 32000}
 
 # From the module names to the names in the file.
 RENAMES: dict[Naming, tuple[tuple[str, str], ...]] = {
@@ -121,7 +128,8 @@ def write_llava_checkpoint(
     """Write a LLaVA checkpoint into `directory` and return its path.
 
     Args:
-        size: "tiny" (3 million parameters) or "7b" (the shapes of LLaVA-1.5-7B; 13 GB in bfloat16 with weights).
+        size: "tiny" (3 million parameters), "small" (some 110 million) or "7b" (the shapes of LLaVA-1.5-7B; 13 GB in
+            bfloat16 with weights).
         naming: The names of the weights in the file, see above.
         weights: Without, everything but the weights, for `load_format="dummy"`.
         seed: Each tensor depends on this and on its name, so namings and shards hold the same numbers.

@@ -9,7 +9,7 @@ the pixels; an image without one passes through the stock processor untouched, u
 | ``apply`` | settles policy, text and identity of each image once, and reports afterwards |
 | ``_get_mm_hashes`` | stock hash; where the image is pruned, with the policy and the nouns |
 | ``_get_cache_missing_processor_kwargs`` | keeps the jobs of the images that vLLM's cache lacks, lest they shift |
-| ``_apply_hf_processor_main`` | encodes what is not at hand, plans, replaces pixels by embeddings |
+| ``_apply_hf_processor_main`` | has encoded what is not on its way, plans, replaces pixels by embeddings |
 | ``_get_prompt_updates`` | as many placeholders as tokens were kept |
 
 ``get_dummy_mm_inputs`` is inherited: start-up profiling carries no policy and therefore measures the stock encoder.
@@ -21,17 +21,20 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import text
+from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
@@ -47,6 +50,13 @@ ROLE_MARKER = re.compile(r"\b(?:USER|ASSISTANT|SYSTEM|HUMAN)\s*:")
 
 
 @dataclass
+class EncodingMedia(MediaWithBytes[Image.Image]):
+    """A decoded image whose features are on their way."""
+
+    encoding: Future[Encoded] | None = None
+
+
+@dataclass
 class ImageJob:
     """What is to be done with one image of a prompt and, afterwards, what was done."""
 
@@ -55,7 +65,7 @@ class ImageJob:
     item_hash: str
     nouns: tuple[str, ...] = ()
     noun_ids: tuple[int, ...] = ()
-    features: VisualFeatures | None = None  # held, so that the cache may forget them meanwhile
+    encoding: Future[Encoded] | None = None  # held, so that the cache may forget the features meanwhile
     report: ImageReport | None = None
 
 
@@ -102,6 +112,31 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """The token ids that stand in the prompt for an image of which ``num_tokens`` are kept."""
         return [self.info.get_hf_config().image_token_index] * num_tokens
 
+    # For images that are encoded before their request is processed
+
+    def feature_key(
+        self,
+        media: MediaWithBytes[Image.Image],
+        uuid: str | None,
+        hf_kwargs: Mapping[str, object],
+        media_io_kwargs: Mapping[str, Mapping[str, Any]],
+    ) -> str:
+        """The key under which `apply` will look for the features of an image."""
+        inputs = ProcessorInputs(
+            [],
+            MultiModalDataItems({"image": ImageProcessorItems([media])}),
+            {"image": [uuid]},
+            hf_processor_mm_kwargs=hf_kwargs,
+            media_io_kwargs=media_io_kwargs,
+        )
+        key: str = self._get_mm_hashes(inputs)["image"][0]
+        return key
+
+    def preprocess(self, media: MediaWithBytes[Image.Image], hf_kwargs: Mapping[str, object]) -> torch.Tensor:
+        """Pixels (C, H, W) of an image, as `apply` would have them. May be called from any thread."""
+        items = MultiModalDataItems({"image": ImageProcessorItems([media])})
+        return self.pixels_of(self._apply_hf_processor_main(items, hf_kwargs), 0)
+
     # Hooks of vLLM
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
@@ -147,19 +182,24 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if jobs is None:
             return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
+        encoder = self.runtime.encoder
         for job in jobs.images:
-            if job.policy.enabled and job.features is None:
-                job.features = self.runtime.cached_features(job.feature_key)
-        in_pixels = [index for index, job in enumerate(jobs.images) if job.features is None]
+            if job.policy.enabled and job.encoding is None:
+                job.encoding = encoder.find(job.feature_key)
+        in_pixels = [index for index, job in enumerate(jobs.images) if job.encoding is None]
         for index in in_pixels:
             if mm_items["image"].get(index) is None:  # named by its uuid, and what was known of it is gone
                 raise ValueError(f"Cache miss for image {jobs.images[index].feature_key} but data is not provided.")
         processed = super()._apply_hf_processor_main(_select_images(mm_items, in_pixels), _without_key(hf_kwargs))
         pixels = {index: self.pixels_of(processed, position) for position, index in enumerate(in_pixels)}
-        self._encode(jobs, pixels)
+        for index, image in pixels.items():
+            job = jobs.images[index]
+            if job.policy.enabled:
+                job.encoding = encoder.submit(job.feature_key, image)
         if any(job.policy.enabled for job in jobs.images):
+            features = self._features(jobs)
             processed[self.image_field] = [
-                self._kept_embeds(job, jobs.report) if job.policy.enabled else pixels[index]
+                self._kept_embeds(job, features[index], jobs.report) if job.policy.enabled else pixels[index]
                 for index, job in enumerate(jobs.images)
             ]
         return processed
@@ -217,8 +257,11 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
                     self._read_text(job, pruning.texts[index], report)
                 identity = f"{IDENTITY}|{job.item_hash}|{job.policy.selection_digest()}|{job.noun_ids}"
                 job.item_hash = hashlib.sha256(identity.encode()).hexdigest()
-                if images.get(index) is None:
-                    job.features = self.runtime.cached_features(job.feature_key)
+                data = images.data[index]
+                if isinstance(data, EncodingMedia):
+                    job.encoding = data.encoding
+                elif data is None:
+                    job.encoding = self.runtime.encoder.find(job.feature_key)
             jobs.append(job)
         return PromptJobs(jobs, hashes | {"image": [job.item_hash for job in jobs]}, report)
 
@@ -236,7 +279,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         stays missing and vLLM answers that its data is not there.
         """
         data = [
-            Image.new("RGB", (1, 1)) if image is None and job.features is not None else image
+            Image.new("RGB", (1, 1)) if image is None and job.encoding is not None else image
             for image, job in zip(images.data, jobs.images, strict=True)
         ]
         return replace(
@@ -245,22 +288,31 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             hf_processor_mm_kwargs={**stock.hf_processor_mm_kwargs, PRUNING_KEY: jobs},
         )
 
-    def _encode(self, jobs: PromptJobs, pixels: Mapping[int, torch.Tensor]) -> None:
-        """Give every job that lacks features its own."""
-        waiting = [(job, pixels[i]) for i, job in enumerate(jobs.images) if job.policy.enabled and job.features is None]
-        if not waiting:
-            return
-        encoded, seconds = self.runtime.encode({job.feature_key: image for job, image in waiting})
-        jobs.report.add_timings({"encode": seconds})
-        for job, _ in waiting:
-            job.features = encoded[job.feature_key]
+    def _features(self, jobs: PromptJobs) -> dict[int, VisualFeatures]:
+        """Wait for the features of every image that is to be pruned, by its index.
 
-    def _kept_embeds(self, job: ImageJob, report: RequestReport) -> torch.Tensor:
+        Raises:
+            CancelledError: the request was given up meanwhile.
+            Exception: what encoding one of them raised.
+        """
+        waiting = {index: job.encoding for index, job in enumerate(jobs.images) if job.encoding is not None}
+        try:
+            encoded = {index: encoding.result() for index, encoding in waiting.items()}
+        except BaseException:
+            for encoding in waiting.values():
+                encoding.cancel()
+            raise
+        self.runtime.count_hits(encoded.values())
+        forwards = {one.forward for one in encoded.values() if one.forward is not None}
+        if forwards:
+            jobs.report.add_timings({"encode": sum(forward.seconds for forward in forwards)})
+        return {index: one.features for index, one in encoded.items()}
+
+    def _kept_embeds(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> torch.Tensor:
         """Plan one image. Returns (k, d) embeddings where vLLM's transport to the engine can take them."""
-        assert job.features is not None
-        plan = self.runtime.plan(job.features, job.policy, job.noun_ids)
+        plan = self.runtime.plan(features, job.policy, job.noun_ids)
         report.add_timings(plan.timings)
-        job.report = _image_report(job, plan, job.features.num_tokens)
+        job.report = _image_report(job, plan, features.num_tokens)
         self.runtime.record_image(job.item_hash, job.report)
         embeds = plan.embeds.to(self._model_config.dtype)
         return embeds if compat.transports_device_tensors(self._model_config) else embeds.cpu()

@@ -1,0 +1,226 @@
+"""Errors of a request around our own field, readable: vLLM passes on what its validator says.
+
+A validator's report names every branch of every union that it tried, by the names of Python classes. Here the one
+mistake that explains most of it is told, at the path that the client wrote, in a bounded number of characters.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.vtprune")
+
+MAX_MESSAGE = 1000  # characters
+MAX_PARAM = 200
+Path: TypeAlias = tuple[str | int, ...]
+
+CONTENT_TYPE = "Content-Type: expected application/json."
+
+
+class InvalidField(VLLMValidationError):
+    """A field that cannot be accepted; its message already says which."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ReadableErrors(APIRoute):
+    """A route whose errors of a client's making are answered readably and briefly."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_readably(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:
+                answer = explain(error)
+                if answer is None:
+                    raise
+                if request.app.state.args.log_error_stack:
+                    logger.exception("A request was refused")
+                return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+
+        return handle_readably
+
+
+def explain(error: Exception) -> ErrorResponse | None:
+    """The answer to a request that raised an error; None where the client is not to blame."""
+    if isinstance(error, RequestValidationError):
+        message, param = explain_validation(error.errors(), error.body)
+    elif isinstance(error, ValidationError):  # of a part that vLLM validates later
+        message, param = explain_validation(error.errors(), None)
+    elif isinstance(error, VLLMValidationError):
+        message, param = (str(error.args[0]) if error.args else ""), error.parameter
+    elif isinstance(error, HTTPException) and error.status_code == 400:
+        message, param = "The body cannot be parsed.", None  # FastAPI knows no more: numbers too long, nested too deep
+    else:
+        answer = create_error_response(error)
+        return bounded(answer) if answer.error.code < 500 else None
+    return bounded(ErrorResponse(error=ErrorInfo(message=message, type="BadRequestError", param=param, code=400)))
+
+
+def bounded(answer: ErrorResponse) -> ErrorResponse:
+    """The same answer, cut where it repeats too much of what the client sent."""
+    answer.error.message = _cut(answer.error.message, MAX_MESSAGE)
+    if answer.error.param is not None:
+        answer.error.param = _cut(answer.error.param, MAX_PARAM)
+    return answer
+
+
+def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
+    """What is wrong with a body, and where.
+
+    Args:
+        errors: what pydantic or FastAPI says.
+        body: what the client sent, parsed.
+
+    Returns:
+        A sentence, and the path of the field in it.
+    """
+    details = [error for error in errors if isinstance(error, Mapping)]
+    if not details:  # vLLM's check of the content type, which has no details
+        return CONTENT_TYPE, None
+    if details[0]["type"] == "json_invalid":
+        return f"The body is not valid JSON: {details[0].get('ctx', {}).get('error', 'it cannot be parsed')}.", None
+
+    if body is None:
+        first = details[0]
+        body, details = _nested(first["loc"], first.get("input")), [first]
+    paths = [_path(error, body) for error in details]
+    path = _most_telling(details, paths)
+    told = dict.fromkeys(_expectation(error) for error, its in zip(details, paths, strict=True) if its == path)
+    if path or not isinstance(body, Mapping):
+        found = _at(body, path)
+        shown = "nothing given" if found is _NOTHING else f"{_show(found)} is not accepted"
+    else:
+        shown = "a part of it is not accepted"
+    name = ".".join(_cut(str(key), 64) for key in path)
+    return f"{name or 'The body'}: {shown}; expected {' or '.join(told)}.", name or None
+
+
+def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> Path:
+    """Where most of the alternatives that were tried went wrong, as far inside as that is.
+
+    Where that is the word which tells the alternatives apart, but one of them accepts it, its own error counts.
+    """
+    seen = Counter(paths)
+    path = max(seen, key=lambda path: (seen[path], len(path)))
+    kinds = {error["type"] for error, its in zip(details, paths, strict=True) if its == path}
+    if kinds == {"literal_error"}:
+        for error, its in zip(details, paths, strict=True):
+            if its[:-1] == path[:-1] and its != path and error["type"] not in ("literal_error", "missing"):
+                return its
+    return path
+
+
+def _nested(keys: Sequence[str | int], value: object) -> object:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def check_messages(data: object) -> None:
+    """Refuse messages of a shape that validation itself would stumble over.
+
+    Raises:
+        InvalidField: naming the field, its value and what is accepted.
+    """
+    messages = data.get("messages", []) if isinstance(data, Mapping) else []
+    if not isinstance(messages, list):
+        raise _wrong_shape("messages", messages, "a list of messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise _wrong_shape(f"messages.{index}", message, "an object with a role and content")
+        content = message.get("content")
+        if isinstance(content, Mapping) or not (content is None or isinstance(content, Iterable)):
+            raise _wrong_shape(f"messages.{index}.content", content, "a string or a list of content parts")
+        texts = [(f"messages.{index}.content", content)]
+        if isinstance(content, list):
+            parts = [(number, part) for number, part in enumerate(content) if isinstance(part, Mapping)]
+            texts = [(f"messages.{index}.content.{number}.text", part.get("text")) for number, part in parts]
+        for path, text in texts:
+            if isinstance(text, str) and not _encodes(text):
+                raise _wrong_shape(path, text, "whole characters, no halves of surrogate pairs")
+
+
+def _encodes(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _wrong_shape(path: str, value: object, accepted: str) -> InvalidField:
+    return InvalidField(f"{path}: {_show(value)} is not accepted; expected {accepted}.", parameter=path)
+
+
+_NOTHING = object()
+
+
+def _path(error: Mapping[str, Any], body: object) -> Path:
+    """Where an error is, without the names of validators between the keys; empty where that is not known."""
+    keys = list(error["loc"])
+    keys = keys[1:] if keys[:1] == ["body"] else keys
+    path: list[str | int] = []
+    found = body
+    for index, key in enumerate(keys):
+        inner = _at(found, (key,))
+        if inner is not _NOTHING:
+            path.append(key)
+            found = inner
+        elif isinstance(key, int):  # an item of a list that the path does not lead to
+            return ()
+        elif error["type"] == "missing" and index == len(keys) - 1:
+            path.append(key)
+    return tuple(path)
+
+
+def _at(value: Any, path: Sequence[str | int]) -> Any:
+    """What stands at a path; `_NOTHING` where the path leads nowhere."""
+    for key in path:
+        in_list = isinstance(value, list) and isinstance(key, int) and 0 <= key < len(value)
+        if not in_list and not (isinstance(value, Mapping) and key in value):
+            return _NOTHING
+        value = value[key]
+    return value
+
+
+def _show(value: object) -> str:
+    """A value in a few characters, as JSON where that is short."""
+    try:
+        return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"<{type(value).__name__}>"
+
+
+def _expectation(error: Mapping[str, Any]) -> str:
+    """What would be accepted, from "Input should be ..."."""
+    if error["type"] == "missing":
+        return "a value"
+    text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    text = text.partition(" or instance of ")[0].partition(" or object to ")[0].partition(", unable to ")[0]
+    return text.replace("a valid dictionary", "an object").replace("a valid ", "a ").replace("a integer", "an integer")
+
+
+def _cut(text: str, limit: int) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a character would break the answer
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

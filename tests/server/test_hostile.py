@@ -1,0 +1,29 @@
+"""Bodies that no client should send: each is answered briefly, none harms the server or the next client."""
+
+import json
+
+import pytest
+
+from tests.server.hostile import bodies
+from tests.support.chat import Server, fresh_url, kept, leaks, user
+
+pytestmark = pytest.mark.engine
+
+MAX_REFUSAL = 2048  # bytes
+
+
+def test_every_hostile_body_is_answered_and_the_server_goes_on(server: Server) -> None:
+    wrong = []
+    for name, body in bodies(server.model).items():
+        answer = server.post(body)
+        if answer.status_code == 200:
+            assert answer.json()["choices"], name
+        elif answer.status_code not in (400, 404):
+            wrong.append(f"{name}: status {answer.status_code}: {answer.text[:300]}")
+        elif len(answer.content) > MAX_REFUSAL or leaks(answer.text) or "body." in answer.text:
+            wrong.append(f"{name}: {answer.text[:300]}")
+        elif not json.loads(answer.text)["error"]["message"]:
+            wrong.append(f"{name}: no message")
+    assert wrong == []
+    [count] = kept(server.ask(messages=[user("Where is the dog?", fresh_url())], pruning="fast"))
+    assert count == 64

@@ -1,0 +1,121 @@
+"""Encoding the images of a chat request from the moment when they are decoded.
+
+vLLM hands a request to its multimodal processor when all of its images are there and all earlier requests are done
+with. Whoever decodes an image (the media connector) asks the `EarlyEncoding` of the request that it serves to start, so
+that images of several requests are encoded together and are ready when the processor needs them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from vllm.multimodal.media import MediaWithBytes
+from vllm.utils.torch_utils import set_default_torch_num_threads
+
+from vllm_vtprune.encoder import Encoded
+from vllm_vtprune.plugin.processor import EncodingMedia, PruningProcessor
+from vllm_vtprune.policy import PruningPolicy
+
+
+@dataclass(frozen=True)
+class ExpectedImage:
+    """An image of a request, before it is there.
+
+    Attributes:
+        url: as the client wrote it.
+        uuid: the client's name for it.
+        policy: what will be done with it.
+        text: what it will be conditioned on.
+    """
+
+    url: str
+    uuid: str | None
+    policy: PruningPolicy
+    text: str
+
+
+class EarlyEncoding:
+    """The images of one request that are encoded before its turn comes.
+
+    A context: within it, `current` gives this object to whoever decodes images for the request. What has not begun
+    when the context ends (the client left, another image was refused) is not encoded.
+
+    Args:
+        processor: the one that will process the request in this process.
+        images: those of the request; the ones whose policy is off are left alone.
+        hf_kwargs: of the request, for the HF processor.
+    """
+
+    def __init__(
+        self, processor: PruningProcessor, images: Iterable[ExpectedImage], hf_kwargs: Mapping[str, object]
+    ) -> None:
+        self._processor = processor
+        self._hf_kwargs = hf_kwargs
+        self._expected: dict[str, list[ExpectedImage]] = {}
+        for image in images:
+            if image.policy.enabled:
+                self._expected.setdefault(image.url, []).append(image)
+        self._lock = threading.Lock()
+        self._started: list[Future[Encoded]] = []
+        self._closed = threading.Event()
+
+    def __enter__(self) -> EarlyEncoding:
+        self._token: Token[EarlyEncoding | None] = _current.set(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _current.reset(self._token)
+        with self._lock:
+            self._closed.set()
+        for future in self._started:
+            future.cancel()
+
+    def start(
+        self, url: str, media: MediaWithBytes[Image.Image], media_io_kwargs: Mapping[str, Mapping[str, Any]]
+    ) -> MediaWithBytes[Image.Image]:
+        """Have an image encoded if the request prunes it. May take as long as preprocessing does.
+
+        An image that was seen under the same policy and text is left to the processor: vLLM's cache most likely holds
+        what was made of it, and its features may be forgotten.
+
+        Args:
+            url: where it came from.
+            media: the image, decoded.
+            media_io_kwargs: how it was decoded.
+
+        Returns:
+            The image, with its features on their way or without.
+        """
+        with self._lock:
+            expected = self._expected.get(url)
+            if not expected or self._closed.is_set():
+                return media
+            image = expected.pop()
+        processor, runtime = self._processor, self._processor.runtime
+        key = processor.feature_key(media, image.uuid, self._hf_kwargs, media_io_kwargs)
+        if not runtime.first_asked(key, image.policy, image.text):
+            return media
+        encoding = runtime.encoder.find(key)
+        if encoding is None:
+            with set_default_torch_num_threads():
+                pixels = processor.preprocess(media, self._hf_kwargs)
+            encoding = runtime.encoder.submit(key, pixels)
+        with self._lock:
+            self._started.append(encoding)
+            if self._closed.is_set():
+                encoding.cancel()
+        return EncodingMedia(media.media, media.original_bytes, media.io_config, encoding)
+
+
+_current: ContextVar[EarlyEncoding | None] = ContextVar("early_encoding", default=None)
+
+
+def current() -> EarlyEncoding | None:
+    """That of the request which this task serves; None for requests that prune nothing."""
+    return _current.get()
