@@ -1,5 +1,7 @@
 """Spectral energy against a full SVD, and the fixed budgets."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch import Tensor
 from vllm_vtprune.budget import (
     energy_rank,
     exact_spectrum,
+    krylov_spectrum,
     randomized_spectrum,
     spectral_energy,
     spectrum,
@@ -104,6 +107,38 @@ def test_randomized_rank_is_close_and_never_below(threshold: float) -> None:
     exact = reference_rank(features, threshold)
     generator = torch.Generator().manual_seed(0)
     assert exact <= energy_rank(features, threshold, "rsvd", 300, 2, generator) <= exact * 1.05 + 1
+
+
+@pytest.mark.parametrize("falls_over", [20, 40, 60])
+def test_the_papers_solver_is_within_one_token_on_exponential_spectra(falls_over: int) -> None:
+    features = with_energies(torch.exp(-torch.arange(576) / falls_over), 576, 1024)
+    exact = reference_rank(features, 0.99)
+    assert exact <= 280
+    assert exact <= energy_rank(features, 0.99, "rsvd", 300, 2, torch.Generator().manual_seed(0)) <= exact + 1
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+@pytest.mark.parametrize(("n", "d"), [(576, 1024), (1200, 1100)])
+@pytest.mark.parametrize("spectrum_of", [lambda i: torch.exp(-i / 30), lambda i: torch.exp(-i / 90), lambda i: i**-1.2])
+def test_auto_is_within_one_percent(spectrum_of: Callable[[Tensor], Tensor], n: int, d: int, shared: float) -> None:
+    energies = spectrum_of(torch.arange(1.0, min(n, d) + 1))
+    features = with_energies(energies, n, d)
+    features += shared * torch.randn(1, d, generator=torch.Generator().manual_seed(1)) * (energies.sum() / n / d) ** 0.5
+    found = exact_spectrum(features)
+    for threshold in THRESHOLDS:
+        exact = found.rank_at(threshold)
+        assert exact is not None
+        assert abs(energy_rank(features, threshold) - exact) <= 0.01 * exact
+
+
+def test_a_subspace_settles_what_falls_fast_and_declines_a_power_law() -> None:
+    place = torch.arange(1.0, 1101)
+    fast, slow = (with_energies(energies, 1200, 1100) for energies in (torch.exp(-place / 20), place**-1.2))
+    found = krylov_spectrum(fast, 0.99, torch.Generator().manual_seed(0))
+    assert found is not None
+    assert len(found.energies) < 1100 * 3 / 8
+    assert found.rank_at(0.99) == reference_rank(fast, 0.99)
+    assert krylov_spectrum(slow, 0.99, torch.Generator().manual_seed(0)) is None
 
 
 def test_without_power_iterations_the_rank_is_overestimated() -> None:

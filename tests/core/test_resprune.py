@@ -60,6 +60,24 @@ def test_same_order_as_gram_schmidt(n: int, d: int, k: int, correlated: bool, wi
     assert plan_tokens(features, policy(k), text).order.tolist() == expected
 
 
+@pytest.mark.parametrize("shared", [0.0, 3.0])
+@pytest.mark.parametrize(("n", "d", "k"), [(576, 4096, 192), (2880, 4096, 640), (4096, 3584, 1365)])
+def test_every_pick_of_a_large_image_is_the_best_in_float64(n: int, d: int, k: int, shared: float) -> None:
+    """The residuals after each pick from a float64 factorisation in the order of the picks."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(n, d, generator=generator) + shared * torch.randn(1, d, generator=generator)
+    order = plan_tokens(VisualFeatures(embeds, embeds), policy(k)).order
+    tokens = embeds.double()
+    energies = tokens.square().sum(dim=1)
+    lower = torch.linalg.cholesky(tokens[order] @ tokens[order].T)
+    explained = torch.linalg.solve_triangular(lower, tokens[order] @ tokens.T, upper=False).square().cumsum(dim=0)
+    assert int(order[0]) == int(energies.argmax())
+    for step in range(1, k):
+        left = energies - explained[step - 1]
+        left[order[:step]] = -torch.inf
+        assert int(left.argmax()) == int(order[step]), step
+
+
 @pytest.mark.parametrize("rank", [2, 5, 20])
 def test_rank_deficient_tokens_follow_by_gate_then_index(rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
