@@ -355,8 +355,8 @@ class PruningPolicy(_Strict):
         if self.enabled:
             names = self._used - self.spec.idle(self) - {"text"}
             chosen |= {name: getattr(self, name) for name in names}
-            exact = isinstance(self.budget, EnergyBudget) and self.budget.solver == "exact"
-            chosen["budget"] = self.budget.model_dump(exclude={"rank", "power_iterations"} if exact else None)
+            unread = isinstance(self.budget, EnergyBudget) and self.budget.solver != "rsvd"
+            chosen["budget"] = self.budget.model_dump(exclude={"rank", "power_iterations"} if unread else None)
         # adding 0 turns -0.0 into 0.0
         plain = {name: value + 0 if isinstance(value, float) else value for name, value in chosen.items()}
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))

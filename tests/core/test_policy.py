@@ -258,6 +258,7 @@ def test_digest_is_stable_hex() -> None:
         ({"alpha": 0.0}, {"alpha": -0.0}),
         ({"alpha": 0}, {"alpha": 0.0, "relevance": "mean"}),
         ({"budget": {"solver": "exact"}}, {"budget": {"solver": "exact", "rank": 5, "power_iterations": 7}}),
+        ({}, {"budget": {"rank": 5, "power_iterations": 7}}),
         ({"method": "none"}, {"method": "none", "alpha": None}),
         ({"method": "adaptprune"}, {"method": "adaptprune", "importance": "cls", "relevance": "mean", "sigma_d": 1.5}),
         ({"method": "adaptprune", "similarity": False}, {"method": "adaptprune", "similarity": False, "sigma_s": 1}),
