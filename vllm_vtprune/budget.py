@@ -77,7 +77,10 @@ def exact_spectrum(features: Tensor) -> Spectrum:
 
 
 def gram_spectrum(features: Tensor, dtype: torch.dtype) -> Spectrum:
-    """All squared singular values of ``F (N, d_v)``, as eigenvalues of its smaller Gram matrix in ``dtype``."""
+    """All squared singular values of ``F (N, d_v)``, as eigenvalues of its smaller Gram matrix in ``dtype``.
+
+    In float32, ``F`` must be of a size whose square float32 can hold.
+    """
     matrix = features.to(dtype)
     rows, columns = matrix.shape
     gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
@@ -112,9 +115,12 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
     (two products with ``F`` for each column), and is more exact than one with two. It grows until the energy outside
     it is too little to change the rank by more than 1 %: the ``k`` leading components hold at most what they hold
     inside plus all that is outside (Ky Fan). None as soon as it looks as if it would have to grow beyond its share of
-    the smaller side, as the flat tail of a power law makes it.
+    the smaller side, as the flat tail of a power law makes it, or closer to ``threshold`` than rounding allows.
+
+    In float32; on a GPU in float64, because float32 products may be set to TF32 there, which is too coarse. ``F`` must
+    be of a size whose square float32 can hold.
     """
-    matrix = features.float()
+    matrix = features.double() if features.is_cuda else features.float()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64) ** 2)
@@ -122,7 +128,7 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
     widest = int(KRYLOV_SHARE * side)
     basis, projected = matrix.new_empty(widest, side), matrix.new_empty(widest, length)
     block = matrix @ torch.randn(length, KRYLOV_BLOCK, generator=generator).to(matrix.device)
-    outside = total
+    outside, tail, rounding = total, (1 - threshold) * total, ROUNDING * total
     for width in range(0, widest - KRYLOV_BLOCK + 1, KRYLOV_BLOCK):
         known = basis[:width]
         for _ in range(2):  # once is not enough in float32
@@ -131,15 +137,14 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
         basis[width : width + KRYLOV_BLOCK] = directions
         rows = torch.mm(directions, matrix, out=projected[width : width + KRYLOV_BLOCK])
         was_outside, outside = outside, outside - float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
-        tail = (1 - threshold) * total
         if outside <= tail / 4:  # else no use to look
             inside = projected[: width + KRYLOV_BLOCK]
             energies = torch.linalg.eigvalsh((inside @ inside.T).double()).flip(0).clamp(min=0).cpu()
-            found = Spectrum(energies, total, max(outside, 0.0), ROUNDING * total)
+            found = Spectrum(energies, total, max(outside, 0.0), rounding)
             if found.settles(threshold):
                 return found
         blocks_left = (widest - width) // KRYLOV_BLOCK - 1
-        if outside * (outside / was_outside) ** blocks_left > tail / 4:
+        if outside <= rounding or outside * (outside / was_outside) ** blocks_left > tail / 4:
             return None
         block = matrix @ rows.T
     return None
@@ -157,7 +162,7 @@ def spectrum(
 
     ``exact``: all singular values in float64. ``rsvd``: the paper's solver, with ``rank`` doubled until the threshold
     is reached; exact once that takes all components. ``auto``: the cheapest that settles the rank to 1 %, of a Krylov
-    subspace (where ``F`` is large), all eigenvalues in float32, and ``exact``.
+    subspace (where ``F`` is large), all eigenvalues in float32 (on a CPU), and ``exact``.
 
     Raises:
         ValueError: when ``F`` is not a non-empty matrix of finite numbers, or ``threshold`` not in (0, 1].
@@ -176,13 +181,14 @@ def spectrum(
             if found.rank_at(threshold) is not None:
                 return found
             rank *= 2
-    if solver == "auto":
+    if solver == "auto" and 1e-9 < torch.linalg.vector_norm(features, dtype=torch.float64) < 1e9:
         subspace = krylov_spectrum(features, threshold, generator) if smaller_side >= KRYLOV_FROM else None
         if subspace is not None:
             return subspace
-        rounded = gram_spectrum(features, torch.float32)
-        if rounded.settles(threshold):
-            return rounded
+        if not features.is_cuda:
+            rounded = gram_spectrum(features, torch.float32)
+            if rounded.settles(threshold):
+                return rounded
     return exact_spectrum(features)
 
 

@@ -91,7 +91,7 @@ def test_threshold_one_is_the_numerical_rank() -> None:
     assert energy_rank(torch.ones(9, 4), 1.0) == 1
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
 def test_neither_scale_nor_dtype_nor_transposition_matters(scale: float) -> None:
     features = encoder_like(90, 40).to(torch.bfloat16)
     expected = energy_rank(features, 0.99)
@@ -139,6 +139,15 @@ def test_a_subspace_settles_what_falls_fast_and_declines_a_power_law() -> None:
     assert len(found.energies) < 1100 * 3 / 8
     assert found.rank_at(0.99) == reference_rank(fast, 0.99)
     assert krylov_spectrum(slow, 0.99, torch.Generator().manual_seed(0)) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1, 20, 100])
+@pytest.mark.parametrize("threshold", [0.99, 1.0])
+def test_large_matrices_of_low_rank(rank: int, threshold: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1100, rank, generator=generator) @ torch.randn(rank, 1024, generator=generator)
+    exact = energy_rank(features, threshold, "exact")
+    assert abs(energy_rank(features, threshold) - exact) <= 0.01 * exact
 
 
 def test_without_power_iterations_the_rank_is_overestimated() -> None:
