@@ -1,6 +1,6 @@
 """What a plan costs: the papers' pipeline to the letter, ours, and the floor, on one machine in one run.
 
-    python -m benchmarks.plan                   # all shapes, one and two threads: some minutes
+    python -m benchmarks.plan                   # all shapes, one and two threads: more than ten minutes
     python -m benchmarks.plan --methods         # one image of 576 tokens, every method
 
 For each shape, spectrum and number of threads the three take turns on the same features, and the median of the turns
