@@ -24,9 +24,11 @@ class Forward:
     """One run of the vision encoder; the images of its batch share it.
 
     Attributes:
+        began: nanoseconds of the wall clock.
         seconds: how long it took.
     """
 
+    began: int
     seconds: float
 
 
@@ -146,7 +148,7 @@ class BatchingEncoder:
         return batch
 
     def _encode_batch(self, batch: list[_Work]) -> None:
-        started = time.perf_counter()
+        began, started = time.time_ns(), time.perf_counter()
         try:
             encoded = self._encode(torch.stack([work.pixels for work in batch]))
         except Exception as error:
@@ -156,7 +158,7 @@ class BatchingEncoder:
                 for work in batch:
                     self._encode_batch([work])
             return
-        forward = Forward(time.perf_counter() - started)
+        forward = Forward(began, time.perf_counter() - started)
         for work, features in zip(batch, encoded, strict=True):
             self.cache.put(work.key, self._to_cache(features))
         self._on_batch(len(batch))

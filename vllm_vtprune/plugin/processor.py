@@ -40,7 +40,7 @@ from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
-from vllm_vtprune.report import BypassReason, ImageReport, RequestReport
+from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
 from vllm_vtprune.runtime import PruningRuntime
 
 IDENTITY = "vtprune-1"
@@ -304,8 +304,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             raise
         self.runtime.count_hits(encoded.values())
         forwards = {one.forward for one in encoded.values() if one.forward is not None}
-        if forwards:
-            jobs.report.add_timings({"encode": sum(forward.seconds for forward in forwards)})
+        jobs.report.stages += [StageRun("encode", forward.began, forward.seconds) for forward in forwards]
         return {index: one.features for index, one in encoded.items()}
 
     def _kept_embeds(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> torch.Tensor:
