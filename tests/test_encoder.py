@@ -1,7 +1,7 @@
 """The encoder: batches of what waits, each image once, errors and cancellations to those they concern. Real threads."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.encoder import BatchingEncoder, Encoded
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 
 MAX_BATCH = 4
 LIMIT = 10  # seconds: nothing here should take any
@@ -23,7 +23,8 @@ class FakeTower:
         self.entered = threading.Semaphore(0)
         self.allowed = threading.Semaphore(0)
 
-    def encode(self, pixels: torch.Tensor) -> list[VisualFeatures]:
+    def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
+        pixels = torch.stack([image["pixel_values"] for image in images])
         self.batches.append([float(image.flatten()[0]) for image in pixels])
         self.entered.release()
         assert self.allowed.acquire(timeout=LIMIT)
@@ -61,7 +62,7 @@ def encoder(tower: FakeTower) -> BatchingEncoder:
 
 
 def submit(encoder: BatchingEncoder, value: float, size: int = 3) -> Future[Encoded]:
-    return encoder.submit(f"image {value}", torch.full((size,), float(value)))
+    return encoder.submit(f"image {value}", {"pixel_values": torch.full((size,), float(value))})
 
 
 def value_of(future: Future[Encoded]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_vtprune.cache import FeatureCache
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +52,17 @@ class _Work:
     """An image on its way, and everyone who waits for it. The first of them submitted it."""
 
     key: str
-    pixels: torch.Tensor
+    image: PreparedImage
     askers: list[Future[Encoded]] = field(default_factory=list)
     running: bool = False
 
     def ask(self) -> Future[Encoded]:
         self.askers.append(Future())
         return self.askers[-1]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.image.items()}
 
     @property
     def abandoned(self) -> bool:
@@ -72,7 +76,7 @@ class BatchingEncoder:
     encoded. What the encoder raises reaches those who asked for that image, and nobody else.
 
     Args:
-        encode: (B, ...) pixels -> B features. Called from one thread at a time, with pixels of one shape.
+        encode: B images -> B features. Called from one thread at a time, with images whose tensors have equal shapes.
         cache: where features are kept, and looked for.
         to_cache: makes of features what is kept of them.
         max_batch: most images of one call.
@@ -81,7 +85,7 @@ class BatchingEncoder:
 
     def __init__(
         self,
-        encode: Callable[[torch.Tensor], list[VisualFeatures]],
+        encode: Callable[[Sequence[PreparedImage]], list[VisualFeatures]],
         cache: FeatureCache,
         *,
         to_cache: Callable[[VisualFeatures], VisualFeatures],
@@ -102,18 +106,18 @@ class BatchingEncoder:
         with self._lock:
             return self._find(key)
 
-    def submit(self, key: str, pixels: torch.Tensor) -> Future[Encoded]:
+    def submit(self, key: str, image: PreparedImage) -> Future[Encoded]:
         """Have an image encoded, unless it is cached or on its way.
 
         Args:
             key: identity of the image and of its preprocessing.
-            pixels: the preprocessed image.
+            image: the preprocessed image.
         """
         with self._lock:
             found = self._find(key)
             if found is not None:
                 return found
-            work = self._on_their_way[key] = _Work(key, pixels)
+            work = self._on_their_way[key] = _Work(key, image)
             asker = work.ask()
         self._thread.submit(self._encode_waiting)
         return asker
@@ -142,7 +146,7 @@ class BatchingEncoder:
             for work in [work for work in self._on_their_way.values() if not work.running]:
                 if work.abandoned:
                     del self._on_their_way[work.key]
-                elif len(batch) < self._max_batch and (not batch or work.pixels.shape == batch[0].pixels.shape):
+                elif len(batch) < self._max_batch and (not batch or work.shapes == batch[0].shapes):
                     work.running = True
                     batch.append(work)
         return batch
@@ -150,7 +154,7 @@ class BatchingEncoder:
     def _encode_batch(self, batch: list[_Work]) -> None:
         began, started = time.time_ns(), time.perf_counter()
         try:
-            encoded = self._encode(torch.stack([work.pixels for work in batch]))
+            encoded = self._encode([work.image for work in batch])
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0], error)

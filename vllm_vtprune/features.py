@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
 from torch import Tensor
+
+PreparedImage = Mapping[str, Tensor]
+"""One image as the image processor of its model prepares it: tensors without a batch dimension, by name."""
 
 
 def require_finite(name: str, rows: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from vllm_vtprune import envs, metrics, text
 from vllm_vtprune.cache import BoundedTable, FeatureCache
 from vllm_vtprune.encoder import BatchingEncoder, Encoded
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
@@ -74,10 +74,10 @@ class PruningRuntime:
             self.tower.warm_up()
         text.extract_nouns("What is in the image?")
 
-    def _encode(self, pixels: torch.Tensor) -> list[VisualFeatures]:
+    def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         tower = self.tower
         with cpu_threads(tower.device):
-            return tower.encode(pixels)
+            return tower.encode(images)
 
     def _count_batch(self, size: int) -> None:
         metrics.ENCODE_BATCH_SIZE.labels(self.model_name).observe(size)

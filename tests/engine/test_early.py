@@ -2,17 +2,16 @@
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
-import torch
 from PIL import Image
 from vllm.multimodal.media import MediaWithBytes
 
 from tests.support.engines import Ask, Engine, ask_about, assert_same
 from tests.support.images import sample_images
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage, current
 from vllm_vtprune.plugin.processor import EncodingMedia
 from vllm_vtprune.policy import PruningPolicy
@@ -50,10 +49,10 @@ def gate(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     encode = cached.runtime.tower.encode
 
-    def gated(pixels: torch.Tensor) -> list[VisualFeatures]:
+    def gated(images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         gate.entered.set()
         assert gate.opened.wait(LIMIT)
-        return encode(pixels)
+        return encode(images)
 
     monkeypatch.setattr(cached.runtime.tower, "encode", gated)
     yield gate
@@ -134,7 +133,7 @@ def test_an_error_of_the_encoder_is_that_request_s_alone(cached: Engine, monkeyp
     bad, good = sample_images(2, stamp="an error")
     encode = cached.runtime.tower.encode
 
-    def failing(pixels: torch.Tensor) -> list[VisualFeatures]:
+    def failing(images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(cached.runtime.tower, "encode", failing)

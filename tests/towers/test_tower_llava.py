@@ -51,6 +51,11 @@ def pixels():
     return torch.randn(3, 3, 35, 35, generator=torch.Generator().manual_seed(1))
 
 
+def encode(tower, pixels):
+    """The features of a batch (B, 3, H, W)."""
+    return tower.encode([{"pixel_values": image} for image in pixels])
+
+
 @torch.no_grad()
 def reference(model, pixels):
     """Projected features (B, N, d) of transformers, and its vision outputs with every hidden state."""
@@ -66,7 +71,7 @@ def reference(model, pixels):
 def test_every_naming_scheme_gives_transformers_features(naming, model, config, save, pixels, tmp_path):
     tower = load(save(model, tmp_path, NAMINGS[naming]), config)
     embeds, out = reference(model, pixels)
-    for i, features in enumerate(tower.encode(pixels)):
+    for i, features in enumerate(encode(tower, pixels)):
         torch.testing.assert_close(features.embeds, embeds[i], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(features.encoder, out.hidden_states[-2][i, 1:], rtol=1e-5, atol=1e-5)
         assert features.grid == (5, 5)
@@ -82,7 +87,7 @@ def test_demo_checkpoint_equals_transformers(naming, shards, tmp_path):
     pixels = torch.randn(2, 3, 336, 336, generator=torch.Generator().manual_seed(2))
     embeds, _ = reference(model, pixels)
     tower = load(tmp_path, model.config)
-    for i, features in enumerate(tower.encode(pixels)):
+    for i, features in enumerate(encode(tower, pixels)):
         torch.testing.assert_close(features.embeds, embeds[i], rtol=1e-4, atol=1e-4)
         assert features.grid == (24, 24)
     ids = [2047, 5, 5, 77]
@@ -102,7 +107,7 @@ def eager_attention(model, pixels):
 def test_cls_attention_is_that_of_the_selected_layer(tower, model, pixels):
     expected = eager_attention(model, pixels)[-2][:, :, 0, 1:].mean(1)
     assert expected.std() > 0.2 * expected.mean(), "a near-uniform map would hide an error"
-    for i, features in enumerate(tower.encode(pixels)):
+    for i, features in enumerate(encode(tower, pixels)):
         torch.testing.assert_close(features.cls_attention, expected[i], rtol=1e-4, atol=1e-6)
 
 
@@ -117,7 +122,7 @@ def test_keys_are_those_of_the_selected_layer(tower, model, pixels):
     _, out = reference(model, pixels)
     with torch.no_grad():
         expected = plain_keys(model, out.hidden_states, depth=3)
-    for i, features in enumerate(tower.encode(pixels)):
+    for i, features in enumerate(encode(tower, pixels)):
         torch.testing.assert_close(features.keys, expected[i], rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +132,7 @@ def test_other_feature_layers(layer, tiny_config, tiny_model, save, pixels, tmp_
     model = tiny_model(config)
     tower = load(save(model, tmp_path), config)
     embeds, out = reference(model, pixels)
-    features = tower.encode(pixels)
+    features = encode(tower, pixels)
     torch.testing.assert_close(torch.stack([f.embeds for f in features]), embeds, rtol=1e-5, atol=1e-5)
     deepest = max(feature_depths(config))
     if deepest == 0:
@@ -148,7 +153,7 @@ def test_layers_past_the_selected_one_are_neither_built_nor_read(model, config, 
     assert len(module.vision_tower.encoder.layers) == 3
     assert not any("post_layernorm" in name for name, _ in module.named_parameters())
     directory = save(model, tmp_path, change=drop_last_layer)
-    assert load(directory, config).encode(pixels)
+    assert encode(load(directory, config), pixels)
 
 
 def test_attend_also_gives_the_keys_and_the_layer_output(model):
@@ -165,7 +170,7 @@ def test_attend_also_gives_the_keys_and_the_layer_output(model):
 
 def test_bfloat16_stays_close_and_keeps_the_dtype(tower, model, config, save, pixels, tmp_path):
     half = load(save(model, tmp_path), config, dtype=torch.bfloat16)
-    for exact, rounded in zip(tower.encode(pixels), half.encode(pixels), strict=True):
+    for exact, rounded in zip(encode(tower, pixels), encode(half, pixels), strict=True):
         assert rounded.embeds.dtype == rounded.encoder.dtype == rounded.keys.dtype == torch.bfloat16
         assert rounded.cls_attention.dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(exact.embeds, rounded.embeds.float(), dim=-1)
@@ -176,35 +181,37 @@ def test_bfloat16_stays_close_and_keeps_the_dtype(tower, model, config, save, pi
 
 
 def test_alone_or_in_a_batch_and_in_any_input_dtype(tower, pixels):
-    together = tower.encode(pixels)
+    together = encode(tower, pixels)
     for i in range(len(pixels)):
-        [alone] = tower.encode(pixels[i : i + 1].double())
+        [alone] = encode(tower, pixels[i : i + 1].double())
         torch.testing.assert_close(alone.embeds, together[i].embeds, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(alone.cls_attention, together[i].cls_attention, rtol=1e-5, atol=1e-6)
 
 
 def test_warm_up_encodes_a_blank_image(tower, monkeypatch):
     shapes = []
-    encode = tower.encode
-    monkeypatch.setattr(tower, "encode", lambda pixels: (shapes.append(tuple(pixels.shape)), encode(pixels))[1])
+    compute = tower.encode
+    monkeypatch.setattr(
+        tower, "encode", lambda images: (shapes.extend(i["pixel_values"].shape for i in images), compute(images))[1]
+    )
     tower.warm_up()
-    assert shapes == [(1, 3, 35, 35)]
+    assert shapes == [(3, 35, 35)]
 
 
 def test_images_do_not_share_memory(tower, pixels):
-    for features in tower.encode(pixels):
+    for features in encode(tower, pixels):
         for tensor in (features.encoder, features.embeds, features.cls_attention, features.keys):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
             assert not tensor.requires_grad
 
 
 def test_threads_get_their_own_results(tower, pixels):
-    expected = [tower.encode(pixels[i : i + 1])[0].embeds for i in range(3)]
+    expected = [encode(tower, pixels[i : i + 1])[0].embeds for i in range(3)]
     wrong = []
 
     def work(i):
         for _ in range(10):
-            if not torch.allclose(tower.encode(pixels[i : i + 1])[0].embeds, expected[i], atol=1e-5):
+            if not torch.allclose(encode(tower, pixels[i : i + 1])[0].embeds, expected[i], atol=1e-5):
                 wrong.append(i)
             tower.token_rows([i, i + 1])
 
@@ -217,10 +224,10 @@ def test_threads_get_their_own_results(tower, pixels):
 
 
 def test_pixels_of_another_shape(tower):
-    assert tower.encode(torch.empty(0, 3, 35, 35)) == []
-    for shape in [(3, 35, 35), (1, 1, 35, 35), (1, 3, 35, 42), (1, 3, 336, 336)]:
-        with pytest.raises(ValueError, match=r"expected \(B, 3, 35, 35\)"):
-            tower.encode(torch.zeros(shape))
+    assert encode(tower, torch.empty(0, 3, 35, 35)) == []
+    for shape in [(1, 35, 35), (1, 1, 35, 35), (1, 3, 35, 42), (1, 3, 336, 336)]:
+        with pytest.raises(ValueError, match=r"expected \(3, 35, 35\)"):
+            encode(tower, torch.zeros(shape))
 
 
 def test_unsupported_configs(tiny_config):
@@ -249,7 +256,7 @@ def test_another_shape_than_the_config_says(model, tiny_config, save, tmp_path):
 
 def test_dummy_weights_are_those_of_the_seed(config, pixels):
     towers = [load(Path("/nonexistent"), config, load_format="dummy", seed=seed) for seed in (0, 0, 1)]
-    one, same, other = (tower.encode(pixels)[0] for tower in towers)
+    one, same, other = (encode(tower, pixels)[0] for tower in towers)
     assert torch.equal(one.embeds, same.embeds)
     assert torch.equal(one.cls_attention, same.cls_attention)
     assert not torch.allclose(one.embeds, other.embeds)
@@ -265,11 +272,11 @@ def test_dummy_weights_are_those_of_the_seed(config, pixels):
 def test_the_tower_holds_copies_not_the_mapped_file(model, config, save, tmp_path, pixels):
     directory = save(model, tmp_path)
     tower = load(directory, config)
-    before = tower.encode(pixels)[0].embeds
+    before = encode(tower, pixels)[0].embeds
     path = directory / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         assert file.keys()
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 4)
         file.write(bytes(path.stat().st_size // 2))
-    assert torch.equal(tower.encode(pixels)[0].embeds, before)
+    assert torch.equal(encode(tower, pixels)[0].embeds, before)

@@ -104,8 +104,8 @@ class EarlyEncoding:
         encoding = runtime.encoder.find(key)
         if encoding is None:
             with set_default_torch_num_threads():
-                pixels = processor.preprocess(media, self._hf_kwargs)
-            encoding = runtime.encoder.submit(key, pixels)
+                prepared = processor.preprocess(media, self._hf_kwargs)
+            encoding = runtime.encoder.submit(key, prepared)
         with self._lock:
             self._started.append(encoding)
             if self._closed.is_set():

@@ -13,6 +13,8 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.policy import LLAVA
@@ -25,6 +27,12 @@ class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
 
     architecture = ARCHITECTURE
     family = LLAVA
+
+    def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
+        return {"pixel_values": embeds}
+
+    def kept_count(self, item: PreparedImage) -> int | None:
+        return len(item["pixel_values"]) if item["pixel_values"].ndim == 2 else None
 
 
 _stock = compat.stock_factories(LlavaForConditionalGeneration)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, TimingContext
@@ -35,7 +37,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import text
 from vllm_vtprune.encoder import Encoded
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
@@ -81,13 +83,12 @@ class PromptJobs:
 class PruningProcessor(BaseMultiModalProcessor[Any]):
     """Mixin: stands before the family's stock processor in the bases of a class.
 
-    A family sets `architecture` and `family`, and overrides `pixels_of` and `placeholder` where it differs.
+    A family sets `architecture` and `family` and says how an item holds kept embeddings: by `pruned_item`, `kept_count`
+    and, where the fields of its items are not lists with one tensor for each, `collate`.
     """
 
     architecture: str
     family: FamilyDefaults
-    image_field = "pixel_values"
-    """The field of an item that holds (C, H, W) pixels or, where the image is pruned, (k, d) embeddings."""
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
@@ -103,13 +104,28 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             compat.model_name(self._model_config),
         )
 
-    def pixels_of(self, processed: BatchFeature, index: int) -> torch.Tensor:
-        """Pixels (C, H, W) of the index-th image, from the output of the HF processor."""
-        pixels: torch.Tensor = processed[self.image_field][index]
-        return pixels
+    # What a family says of its items
 
-    def placeholder(self, num_tokens: int) -> list[int]:
-        """The token ids that stand in the prompt for an image of which ``num_tokens`` are kept."""
+    @abstractmethod
+    def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
+        """The fields of the item of a pruned image: those that an unpruned one has, and any of its own.
+
+        Args:
+            embeds: (k, d) to be prefilled, where and as vLLM's transport to the engine takes them.
+            features: of the whole image.
+            plan: which of its tokens are kept.
+        """
+
+    @abstractmethod
+    def kept_count(self, item: PreparedImage) -> int | None:
+        """How many embeddings the item of a pruned image holds; None for one that is not pruned."""
+
+    def collate(self, items: Sequence[PreparedImage]) -> Mapping[str, Any]:
+        """The fields of all images of a prompt, in the form that `_get_mm_fields_config` describes."""
+        return {name: [item[name] for item in items] for name in items[0]}
+
+    def placeholder(self, num_tokens: int) -> Any:
+        """What stands in the prompt for an image of which ``num_tokens`` are kept, as in vLLM's prompt updates."""
         return [self.info.get_hf_config().image_token_index] * num_tokens
 
     # For images that are encoded before their request is processed
@@ -132,10 +148,11 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         key: str = self._get_mm_hashes(inputs)["image"][0]
         return key
 
-    def preprocess(self, media: MediaWithBytes[Image.Image], hf_kwargs: Mapping[str, object]) -> torch.Tensor:
-        """Pixels (C, H, W) of an image, as `apply` would have them. May be called from any thread."""
+    def preprocess(self, media: MediaWithBytes[Image.Image], hf_kwargs: Mapping[str, object]) -> PreparedImage:
+        """An image as `apply` would have it encoded. May be called from any thread."""
         items = MultiModalDataItems({"image": ImageProcessorItems([media])})
-        return self.pixels_of(self._apply_hf_processor_main(items, hf_kwargs), 0)
+        [image] = self._prepared_images(self._apply_hf_processor_main(items, hf_kwargs), hf_kwargs)
+        return image
 
     # Hooks of vLLM
 
@@ -190,18 +207,20 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         for index in in_pixels:
             if mm_items["image"].get(index) is None:  # named by its uuid, and what was known of it is gone
                 raise ValueError(f"Cache miss for image {jobs.images[index].feature_key} but data is not provided.")
-        processed = super()._apply_hf_processor_main(_select_images(mm_items, in_pixels), _without_key(hf_kwargs))
-        pixels = {index: self.pixels_of(processed, position) for position, index in enumerate(in_pixels)}
-        for index, image in pixels.items():
+        stock_kwargs = _without_key(hf_kwargs)
+        processed = super()._apply_hf_processor_main(_select_images(mm_items, in_pixels), stock_kwargs)
+        prepared = dict(zip(in_pixels, self._prepared_images(processed, stock_kwargs), strict=True))
+        for index, image in prepared.items():
             job = jobs.images[index]
             if job.policy.enabled:
                 job.encoding = encoder.submit(job.feature_key, image)
         if any(job.policy.enabled for job in jobs.images):
             features = self._features(jobs)
-            processed[self.image_field] = [
-                self._kept_embeds(job, features[index], jobs.report) if job.policy.enabled else pixels[index]
+            items = [
+                self._pruned_item(job, features[index], jobs.report) if job.policy.enabled else prepared[index]
                 for index, job in enumerate(jobs.images)
             ]
+            processed.update(self.collate(items))
         return processed
 
     def _get_prompt_updates(
@@ -218,14 +237,19 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
         def with_kept_count(update: Any) -> Any:
             def replacement(index: int) -> Any:
-                field = items[index][self.image_field].data
-                return self.placeholder(len(field)) if field.ndim == 2 else update.replacement(index)
+                kept = self.kept_count(_fields(items[index]))
+                return update.replacement(index) if kept is None else self.placeholder(kept)
 
             return replace(update, replacement=replacement)
 
         return [with_kept_count(update) if update.modality == "image" else update for update in updates]
 
     # Steps of the above
+
+    def _prepared_images(self, processed: BatchFeature, hf_kwargs: Mapping[str, object]) -> list[PreparedImage]:
+        """Each image of the output of the HF processor."""
+        fields = self._get_mm_fields_config(processed, hf_kwargs)
+        return [_fields(item) for item in MultiModalKwargsItems.from_hf_inputs(processed, fields).get("image", [])]
 
     def _prompt_text(self, prompt: list[int]) -> str:
         """The text of a prompt, without image placeholders, special tokens and the names of the speakers."""
@@ -307,14 +331,16 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         jobs.report.stages += [StageRun("encode", forward.began, forward.seconds) for forward in forwards]
         return {index: one.features for index, one in encoded.items()}
 
-    def _kept_embeds(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> torch.Tensor:
-        """Plan one image. Returns (k, d) embeddings where vLLM's transport to the engine can take them."""
+    def _pruned_item(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> PreparedImage:
+        """Plan one image, and note what was done."""
         plan = self.runtime.plan(features, job.policy, job.noun_ids)
         report.add_timings(plan.timings)
         job.report = _image_report(job, plan, features.num_tokens)
         self.runtime.record_image(job.item_hash, job.report)
         embeds = plan.embeds.to(self._model_config.dtype)
-        return embeds if compat.transports_device_tensors(self._model_config) else embeds.cpu()
+        if not compat.transports_device_tensors(self._model_config):
+            embeds = embeds.cpu()
+        return self.pruned_item(embeds, features, plan)
 
     def _report_jobs(self, jobs: PromptJobs, images: ImageProcessorItems, result: Any) -> None:
         """Report each image, from its job or, where vLLM's cache held the item, from the table."""
@@ -353,6 +379,10 @@ def _jobs_in(hf_kwargs: Mapping[str, object]) -> PromptJobs | None:
 
 def _without_key(hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
     return {key: value for key, value in hf_kwargs.items() if key != PRUNING_KEY}
+
+
+def _fields(item: MultiModalKwargsItem) -> PreparedImage:
+    return {name: field.data for name, field in item.items()}
 
 
 def _select_images(mm_items: MultiModalDataItems, indices: Sequence[int]) -> MultiModalDataItems:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.towers.weights import TowerError
 
 if TYPE_CHECKING:
@@ -69,16 +69,16 @@ class VisionTower(ABC):
         self._rows_lock = threading.Lock()
 
     @abstractmethod
-    def encode(self, pixel_values: Tensor) -> list[VisualFeatures]:
+    def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         """The visual tokens of B preprocessed images, as the model's own encoder and projector compute them.
 
-        `pixel_values`: (B, 3, H, W), any floating dtype and device. The features are on `self.device`; `embeds` and
-        `encoder` are in `self.dtype`. Each image owns its memory, so dropping one frees it.
+        `images`: whose tensors have equal shapes, of any floating dtype and on any device. The features are on
+        `self.device`; `embeds` and `encoder` are in `self.dtype`. Each image owns its memory, so dropping one frees it.
 
         An image encoded alone and in a batch may differ in the last bits: matrix products of other sizes add up in
         another order.
 
-        Raises ValueError for pixels of another shape.
+        Raises ValueError for pixels of a shape that the model does not take.
         """
 
     @abstractmethod

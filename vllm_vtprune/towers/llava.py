@@ -1,6 +1,6 @@
 """LLaVA-1.5: a CLIP vision transformer and a two-layer projector."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.towers.base import TokenTable, VisionTower, random_table
 from vllm_vtprune.towers.weights import CheckpointReader, TowerError, fill_random, load_into
 
@@ -133,22 +133,24 @@ class LlavaTower(VisionTower):
         super().__init__(module, table, weights="checkpoint" if seed is None else "dummy")
 
     def warm_up(self) -> None:
-        self.encode(torch.zeros(1, 3, self._image_size, self._image_size))
+        self.encode([{"pixel_values": torch.zeros(3, self._image_size, self._image_size)}])
 
     @torch.inference_mode()
-    def encode(self, pixel_values: Tensor) -> list[VisualFeatures]:
-        """As `VisionTower.encode`, for square images of the encoder's size.
+    def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
+        """As `VisionTower.encode`, for images whose `pixel_values` are (3, S, S), with S the encoder's image size.
 
         `encoder`: the hidden states that the config selects, side by side where it selects several, without CLS.
         `cls_attention`, `keys`: of the layer that computes the deepest of them, mean over heads, the former in float32;
         None where that is no layer at all (the embeddings).
         """
         size = self._image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
-            raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected (B, 3, {size}, {size})")
-        if not len(pixel_values):
+        for image in images:
+            if (shape := tuple(image["pixel_values"].shape)) != (3, size, size):
+                raise ValueError(f"pixel_values have shape {shape}; expected (3, {size}, {size})")
+        if not images:
             return []
 
+        pixel_values = torch.stack([image["pixel_values"] for image in images])
         hidden = self._vision.pre_layrnorm(self._vision.embeddings(pixel_values.to(self.device, self.dtype)))
         states, cls_attention, keys = {0: hidden}, None, None
         for depth, layer in enumerate(self._vision.encoder.layers, start=1):
