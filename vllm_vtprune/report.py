@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.text import TextFallback
 
 BypassReason = Literal["budget_not_below_tokens", "unsupported_modality", "unsupported_model"]
 """Why an image that a policy applies to was not pruned."""
@@ -26,6 +27,7 @@ class ImageReport:
         kept_tokens: tokens that entered prefill.
         energy: share of the encoder features' spectral energy that the budget keeps, in [0, 1]; None if not measured.
         nouns: the words of the text that the selection was conditioned on.
+        text_fallback: why the selection was made without the text although its method looks at it; None if it was not.
         cached: the plan was made for an earlier request and reused.
         bypass_reason: why nothing was pruned although a policy applies; None if it was pruned or if no policy applies.
     """
@@ -35,6 +37,7 @@ class ImageReport:
     kept_tokens: int
     energy: float | None = None
     nouns: tuple[str, ...] = ()
+    text_fallback: TextFallback | None = None
     cached: bool = False
     bypass_reason: BypassReason | None = None
 
@@ -49,6 +52,7 @@ class ImageReport:
             "kept_tokens": self.kept_tokens,
             "energy": None if self.energy is None else round(self.energy, 6),
             "nouns": list(self.nouns),
+            "text_fallback": self.text_fallback,
             "cached": self.cached,
             "bypass_reason": self.bypass_reason,
         }

@@ -11,7 +11,7 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,25 @@ SPACY_MODEL = "en_core_web_sm"
 EMBEDDED = "embedded"
 MAX_CHARS = 8_000  # of a prompt that are looked at
 
+TextFallback: TypeAlias = Literal["no_nouns", "not_english"]
+"""Why a selection that may look at the text is made without it."""
+
 _lock = Lock()
+
+
+class Reading(NamedTuple):
+    """What was found in a prompt: ``nouns``, or why there are none."""
+
+    nouns: list[str]
+    fallback: TextFallback | None
+
+
+def read_prompt(prompt: str, clean: bool = True) -> Reading:
+    """As `extract_nouns`, with the reason where it finds nothing to condition on."""
+    nouns = extract_nouns(prompt, clean)
+    if nouns:
+        return Reading(nouns, None)
+    return Reading(nouns, "not_english" if clean and not is_english(prompt) else "no_nouns")
 
 
 def extract_nouns(prompt: str, clean: bool = True) -> list[str]:
@@ -34,11 +52,9 @@ def extract_nouns(prompt: str, clean: bool = True) -> list[str]:
 
     With ``clean=False`` every word is returned, in any language (setting 1 of the paper's ablation).
     """
-    prompt = prompt[:MAX_CHARS]
     if not clean:
-        return _once(re.findall(r"\w+(?:['’-]\w+)*", prompt))
-    # spaCy's tokeniser takes quadratic time in the length of what stands between two spaces
-    prompt = re.sub(r"(\S{64})(?=\S)", r"\1 ", clean_instruction(prompt))
+        return _once(re.findall(r"\w+(?:['’-]\w+)*", prompt[:MAX_CHARS]))
+    prompt = _readable(prompt)
     with _lock:  # spaCy pipelines share a vocabulary that grows as they run
         doc = _pipeline()(prompt)
         if not _is_english(doc):
@@ -50,6 +66,12 @@ def extract_nouns(prompt: str, clean: bool = True) -> list[str]:
     found = [noun for noun in found if not any(start <= noun[0] < end for start, end, _ in quotes)]
     found += [(start, text.strip()) for start, _, text in quotes if text.strip()]
     return _once([text for _, text in sorted(found)])
+
+
+def is_english(prompt: str) -> bool:
+    """Whether `extract_nouns` reads ``prompt``: it is in Latin script, and most of its words are English ones."""
+    with _lock:
+        return _is_english(_pipeline()(_readable(prompt)))
 
 
 def clean_instruction(prompt: str) -> str:
@@ -76,6 +98,14 @@ def _pipeline() -> Callable[[str], Doc]:
     embedded = spacy.blank("en")
     embedded.add_pipe("vtprune_nouns")
     return embedded
+
+
+def _readable(prompt: str) -> str:
+    """What is looked at of a prompt.
+
+    spaCy's tokeniser takes quadratic time in the length of what stands between two spaces, so long strings are cut.
+    """
+    return re.sub(r"(\S{64})(?=\S)", r"\1 ", clean_instruction(prompt[:MAX_CHARS]))
 
 
 def _single_spaced(text: str) -> str:

@@ -31,7 +31,7 @@ from vllm_vtprune.text import text_pipeline_name
 pytestmark = pytest.mark.engine
 
 REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "images", "timings_ms"}
-IMAGE_KEYS = {"method", "visual_tokens", "kept_tokens", "energy", "nouns", "cached", "bypass_reason"}
+IMAGE_KEYS = {"method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"}
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
 
@@ -186,6 +186,7 @@ def test_the_report_is_complete(server: Server, default_keep: int) -> None:
         "kept_tokens": default_keep,
         "energy": None,  # a count was given, so nobody measured it
         "nouns": ["dog"],
+        "text_fallback": None,
         "cached": False,
         "bypass_reason": None,
     }
@@ -322,6 +323,21 @@ def test_which_text_counts(server: Server, text: Body, expected: list[str]) -> N
     answer = server.ask(messages=messages, pruning=tokens(96, text=text))
     assert nouns(answer) == [expected]
     assert kept(answer) == [96]
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [
+        ("Wo steht der große Hund auf diesem Bild?", "not_english"),
+        ("图片里的狗在哪里？", "not_english"),
+        ("What is it?", "no_nouns"),
+    ],
+)
+def test_a_text_that_says_nothing_of_the_image_is_named(server: Server, question: str, reason: str) -> None:
+    ask = {"messages": [user(question, fresh_url())], "pruning": tokens(96)}
+    for _ in range(2):  # the second is answered from the caches
+        [image] = server.ask(**ask)["pruning"]["images"]
+        assert (image["nouns"], image["text_fallback"]) == ([], reason)
 
 
 def test_a_method_that_does_not_read_the_text_reports_no_words(server: Server) -> None:

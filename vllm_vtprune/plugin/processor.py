@@ -67,6 +67,7 @@ class ImageJob:
     item_hash: str
     nouns: tuple[str, ...] = ()
     noun_ids: tuple[int, ...] = ()
+    text_fallback: text.TextFallback | None = None
     encoding: Future[Encoded] | None = None  # held, so that the cache may forget the features meanwhile
     report: ImageReport | None = None
 
@@ -291,7 +292,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def _read_text(self, job: ImageJob, prompt: str, report: RequestReport) -> None:
         started = time.perf_counter()
-        job.nouns = tuple(text.extract_nouns(prompt, clean=job.policy.text.clean))
+        nouns, job.text_fallback = text.read_prompt(prompt, clean=job.policy.text.clean)
+        job.nouns = tuple(nouns)
         job.noun_ids = tuple(token for noun in job.nouns for token in self._noun_ids(noun))
         report.text_pipeline = text.text_pipeline_name()
         report.add_timings({"text": time.perf_counter() - started})
@@ -356,7 +358,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
                     )
                     known = job.report
                 assert known is not None
-                job.report = replace(known, nouns=job.nouns, cached=True)
+                job.report = replace(known, nouns=job.nouns, text_fallback=job.text_fallback, cached=True)
             jobs.report.images.append(job.report)
 
 
@@ -368,6 +370,7 @@ def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int) -> Image
         kept_tokens=kept,
         energy=plan.energy,
         nouns=job.nouns,
+        text_fallback=job.text_fallback,
         bypass_reason=None if kept < visual_tokens else "budget_not_below_tokens",
     )
 
