@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.resprune import LEAST_RELEVANCE, text_relevance
-from vllm_vtprune.selectors.similarity import unit_rows
+from vllm_vtprune.selectors.similarity import squared_lengths, unit_rows
 
 
 def importance_map(features: VisualFeatures, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
@@ -27,7 +27,7 @@ def importance_map(features: VisualFeatures, policy: PruningPolicy, text_embeds:
         return relevance.double().clamp(LEAST_RELEVANCE, 1.0)
     if kind in ("cls", "relevance") and features.cls_attention is not None:
         return features.cls_attention.to(torch.float64, copy=True)
-    energies = torch.linalg.vector_norm(features.embeds.float(), dim=1, dtype=torch.float64).square()
+    energies = squared_lengths(features.embeds)
     if kind == "residual":
         unit = unit_rows(features.embeds)
         explained = (unit @ unit_rows(features.embeds.float().mean(dim=0, keepdim=True))[0]).double().square()

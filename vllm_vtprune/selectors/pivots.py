@@ -105,7 +105,8 @@ class _Factorisation:
 
     def _draft(self, candidates: Tensor, pick: int, count: int) -> Tensor:
         """The next picks, at most ``count``, if none but the candidates could be picked."""
-        tokens, known = self.tokens[candidates], self.factor[: self.directions, candidates]
+        tokens = self.tokens.index_select(0, candidates)
+        known = self.factor[: self.directions].index_select(1, candidates)
         gram = torch.addmm(tokens @ tokens.T, known.T, known, alpha=-1).double().numpy()
         gate, spanned = self.gate[candidates].numpy(), self.spanned[candidates].numpy()
         residual = self.residual[candidates].numpy()
@@ -114,12 +115,12 @@ class _Factorisation:
 
     def _accept(self, draft: Tensor) -> None:
         """Factorise by the draft, as far as its picks are what the scores of all tokens ask for."""
-        picked, known = self.tokens[draft], self.factor[len(self.head) : self.directions]
+        picked, known = self.tokens.index_select(0, draft), self.factor[len(self.head) : self.directions]
         if len(self.head):
             exact = picked.double()
             picked = (exact - exact @ self.head.T @ self.head).to(picked.dtype)
         columns = picked @ self.tokens.T
-        columns = columns.addmm_(known[:, draft].T, known, alpha=-1).double()  # (b, N)
+        columns = columns.addmm_(known.index_select(1, draft).T, known, alpha=-1).double()  # (b, N)
         corner = columns[:, draft]
         corner.diagonal().copy_(self.residual[draft])  # where the products cancel most
         lower, failed_at = torch.linalg.cholesky_ex(corner)

@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.pivots import weighted_pivots
+from vllm_vtprune.selectors.similarity import squared_lengths
 
 TINY = torch.finfo(torch.float32).tiny
 LEAST_RELEVANCE = 1e-6  # a token no noun points at is not excluded, only last
@@ -31,18 +32,18 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     Once the chosen tokens span all others, the rest follows by gate, then by index. All ties go to the smallest index.
     """
     tokens = features.embeds.float()
-    norms = torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
-    if not 1e-9 < norms.max() < 1e9:  # products would leave the range of float32
-        tokens = tokens / norms.max().clamp(min=TINY).float()
-        norms = torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
+    energy = squared_lengths(tokens)
+    if not 1e-18 < energy.max() < 1e18:  # products would leave the range of float32
+        tokens = tokens / energy.max().sqrt().clamp(min=TINY).float()
+        energy = squared_lengths(tokens)
 
     relevance = None if text_embeds is None else text_relevance(tokens, text_embeds.float(), policy.relevance)
     if relevance is not None and policy.rank_by == "relevance":
         return relevance.sort(descending=True, stable=True).indices[:k]
-    gate = torch.ones_like(norms)
+    gate = torch.ones_like(energy)
     if relevance is not None:
         gate = relevance.double().clamp(LEAST_RELEVANCE, 1.0).pow(policy.alpha or 0.0)
-    return weighted_pivots(tokens, norms.square(), gate, _seed_token(features, policy, norms, relevance), k)
+    return weighted_pivots(tokens, energy, gate, _seed_token(features, policy, energy, relevance), k)
 
 
 def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
@@ -55,7 +56,7 @@ def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
 
 
-def _seed_token(features: VisualFeatures, policy: PruningPolicy, norms: Tensor, relevance: Tensor | None) -> int:
+def _seed_token(features: VisualFeatures, policy: PruningPolicy, energy: Tensor, relevance: Tensor | None) -> int:
     seed_token = policy.seed_token
     if seed_token == "cls" and features.cls_attention is not None:
         return int(features.cls_attention.argmax())
@@ -67,4 +68,4 @@ def _seed_token(features: VisualFeatures, policy: PruningPolicy, norms: Tensor, 
     if seed_token == "center" and features.grid is not None:
         rows, columns = features.grid
         return (rows - 1) // 2 * columns + (columns - 1) // 2
-    return int(norms.argmax())
+    return int(energy.argmax())
