@@ -113,9 +113,18 @@ def test_each_image_says_its_method_and_the_request_says_what_they_share(server:
 # --- what else a request may ask for --------------------------------------------------------------------------------
 
 
-def test_a_tool_is_called_about_a_pruned_image(client: OpenAI, request_: dict[str, Any]) -> None:
-    choice = {"type": "function", "function": {"name": "look"}}
-    request_ |= {"tools": [TOOL], "tool_choice": choice, "max_tokens": 100}
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+        {"tool_choice": "required", "parallel_tool_calls": False},  # or random weights never end the list
+    ],
+    ids=["by name", "required"],
+)
+def test_a_tool_is_called_about_a_pruned_image(
+    client: OpenAI, request_: dict[str, Any], choice: dict[str, Any]
+) -> None:
+    request_ |= {"tools": [TOOL], **choice, "max_tokens": 100}
     answer = client.chat.completions.create(**request_)
     [call] = answer.choices[0].message.tool_calls or []
     assert call.type == "function"
