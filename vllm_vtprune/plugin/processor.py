@@ -112,7 +112,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """The fields of the item of a pruned image: those that an unpruned one has, and any of its own.
 
         Args:
-            embeds: (k, d) to be prefilled, where and as vLLM's transport to the engine takes them.
+            embeds: (T, d) to be prefilled, where and as vLLM's transport to the engine takes them.
             features: of the whole image.
             plan: which of its tokens are kept.
         """
@@ -127,7 +127,13 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def placeholder(self, num_tokens: int) -> Any:
         """What stands in the prompt for an image of which ``num_tokens`` are kept, as in vLLM's prompt updates."""
-        return [self.info.get_hf_config().image_token_index] * num_tokens
+        return [self.image_token_id] * num_tokens
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for an image in a prompt."""
+        token_id: int = self.info.get_hf_config().image_token_index
+        return token_id
 
     # For images that are encoded before their request is processed
 
@@ -254,8 +260,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def _prompt_text(self, prompt: list[int]) -> str:
         """The text of a prompt, without image placeholders, special tokens and the names of the speakers."""
-        image_token = self.info.get_hf_config().image_token_index
-        tokens = [token for token in prompt if token != image_token]
+        tokens = [token for token in prompt if token != self.image_token_id]
         return ROLE_MARKER.sub(" ", self.info.get_tokenizer().decode(tokens, skip_special_tokens=True))
 
     def _noun_ids(self, noun: str) -> list[int]:
@@ -337,9 +342,10 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """Plan one image, and note what was done."""
         plan = self.runtime.plan(features, job.policy, job.noun_ids)
         report.add_timings(plan.timings)
-        job.report = _image_report(job, plan, features.num_tokens)
+        tower = self.runtime.tower
+        embeds = tower.sequence(features, plan).to(self._model_config.dtype)
+        job.report = _image_report(job, plan, tower.sequence_length(features), len(embeds))
         self.runtime.record_image(job.item_hash, job.report)
-        embeds = plan.embeds.to(self._model_config.dtype)
         if not compat.transports_device_tensors(self._model_config):
             embeds = embeds.cpu()
         return self.pruned_item(embeds, features, plan)
@@ -362,8 +368,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             jobs.report.images.append(job.report)
 
 
-def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int) -> ImageReport:
-    kept = len(plan.embeds)
+def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int, kept: int) -> ImageReport:
     return ImageReport(
         method=job.policy.method,
         visual_tokens=visual_tokens,
