@@ -119,8 +119,9 @@ def running_engine(
 
     Args:
         environment: variables that are set while the engine starts.
-        options: of `LLM`, beside those that all engines of the tests share.
+        options: of `LLM`, on top of those that all engines of the tests share.
     """
+    options = {"max_model_len": 2560, "limit_mm_per_prompt": {"image": 3}, **options}
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     before = {variable: os.environ.get(variable) for variable in environment}
     os.environ.update(environment)
@@ -130,10 +131,8 @@ def running_engine(
             served_model_name=name,
             dtype="float32",
             enforce_eager=True,
-            max_model_len=2560,
             max_num_seqs=8,
             block_size=BLOCK,
-            limit_mm_per_prompt={"image": 3},
             **options,
         )
     finally:
