@@ -72,6 +72,7 @@ TEXT: dict[Size, dict[str, Any]] = {
 }
 FAMILIES = {
     "llava": "vllm_vtprune.demo.checkpoint:write_llava_checkpoint",
+    "internvl": "vllm_vtprune.demo.internvl:write_internvl_checkpoint",
     "llava_next": "vllm_vtprune.demo.llava_next:write_llava_next_checkpoint",
 }
 """Model family -> the function that writes its tiny checkpoint into a directory."""
@@ -284,7 +285,7 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         return values.mul_(0.1).add_(1.0 if name.endswith(".weight") else 0.0)
     if name.endswith(".bias"):
         return values.mul_(0.1)
-    if any(part in name for part in ("embed_tokens", "class_embedding", "image_newline")):
+    if any(part in name for part in ("embed_tokens", "class_embedding", "cls_token", "image_newline")):
         return values
     if "position_embedding" in name:
         return values.mul_(0.03)

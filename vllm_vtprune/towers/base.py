@@ -36,6 +36,7 @@ Weights = Literal["checkpoint", "dummy"]
 
 TOWERS = {  # architecture -> class
     "LlavaForConditionalGeneration": "vllm_vtprune.towers.llava:LlavaTower",
+    "InternVLForConditionalGeneration": "vllm_vtprune.towers.internvl:InternVLTower",
     "LlavaNextForConditionalGeneration": "vllm_vtprune.towers.llava_next:LlavaNextTower",
 }
 
