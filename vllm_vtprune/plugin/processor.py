@@ -135,6 +135,16 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         token_id: int = self.info.get_hf_config().image_token_index
         return token_id
 
+    def for_tower(self, item: PreparedImage, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> PreparedImage:
+        """What the tower takes of an image: the fields of its item, where they tell all that the tower needs to know.
+
+        Args:
+            item: the fields of an image that is not pruned.
+            size: height and width of the image, in pixels.
+            hf_kwargs: of the HF processor that made the fields.
+        """
+        return item
+
     # For images that are encoded before their request is processed
 
     def feature_key(
@@ -159,7 +169,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """An image as `apply` would have it encoded. May be called from any thread."""
         items = MultiModalDataItems({"image": ImageProcessorItems([media])})
         [image] = self._prepared_images(self._apply_hf_processor_main(items, hf_kwargs), hf_kwargs)
-        return image
+        return self.for_tower(image, _size(items, 0), hf_kwargs)
 
     # Hooks of vLLM
 
@@ -220,6 +230,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         for index, image in prepared.items():
             job = jobs.images[index]
             if job.policy.enabled:
+                image = self.for_tower(image, _size(mm_items, index), stock_kwargs)
                 job.encoding = encoder.submit(job.feature_key, image)
         if any(job.policy.enabled for job in jobs.images):
             features = self._features(jobs)
@@ -398,6 +409,12 @@ def _select_images(mm_items: MultiModalDataItems, indices: Sequence[int]) -> Mul
     if images is None:
         return mm_items
     return MultiModalDataItems({**mm_items, "image": ImageProcessorItems([images.data[i] for i in indices])})
+
+
+def _size(mm_items: MultiModalDataItems, index: int) -> tuple[int, int]:
+    """Height and width of an image, in pixels."""
+    size = mm_items.get_items("image", ImageProcessorItems).get_image_size(index)
+    return size.height, size.width
 
 
 def _token_counts(result: Any) -> list[int]:

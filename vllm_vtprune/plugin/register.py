@@ -7,6 +7,7 @@ from __future__ import annotations
 
 ARCHITECTURES: dict[str, str] = {
     "LlavaForConditionalGeneration": "vllm_vtprune.plugin.llava:PrunedLlavaForConditionalGeneration",
+    "InternVLForConditionalGeneration": "vllm_vtprune.plugin.internvl:PrunedInternVLForConditionalGeneration",
     "LlavaNextForConditionalGeneration": "vllm_vtprune.plugin.llava_next:PrunedLlavaNextForConditionalGeneration",
 }
 """Architecture of a checkpoint -> the class that serves it, as ``module:class`` so that nothing is imported early."""
