@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -99,3 +100,22 @@ class LlavaNextReference(Reference):
                 row.append(token in wanted)
             token += 1
         return embeds[out]
+
+
+class InternVLReference(Reference):
+    """InternVL in transformers' layout, whose prompts have a token before and one after each image."""
+
+    model_class = InternVLForConditionalGeneration
+
+    @torch.inference_mode()
+    def visual_embeds(self, image: Image.Image) -> torch.Tensor:
+        pixels = self._pixels(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1)
+
+    def prompt_ids(self, prompt: str, kept: Sequence[int]) -> list[int]:
+        before, after = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        counts = iter(kept)
+        ids: list[int] = []
+        for token in self.tokenizer(prompt)["input_ids"]:
+            ids += [before, *[token] * next(counts), after] if token == self.image_token else [token]
+        return ids

@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from tests.support.images import sample_images
-from tests.support.reference import LlavaNextReference, Reference
+from tests.support.reference import InternVLReference, LlavaNextReference, Reference
+from vllm_vtprune.demo.internvl import write_internvl_checkpoint
 from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
 
 
@@ -61,6 +62,17 @@ FAMILIES = {
             model="vllm_vtprune.plugin.llava_next.PrunedLlavaNextForConditionalGeneration",
             stock_processor="LlavaNextMultiModalProcessor",
             stock_model="vllm.model_executor.models.llava_next.LlavaNextForConditionalGeneration",
+        ),
+        Family(
+            name="internvl",
+            image="<IMG_CONTEXT>",
+            modalities={"image": 4, "video": 1},
+            write=lambda directory: write_internvl_checkpoint(directory, image_size=112),
+            reference=InternVLReference,
+            processor="PrunedInternVLProcessor",
+            model="vllm_vtprune.plugin.internvl.PrunedInternVLForConditionalGeneration",
+            stock_processor="InternS1MultiModalProcessor",
+            stock_model="vllm.model_executor.models.interns1.InternS1ForConditionalGeneration",
         ),
     )
 }
