@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from tests.support.images import sample_images
 from tests.towers.test_tower_weights import write_index, write_sparse
@@ -160,9 +160,60 @@ def test_a_merger_that_does_not_fit_the_language_model():
         build_module(config)
 
 
-def released_shapes(text: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """What Qwen2.5-VL stores of its encoder, merger and token table, with `text` the language model's width."""
-    d, ff, merged = 1280, 3420, 5120
+# What config.json of Qwen/Qwen2.5-VL-3B-Instruct and 7B-Instruct says of shapes: flat, as before transformers 5.
+RELEASED: dict[str, dict[str, Any]] = {
+    "3b": dict(
+        hidden_size=2048,
+        intermediate_size=11_008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    ),
+    "7b": dict(
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152_064,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def released_config(size: str) -> Qwen2_5_VLConfig:
+    shared = dict(
+        image_token_id=151_655,
+        video_token_id=151_656,
+        max_position_embeddings=128_000,
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        vision_config=dict(
+            depth=32,
+            hidden_act="silu",
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            in_chans=3,
+            out_hidden_size=RELEASED[size]["hidden_size"],
+            patch_size=14,
+            spatial_merge_size=2,
+            spatial_patch_size=14,
+            window_size=112,
+            fullatt_block_indexes=[7, 15, 23, 31],
+            tokens_per_second=2,
+            temporal_patch_size=2,
+        ),
+    )
+    return Qwen2_5_VLConfig.from_dict(shared | RELEASED[size])
+
+
+def released_shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """What the released model stores of its encoder, merger and token table."""
+    d, ff, merged, text = 1280, 3420, 5120, RELEASED[size]["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "visual.patch_embed.proj.weight": (d, 3, 2, 14, 14),
         "visual.merger.ln_q.weight": (d,),
@@ -170,7 +221,7 @@ def released_shapes(text: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
         "visual.merger.mlp.0.bias": (merged,),
         "visual.merger.mlp.2.weight": (text, merged),
         "visual.merger.mlp.2.bias": (text,),
-        "model.embed_tokens.weight": (vocabulary, text),
+        "model.embed_tokens.weight": (RELEASED[size]["vocab_size"], text),
     }
     block: dict[str, tuple[int, ...]] = {
         "norm1.weight": (d,),
@@ -197,33 +248,48 @@ def in_memory(name: str) -> str:
     return next(new + name.removeprefix(old) for old, new in MODULE_NAMES.items() if name.startswith(old))
 
 
+@pytest.mark.parametrize("size", RELEASED)
 @pytest.mark.parametrize("rename", [lambda name: name, in_memory], ids=["released", "module"])
-def test_the_released_3b_layout_is_consumed_exactly_once(rename, tmp_path):
-    stored = {rename(name): shape for name, shape in released_shapes(2048, 151_936).items()}
+def test_the_released_layout_is_consumed_exactly_once(rename, size, tmp_path):
+    stored = {rename(name): shape for name, shape in released_shapes(size).items()}
     assert len(stored) == 32 * 12 + 7
     weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(stored)}
     for file in set(weight_map.values()):
         write_sparse(tmp_path / file, {name: shape for name, shape in stored.items() if weight_map[name] == file})
     write_index(tmp_path, weight_map)
 
-    config = qwen2_5_vl_config("3b", tied=True)
+    config = released_config(size)
     expected = {name: tuple(p.shape) for name, p in build_module(config).named_parameters()}
-    plan = CheckpointReader(tmp_path, ALIASES).plan(expected | {TOKEN_TABLE: (151_936, 2048)})
+    table = (config.text_config.vocab_size, config.text_config.hidden_size)
+    plan = CheckpointReader(tmp_path, ALIASES).plan(expected | {TOKEN_TABLE: table})
     assert set(plan.values()) == set(stored)
     assert max(Counter(plan.values()).values()) == 1
 
 
-def test_the_listed_names_are_all_that_transformers_and_vllm_have(tmp_path):
+@pytest.mark.parametrize("size", RELEASED)
+def test_the_listed_names_are_all_that_transformers_and_vllm_have(size):
     """Of the tower: the list is transformers' own, and vLLM's mapper sends either scheme to the same places."""
     with torch.device("meta"):
-        whole = Qwen2_5_VLForConditionalGeneration(qwen2_5_vl_config("3b", tied=True))
-    listed = {in_memory(name): shape for name, shape in released_shapes(2048, 151_936).items()}
+        whole = Qwen2_5_VLForConditionalGeneration(released_config(size))
+    listed = {in_memory(name): shape for name, shape in released_shapes(size).items()}
     held = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
     assert listed == {name: shape for name, shape in held.items() if ".visual." in name or ".embed_tokens." in name}
 
     vllm = pytest.importorskip("vllm.model_executor.models.qwen2_5_vl")
     mapper = vllm.Qwen2_5_VLForConditionalGeneration.hf_to_vllm_mapper
-    for name in released_shapes(2048, 151_936):
+    for name in released_shapes(size):
         mapped = mapper._map_name(name)
         assert mapped == mapper._map_name(in_memory(name))
         assert mapped == (name if name.startswith("visual.") else "language_model.model.embed_tokens.weight")
+
+
+def test_the_3b_checkpoint_of_the_demo_has_the_released_config():
+    ours, released = qwen2_5_vl_config("3b", tied=True), released_config("3b")
+    unread = {"in_chans", "spatial_patch_size"}  # older names, which transformers keeps and does not use
+    told = {name: value for name, value in released.vision_config.to_dict().items() if name not in unread}
+    assert ours.vision_config.to_dict() == told
+    text = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for field in (*text, "vocab_size", "rms_norm_eps", "max_position_embeddings"):
+        assert getattr(ours.text_config, field) == getattr(released.text_config, field), field
+    assert ours.text_config.rope_parameters | {"type": "mrope"} == released.text_config.rope_parameters
+    assert ours.tie_word_embeddings == released.tie_word_embeddings
