@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLVisionRotaryEmbedding,
     apply_rotary_pos_emb_vision,
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -28,6 +27,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "visual.": ("visual.", "model.visual."),
     "language_model.embed_tokens.": ("model.embed_tokens.", "model.language_model.embed_tokens."),
 }
+
+ROTARY_BASE = 10_000.0
 
 BATCH_PATCHES = 16_384
 """Most patches of one forward, or else one image: bounds its memory, which grows with them."""
@@ -50,7 +51,19 @@ def build_module(config: Any) -> Qwen2_5_VLVision:
     module = Qwen2_5_VLVision()
     with torch.device("meta"):
         module.visual = Qwen2_5_VisionTransformerPretrainedModel(vision)
+    del module.visual.rotary_pos_emb  # no weights, and other than in other releases of transformers; see `rotation`
     return module
+
+
+def rotation(places: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (P, head_dim) by which a patch's queries and keys are turned.
+
+    `places`: (P, 2) row and column of each patch. A quarter of the head's dimensions turns with the row, the next with
+    the column, and the other half once more like the first.
+    """
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=places.device) / (head_dim // 2)
+    angles = (places[:, :, None] * (1 / ROTARY_BASE**exponents)).flatten(1).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 def segments_by_length(boundaries: Tensor) -> list[Tensor]:
@@ -65,14 +78,14 @@ def segments_by_length(boundaries: Tensor) -> list[Tensor]:
     ]
 
 
-def attend(attention: Any, hidden: Tensor, segments: Sequence[Tensor], rotation: tuple[Tensor, Tensor]) -> Tensor:
+def attend(attention: Any, hidden: Tensor, segments: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
     """What transformers' vision attention computes within segments, all segments of one length at a time.
 
     Its own loop runs once for each segment, and an image of 10,000 tokens has over 600 windows. `hidden`: (P, d_v),
-    normed. `segments`: as `segments_by_length` gives them. `rotation`: cosines and sines, (P, d_h) each.
+    normed. `segments`: as `segments_by_length` gives them. `cos`, `sin`: (P, d_h) of `rotation`.
     """
     query, key, value = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, attention.head_dim)).unbind(1)
-    query, key = apply_rotary_pos_emb_vision(query, key, *rotation)
+    query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
     mixed = torch.empty_like(query)
     for positions in segments:
         inputs = (states[positions].transpose(1, 2) for states in (query, key, value))
@@ -111,7 +124,6 @@ class Qwen2_5_VLTower(VisionTower):
             table = random_table(*shape, seed)
         self._config = hf_config.vision_config
         self._visual = module.visual
-        self._visual.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(self._config).to(device)  # not in checkpoints
         self._norm = None if pixel_norm is None else pixel_norm.on(device)
         self._patch = self._config.in_channels * self._config.temporal_patch_size * self._config.patch_size**2
         super().__init__(module, table, weights="checkpoint" if seed is None else "dummy")
@@ -166,13 +178,14 @@ class Qwen2_5_VLTower(VisionTower):
         windows, wholes = (
             [positions.to(self.device) for positions in segments_by_length(ends)] for ends in (window_ends, image_ends)
         )
-        cos, sin = visual.rotary_pos_emb(hidden, get_vision_position_ids(grids, merge).to(self.device))
+        places = get_vision_position_ids(grids, merge).to(self.device)
+        cos, sin = rotation(places, self._config.hidden_size // self._config.num_heads)
         hidden, cos, sin = (
             states.unflatten(0, (-1, merge * merge))[order].flatten(0, 1) for states in (hidden, cos, sin)
         )
         for depth, block in enumerate(visual.blocks):
             segments = wholes if depth in self._config.fullatt_block_indexes else windows
-            hidden = hidden + attend(block.attn, block.norm1(hidden), segments, (cos, sin))
+            hidden = hidden + attend(block.attn, block.norm1(hidden), segments, cos, sin)
             hidden = hidden + block.mlp(block.norm2(hidden))
         if hidden.dtype == torch.float16:  # the last layer's outliers overflow it; vLLM clips them too
             limit = torch.finfo(torch.float16).max - 1000
