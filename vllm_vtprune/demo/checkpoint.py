@@ -38,6 +38,7 @@ from transformers import (
 
 from vllm_vtprune.demo import weights as weight_files
 from vllm_vtprune.demo import words
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES
 from vllm_vtprune.demo.weights import noise, renamed, write_weights
 
 Size = Literal["tiny", "small", "7b"]
@@ -70,13 +71,6 @@ TEXT: dict[Size, dict[str, Any]] = {
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064
     ),
 }
-FAMILIES = {
-    "llava": "vllm_vtprune.demo.checkpoint:write_llava_checkpoint",
-    "internvl": "vllm_vtprune.demo.internvl:write_internvl_checkpoint",
-    "llava_next": "vllm_vtprune.demo.llava_next:write_llava_next_checkpoint",
-}
-"""Model family -> the function that writes its tiny checkpoint into a directory."""
-
 IMAGE_TOKEN_ID: dict[Size, int] = {"tiny": TRAINED_TOKENS, "small": TRAINED_TOKENS, "7b": 32000}
 
 # From the module names to the names in the file.
@@ -232,7 +226,7 @@ def demo_tokenizer(size: Size = "tiny") -> PreTrainedTokenizerFast:
     )
 
 
-def embedded_checkpoint(family: str = "llava") -> Path:
+def embedded_checkpoint(family: str = DEFAULT) -> Path:
     """The tiny checkpoint of one of `FAMILIES`, built on first use and kept in the user's cache directory.
 
     The directory's name holds a digest of what it is built from, so a new version builds anew. Several processes may

@@ -188,12 +188,13 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if isinstance(images, ImageProcessorItems) and any(policy.enabled for policy in pruning.policies):
             jobs = self._jobs(stock, images, pruning, report)
             result = super().apply(self._with_jobs(stock, images, jobs), timing_ctx)
-            self._report_jobs(jobs, images, result)
+            self._report_jobs(jobs, images, result, stock.hf_processor_mm_kwargs)
         else:
             result = super().apply(stock, timing_ctx)
             for policy, count in zip(pruning.policies, _token_counts(result), strict=True):
                 reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
                 report.images.append(ImageReport(policy.method, count, count, bypass_reason=reason))
+        report.images = in_prompt_order(report.images, result["mm_placeholders"], pruning.policy)
         self.runtime.record_request(report, pruning.request_id)
         return result
 
@@ -361,7 +362,9 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             embeds = embeds.cpu()
         return self.pruned_item(embeds, features, plan)
 
-    def _report_jobs(self, jobs: PromptJobs, images: ImageProcessorItems, result: Any) -> None:
+    def _report_jobs(
+        self, jobs: PromptJobs, images: ImageProcessorItems, result: Any, hf_kwargs: Mapping[str, object]
+    ) -> None:
         """Report each image, from its job or, where vLLM's cache held the item, from the table."""
         for index, (job, count) in enumerate(zip(jobs.images, _token_counts(result), strict=True)):
             if not job.policy.enabled:
@@ -371,12 +374,30 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
                 if known is None:  # the item outlived its report
                     self._apply_hf_processor_main(
                         MultiModalDataItems({"image": ImageProcessorItems([images.data[index]])}),
-                        {PRUNING_KEY: replace(jobs, images=[job])},
+                        {**hf_kwargs, PRUNING_KEY: replace(jobs, images=[job])},
                     )
                     known = job.report
                 assert known is not None
                 job.report = replace(known, nouns=job.nouns, text_fallback=job.text_fallback, cached=True)
             jobs.report.images.append(job.report)
+
+
+def in_prompt_order(
+    images: Sequence[ImageReport], placeholders: Mapping[str, Sequence[Any]], policy: PruningPolicy
+) -> list[ImageReport]:
+    """The reports of a prompt's images, with one for each of its other media, which are never pruned.
+
+    Args:
+        images: reports of the images, in order.
+        placeholders: where the media of each modality stand in the prompt.
+        policy: of the request.
+    """
+    reports = [(place.offset, image) for place, image in zip(placeholders.get("image", ()), images, strict=True)]
+    reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
+    for place in (place for modality, places in placeholders.items() if modality != "image" for place in places):
+        count = place.get_num_embeds()
+        reports.append((place.offset, ImageReport(policy.method, count, count, bypass_reason=reason)))
+    return [report for _, report in sorted(reports, key=lambda placed: placed[0])]
 
 
 def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int, kept: int) -> ImageReport:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOWERS",
+    "PixelNorm",
     "TokenTable",
     "VisionTower",
     "Weights",
@@ -38,6 +39,7 @@ TOWERS = {  # architecture -> class
     "LlavaForConditionalGeneration": "vllm_vtprune.towers.llava:LlavaTower",
     "InternVLForConditionalGeneration": "vllm_vtprune.towers.internvl:InternVLTower",
     "LlavaNextForConditionalGeneration": "vllm_vtprune.towers.llava_next:LlavaNextTower",
+    "Qwen2_5_VLForConditionalGeneration": "vllm_vtprune.towers.qwen2_5_vl:Qwen2_5_VLTower",
 }
 
 ROW_CACHE = 4096  # rows of the token table kept in memory: 32 MiB at d = 4096 in bfloat16
@@ -60,6 +62,22 @@ def random_table(size: int, dim: int, seed: int) -> TokenTable:
         return torch.randn(dim, generator=generator) * 0.02
 
     return TokenTable(lambda ids: torch.stack([row(i) for i in ids]), size, dim)
+
+
+@dataclass(frozen=True)
+class PixelNorm:
+    """How the values of an image's pixels, from 0 to 255, become what an encoder takes: in float32, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float
+
+    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The function of patches (P, channels * values) that normalises them on `device`."""
+        std = torch.tensor(self.std, dtype=torch.float32)
+        scale = (self.rescale / std).to(device)[:, None]
+        shift = (-torch.tensor(self.mean, dtype=torch.float32) / std).to(device)[:, None]
+        return lambda pixels: (pixels.unflatten(1, (len(self.std), -1)) * scale + shift).flatten(1)
 
 
 def load_parameters(
@@ -183,6 +201,7 @@ def load_tower(
     device: str = "auto",
     load_format: str = "auto",
     seed: int = 0,
+    pixel_norm: PixelNorm | None = None,
 ) -> VisionTower:
     """The vision tower of a model.
 
@@ -191,6 +210,7 @@ def load_tower(
     `hf_config`: the model's config. `dtype`: the model's.
     `device`: auto, cpu, cuda or cuda:INDEX.
     `load_format`: vLLM's. "dummy" fills the tower with random weights from `seed`; any other value reads safetensors.
+    `pixel_norm`: for pixels that are to be normalised by the tower; None where the image processor does it.
 
     Raises TowerError where the architecture or its config is not supported, or the files do not fit.
     """
@@ -203,4 +223,5 @@ def load_tower(
         dtype=dtype,
         device=resolve_device(device),
         seed=seed if load_format == "dummy" else None,
+        **({} if pixel_norm is None else {"pixel_norm": pixel_norm}),
     )
