@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 PreparedImage = Mapping[str, Tensor]
 """One image as the image processor of its model prepares it: tensors without a batch dimension, by name."""
+
+Box: TypeAlias = tuple[float, float, float, float]
+"""A part of an image: top, left, bottom and right, as shares of its height and width."""
 
 
 def require_finite(name: str, rows: Tensor) -> None:
@@ -28,8 +32,8 @@ class Tiles:
     Attributes:
         ids: ``(N,)`` int64 index of the token's tile in ``grids``; the tokens of a tile stand in raster order.
         grids: rows and columns of each tile, in tokens.
-        boxes: the part of the image that each tile shows: top, left, bottom and right, from 0 to 1. None in the place
-            of a box for the overview. Empty where it is not known.
+        boxes: the part of the image that each tile shows. None in the place of a box for the overview. Empty where it
+            is not known.
         canvas: rows and columns, in tokens, of the one map that all tiles beside the overview form together, for models
             that put its tokens into one raster, after those of the overview. Either may be 0. None where the tiles
             stand one after the other.
@@ -37,7 +41,7 @@ class Tiles:
 
     ids: Tensor
     grids: tuple[tuple[int, int], ...]
-    boxes: tuple[tuple[float, float, float, float] | None, ...] = ()
+    boxes: tuple[Box | None, ...] = ()
     canvas: tuple[int, int] | None = None
 
     @property
@@ -119,6 +123,18 @@ class VisualFeatures:
         assert self.tiles.overview is not None
         overview = self.tiles.grids[self.tiles.overview]
         return (overview, self.tiles.canvas) if prod(self.tiles.canvas) else (overview,)
+
+    @property
+    def boxes(self) -> tuple[Box | None, ...]:
+        """The part of the image that each plane of ``grids`` shows; None for the overview beside others.
+
+        Where it is not known, the whole image.
+        """
+        whole: Box = (0.0, 0.0, 1.0, 1.0)
+        if self.tiles is not None and self.tiles.canvas is not None:
+            return (None, whole)[: len(self.grids)]
+        boxes = () if self.tiles is None else self.tiles.boxes
+        return boxes or (whole,) * len(self.grids)
 
     @property
     def overview(self) -> Tensor | None:

@@ -37,7 +37,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import text
 from vllm_vtprune.encoder import Encoded
-from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
@@ -144,6 +144,32 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             hf_kwargs: of the HF processor that made the fields.
         """
         return item
+
+    def view(self, height: int, width: int) -> Box:
+        """The part of an image of that size, in pixels, that the model sees."""
+        return 0.0, 0.0, 1.0, 1.0
+
+    # For images outside of any request
+
+    def plan_alone(
+        self, media: MediaWithBytes[Image.Image], policy: PruningPolicy, query: str
+    ) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
+        """Choose the tokens of one image, with a policy that prunes.
+
+        Returns:
+            What a request would be told of it, the plan, and what it was made from.
+
+        Raises:
+            PolicyError: the family lacks what the policy asks for.
+        """
+        job = ImageJob(policy.resolve(self.family), feature_key="", item_hash="")
+        report = RequestReport()
+        if job.policy.conditions_on_text:
+            self._read_text(job, query, report)
+        features = self.runtime.encoder.submit("alone", self.preprocess(media, {})).result().features
+        plan, _ = self._plan(job, features, report)
+        assert job.report is not None
+        return job.report, plan, features
 
     # For images that are encoded before their request is processed
 
@@ -351,16 +377,22 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return {index: one.features for index, one in encoded.items()}
 
     def _pruned_item(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> PreparedImage:
-        """Plan one image, and note what was done."""
+        """Plan one image, and note for later requests what was done."""
+        plan, embeds = self._plan(job, features, report)
+        assert job.report is not None
+        self.runtime.record_image(job.item_hash, job.report)
+        if not compat.transports_device_tensors(self._model_config):
+            embeds = embeds.cpu()
+        return self.pruned_item(embeds, features, plan)
+
+    def _plan(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> tuple[PruningPlan, torch.Tensor]:
+        """The plan of one image, and (T, d) what is to be prefilled. Puts the image's report into the job."""
         plan = self.runtime.plan(features, job.policy, job.noun_ids)
         report.add_timings(plan.timings)
         tower = self.runtime.tower
         embeds = tower.sequence(features, plan).to(self._model_config.dtype)
         job.report = _image_report(job, plan, tower.sequence_length(features), len(embeds))
-        self.runtime.record_image(job.item_hash, job.report)
-        if not compat.transports_device_tensors(self._model_config):
-            embeds = embeds.cpu()
-        return self.pruned_item(embeds, features, plan)
+        return plan, embeds
 
     def _report_jobs(
         self, jobs: PromptJobs, images: ImageProcessorItems, result: Any, hf_kwargs: Mapping[str, object]

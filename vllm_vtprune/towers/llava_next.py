@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from vllm_vtprune.features import PreparedImage, Tiles, VisualFeatures
+from vllm_vtprune.features import Box, PreparedImage, Tiles, VisualFeatures
 from vllm_vtprune.towers import clip
 from vllm_vtprune.towers.clip import ClipTower, ClipVision, Seen
 
@@ -79,7 +79,7 @@ def layout(height: int, width: int, *, pinpoints: tuple[tuple[int, int], ...], i
     top, left = (down * side - rows) // 2, (across * side - columns) // 2
 
     grids: list[tuple[int, int]] = [(side, side)]
-    boxes: list[tuple[float, float, float, float] | None] = [None]
+    boxes: list[Box | None] = [None]
     tile_of = torch.zeros(down * across, dtype=torch.long)
     for square in range(down * across):
         first_row, last_row = _within(square // across * side - top, side, rows)
