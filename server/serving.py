@@ -31,9 +31,9 @@ from server.validation import InvalidField, bounded
 from vllm_vtprune import metrics
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
-from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.processor import PruningProcessor, in_prompt_order
 from vllm_vtprune.plugin.request import PRUNING_KEY
-from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
 
 Results: TypeAlias = AsyncGenerator[RequestOutput, None]
@@ -131,7 +131,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             metrics.ERRORS.labels(self.processor.runtime.model_name, "image").inc()
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
-            trace.report = self._report(bool(images), report_id, rendered[1])
+            trace.report = self._report(bool(images), report_id, rendered[1], trace.policy)
             record_stages(trace.report)
         return rendered
 
@@ -186,16 +186,18 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             for image, policy, text in zip(request.images, policies, texts, strict=True)
         ]
 
-    def _report(self, pruned: bool, report_id: str, engine_inputs: list[Any]) -> RequestReport:
+    def _report(self, pruned: bool, report_id: str, engine_inputs: list[Any], policy: PruningPolicy) -> RequestReport:
         runtime = self.processor.runtime
         if pruned:
             report = runtime.take_report(report_id)
             if report is None:
                 raise RuntimeError("the multimodal processor left no pruning report")
             return report
-        placeholders = engine_inputs[0].get("mm_placeholders", {}).get("image", [])
-        counts = [placeholder.get_num_embeds() for placeholder in placeholders]
-        report = RequestReport([ImageReport("none", count, count) for count in counts])
+        placeholders = engine_inputs[0].get("mm_placeholders", {})
+        counts = [placeholder.get_num_embeds() for placeholder in placeholders.get("image", [])]
+        report = RequestReport(
+            in_prompt_order([ImageReport("none", count, count) for count in counts], placeholders, policy)
+        )
         runtime.record_request(report, None)
         return report
 

@@ -226,6 +226,10 @@ def token_budget(
 ) -> tuple[int, float | None]:
     """Tokens to keep of ``features``, from 1 to N, and the spectral energy at that count (None: not measured).
 
+    Of an image of several tiles, energy is measured on the overview alone, and the share of its tokens that reaches the
+    threshold is the share of all tokens to keep (E-AdaPrune on LLaVA-NeXT). ``min_tokens`` and ``max_tokens`` bound the
+    count of all; the energy is the overview's at the share that they leave.
+
     Raises:
         ValueError: when the encoder features are not finite.
     """
@@ -236,15 +240,23 @@ def token_budget(
         # decimal, so that a half is what it is in the number the client wrote
         half_up = (Decimal(repr(budget.keep)) * n).quantize(Decimal(1), ROUND_HALF_UP)
         return min(max(int(half_up), 1), n), None
+    overview = features.overview
+    measured_on = features.encoder if overview is None else features.encoder[overview]
+    m = len(measured_on)
     measured = spectrum(
-        features.encoder,
+        measured_on,
         budget.threshold,
         budget.solver,
-        max(budget.rank, min(budget.min_tokens, n)),  # so that rsvd knows the energy at min_tokens too
+        max(budget.rank, _share(min(budget.min_tokens, n), m, n)),  # so that rsvd knows the energy at min_tokens too
         budget.power_iterations,
         torch.Generator().manual_seed(seed),
     )
     wanted = measured.rank_at(budget.threshold)
     assert wanted is not None
-    k = min(max(wanted, budget.min_tokens), budget.max_tokens or n, n)
-    return k, measured.energy_at(k)
+    k = min(max(_share(wanted, n, m), budget.min_tokens), budget.max_tokens or n, n)
+    return k, measured.energy_at(max(_share(k, m, n), 1))
+
+
+def _share(part: int, of: int, whole: int) -> int:
+    """``part / whole`` of ``of``, rounded half up."""
+    return (2 * part * of + whole) // (2 * whole)

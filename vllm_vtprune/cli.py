@@ -12,6 +12,7 @@ DESCRIPTION = """Serve vision-language models with fewer visual tokens.
 commands:
   serve [MODEL] [options]   an OpenAI-compatible server (takes every option of `vllm serve`)
   demo [options]            one photograph, asked about without and with pruning
+  inspect IMAGE [options]   which parts of a picture a policy keeps, drawn on it
 
 example:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
@@ -29,12 +30,16 @@ def main(argv: list[str] | None = None) -> None:
         prog="vtprune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"vllm-vtprune {__version__}")
-    parser.add_argument("command", choices=["serve", "demo"], metavar="COMMAND", help="see above")
+    parser.add_argument("command", choices=["serve", "demo", "inspect"], metavar="COMMAND", help="see above")
     command = parser.parse_args(arguments[:1]).command
     if command == "serve":
         from server.launch import serve
 
         serve(arguments[1:])
+    elif command == "inspect":
+        from vllm_vtprune.inspection import inspect
+
+        inspect(arguments[1:])
     else:
         from vllm_vtprune.demo.command import demo
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 PreparedImage = Mapping[str, Tensor]
 """One image as the image processor of its model prepares it: tensors without a batch dimension, by name."""
+
+Box: TypeAlias = tuple[float, float, float, float]
+"""A part of an image: top, left, bottom and right, as shares of its height and width."""
 
 
 def require_finite(name: str, rows: Tensor) -> None:
@@ -28,13 +32,23 @@ class Tiles:
     Attributes:
         ids: ``(N,)`` int64 index of the token's tile in ``grids``; the tokens of a tile stand in raster order.
         grids: rows and columns of each tile, in tokens.
-        boxes: the part of the image that each tile shows: top, left, bottom and right, from 0 to 1. None in the place
-            of a box for the overview. Empty where it is not known.
+        boxes: the part of the image that each tile shows. None in the place of a box for the overview. Empty where it
+            is not known.
+        canvas: rows and columns, in tokens, of the one map that all tiles beside the overview form together, for models
+            that put its tokens into one raster, after those of the overview. Either may be 0. None where the tiles
+            stand one after the other.
     """
 
     ids: Tensor
     grids: tuple[tuple[int, int], ...]
-    boxes: tuple[tuple[float, float, float, float] | None, ...] = ()
+    boxes: tuple[Box | None, ...] = ()
+    canvas: tuple[int, int] | None = None
+
+    @property
+    def overview(self) -> int | None:
+        """The tile that shows the whole image; None where there is none, or it is not known which."""
+        overviews = [i for i, box in enumerate(self.boxes) if box is None]
+        return overviews[0] if len(overviews) == 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +96,11 @@ class VisualFeatures:
             raise ValueError(f"tiles.ids must have shape ({n},), got {tuple(self.tiles.ids.shape)}")
         if self.tiles is not None and self.tiles.boxes and len(self.tiles.boxes) != len(self.tiles.grids):
             raise ValueError(f"tiles.boxes has {len(self.tiles.boxes)} entries, but there are {len(self.tiles.grids)}")
+        if self.tiles is not None and self.tiles.canvas is not None:
+            if self.tiles.overview is None:
+                raise ValueError("tiles.canvas needs an overview: one tile whose box is None")
+            if prod(self.tiles.canvas) + prod(self.tiles.grids[self.tiles.overview]) != n:
+                raise ValueError(f"tiles.canvas {self.tiles.canvas} and the overview do not hold {n} tokens")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
@@ -93,10 +112,36 @@ class VisualFeatures:
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of each tile, or of the whole image; empty where the tokens have no known place."""
-        if self.tiles is not None:
+        """Rows and columns of each plane on which tokens are neighbours; empty where they have no known place.
+
+        That is the whole image, or each tile, or the overview and the map that the other tiles form.
+        """
+        if self.tiles is None:
+            return () if self.grid is None else (self.grid,)
+        if self.tiles.canvas is None:
             return self.tiles.grids
-        return () if self.grid is None else (self.grid,)
+        assert self.tiles.overview is not None
+        overview = self.tiles.grids[self.tiles.overview]
+        return (overview, self.tiles.canvas) if prod(self.tiles.canvas) else (overview,)
+
+    @property
+    def boxes(self) -> tuple[Box | None, ...]:
+        """The part of the image that each plane of ``grids`` shows; None for the overview beside others.
+
+        Where it is not known, the whole image.
+        """
+        whole: Box = (0.0, 0.0, 1.0, 1.0)
+        if self.tiles is not None and self.tiles.canvas is not None:
+            return (None, whole)[: len(self.grids)]
+        boxes = () if self.tiles is None else self.tiles.boxes
+        return boxes or (whole,) * len(self.grids)
+
+    @property
+    def overview(self) -> Tensor | None:
+        """``(n,)`` positions of the overview's tokens, of an image that has one beside other tiles."""
+        if self.tiles is None or self.tiles.overview is None or len(self.tiles.grids) == 1:
+            return None
+        return (self.tiles.ids == self.tiles.overview).nonzero()[:, 0]
 
     def planes(self) -> list[tuple[Tensor, tuple[int, int]]]:
         """For each of ``grids`` the positions ``(H * W,)`` of its tokens in raster order, and ``(H, W)``.
@@ -106,7 +151,10 @@ class VisualFeatures:
         """
         if self.tiles is None:
             return [(torch.arange(self.num_tokens, device=self.embeds.device), grid) for grid in self.grids]
-        planes = [((self.tiles.ids == i).nonzero()[:, 0], grid) for i, grid in enumerate(self.grids)]
+        ids = self.tiles.ids
+        if self.tiles.canvas is not None:
+            ids = (ids != self.tiles.overview).long()
+        planes = [((ids == i).nonzero()[:, 0], grid) for i, grid in enumerate(self.grids)]
         for i, (positions, grid) in enumerate(planes):
             if len(positions) != prod(grid):
                 raise ValueError(f"tile {i} has {len(positions)} tokens, but its grid {grid} has {prod(grid)}")

@@ -160,6 +160,12 @@ _CHOICES_THAT_NEED: dict[tuple[str, str], Input] = {
 }
 
 LLAVA = FamilyDefaults(alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid", "positions"}))
+LLAVA_NEXT = FamilyDefaults(
+    alpha=0.75, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
+)
+INTERNVL = FamilyDefaults(  # alpha: that of Qwen2.5-VL, whose language model InternVL3 has; not calibrated
+    alpha=0.3, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
+)
 QWEN2_5_VL = FamilyDefaults(alpha=0.3, provides=frozenset({"grid", "positions"}))
 
 _POSITIVE = "null or a number above 0"

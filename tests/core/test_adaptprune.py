@@ -1,6 +1,7 @@
 """AdaptPrune against the loop of its Algorithm 1, written down in float64."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -152,6 +153,19 @@ def test_interleaved_tiles_are_found_by_their_ids() -> None:
     assert weave[plan_tokens(woven, policy(9)).order].tolist() == plan_tokens(apart, policy(9)).order.tolist()
 
 
+def test_squares_of_one_canvas_are_neighbours_and_the_overview_is_none() -> None:
+    apart = image(tiles=((3, 3), (4, 6)))  # the overview, and a map of two squares side by side
+    assert apart.tiles is not None
+    squares = torch.tensor([1, 1, 1, 1, 2, 2]).repeat(4)
+    boxes = (None, (0.0, 0.0, 1.0, 4 / 6), (0.0, 4 / 6, 1.0, 1.0))
+    ids = torch.cat([torch.zeros(9, dtype=torch.long), squares])
+    joined = replace(apart, tiles=Tiles(ids, ((3, 3), (4, 4), (4, 2)), boxes, canvas=(4, 6)))
+    assert joined.grids == ((3, 3), (4, 6))
+    assert torch.equal(plan_tokens(joined, policy(20)).order, plan_tokens(apart, policy(20)).order)
+    separate = replace(apart, tiles=Tiles(ids, ((3, 3), (4, 4), (4, 2)), boxes))
+    assert not torch.equal(plan_tokens(separate, policy(20)).order, plan_tokens(apart, policy(20)).order)
+
+
 def test_centre_mask_is_the_papers() -> None:
     mask = centre_mask(24, 24)
     assert mask.max() == 1
@@ -225,3 +239,18 @@ def test_a_map_of_zeros_and_duplicates_keep_k_tokens() -> None:
 def test_tiles_that_contradict_themselves(tiles: Tiles, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_tokens(VisualFeatures(torch.eye(4), torch.eye(4), tiles=tiles), policy(2))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        (Tiles(torch.zeros(4), ((2, 1), (2, 1)), canvas=(2, 1)), "tiles.canvas needs an overview"),
+        (
+            Tiles(torch.zeros(4), ((2, 1), (2, 1)), (None, (0, 0, 1, 1)), canvas=(2, 2)),
+            r"tiles.canvas \(2, 2\) and the overview do not hold 4 tokens",
+        ),
+    ],
+)
+def test_a_canvas_that_contradicts_its_tiles(tiles: Tiles, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VisualFeatures(torch.eye(4), torch.eye(4), tiles=tiles)

@@ -1,6 +1,8 @@
 """Spectral energy against a full SVD, and the fixed budgets."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from vllm_vtprune.budget import (
     spectrum,
     token_budget,
 )
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import Tiles, VisualFeatures
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 
 THRESHOLDS = (0.5, 0.9, 0.99, 0.998, 0.9999)
@@ -250,3 +252,30 @@ def test_ratio_rounds_half_up_and_keeps_at_least_one(keep: float, n: int, k: int
 @pytest.mark.parametrize(("keep", "k"), [(1, 1), (9, 9), (10, 10), (11, 10), (10**6, 10)])
 def test_tokens_are_at_most_all(keep: int, k: int) -> None:
     assert token_budget(TokensBudget(keep=keep), VisualFeatures(torch.ones(10, 1), torch.ones(10, 1))) == (k, None)
+
+
+@pytest.mark.parametrize("solver", ["auto", "exact", "rsvd"])
+def test_the_overview_sets_the_share_of_all_tiles(solver: str) -> None:
+    overview = encoder_like(64, 96)
+    others = torch.randn(150, 96, generator=torch.Generator().manual_seed(1))  # a spectrum of their own
+    ids = torch.tensor([0] * 100 + [2] * 64 + [1] * 50)
+    boxes = ((0.0, 0.0, 1.0, 0.6), (0.0, 0.6, 1.0, 1.0), None)
+    features = VisualFeatures(
+        torch.cat([others[:100], overview, others[100:]]),
+        torch.randn(214, 8),
+        tiles=Tiles(ids, ((10, 10), (5, 10), (8, 8)), boxes),
+    )
+    rank = reference_rank(overview, 0.9)
+    assert rank != reference_rank(features.encoder, 0.9)
+    expected = math.floor(rank / 64 * 214 + 0.5)
+
+    def budget(**bounds: int | None) -> tuple[int, float | None]:
+        given = {"min_tokens": 1, **bounds}
+        return token_budget(EnergyBudget(threshold=0.9, solver=solver, **given), features)  # type: ignore[arg-type]
+
+    assert budget() == (expected, pytest.approx(spectral_energy(overview, rank), abs=1e-4))
+    assert budget(min_tokens=200) == (200, pytest.approx(spectral_energy(overview, 60), abs=1e-4))
+    assert budget(max_tokens=10) == (10, pytest.approx(spectral_energy(overview, 3), abs=1e-3))
+    assert budget(min_tokens=9999)[0] == 214
+    unknown = replace(features, tiles=Tiles(ids, ((10, 10), (5, 10), (8, 8))))  # it is not known which is the overview
+    assert token_budget(EnergyBudget(threshold=0.9, min_tokens=1), unknown)[0] == reference_rank(features.encoder, 0.9)

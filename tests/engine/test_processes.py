@@ -71,21 +71,28 @@ def test_requests_at_the_same_time_answer_as_one_by_one(cached: Engine, uncached
         assert_same(answer, uncached.ask(request))
 
 
+def engine_config(graphs: bool = False, lora: Any = None, rate: float | None = None) -> Any:
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=graphs),
+        lora_config=lora,
+        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(video_pruning_rate=rate)),
+    )
+
+
 @pytest.mark.parametrize(
-    ("graphs", "lora", "option"),
+    ("options", "name"),
     [
-        (True, None, "cudagraph_mm_encoder"),
-        (False, SimpleNamespace(enable_tower_connector_lora=True), "enable_tower_connector_lora"),
+        ({"graphs": True}, "cudagraph_mm_encoder=True"),
+        ({"lora": SimpleNamespace(enable_tower_connector_lora=True)}, "enable_tower_connector_lora=True"),
+        ({"rate": 0.5}, "video_pruning_rate=0.5"),
     ],
 )
-def test_options_that_would_bypass_pruned_embeddings_are_refused(graphs: bool, lora: Any, option: str) -> None:
-    config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mm_encoder=graphs), lora_config=lora)
-    with pytest.raises(ValueError, match=option):
-        refuse_unsupported(config)  # type: ignore[arg-type]
+def test_options_that_would_bypass_pruned_embeddings_are_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^[a-z_.]*{name} cannot be combined with vllm-vtprune"):
+        refuse_unsupported(engine_config(**options))
 
 
 @pytest.mark.parametrize("lora", [None, SimpleNamespace(enable_tower_connector_lora=False)])
-def test_other_options_are_not_refused(lora: Any) -> None:
-    refuse_unsupported(  # type: ignore[arg-type]
-        SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mm_encoder=False), lora_config=lora)
-    )
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_other_options_are_not_refused(lora: Any, rate: float | None) -> None:
+    refuse_unsupported(engine_config(lora=lora, rate=rate))

@@ -39,6 +39,8 @@ class Ask:
     pruning: object = None
     uuids: Sequence[str | None] | None = None
     max_tokens: int = 8
+    videos: Sequence[Any] = ()
+    processor_kwargs: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,20 @@ class Engine:
         for request in requests:
             prompt: dict[str, Any] = {"prompt": request.prompt}
             request_id = None
-            if request.images:
-                prompt["multi_modal_data"] = {"image": list(request.images)}
+            media = {"image": list(request.images), "video": list(request.videos)}
+            if any(media.values()):
+                prompt["multi_modal_data"] = {modality: items for modality, items in media.items() if items}
             if request.uuids is not None:
                 prompt["multi_modal_uuids"] = {"image": list(request.uuids)}
+            processor_kwargs = dict(request.processor_kwargs)
             if request.pruning is not None:
                 value = request.pruning
                 if isinstance(value, Mapping):
                     request_id = f"request-{next(_request_ids)}"
                     value = {**value, "request_id": request_id}
-                prompt["mm_processor_kwargs"] = {"pruning": value}
+                processor_kwargs["pruning"] = value
+            if processor_kwargs:
+                prompt["mm_processor_kwargs"] = processor_kwargs
             prompts.append(prompt)
             ids.append(request_id)
             params.append(SamplingParams(temperature=0, max_tokens=request.max_tokens, logprobs=5, ignore_eos=True))
@@ -119,8 +125,9 @@ def running_engine(
 
     Args:
         environment: variables that are set while the engine starts.
-        options: of `LLM`, beside those that all engines of the tests share.
+        options: of `LLM`, beside or instead of those that all engines of the tests share.
     """
+    shared = {"max_model_len": 2560, "limit_mm_per_prompt": {"image": 3}}
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     before = {variable: os.environ.get(variable) for variable in environment}
     os.environ.update(environment)
@@ -130,11 +137,9 @@ def running_engine(
             served_model_name=name,
             dtype="float32",
             enforce_eager=True,
-            max_model_len=2560,
             max_num_seqs=8,
             block_size=BLOCK,
-            limit_mm_per_prompt={"image": 3},
-            **options,
+            **(shared | options),
         )
     finally:
         for variable, value in before.items():

@@ -1,31 +1,43 @@
-"""A LLaVA in plain transformers that reads a prompt in which only some tokens of each image are left."""
+"""Models in plain transformers that read a prompt in which only some tokens of each image are left."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    InternVLForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 
 class Reference:
-    """Built from the checkpoint alone, in float32 with eager attention."""
+    """LLaVA-1.5, built from the checkpoint alone, in float32 with eager attention."""
+
+    model_class = LlavaForConditionalGeneration
 
     def __init__(self, checkpoint: Path) -> None:
-        self.model, loading = LlavaForConditionalGeneration.from_pretrained(
+        self.model, loading = self.model_class.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         assert not any(loading.values()), f"not every weight of the checkpoint was used: {loading}"
         self.model.eval()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-        self._pixels = CLIPImageProcessor.from_pretrained(checkpoint)
-        self.image_token = self.model.config.image_token_index
+        self._pixels = AutoImageProcessor.from_pretrained(checkpoint)
+        self.image_token = self.model.config.image_token_id
 
     @torch.inference_mode()
     def visual_embeds(self, image: Image.Image) -> torch.Tensor:
         """(N, d): an image's tokens as the language model reads them."""
         pixels = self._pixels(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         return self.model.get_image_features(pixel_values=pixels).pooler_output[0]
+
+    def kept_embeds(self, embeds: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """(T, d): what the language model reads of an image with these `visual_embeds` of which only some are kept."""
+        return embeds[kept]
 
     @torch.inference_mode()
     def noun_embeds(self, nouns: Sequence[str]) -> torch.Tensor | None:
@@ -57,3 +69,53 @@ class Reference:
         embeds = torch.cat([prompt, table(torch.tensor(answer[:-1], dtype=torch.long))])
         logits = self.model(inputs_embeds=embeds[None], position_ids=torch.arange(len(embeds))[None]).logits[0]
         return logits[len(prompt_ids) - 1 :].float().log_softmax(dim=-1)
+
+
+class LlavaNextReference(Reference):
+    """LLaVA-NeXT. The newlines are among the `visual_embeds`, and no index of a kept token counts them."""
+
+    model_class = LlavaNextForConditionalGeneration
+
+    @torch.inference_mode()
+    def visual_embeds(self, image: Image.Image) -> torch.Tensor:
+        inputs = self._pixels(image.convert("RGB"), return_tensors="pt")
+        return self.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
+
+    def kept_embeds(self, embeds: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """A row ends with its newline if any of its tokens is kept, or if it has none."""
+        newline = (embeds == self.model.model.image_newline).all(dim=1).tolist()
+        vision = self.model.config.vision_config
+        overview = (vision.image_size // vision.patch_size) ** 2
+        wanted = set(kept.tolist())
+        token, row, out = 0, [], []
+        for position, is_newline in enumerate(newline):
+            if is_newline:
+                if not row or any(row):
+                    out.append(position)
+                row = []
+                continue
+            if token in wanted:
+                out.append(position)
+            if token >= overview:
+                row.append(token in wanted)
+            token += 1
+        return embeds[out]
+
+
+class InternVLReference(Reference):
+    """InternVL in transformers' layout, whose prompts have a token before and one after each image."""
+
+    model_class = InternVLForConditionalGeneration
+
+    @torch.inference_mode()
+    def visual_embeds(self, image: Image.Image) -> torch.Tensor:
+        pixels = self._pixels(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1)
+
+    def prompt_ids(self, prompt: str, kept: Sequence[int]) -> list[int]:
+        before, after = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        counts = iter(kept)
+        ids: list[int] = []
+        for token in self.tokenizer(prompt)["input_ids"]:
+            ids += [before, *[token] * next(counts), after] if token == self.image_token else [token]
+        return ids

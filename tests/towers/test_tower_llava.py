@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
 
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.towers import TowerError, VisionTower, load_tower
-from vllm_vtprune.towers.llava import attend, build_module, feature_depths
+from vllm_vtprune.towers.clip import attend, build_module, feature_depths
 
 RELEASED = (
     ("model.vision_tower.", "vision_tower.vision_model."),

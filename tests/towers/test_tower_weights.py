@@ -2,14 +2,14 @@
 
 import json
 from collections import Counter
-from math import prod
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlavaConfig
 
-from vllm_vtprune.towers.llava import ALIASES, TOKEN_TABLE, build_module
+from tests.support.released import released_clip, write_sparse_shards
+from vllm_vtprune.towers.clip import ALIASES, TOKEN_TABLE, build_module
 from vllm_vtprune.towers.weights import CheckpointReader, TowerError, load_into
 
 
@@ -118,50 +118,11 @@ def test_no_tensor_is_read_twice(tmp_path):
         CheckpointReader(tmp_path, {"a": ("w",), "b": ("w",)}).plan({"a": (1,), "b": (1,)})
 
 
-def released_shapes() -> dict[str, tuple[int, ...]]:
-    """What llava-1.5-7b-hf stores of its vision tower, projector and token table: names and shapes."""
-    d, ff, text = 1024, 4096, 4096
-    shapes: dict[str, tuple[int, ...]] = {
-        "vision_tower.vision_model.embeddings.class_embedding": (d,),
-        "vision_tower.vision_model.embeddings.patch_embedding.weight": (d, 3, 14, 14),
-        "vision_tower.vision_model.embeddings.position_embedding.weight": (577, d),
-        "multi_modal_projector.linear_1.weight": (text, d),
-        "multi_modal_projector.linear_1.bias": (text,),
-        "multi_modal_projector.linear_2.weight": (text, text),
-        "multi_modal_projector.linear_2.bias": (text,),
-        "language_model.model.embed_tokens.weight": (32064, text),
-    }
-    vectors = {f"layer_norm{i}.{kind}": (d,) for i in (1, 2) for kind in ("weight", "bias")}
-    matrices = {f"self_attn.{p}_proj.weight": (d, d) for p in ("q", "k", "v", "out")}
-    biases = {f"self_attn.{p}_proj.bias": (d,) for p in ("q", "k", "v", "out")}
-    mlp = {"mlp.fc1.weight": (ff, d), "mlp.fc1.bias": (ff,), "mlp.fc2.weight": (d, ff), "mlp.fc2.bias": (d,)}
-    for i in range(24):
-        for name, shape in (vectors | matrices | biases | mlp).items():
-            shapes[f"vision_tower.vision_model.encoder.layers.{i}.{name}"] = shape
-    for norm in ("pre_layrnorm", "post_layernorm"):
-        shapes |= {f"vision_tower.vision_model.{norm}.{kind}": (d,) for kind in ("weight", "bias")}
-    return shapes
-
-
-def write_sparse(path, shapes):
-    """A safetensors file of zeros that takes no space on disk: its header, and a hole."""
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + 2 * prod(shape)]}
-        offset += 2 * prod(shape)
-    encoded = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + offset)
-
-
 def test_released_7b_layout_is_consumed_exactly_once(tmp_path):
-    stored = released_shapes()
+    """Names and shapes of llava-1.5-7b-hf's vision tower, projector and token table."""
+    stored = released_clip()
     assert len(stored) == 24 * 16 + 12
-    weight_map = {name: f"model-{1 + i % 3}.safetensors" for i, name in enumerate(stored)}
-    for file in set(weight_map.values()):
-        write_sparse(tmp_path / file, {n: s for n, s in stored.items() if weight_map[n] == file})
-    write_index(tmp_path, weight_map)
+    write_sparse_shards(tmp_path, stored, shards=3)
 
     module = build_module(LlavaConfig())
     expected = {name: tuple(p.shape) for name, p in module.named_parameters()} | {TOKEN_TABLE: (32064, 4096)}

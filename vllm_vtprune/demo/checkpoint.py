@@ -13,9 +13,10 @@ which it writes with `save_original_format=False`. transformers reads all three.
 """
 
 import hashlib
-import json
+import inspect
 import math
 import os
+import pkgutil
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -36,7 +36,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vllm_vtprune.demo import weights as weight_files
 from vllm_vtprune.demo import words
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES
+from vllm_vtprune.demo.weights import noise, renamed, write_weights
 
 Size = Literal["tiny", "small", "7b"]
 Naming = Literal["vllm", "transformers", "module"]
@@ -185,8 +188,8 @@ def llava_config(size: Size, dtype: DType = "float32") -> LlavaConfig:
     )
 
 
-def demo_tokenizer(size: Size = "tiny") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text survives the round trip, common words are one token each."""
+def trained_tokenizer(special_tokens: list[str]) -> Tokenizer:
+    """A byte-level BPE with `TRAINED_TOKENS` tokens, the special ones first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -194,11 +197,17 @@ def demo_tokenizer(size: Size = "tiny") -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TRAINED_TOKENS,
-        special_tokens=[UNK, BOS, EOS],
+        special_tokens=special_tokens,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(words.sentences(), trainer)
+    return tokenizer
+
+
+def demo_tokenizer(size: Size = "tiny") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text survives the round trip, common words are one token each."""
+    tokenizer = trained_tokenizer([UNK, BOS, EOS])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 1)]
     )
@@ -217,23 +226,24 @@ def demo_tokenizer(size: Size = "tiny") -> PreTrainedTokenizerFast:
     )
 
 
-def embedded_checkpoint() -> Path:
-    """The default tiny checkpoint, built on first use and kept in the user's cache directory.
+def embedded_checkpoint(family: str = DEFAULT) -> Path:
+    """The tiny checkpoint of one of `FAMILIES`, built on first use and kept in the user's cache directory.
 
     The directory's name holds a digest of what it is built from, so a new version builds anew. Several processes may
     call this at once: each builds in a directory of its own, and the first to finish gives it its name.
     """
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
-    for source in (Path(__file__), Path(words.__file__)):
-        digest.update(source.read_bytes())
+    write = pkgutil.resolve_name(FAMILIES[family])
+    for source in sorted({__file__, words.__file__, weight_files.__file__, inspect.getfile(write)}):
+        digest.update(Path(source).read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-vtprune"
-    target = cache / f"llava-tiny-{digest.hexdigest()[:12]}"
+    target = cache / f"{family}-tiny-{digest.hexdigest()[:12]}"
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
         try:
             building.chmod(0o755)
-            write_llava_checkpoint(building)
+            write(building)
             building.rename(target)
         except OSError:
             if not target.is_dir():  # otherwise another process was first
@@ -246,28 +256,14 @@ def embedded_checkpoint() -> Path:
 def _write_weights(
     directory: Path, config: LlavaConfig, naming: Naming, seed: int, shards: int, dtype: torch.dtype
 ) -> None:
-    shapes = _shapes(config)
-    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    shard_of: dict[str, int] = {}
-    written = 0
-    for name, shape in shapes.items():
-        shard_of[name] = min(shards - 1, written * shards // total)
-        written += math.prod(shape) * dtype.itemsize
-
-    weight_map: dict[str, str] = {}
-    for shard in range(shards):
-        file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        tensors = {
-            _rename(name, naming): _random_weight(name, shapes[name], seed).to(dtype)
-            for name, its_shard in shard_of.items()
-            if its_shard == shard
-        }
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)  # safetensors writes files that only their owner can read
-        weight_map |= dict.fromkeys(tensors, file)
-    if shards > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_weights(
+        directory,
+        _shapes(config),
+        rename=lambda name: renamed(name, RENAMES[naming]),
+        weight=lambda name, shape: random_weight(name, shape, seed),
+        shards=shards,
+        dtype=dtype,
+    )
 
 
 def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
@@ -276,26 +272,18 @@ def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
-def _rename(name: str, naming: Naming) -> str:
-    for old, new in RENAMES[naming]:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def _random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Weights under which patches look different and the next token depends on all of them."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))
+    values = noise(name, shape, seed)
     if "norm" in name or "layrnorm" in name:
-        return noise.mul_(0.1).add_(1.0 if name.endswith(".weight") else 0.0)
+        return values.mul_(0.1).add_(1.0 if name.endswith(".weight") else 0.0)
     if name.endswith(".bias"):
-        return noise.mul_(0.1)
-    if "embed_tokens" in name or "class_embedding" in name:
-        return noise
+        return values.mul_(0.1)
+    if any(part in name for part in ("embed_tokens", "class_embedding", "cls_token", "image_newline")):
+        return values
     if "position_embedding" in name:
-        return noise.mul_(0.03)
+        return values.mul_(0.03)
     if "patch_embedding" in name:
-        noise -= noise.mean(dim=(2, 3), keepdim=True).mul_(0.7)  # look for texture more than for brightness
+        values -= values.mean(dim=(2, 3), keepdim=True).mul_(0.7)  # look for texture more than for brightness
     gain = 2.0 if any(part in name for part in ("patch_embedding", "q_proj", "k_proj", "lm_head")) else 1.0
-    return noise.mul_(gain / math.sqrt(math.prod(shape[1:])))
+    return values.mul_(gain / math.sqrt(math.prod(shape[1:])))

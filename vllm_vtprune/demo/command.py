@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.demo.server import ServerFailed, running_server
 
@@ -23,7 +24,7 @@ ARMS: dict[str, object] = {"unpruned": False, "pruned": POLICY}
 
 SERVE_OPTIONS = (
     "--max-model-len",
-    "2048",
+    "4096",
     "--enforce-eager",
     "--no-enable-log-requests",
     "--disable-uvicorn-access-log",
@@ -51,13 +52,19 @@ def demo(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
-    parser.add_argument("--model", help="the model to serve; default: the checkpoint that comes with the package")
+    parser.add_argument(
+        "--family",
+        choices=list(FAMILIES),
+        default=DEFAULT,
+        help="whose small checkpoint to serve, made on the spot (default: %(default)s)",
+    )
+    parser.add_argument("--model", help="another model to serve")
     parser.add_argument("--question", default=QUESTION, help="what to ask (default: %(default)s)")
     args = parser.parse_args(argv)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     try:
-        result = run(args.question, args.model)
+        result = run(args.question, args.model or _checkpoint(args.family))
     except KeyboardInterrupt:
         print("\nInterrupted; the server is stopped.", file=sys.stderr)
         sys.exit(130)
@@ -82,6 +89,15 @@ def run(question: str, model: str | None = None) -> dict[str, dict[str, Any]]:
             ask(url, Image.new("RGB", (336, 336), "gray"), question, policy)
         picture = photograph()
         return {arm: ask(url, picture, question, policy) for arm, policy in ARMS.items()}
+
+
+def _checkpoint(family: str) -> str | None:
+    """The small checkpoint of a family; None for the one that the server itself makes where it is given no model."""
+    if family == DEFAULT:
+        return None
+    from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
+
+    return str(embedded_checkpoint(family))
 
 
 def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str, Any]:

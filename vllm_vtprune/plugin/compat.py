@@ -14,10 +14,11 @@ from typing import Any
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import envs
-from vllm_vtprune.towers.base import VisionTower, load_tower
+from vllm_vtprune.towers.base import PixelNorm, VisionTower, load_tower
 
 logger = init_logger("vllm.vtprune")
 
@@ -55,8 +56,9 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise for engine options under which pruned embeddings would not reach the language model.
 
     Raises:
-        ValueError: encoder CUDA graphs (they bypass ``embed_multimodal``, vLLM 0.32.0 v1/worker) or tower LoRA (the
-            frontend tower has no adapters) are on.
+        ValueError: encoder CUDA graphs (they bypass ``embed_multimodal``, vLLM 0.32.0 v1/worker), tower LoRA (the
+            frontend tower has no adapters) or vLLM's own pruning of videos (it changes the embeddings of every image,
+            and its positions, which are wrong for portrait images, replace ours) are on.
     """
     remedy = "switch it off, or leave vtprune out of VLLM_PLUGINS to serve without pruning"
     if getattr(vllm_config.compilation_config, "cudagraph_mm_encoder", False):
@@ -64,6 +66,9 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     lora = vllm_config.lora_config
     if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
         raise ValueError(f"enable_tower_connector_lora=True cannot be combined with vllm-vtprune: {remedy}")
+    rate = getattr(vllm_config.model_config.multimodal_config, "video_pruning_rate", None)
+    if rate:
+        raise ValueError(f"video_pruning_rate={rate} cannot be combined with vllm-vtprune: {remedy}")
 
 
 def model_name(model_config: ModelConfig) -> str:
@@ -75,6 +80,21 @@ def model_name(model_config: ModelConfig) -> str:
 def transports_device_tensors(model_config: ModelConfig) -> bool:
     """Whether items may stay on the GPU on their way to the engine (0.32.0: ``mm_tensor_ipc="torch_shm"``)."""
     return bool(model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm")
+
+
+def pixel_norm(model_config: ModelConfig) -> PixelNorm | None:
+    """How the model normalises pixels, where it does that and not the image processor.
+
+    vLLM 0.32.0 leaves it to the models that can (``mm_device_do_normalize``, on by default), with numbers from
+    ``_load_norm_params`` (model_executor/layers/fusion/mm_input_norm.py). Can go when images come normalised or the
+    numbers are public.
+    """
+    if not model_config.get_multimodal_config().mm_device_do_normalize:
+        return None
+    found = _load_norm_params(model_config)
+    if found.is_identity:
+        return None
+    return PixelNorm(tuple(found.image_mean), tuple(found.image_std), found.rescale_factor)
 
 
 def load_tower_of(model_config: ModelConfig, architecture: str) -> VisionTower:
@@ -95,6 +115,7 @@ def load_tower_of(model_config: ModelConfig, architecture: str) -> VisionTower:
         device=envs.device(),
         load_format=load_format,
         seed=model_config.seed,
+        pixel_norm=pixel_norm(model_config),
     )
     logger.info("Frontend vision tower loaded: %s weights, %s, %s", tower.weights, tower.device, tower.dtype)
     return tower

@@ -13,7 +13,7 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -27,6 +27,11 @@ class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
 
     architecture = ARCHITECTURE
     family = LLAVA
+
+    def view(self, height: int, width: int) -> Box:
+        """The square in the middle: the image processor makes the shorter side fit and crops the longer one."""
+        top, left = max(0.0, 1 - width / height) / 2, max(0.0, 1 - height / width) / 2
+        return top, left, 1 - top, 1 - left
 
     def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
         return {"pixel_values": embeds}

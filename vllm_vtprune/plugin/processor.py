@@ -37,7 +37,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import text
 from vllm_vtprune.encoder import Encoded
-from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
@@ -112,7 +112,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """The fields of the item of a pruned image: those that an unpruned one has, and any of its own.
 
         Args:
-            embeds: (k, d) to be prefilled, where and as vLLM's transport to the engine takes them.
+            embeds: (T, d) to be prefilled, where and as vLLM's transport to the engine takes them.
             features: of the whole image.
             plan: which of its tokens are kept.
         """
@@ -127,7 +127,49 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def placeholder(self, num_tokens: int) -> Any:
         """What stands in the prompt for an image of which ``num_tokens`` are kept, as in vLLM's prompt updates."""
-        return [self.info.get_hf_config().image_token_index] * num_tokens
+        return [self.image_token_id] * num_tokens
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for an image in a prompt."""
+        token_id: int = self.info.get_hf_config().image_token_index
+        return token_id
+
+    def for_tower(self, item: PreparedImage, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> PreparedImage:
+        """What the tower takes of an image: the fields of its item, where they tell all that the tower needs to know.
+
+        Args:
+            item: the fields of an image that is not pruned.
+            size: height and width of the image, in pixels.
+            hf_kwargs: of the HF processor that made the fields.
+        """
+        return item
+
+    def view(self, height: int, width: int) -> Box:
+        """The part of an image of that size, in pixels, that the model sees."""
+        return 0.0, 0.0, 1.0, 1.0
+
+    # For images outside of any request
+
+    def plan_alone(
+        self, media: MediaWithBytes[Image.Image], policy: PruningPolicy, query: str
+    ) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
+        """Choose the tokens of one image, with a policy that prunes.
+
+        Returns:
+            What a request would be told of it, the plan, and what it was made from.
+
+        Raises:
+            PolicyError: the family lacks what the policy asks for.
+        """
+        job = ImageJob(policy.resolve(self.family), feature_key="", item_hash="")
+        report = RequestReport()
+        if job.policy.conditions_on_text:
+            self._read_text(job, query, report)
+        features = self.runtime.encoder.submit("alone", self.preprocess(media, {})).result().features
+        plan, _ = self._plan(job, features, report)
+        assert job.report is not None
+        return job.report, plan, features
 
     # For images that are encoded before their request is processed
 
@@ -153,7 +195,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """An image as `apply` would have it encoded. May be called from any thread."""
         items = MultiModalDataItems({"image": ImageProcessorItems([media])})
         [image] = self._prepared_images(self._apply_hf_processor_main(items, hf_kwargs), hf_kwargs)
-        return image
+        return self.for_tower(image, _size(items, 0), hf_kwargs)
 
     # Hooks of vLLM
 
@@ -172,12 +214,13 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if isinstance(images, ImageProcessorItems) and any(policy.enabled for policy in pruning.policies):
             jobs = self._jobs(stock, images, pruning, report)
             result = super().apply(self._with_jobs(stock, images, jobs), timing_ctx)
-            self._report_jobs(jobs, images, result)
+            self._report_jobs(jobs, images, result, stock.hf_processor_mm_kwargs)
         else:
             result = super().apply(stock, timing_ctx)
             for policy, count in zip(pruning.policies, _token_counts(result), strict=True):
                 reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
                 report.images.append(ImageReport(policy.method, count, count, bypass_reason=reason))
+        report.images = in_prompt_order(report.images, result["mm_placeholders"], pruning.policy)
         self.runtime.record_request(report, pruning.request_id)
         return result
 
@@ -214,6 +257,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         for index, image in prepared.items():
             job = jobs.images[index]
             if job.policy.enabled:
+                image = self.for_tower(image, _size(mm_items, index), stock_kwargs)
                 job.encoding = encoder.submit(job.feature_key, image)
         if any(job.policy.enabled for job in jobs.images):
             features = self._features(jobs)
@@ -254,8 +298,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def _prompt_text(self, prompt: list[int]) -> str:
         """The text of a prompt, without image placeholders, special tokens and the names of the speakers."""
-        image_token = self.info.get_hf_config().image_token_index
-        tokens = [token for token in prompt if token != image_token]
+        tokens = [token for token in prompt if token != self.image_token_id]
         return ROLE_MARKER.sub(" ", self.info.get_tokenizer().decode(tokens, skip_special_tokens=True))
 
     def _noun_ids(self, noun: str) -> list[int]:
@@ -334,17 +377,26 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return {index: one.features for index, one in encoded.items()}
 
     def _pruned_item(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> PreparedImage:
-        """Plan one image, and note what was done."""
-        plan = self.runtime.plan(features, job.policy, job.noun_ids)
-        report.add_timings(plan.timings)
-        job.report = _image_report(job, plan, features.num_tokens)
+        """Plan one image, and note for later requests what was done."""
+        plan, embeds = self._plan(job, features, report)
+        assert job.report is not None
         self.runtime.record_image(job.item_hash, job.report)
-        embeds = plan.embeds.to(self._model_config.dtype)
         if not compat.transports_device_tensors(self._model_config):
             embeds = embeds.cpu()
         return self.pruned_item(embeds, features, plan)
 
-    def _report_jobs(self, jobs: PromptJobs, images: ImageProcessorItems, result: Any) -> None:
+    def _plan(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> tuple[PruningPlan, torch.Tensor]:
+        """The plan of one image, and (T, d) what is to be prefilled. Puts the image's report into the job."""
+        plan = self.runtime.plan(features, job.policy, job.noun_ids)
+        report.add_timings(plan.timings)
+        tower = self.runtime.tower
+        embeds = tower.sequence(features, plan).to(self._model_config.dtype)
+        job.report = _image_report(job, plan, tower.sequence_length(features), len(embeds))
+        return plan, embeds
+
+    def _report_jobs(
+        self, jobs: PromptJobs, images: ImageProcessorItems, result: Any, hf_kwargs: Mapping[str, object]
+    ) -> None:
         """Report each image, from its job or, where vLLM's cache held the item, from the table."""
         for index, (job, count) in enumerate(zip(jobs.images, _token_counts(result), strict=True)):
             if not job.policy.enabled:
@@ -354,7 +406,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
                 if known is None:  # the item outlived its report
                     self._apply_hf_processor_main(
                         MultiModalDataItems({"image": ImageProcessorItems([images.data[index]])}),
-                        {PRUNING_KEY: replace(jobs, images=[job])},
+                        {**hf_kwargs, PRUNING_KEY: replace(jobs, images=[job])},
                     )
                     known = job.report
                 assert known is not None
@@ -362,8 +414,25 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             jobs.report.images.append(job.report)
 
 
-def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int) -> ImageReport:
-    kept = len(plan.embeds)
+def in_prompt_order(
+    images: Sequence[ImageReport], placeholders: Mapping[str, Sequence[Any]], policy: PruningPolicy
+) -> list[ImageReport]:
+    """The reports of a prompt's images, with one for each of its other media, which are never pruned.
+
+    Args:
+        images: reports of the images, in order.
+        placeholders: where the media of each modality stand in the prompt.
+        policy: of the request.
+    """
+    reports = [(place.offset, image) for place, image in zip(placeholders.get("image", ()), images, strict=True)]
+    reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
+    for place in (place for modality, places in placeholders.items() if modality != "image" for place in places):
+        count = place.get_num_embeds()
+        reports.append((place.offset, ImageReport(policy.method, count, count, bypass_reason=reason)))
+    return [report for _, report in sorted(reports, key=lambda placed: placed[0])]
+
+
+def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int, kept: int) -> ImageReport:
     return ImageReport(
         method=job.policy.method,
         visual_tokens=visual_tokens,
@@ -393,6 +462,12 @@ def _select_images(mm_items: MultiModalDataItems, indices: Sequence[int]) -> Mul
     if images is None:
         return mm_items
     return MultiModalDataItems({**mm_items, "image": ImageProcessorItems([images.data[i] for i in indices])})
+
+
+def _size(mm_items: MultiModalDataItems, index: int) -> tuple[int, int]:
+    """Height and width of an image, in pixels."""
+    size = mm_items.get_items("image", ImageProcessorItems).get_image_size(index)
+    return size.height, size.width
 
 
 def _token_counts(result: Any) -> list[int]:

@@ -21,8 +21,9 @@ MAX_REQUEST_ID = 256
 
 @dataclass(frozen=True)
 class PromptPruning:
-    """The parsed entry: ``policies[i]`` and ``texts[i]`` belong to the i-th image of the prompt."""
+    """The parsed entry: ``policies[i]`` and ``texts[i]`` are the i-th image's, ``policy`` is that of the rest."""
 
+    policy: PruningPolicy
     policies: tuple[PruningPolicy, ...]
     texts: tuple[str, ...]
     request_id: str | None
@@ -58,7 +59,7 @@ class PromptPruning:
             if not isinstance(text, str):
                 raise PolicyError(f"{PARAM}.texts.{index}", text, "a string")
             conditions.append(text if own.text.query is None else own.text.query)
-        return cls(policies, tuple(conditions), request_id)
+        return cls(policy, policies, tuple(conditions), request_id)
 
 
 def _per_image(name: str, value: object, num_images: int) -> Sequence[object]:

@@ -6,23 +6,41 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vllm_vtprune.features import PreparedImage, VisualFeatures
-from vllm_vtprune.towers.weights import TowerError
+from vllm_vtprune.towers.weights import Aliases, CheckpointReader, TowerError, fill_random, load_into
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["TOWERS", "TokenTable", "VisionTower", "Weights", "load_tower", "random_table", "resolve_device"]
+    from vllm_vtprune.plan import PruningPlan
+
+__all__ = [
+    "TOWERS",
+    "PixelNorm",
+    "TokenTable",
+    "VisionTower",
+    "Weights",
+    "load_parameters",
+    "load_tower",
+    "random_table",
+    "resolve_device",
+]
 
 Weights = Literal["checkpoint", "dummy"]
 
-TOWERS = {"LlavaForConditionalGeneration": "vllm_vtprune.towers.llava:LlavaTower"}  # architecture -> class
+TOWERS = {  # architecture -> class
+    "LlavaForConditionalGeneration": "vllm_vtprune.towers.llava:LlavaTower",
+    "InternVLForConditionalGeneration": "vllm_vtprune.towers.internvl:InternVLTower",
+    "LlavaNextForConditionalGeneration": "vllm_vtprune.towers.llava_next:LlavaNextTower",
+    "Qwen2_5_VLForConditionalGeneration": "vllm_vtprune.towers.qwen2_5_vl:Qwen2_5_VLTower",
+}
 
 ROW_CACHE = 4096  # rows of the token table kept in memory: 32 MiB at d = 4096 in bfloat16
 
@@ -44,6 +62,49 @@ def random_table(size: int, dim: int, seed: int) -> TokenTable:
         return torch.randn(dim, generator=generator) * 0.02
 
     return TokenTable(lambda ids: torch.stack([row(i) for i in ids]), size, dim)
+
+
+@dataclass(frozen=True)
+class PixelNorm:
+    """How the values of an image's pixels, from 0 to 255, become what an encoder takes: in float32, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float
+
+    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The function of patches (P, channels * values) that normalises them on `device`."""
+        std = torch.tensor(self.std, dtype=torch.float32)
+        scale = (self.rescale / std).to(device)[:, None]
+        shift = (-torch.tensor(self.mean, dtype=torch.float32) / std).to(device)[:, None]
+        return lambda pixels: (pixels.unflatten(1, (len(self.std), -1)) * scale + shift).flatten(1)
+
+
+def load_parameters(
+    module: nn.Module,
+    model_dir: Path,
+    hf_config: Any,
+    *,
+    table: str,
+    aliases: Aliases,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+) -> TokenTable:
+    """Give `module`, built on the meta device, its parameters, and return the language model's token table.
+
+    `table`: canonical name of that table, whose shape is that of `hf_config.text_config`. `aliases`: as
+    `CheckpointReader` takes them. `seed`: None reads `model_dir`; a number makes both random instead.
+    Raises TowerError where the files do not fit.
+    """
+    shape = (hf_config.text_config.vocab_size, hf_config.text_config.hidden_size)
+    if seed is not None:
+        fill_random(module, device=device, dtype=dtype, seed=seed)
+        return random_table(*shape, seed)
+    reader = CheckpointReader(model_dir, aliases)
+    reader.plan({table: shape})
+    load_into(module, reader, device=device, dtype=dtype)
+    return TokenTable(partial(reader.rows, table), *shape)
 
 
 class VisionTower(ABC):
@@ -84,6 +145,18 @@ class VisionTower(ABC):
     @abstractmethod
     def warm_up(self) -> None:
         """Encode a blank image, so that the first real one does not pay for what PyTorch prepares on first use."""
+
+    def sequence(self, features: VisualFeatures, plan: "PruningPlan") -> Tensor:
+        """(T, d): what the language model reads of an image, on `plan.embeds`'s device.
+
+        The embeddings of the tokens that `plan` keeps of `features`, in order, with whatever the model puts between
+        them: nothing, in most families.
+        """
+        return plan.embeds
+
+    def sequence_length(self, features: VisualFeatures) -> int:
+        """How many embeddings the language model reads of the whole image, which is T with every token kept."""
+        return features.num_tokens
 
     def token_rows(self, token_ids: Sequence[int]) -> Tensor:
         """(M, d): rows of the language model's input embedding table, in order, on `self.device` in `self.dtype`.
@@ -128,6 +201,7 @@ def load_tower(
     device: str = "auto",
     load_format: str = "auto",
     seed: int = 0,
+    pixel_norm: PixelNorm | None = None,
 ) -> VisionTower:
     """The vision tower of a model.
 
@@ -136,6 +210,7 @@ def load_tower(
     `hf_config`: the model's config. `dtype`: the model's.
     `device`: auto, cpu, cuda or cuda:INDEX.
     `load_format`: vLLM's. "dummy" fills the tower with random weights from `seed`; any other value reads safetensors.
+    `pixel_norm`: for pixels that are to be normalised by the tower; None where the image processor does it.
 
     Raises TowerError where the architecture or its config is not supported, or the files do not fit.
     """
@@ -148,4 +223,5 @@ def load_tower(
         dtype=dtype,
         device=resolve_device(device),
         seed=seed if load_format == "dummy" else None,
+        **({} if pixel_norm is None else {"pixel_norm": pixel_norm}),
     )

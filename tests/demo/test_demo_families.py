@@ -1,0 +1,30 @@
+"""`vtprune demo --family`: a real server and one streamed request, unpruned and pruned, for each family."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(("family", "visual_tokens"), [("qwen2_5_vl", 18 * 18)])
+def test_one_photograph_unpruned_and_pruned(family: str, visual_tokens: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_vtprune.cli", "demo", "--family", family, "--json"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    [unpruned], [pruned] = (result[arm]["pruning"]["images"] for arm in ("unpruned", "pruned"))
+    assert unpruned["visual_tokens"] == unpruned["kept_tokens"] == pruned["visual_tokens"] == visual_tokens
+    assert 32 <= pruned["kept_tokens"] < visual_tokens
+    assert pruned["energy"] >= 0.99
+    assert "astronaut" in pruned["nouns"]
+    assert pruned["bypass_reason"] is None

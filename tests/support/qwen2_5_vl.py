@@ -1,0 +1,124 @@
+"""Qwen2.5-VL: prompts in its chat form, and a model in plain transformers that reads them where tokens are gone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from tests.support.reference import Reference
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def ask_about(question: str, media: str = IMAGE, before: str = SYSTEM) -> str:
+    """A prompt: what was said before, the media and a question. It ends where the answer begins."""
+    return f"{before}<|im_start|>user\n{media}{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def answered(prompt: str, answer: str) -> str:
+    """What was said before the next turn."""
+    return f"{prompt}{answer}<|im_end|>\n"
+
+
+class Medium(NamedTuple):
+    """An image or a video: all its embeddings (N, d), its grid (t, h, w) in tokens, and which of the N are kept."""
+
+    embeds: torch.Tensor
+    grid: tuple[int, int, int]
+    kept: torch.Tensor
+    time_step: int = 1  # positions from one frame to the next
+
+
+class QwenReference(Reference):
+    """Built from the checkpoint alone, in float32 with eager attention."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(loading.values()), f"not every weight of the checkpoint was used: {loading}"
+        self.model.eval()
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.tokenizer = self.processor.tokenizer
+        self.image_token = self.model.config.image_token_id
+        self.video_token = self.model.config.video_token_id
+
+    @torch.inference_mode()
+    def image(self, image: Image.Image, **options: Any) -> Medium:
+        """An image of which every token is kept. `options`: of the image processor."""
+        inputs = self.processor.image_processor(images=[image.convert("RGB")], return_tensors="pt", **options)
+        [embeds] = self.model.get_image_features(**inputs).pooler_output
+        return self._medium(embeds, inputs["image_grid_thw"])
+
+    @torch.inference_mode()
+    def video(self, frames: Any, seconds_per_step: float) -> Medium:
+        """A video (frames, height, width, 3), every token of it kept."""
+        inputs = self.processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+        [embeds] = self.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+        step = int(seconds_per_step * self.model.config.vision_config.tokens_per_second)
+        return self._medium(embeds, inputs["video_grid_thw"])._replace(time_step=step)
+
+    def _medium(self, embeds: torch.Tensor, grid_thw: torch.Tensor) -> Medium:
+        frames, height, width = grid_thw[0].tolist()
+        merge = self.model.config.vision_config.spatial_merge_size
+        return Medium(embeds, (frames, height // merge, width // merge), torch.arange(len(embeds)))
+
+    def prompt_ids_of(self, prompt: str, media: Sequence[Medium]) -> list[int]:
+        """The prompt's tokens, with as many placeholders for each medium as it keeps tokens."""
+        counts = iter([len(medium.kept) for medium in media])
+        ids: list[int] = []
+        for token in self.tokenizer(prompt)["input_ids"]:
+            ids += [token] * (next(counts) if token in (self.image_token, self.video_token) else 1)
+        return ids
+
+    def positions(self, prompt_ids: Sequence[int], media: Sequence[Medium], answer: int) -> torch.Tensor:
+        """(3, L + answer): time, height and width of each token of a prompt and of its answer, one after the other.
+
+        A kept token stands at its own place in the whole grid; what follows begins one after the grid's largest
+        position, whatever was kept.
+        """
+        remaining = iter(media)
+        found: list[tuple[int, int, int]] = []
+        following = 0
+        index = 0
+        while index < len(prompt_ids):
+            if prompt_ids[index] not in (self.image_token, self.video_token):
+                found.append((following,) * 3)
+                following += 1
+                index += 1
+                continue
+            medium = next(remaining)
+            frames, height, width = medium.grid
+            for token in medium.kept.tolist():
+                frame, place = divmod(token, height * width)
+                row, column = divmod(place, width)
+                found.append((following + frame * medium.time_step, following + row, following + column))
+            index += len(medium.kept)
+            following += max((frames - 1) * medium.time_step, height - 1, width - 1) + 1
+        found += [(following + step,) * 3 for step in range(answer)]
+        return torch.tensor(found).T
+
+    @torch.inference_mode()
+    def answer_logprobs(self, prompt: str, media: Sequence[Medium], answer: Sequence[int]) -> torch.Tensor:
+        """(T, vocabulary): as `Reference.logprobs`, with the positions of `positions`."""
+        prompt_ids = self.prompt_ids_of(prompt, media)
+        return self.logprobs_at(self.positions(prompt_ids, media, len(answer) - 1), prompt_ids, media, answer)
+
+    @torch.inference_mode()
+    def logprobs_at(
+        self, positions: torch.Tensor, prompt_ids: Sequence[int], media: Sequence[Medium], answer: Sequence[int]
+    ) -> torch.Tensor:
+        """The same at given positions (3, L + T - 1)."""
+        table = self.model.get_input_embeddings()
+        ids = torch.tensor(prompt_ids)
+        embeds = table(torch.tensor([*prompt_ids, *answer[:-1]]))
+        places = ((ids == self.image_token) | (ids == self.video_token)).nonzero()[:, 0]
+        if media:
+            embeds[places] = torch.cat([medium.embeds[medium.kept] for medium in media])
+        logits = self.model(inputs_embeds=embeds[None], position_ids=positions[:, None]).logits[0]
+        return logits[len(prompt_ids) - 1 :].float().log_softmax(dim=-1)

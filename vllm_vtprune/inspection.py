@@ -1,0 +1,141 @@
+"""`vtprune inspect`: which tokens of an image a policy keeps, without an engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES
+from vllm_vtprune.overlay import draw_kept
+from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune.presets import builtin_presets
+
+POLICY = "balanced"
+
+EXAMPLE = """example:
+  vtprune inspect street.jpg --query "What colour is the bus?" --model llava-hf/llava-1.5-7b-hf --out kept.png
+"""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a policy makes of one image.
+
+    Attributes:
+        image: the report of the image, as a server would give it.
+        drawn: the image with the parts faded whose tokens are dropped.
+    """
+
+    image: dict[str, Any]
+    drawn: Image.Image
+
+
+class InspectionFailed(Exception):
+    """The image or the model cannot be inspected; the message says why."""
+
+
+def inspect(argv: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: the command line after ``vtprune inspect``.
+
+    Raises:
+        SystemExit: 2 for options that are not valid, 1 for an image or a model that cannot be inspected.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vtprune inspect",
+        description="Draw which parts of an image a policy keeps. Loads the model's vision encoder, and no engine.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", type=Path, help="a file that holds a picture")
+    parser.add_argument("--query", default="", help="the question that the choice looks at (default: none)")
+    parser.add_argument(
+        "--pruning",
+        default=POLICY,
+        metavar="POLICY",
+        help=f"a preset ({', '.join(builtin_presets())}) or a policy as JSON (default: %(default)s)",
+    )
+    parser.add_argument("--model", help="a model's directory or its name on the hub")
+    parser.add_argument(
+        "--family",
+        choices=list(FAMILIES),
+        default=DEFAULT,
+        help="without a model: whose small checkpoint to make and take (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where the drawing goes, such as kept.png"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out: {args.out} names no format; expected a name that ends in .png or .jpg")
+    try:
+        policy = PruningPolicy.parse(_json_or_name(args.pruning), param="--pruning", presets=builtin_presets())
+    except PolicyError as error:
+        parser.error(str(error))
+    if not policy.enabled:
+        parser.error(f"--pruning: {args.pruning} keeps every token; expected a policy that prunes")
+    try:
+        with Image.open(args.image) as picture:
+            picture.load()
+        found = examine(picture, policy, args.query, args.model or _checkpoint(args.family))
+        found.drawn.save(args.out)
+    except (OSError, PolicyError, InspectionFailed) as error:
+        sys.exit(f"vtprune inspect: {error}")
+    image = found.image
+    if args.json:
+        print(json.dumps(image))
+        return
+    about = f", looking at {', '.join(image['nouns'])}" if image["nouns"] else ""
+    print(f"{image['method']} keeps {image['kept_tokens']} of {image['visual_tokens']} tokens{about}: {args.out}")
+
+
+def examine(picture: Image.Image, policy: PruningPolicy, query: str, model: str) -> Inspection:
+    """Choose the tokens of one image as the server would.
+
+    Args:
+        picture: the image.
+        policy: what to do with it.
+        query: the text that the choice is conditioned on, where the policy looks at one.
+        model: a directory, or a name on the hub.
+
+    Raises:
+        InspectionFailed: the model's architecture cannot be pruned.
+        PolicyError: its family lacks what the policy asks for.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.media import MediaWithBytes
+
+    from vllm_vtprune.plugin.processor import PruningProcessor
+    from vllm_vtprune.plugin.register import register
+
+    register()
+    processor = MULTIMODAL_REGISTRY.create_processor(AsyncEngineArgs(model=model).create_model_config())
+    if not isinstance(processor, PruningProcessor):
+        raise InspectionFailed(f"{model} is of an architecture, or has a vision encoder, that cannot be pruned")
+    picture = picture.convert("RGB")
+    report, plan, features = processor.plan_alone(MediaWithBytes(picture, picture.tobytes()), policy, query)
+    view = processor.view(picture.height, picture.width)
+    return Inspection(report.to_json(), draw_kept(picture, features, plan.kept, view))
+
+
+def _checkpoint(family: str) -> str:
+    from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
+
+    return str(embedded_checkpoint(family))
+
+
+def _json_or_name(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
