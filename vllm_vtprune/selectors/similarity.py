@@ -9,7 +9,7 @@ CHUNK = 64  # rows turned to float64 at once on a CPU, so that they stay in its 
 
 def squared_lengths(rows: Tensor) -> Tensor:
     """``(N,)`` squared lengths of ``rows (N, d)``, in float64."""
-    chunks = [rows] if rows.is_cuda else rows.split(CHUNK)
+    chunks = [rows] if rows.is_cuda else torch.split(rows, CHUNK)
     return torch.cat([chunk.double().square().sum(dim=1) for chunk in chunks])
 
 
