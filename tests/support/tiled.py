@@ -46,6 +46,7 @@ class Family:
             "enable_chunked_prefill": True,
             "max_num_batched_tokens": 64,  # smaller than any image but the smallest
             "enable_prefix_caching": True,
+            "skip_mm_profiling": True,  # a start is quicker without
             "limit_mm_per_prompt": dict(self.modalities),
             "worker_extension_cls": "tests.support.processes.ObservedWorker",
         }
