@@ -226,6 +226,22 @@ def test_without_a_text_the_prompt_s_nouns_count(prompt: str, engine: Engine, fa
     assert [report.nouns for report in answer.images] == [("bus",)]
 
 
+def test_a_client_may_ask_for_fewer_tiles(engine: Engine, family: Family) -> None:
+    if family.name != "internvl":
+        pytest.skip("its processor has no such option")
+    policy = {"budget": {"type": "tokens", "keep": 10}}
+    for most, tiles in ((12, 9), (4, 3)):
+        shown = picture(1, (2, 1), f"tiles {most}")
+        prompt, kwargs = family.ask_about("Why?"), {"max_patches": most}
+        answer = engine.ask(Ask(prompt, [shown], policy, [f"tiles-{most}"], processor_kwargs=kwargs))
+        assert [(report.visual_tokens, report.kept_tokens) for report in answer.images or ()] == [(tiles * 16, 10)]
+        features = engine.runtime.encoder.cache.get(f"tiles-{most}")
+        assert features is not None
+        assert features.tiles is not None
+        rows = {box[0] for box in features.tiles.boxes if box is not None}
+        assert (len(rows), features.tiles.overview) == ((2, 8) if most == 12 else (1, 2))
+
+
 def test_one_image_under_two_policies_in_one_prompt(checker: Checker) -> None:
     shown = picture(5, (3, 2), stamp="twice")
     policies = [{"budget": {"type": "tokens", "keep": keep}} for keep in (10, 30)]
