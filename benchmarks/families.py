@@ -59,6 +59,8 @@ class Family:
 
 FAMILIES = {
     "llava": Family("7b", ("--max-model-len", "1024")),
+    "llava_next": Family("7b", ("--max-model-len", "4096")),
+    "internvl": Family("1b", tuple("--max-model-len 4096 --limit-mm-per-prompt.video 0".split())),
     "qwen2_5_vl": Family(
         "3b",
         tuple("--max-model-len 4096 --limit-mm-per-prompt.video 0 --mm-processor-kwargs.max_pixels 2408448".split()),

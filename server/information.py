@@ -60,31 +60,34 @@ class PruningInformation(BaseModel):
     presets: dict[str, dict[str, Any]] = Field(description="Policies by name.")
     aliases: dict[str, str] = Field(description="Model names that select a preset -> that preset.")
     methods: list[Method]
-    tower: Tower
+    tower: Tower | None = Field(description="null where the model is served unpruned, whatever a request asks for.")
     text_pipeline: str = Field(description="What finds the nouns of a question.")
     versions: Versions
 
 
 def pruning_information(
-    policies: Policies, runtime: PruningRuntime, *, models: list[str], aliases: dict[str, str]
+    policies: Policies, runtime: PruningRuntime, *, prunes: bool, models: list[str], aliases: dict[str, str]
 ) -> PruningInformation:
     """The answer of ``GET /v1/pruning``.
 
     Args:
         policies: the operator's.
         runtime: of this process; its tower is loaded if it is not yet.
+        prunes: whether the model can be pruned.
         models: the names under which the model is served.
         aliases: model names that select a preset, with that preset.
     """
-    tower = runtime.tower
+    tower = runtime.tower if prunes else None
     return PruningInformation(
         models=models,
         default=policies.default.dump(),
         default_preset=policies.default_preset,
         presets={name: policy.dump() for name, policy in policies.presets.items()},
         aliases=aliases,
-        methods=[_method(spec, runtime.family) for spec in METHODS.values()],
-        tower=Tower(
+        methods=[_method(spec, runtime.family if prunes else None) for spec in METHODS.values()],
+        tower=None
+        if tower is None
+        else Tower(
             weights=tower.weights,
             device=str(tower.device),
             dtype=str(tower.dtype).removeprefix("torch."),
@@ -100,12 +103,12 @@ def pruning_information(
     )
 
 
-def _method(spec: MethodSpec, family: FamilyDefaults) -> Method:
+def _method(spec: MethodSpec, family: FamilyDefaults | None) -> Method:
     return Method(
         name=spec.name,
         idea=spec.idea,
         paper=spec.paper,
-        available=spec.needs <= family.provides | {"text", "encoder"},
+        available=family is not None and spec.needs <= family.provides | {"text", "encoder"},
         needs=sorted(spec.needs),
         uses=sorted(spec.uses),
         parameters=sorted(spec.parameters),

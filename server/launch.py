@@ -138,9 +138,10 @@ def refuse_without_routes() -> None:
 
 
 def refuse_unpruned(args: argparse.Namespace) -> None:
-    """Exit unless vLLM resolves the model to a class of ours.
+    """Exit if the model should be pruned and would not be.
 
-    vLLM logs a plugin that fails to load and goes on: without this check, a model could be served unpruned silently.
+    vLLM logs a plugin that fails to load and goes on: without this check, a model could be served unpruned silently. A
+    model of an architecture that is not ours is served unpruned, unless the default asks for pruning.
     """
     from vllm import AsyncEngineArgs
     from vllm.model_executor.model_loader import get_model_architecture
@@ -152,11 +153,12 @@ def refuse_unpruned(args: argparse.Namespace) -> None:
     expected = ARCHITECTURES.get(architecture)
     found = f"{model_class.__module__}:{model_class.__qualname__}"
     if expected is None:
-        sys.exit(
-            f"vtprune serve: {args.model} has the architecture {architecture}, which cannot be pruned yet; "
-            f"expected one of {', '.join(ARCHITECTURES)}. To serve it unpruned, use vLLM's own serve."
-        )
-    if found != expected:
+        unpruned = f"{args.model} has the architecture {architecture}, which cannot be pruned yet"
+        known = ", ".join(ARCHITECTURES)
+        if args.pruning_default is not False:
+            sys.exit(f"vtprune serve: {unpruned}, but --pruning-default is set; expected one of {known}.")
+        print(f"vtprune serve: {unpruned}: it is served UNPRUNED. To prune, serve one of {known}.", file=sys.stderr)
+    elif found != expected:
         sys.exit(
             f"vtprune serve: {args.model} would be served unpruned: its architecture {architecture} resolves to "
             f"{found}, expected {expected}. Is another plugin registering it, or did ours fail to load (see above)?"

@@ -13,6 +13,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion import api_router as stock
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.logger import init_logger
 
 from server import media  # noqa: F401  (registers the media connector)
 from server.aliases import AliasedModels
@@ -25,7 +26,10 @@ from server.trace import HEADER
 from server.validation import ReadableErrors
 from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.unpruned import runtime_without_tower
 from vllm_vtprune.text import text_pipeline_name
+
+logger = init_logger("vllm.vtprune")
 
 router = APIRouter(route_class=ReadableErrors)
 
@@ -65,7 +69,8 @@ async def show_pruning(raw_request: Request) -> PruningInformation:
     serving: PruningServingChat = state.openai_serving_chat
     return pruning_information(
         serving.policies,
-        serving.processor.runtime,
+        serving.runtime,
+        prunes=serving.processor is not None,
         models=[model.name for model in registry.base_model_paths],
         aliases={alias: preset for alias, (_, preset) in registry.aliases.items()},
     )
@@ -84,34 +89,34 @@ class ServerPlugin:
         """Load the tower and take over the chat handler; the server is not healthy before this returns.
 
         Raises:
-            RuntimeError: the model would be served unpruned.
+            RuntimeError: the model cannot be pruned, and the default asks for it.
             PolicyError: the default or a preset is not a policy, or not one for this model.
             TowerError: the weights of the vision tower are not there or do not fit.
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
-        processor = engine_client.renderer.mm_processor
-        if not isinstance(processor, PruningProcessor):
-            raise RuntimeError(
-                f"the multimodal processor of {args.model} is {type(processor).__name__}, which cannot prune: "
-                "expected a model that vtprune supports, with its general plugin loaded"
-            )
+        found = engine_client.renderer.mm_processor
+        processor = found if isinstance(found, PruningProcessor) else None
         policies = Policies.of(getattr(args, "pruning_default", None), getattr(args, "pruning_presets", None))
-        policies.refuse_impossible(processor.family)
-        processor.runtime.warm_up()
-        tower = processor.runtime.tower
-        metrics.BUILD_INFO.labels(
-            processor.runtime.model_name,
-            __version__,
-            vllm.__version__,
-            tower.weights,
-            str(tower.device),
-            str(tower.dtype).removeprefix("torch."),
-            text_pipeline_name(),
-        ).set(1)
+        if processor is not None:
+            policies.refuse_impossible(processor.family)
+            runtime = processor.runtime
+            runtime.warm_up()
+            tower = runtime.tower
+            built: tuple[str, str, str] = tower.weights, str(tower.device), str(tower.dtype).removeprefix("torch.")
+        elif policies.default.enabled:
+            raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {type(found).__name__}")
+        else:
+            logger.warning("%s is served UNPRUNED: nothing of ours can prune it (%s)", args.model, type(found).__name__)
+            runtime = runtime_without_tower(engine_client.model_config)
+            built = "none", "none", "none"
+        metrics.BUILD_INFO.labels(runtime.model_name, __version__, vllm.__version__, *built, text_pipeline_name()).set(
+            1
+        )
         state.openai_serving_models.registry = AliasedModels(state.openai_serving_models, policies.presets)
         state.openai_serving_chat = PruningServingChat.take_over(
             state.openai_serving_chat,
             processor=processor,
+            runtime=runtime,
             policies=policies,
             trust_request_mm_kwargs=args.trust_request_mm_kwargs,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from copy import copy
 from functools import partial
 from http import HTTPStatus
@@ -33,8 +33,10 @@ from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
 from vllm_vtprune.plugin.processor import PruningProcessor, in_prompt_order
 from vllm_vtprune.plugin.request import PRUNING_KEY
+from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
+from vllm_vtprune.runtime import PruningRuntime
 
 Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 
@@ -42,19 +44,27 @@ Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
     """Takes over a stock handler and adds pruning; chat templates, tools, streaming and sampling stay vLLM's."""
 
-    processor: PruningProcessor
+    processor: PruningProcessor | None  # None: the model cannot be pruned
+    runtime: PruningRuntime
     policies: Policies
     trust_request_mm_kwargs: bool
 
     @classmethod
     def take_over(
-        cls, stock: OpenAIServingChat, *, processor: PruningProcessor, policies: Policies, trust_request_mm_kwargs: bool
+        cls,
+        stock: OpenAIServingChat,
+        *,
+        processor: PruningProcessor | None,
+        runtime: PruningRuntime,
+        policies: Policies,
+        trust_request_mm_kwargs: bool,
     ) -> PruningServingChat:
         """A handler with the settings of a stock one.
 
         Args:
             stock: the handler that vLLM built from its options; not used by this one afterwards.
-            processor: the multimodal processor of this API process.
+            processor: the multimodal processor of this API process; None where it cannot prune.
+            runtime: the processor's, or one without a tower.
             policies: presets and the default.
             trust_request_mm_kwargs: whether clients may send ``mm_processor_kwargs``.
         """
@@ -63,7 +73,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         # Our own kwargs reach the processor through the renderer; clients' kwargs are checked before it sees them.
         serving.online_renderer = copy(stock.online_renderer)
         serving.online_renderer.trust_request_mm_kwargs = True
-        serving.processor = processor
+        serving.processor, serving.runtime = processor, runtime
         serving.policies = policies
         serving.trust_request_mm_kwargs = trust_request_mm_kwargs
         return serving
@@ -116,11 +126,12 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         report_id = uuid.uuid4().hex
         client_kwargs = dict(request.mm_processor_kwargs or {})
         try:
-            images = self._apply_policy(request, trace, report_id)
-            with EarlyEncoding(self.processor, images, client_kwargs):
+            policies = self._read_policies(request, trace)
+            images = self._apply_policies(request, trace.policy, policies, report_id)
+            with nullcontext() if self.processor is None else EarlyEncoding(self.processor, images, client_kwargs):
                 rendered = await super().render_chat_request(request)
         except PolicyError as error:
-            metrics.ERRORS.labels(self.processor.runtime.model_name, "policy").inc()
+            metrics.ERRORS.labels(self.runtime.model_name, "policy").inc()
             raise InvalidField(str(error), parameter=error.param) from error
         except Exception as error:
             if compat.says_shut_down(error):
@@ -128,10 +139,10 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             explained = explain_image_error(request.images, error)
             if explained is None:
                 raise
-            metrics.ERRORS.labels(self.processor.runtime.model_name, "image").inc()
+            metrics.ERRORS.labels(self.runtime.model_name, "image").inc()
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
-            trace.report = self._report(bool(images), report_id, rendered[1], trace.policy)
+            trace.report = self._report(bool(images), report_id, rendered[1], trace.policy, policies)
             record_stages(trace.report)
         return rendered
 
@@ -149,12 +160,8 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             trust_request_mm_kwargs=self.trust_request_mm_kwargs,
         )
 
-    def _apply_policy(self, request: PruningChatCompletionRequest, trace: Trace, report_id: str) -> list[ExpectedImage]:
-        """Validate the policies of a request and hand them to the processor.
-
-        Returns:
-            The images and what is to be done with them; empty where none has a policy and the request takes vLLM's
-            stock path.
+    def _read_policies(self, request: PruningChatCompletionRequest, trace: Trace) -> list[PruningPolicy]:
+        """The policy of each image of a request; notes that of the request itself.
 
         Raises:
             PolicyError: naming the field as the client wrote it.
@@ -162,20 +169,39 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         asked = request.alias_preset if request.pruning is None else request.pruning
         trace.policy = self.policies.parse(asked)
         trace.preset = asked if isinstance(asked, str) else self.policies.default_preset if asked is None else None
-        trace.policy.resolve(self.processor.family)
+        self._refuse_impossible(trace.policy, param="pruning")
         policies = []
         for image in request.images:
             param = f"{image.param}.pruning"
             policy = self.policies.parse(image.pruning, param=param, default=trace.policy)
-            policy.resolve(self.processor.family, param=param)
+            self._refuse_impossible(policy, param=param)
             policies.append(policy)
-        if not any(policy.enabled for policy in policies):
+        return policies
+
+    def _refuse_impossible(self, policy: PruningPolicy, param: str) -> None:
+        if self.processor is not None:
+            policy.resolve(self.processor.family, param=param)
+
+    def _apply_policies(
+        self,
+        request: PruningChatCompletionRequest,
+        own: PruningPolicy,
+        policies: list[PruningPolicy],
+        report_id: str,
+    ) -> list[ExpectedImage]:
+        """Hand the policies of a request and of its images to the processor.
+
+        Returns:
+            The images and what is to be done with them; empty where none has a policy, or the model cannot be pruned,
+            and the request takes vLLM's stock path.
+        """
+        if self.processor is None or not any(policy.enabled for policy in policies):
             return []
         texts = [request.text_for(image, policy) for image, policy in zip(request.images, policies, strict=True)]
         request.mm_processor_kwargs = {
             **(request.mm_processor_kwargs or {}),
             PRUNING_KEY: {
-                **trace.policy.dump(),
+                **own.dump(),
                 "images": [policy.dump() for policy in policies],
                 "texts": texts,
                 "request_id": report_id,
@@ -186,18 +212,27 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             for image, policy, text in zip(request.images, policies, texts, strict=True)
         ]
 
-    def _report(self, pruned: bool, report_id: str, engine_inputs: list[Any], policy: PruningPolicy) -> RequestReport:
-        runtime = self.processor.runtime
+    def _report(
+        self,
+        pruned: bool,
+        report_id: str,
+        engine_inputs: list[Any],
+        policy: PruningPolicy,
+        policies: list[PruningPolicy],
+    ) -> RequestReport:
+        runtime = self.runtime
         if pruned:
             report = runtime.take_report(report_id)
             if report is None:
                 raise RuntimeError("the multimodal processor left no pruning report")
             return report
         placeholders = engine_inputs[0].get("mm_placeholders", {})
-        counts = [placeholder.get_num_embeds() for placeholder in placeholders.get("image", [])]
-        report = RequestReport(
-            in_prompt_order([ImageReport("none", count, count) for count in counts], placeholders, policy)
-        )
+        if self.processor is None:
+            report = RequestReport(unpruned_images(placeholders, policies, policy))
+        else:
+            counts = [placeholder.get_num_embeds() for placeholder in placeholders.get("image", [])]
+            images = [ImageReport("none", count, count) for count in counts]
+            report = RequestReport(in_prompt_order(images, placeholders, policy))
         runtime.record_request(report, None)
         return report
 
@@ -227,7 +262,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         if not isinstance(request, PruningChatCompletionRequest):
             return results
         request.trace.request_id = request_id
-        return _watch(results, request.trace, self.processor.runtime.model_name, stream=bool(request.stream))
+        return _watch(results, request.trace, self.runtime.model_name, stream=bool(request.stream))
 
 
 async def _watch(results: Results, trace: Trace, model_name: str, *, stream: bool) -> Results:

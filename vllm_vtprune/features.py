@@ -153,7 +153,8 @@ class VisualFeatures:
             return [(torch.arange(self.num_tokens, device=self.embeds.device), grid) for grid in self.grids]
         ids = self.tiles.ids
         if self.tiles.canvas is not None:
-            ids = (ids != self.tiles.overview).long()
+            assert self.tiles.overview is not None
+            ids = torch.ne(ids, self.tiles.overview).long()
         planes = [((ids == i).nonzero()[:, 0], grid) for i, grid in enumerate(self.grids)]
         for i, (positions, grid) in enumerate(planes):
             if len(positions) != prod(grid):

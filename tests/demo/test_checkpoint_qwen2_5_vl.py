@@ -144,6 +144,8 @@ def test_each_family_has_an_embedded_checkpoint(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for family, architecture in (
         ("llava", "LlavaForConditionalGeneration"),
+        ("llava_next", "LlavaNextForConditionalGeneration"),
+        ("internvl", "InternVLForConditionalGeneration"),
         ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
     ):
         assert AutoConfig.from_pretrained(embedded_checkpoint(family)).architectures == [architecture]

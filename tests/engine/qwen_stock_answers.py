@@ -23,6 +23,7 @@ QWEN_OPTIONS: dict[str, Any] = {
     "limit_mm_per_prompt": {"image": 4, "video": 1},
     "enable_chunked_prefill": True,
     "max_num_batched_tokens": 64,
+    "skip_mm_profiling": True,
     "worker_extension_cls": "tests.support.processes.ObservedWorker",
 }
 """Of every engine that serves this model in the tests."""

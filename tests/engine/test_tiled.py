@@ -22,7 +22,7 @@ from PIL import Image
 from tests.support.engines import TOLERANCE, Answer, Ask, Engine, running_engine
 from tests.support.processes import state
 from tests.support.reference import Reference
-from tests.support.tiled import ASPECTS, FAMILIES, Family, picture, pictures
+from tests.support.tiled import ASPECTS, FAMILIES, SMALL, Family, picture, pictures
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.report import ImageReport
 from vllm_vtprune.text import extract_nouns
@@ -45,7 +45,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return family.write(tmp_path_factory.mktemp(family.name))
+    return family.write(tmp_path_factory.mktemp(family.name), image_size=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,39 @@ def test_pruned_unpruned_and_cached_images_in_every_order(checker: Checker) -> N
         assert [report.cached for report in answer.images or ()] == [i == 2 for i in order]
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "USER: {image}\nWhere is the bus? ASSISTANT:",
+        "[INST] {image}\nWhere is the bus? [/INST]",
+        "<|im_start|>user\n{image}\nWhere is the bus?<|im_end|>\n<|im_start|>assistant\n",
+    ],
+)
+def test_without_a_text_the_prompt_s_nouns_count(prompt: str, engine: Engine, family: Family) -> None:
+    if "<|im_start|>" in prompt and family.name == "llava_next":
+        pytest.skip("its tokenizer has no such tokens")
+    policy = {"budget": {"type": "tokens", "keep": 10}}
+    answer = engine.ask(Ask(prompt.format(image=family.image), [picture(1, (1, 1), "nouns")], policy))
+    assert answer.images is not None
+    assert [report.nouns for report in answer.images] == [("bus",)]
+
+
+def test_a_client_may_ask_for_fewer_tiles(engine: Engine, family: Family) -> None:
+    if family.name != "internvl":
+        pytest.skip("its processor has no such option")
+    policy = {"budget": {"type": "tokens", "keep": 10}}
+    for most, tiles in ((12, 9), (4, 3)):
+        shown = picture(1, (2, 1), f"tiles {most}")
+        prompt, kwargs = family.ask_about("Why?"), {"max_patches": most}
+        answer = engine.ask(Ask(prompt, [shown], policy, [f"tiles-{most}"], processor_kwargs=kwargs))
+        assert [(report.visual_tokens, report.kept_tokens) for report in answer.images or ()] == [(tiles * 16, 10)]
+        features = engine.runtime.encoder.cache.get(f"tiles-{most}")
+        assert features is not None
+        assert features.tiles is not None
+        rows = {box[0] for box in features.tiles.boxes if box is not None}
+        assert (len(rows), features.tiles.overview) == ((2, 8) if most == 12 else (1, 2))
+
+
 def test_one_image_under_two_policies_in_one_prompt(checker: Checker) -> None:
     shown = picture(5, (3, 2), stamp="twice")
     policies = [{"budget": {"type": "tokens", "keep": keep}} for keep in (10, 30)]
@@ -245,7 +278,8 @@ def test_off_is_stock(family: Family, engine: Engine, stock: Callable[[], Any]) 
     worker = engine.llm.collective_rpc("worker_state")[0]
     assert worker["model_class"] == family.model
     assert worker["towers"] == 0
-    assert not [name for name in worker["modules"] if name.startswith("vllm_vtprune.towers")]
+    assert f"vllm_vtprune.plugin.{family.name}" in worker["modules"]
+    assert f"vllm_vtprune.towers.{family.name}" not in worker["modules"]
     for pruning in (None, False):
         got = json.loads(json.dumps(answers(engine, family, pruning)))
         assert len(got) == len(expected["answers"]) > 10
@@ -253,6 +287,26 @@ def test_off_is_stock(family: Family, engine: Engine, stock: Callable[[], Any]) 
             assert all(math.isfinite(value) for step in theirs[2] for _, value in step)
             assert ours == theirs
         assert len({tuple(token_ids) for _, token_ids, _ in got}) > len(got) // 2, "answers depend on what was asked"
+
+
+@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="another engine; runs in make verify")
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_tiles_of_the_released_size(
+    family: Family, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The papers' 640 and 320 tokens of LLaVA-NeXT's 2,880, chosen by each paper's method."""
+    checkpoint = family.write(tmp_path, image_size=family.full_size)
+    options = {**family.engine_options, "max_num_batched_tokens": 1024, "max_model_len": 8192}
+    with running_engine(checkpoint, f"{family.name}-full", **options) as engine:
+        checker = Checker(family, engine, family.reference(checkpoint))
+        shown = picture(0, (1, 1)).resize((1000, 1000))
+        for method, keep in (("resprune", 640), ("resprune", 320), ("adaptprune", 640), ("adaptprune", 320)):
+            policy = {"method": method, "budget": {"type": "tokens", "keep": keep}}
+            answer = checker.ask(family.ask_about(QUESTIONS[0]), [shown], ["full"], [policy], [QUESTIONS[0]])
+            [report] = answer.images or ()
+            assert keep <= report.kept_tokens <= keep + 48
+            record_property(f"{method}_{keep}_of_{report.visual_tokens}", report.kept_tokens)
+        record_property("worst_logprob_difference", max(checker.differences))
 
 
 def test_the_tower_is_loaded_here_and_only_here(checker: Checker) -> None:

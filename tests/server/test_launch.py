@@ -73,7 +73,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(text_model: Path) -> Iterator[Callable[[str], Run]]:
     """Gives the outcome of a command by its name. They run two at a time: each imports vLLM, which takes long."""
     commands: dict[str, Sequence[str]] = {
-        "text model": [*CLI, "serve", str(text_model)],
+        "text model": [*CLI, "serve", str(text_model), "--pruning-default", "balanced"],
         "without our models": ["-c", WITHOUT_OUR_MODELS, "serve"],
         "without our routes": ["-c", WITHOUT_OUR_ROUTES, "serve"],
         "bad default": [*CLI, "serve", "--pruning-default", '{"budget": {"threshold": 2}}'],
@@ -84,7 +84,7 @@ def serve(text_model: Path) -> Iterator[Callable[[str], Run]]:
         yield lambda name: outcomes[name].result()
 
 
-def test_a_model_that_cannot_be_pruned_is_refused(serve: Callable[[str], Run], text_model: Path) -> None:
+def test_a_default_that_the_model_cannot_follow_is_refused(serve: Callable[[str], Run], text_model: Path) -> None:
     done = serve("text model")
     assert done.returncode == 1
     [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]

@@ -20,14 +20,16 @@ class Family:
     Attributes:
         image: what stands for an image in a prompt.
         modalities: what its prompts may hold, beside text.
-        write: writes its checkpoint, with tiles of few tokens, so that prompts with four images stay short.
+        write: writes its checkpoint, into a directory and with an `image_size` of its tiles.
+        full_size: the released `image_size`.
         processor, model: names of our classes; without the plugin they are ``stock_processor`` and ``stock_model``.
     """
 
     name: str
     image: str
     modalities: Mapping[str, int]
-    write: Callable[[Path], Path]
+    full_size: int
+    write: Callable[..., Path]
     reference: type[Reference]
     processor: str
     model: str
@@ -44,6 +46,7 @@ class Family:
             "enable_chunked_prefill": True,
             "max_num_batched_tokens": 64,  # smaller than any image but the smallest
             "enable_prefix_caching": True,
+            "skip_mm_profiling": True,  # a start is quicker without
             "limit_mm_per_prompt": dict(self.modalities),
             "worker_extension_cls": "tests.support.processes.ObservedWorker",
         }
@@ -56,7 +59,8 @@ FAMILIES = {
             name="llava_next",
             image="<image>",
             modalities={"image": 4},
-            write=lambda directory: write_llava_next_checkpoint(directory, image_size=112),
+            full_size=336,
+            write=write_llava_next_checkpoint,
             reference=LlavaNextReference,
             processor="PrunedLlavaNextProcessor",
             model="vllm_vtprune.plugin.llava_next.PrunedLlavaNextForConditionalGeneration",
@@ -67,7 +71,8 @@ FAMILIES = {
             name="internvl",
             image="<IMG_CONTEXT>",
             modalities={"image": 4, "video": 1},
-            write=lambda directory: write_internvl_checkpoint(directory, image_size=112),
+            full_size=448,
+            write=write_internvl_checkpoint,
             reference=InternVLReference,
             processor="PrunedInternVLProcessor",
             model="vllm_vtprune.plugin.internvl.PrunedInternVLForConditionalGeneration",
@@ -76,6 +81,9 @@ FAMILIES = {
         ),
     )
 }
+
+SMALL = 112
+"""Pixels of the side of tiles of few tokens, so that prompts with four images stay short."""
 
 ASPECTS = ((1, 4), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (4, 1))  # width, height
 

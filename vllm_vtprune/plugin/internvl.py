@@ -46,7 +46,7 @@ class PrunedInternVLProcessor(PruningProcessor, InternS1MultiModalProcessor):
     def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
         config = self.info.get_hf_config()
         return {
-            "pixel_values": embeds.new_empty(0, 3, *config.vision_config.image_size),
+            "pixel_values": torch.empty(0, 3, *config.vision_config.image_size, dtype=embeds.dtype),
             "image_num_patches": torch.tensor(0),
             "image_token_id": torch.tensor(config.image_token_id),
             KEPT: embeds,
@@ -57,9 +57,8 @@ class PrunedInternVLProcessor(PruningProcessor, InternS1MultiModalProcessor):
         return int(item[KEPT_SIZES]) or None if KEPT_SIZES in item else None
 
     def collate(self, items: Sequence[PreparedImage]) -> Mapping[str, Any]:
-        width = self.info.get_hf_config().text_config.hidden_size
-        nothing = torch.empty(0, width, dtype=self._model_config.dtype)
-        kept = [item.get(KEPT, nothing) for item in items]
+        some = next(item[KEPT] for item in items if KEPT in item)
+        kept = [item.get(KEPT, some[:0]) for item in items]
         return {
             "pixel_values": torch.cat([item["pixel_values"] for item in items]),
             "image_num_patches": torch.stack([item["image_num_patches"] for item in items]),

@@ -14,6 +14,7 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.unpruned import unpruned
 from vllm_vtprune.policy import LLAVA_NEXT
 
 ARCHITECTURE = "LlavaNextForConditionalGeneration"
@@ -47,7 +48,7 @@ def _has_tower(config: Any) -> bool:
 def _build_processor(info: Any, dummy_inputs: Any) -> Any:
     if _has_tower(info.get_hf_config()):
         return PrunedLlavaNextProcessor(info, dummy_inputs)
-    return _stock.processor(info, dummy_inputs)
+    return unpruned(_stock.processor, info, dummy_inputs)
 
 
 @MULTIMODAL_REGISTRY.register_processor(_build_processor, info=_stock.info, dummy_inputs=_stock.dummy_inputs)

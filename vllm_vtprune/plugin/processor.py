@@ -48,7 +48,12 @@ from vllm_vtprune.runtime import PruningRuntime
 IDENTITY = "vtprune-1"
 """Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
 
-ROLE_MARKER = re.compile(r"\b(?:USER|ASSISTANT|SYSTEM|HUMAN)\s*:")
+ROLE_MARKER = re.compile(
+    r"\b(?:USER|ASSISTANT|SYSTEM|HUMAN)\s*:"  # Vicuna
+    r"|\[/?INST\]"  # Mistral
+    r"|^(?:user|assistant|system)$",  # ChatML, without its special tokens
+    re.MULTILINE,
+)
 
 
 @dataclass

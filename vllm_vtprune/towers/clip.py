@@ -155,7 +155,7 @@ class ClipTower(VisionTower):
 
     def see(self, pixels: Tensor, *, early: bool = False) -> Seen:
         """Encode S squares. `pixels`: (S, 3, size, size). `early`: read the first layer's attention too."""
-        parts = [self._forward(some, early) for some in pixels.split(SQUARES)]
+        parts = [self._forward(some, early) for some in torch.split(pixels, SQUARES)]
         if len(parts) == 1:
             return parts[0]
 

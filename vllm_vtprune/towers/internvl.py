@@ -168,7 +168,7 @@ class InternVLTower(VisionTower):
         return features
 
     def _see(self, pixels: Tensor) -> Seen:
-        parts = [self._forward(some) for some in pixels.split(TILES)]
+        parts = [self._forward(some) for some in torch.split(pixels, TILES)]
         names = ("encoder", "embeds", "cls_attention", "early_attention", "keys")
         return Seen(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
