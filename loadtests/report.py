@@ -112,14 +112,14 @@ def distribution(title: str, milliseconds: Mapping[str, Sequence[float]]) -> str
 
 
 def over_time(records: Mapping[str, Sequence[Record]], seconds: float = 5) -> str:
-    """Requests that ended per second, in windows of so many seconds."""
+    """Requests that ended per second, in windows of about so many seconds."""
     figure, axes = empty("Requests ended per second")
     starts = [record.started for found in records.values() for record in found]
     for run, found in records.items():
         ends = [record.started + record.elapsed - min(starts) for record in found if record.error is None]
         if ends:
-            edges = np.arange(0, max(ends) + seconds, seconds)
-            axes.stairs(np.histogram(ends, edges)[0] / seconds, edges, label=run)
+            edges = np.linspace(0, max(ends), max(1, round(max(ends) / seconds)) + 1)
+            axes.stairs(np.histogram(ends, edges)[0] / np.diff(edges), edges, label=run)
     axes.set_xlabel("seconds since the first request")
     axes.set_ylim(bottom=0)
     return svg(figure, axes)

@@ -1,0 +1,164 @@
+"""A process of the engine dies under load: clients get errors, health goes red, a supervisor's restart recovers."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+
+from loadtests.client import ask, connect
+from loadtests.records import Record
+from tests.support.chat import Body, Server, fresh_url, kept, user
+
+pytestmark = pytest.mark.engine
+
+RED_WITHIN = 10.0  # seconds
+ERROR_WITHIN = 30.0
+BACK_WITHIN = 240.0
+STREAMS, WHOLE = 4, 2
+# What a restart policy does: start it again whenever it has ended.
+SUPERVISOR = 'while :; do "$@"; echo "supervisor: ended with status $?"; sleep 1; done'
+# A request may be refused, or find the door closed while there is no server; it may not be cut off without a word.
+CLEAR = re.compile(
+    r"InternalServerError: EngineCore encountered an issue"
+    r"|status 50[03], (InternalServerError|ServiceUnavailableError|ServiceUnavailable): "
+    r"|ConnectError: "
+)
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that is started anew whenever it ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("supervised") / "server.log"
+    options = ["--max-model-len", "2048", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", SUPERVISOR, "supervisor", sys.executable, "-m", "vllm_vtprune.cli", "serve", *options],
+            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    server = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        assert_back(server)
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def assert_back(server: Server) -> None:
+    """Wait until the server is healthy."""
+    deadline = time.monotonic() + BACK_WITHIN
+    while not healthy(server):
+        assert time.monotonic() < deadline, server.log.read_text(errors="replace")[-3000:]
+        time.sleep(0.5)
+
+
+def healthy(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def process_called(server: Server, title: str) -> psutil.Process:
+    """The process below the server's that has this in its name."""
+    port = server.url.rpartition(":")[2]
+    [supervisor] = [child for child in psutil.Process().children() if port in child.cmdline()]
+    [found] = [child for child in supervisor.children(recursive=True) if title in " ".join(child.cmdline())]
+    return found
+
+
+def request(max_tokens: int) -> Body:
+    return {
+        "messages": [user("Where is the dog?", fresh_url())],
+        "pruning": "fast",
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+    }
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
+def test_clients_are_told_health_goes_red_and_a_restart_recovers(
+    supervised: Server, victim: str, record_property: Callable[[str, object], None]
+) -> None:
+    def stream() -> Record:
+        with connect(supervised.url, timeout=ERROR_WITHIN) as client:
+            return ask(client, "stream", {**supervised.defaults, **request(1900), "temperature": 1})
+
+    def whole() -> httpx.Response:
+        return supervised.post({**request(1900), "temperature": 1})
+
+    before = supervised.log.stat().st_size
+    with ThreadPoolExecutor(STREAMS + WHOLE) as threads:
+        streams = [threads.submit(stream) for _ in range(STREAMS)]
+        wholes = [threads.submit(whole) for _ in range(WHOLE)]
+        deadline = time.monotonic() + 60
+        while supervised.metrics()["vllm:num_requests_running"] < STREAMS + WHOLE:
+            assert time.monotonic() < deadline, "not all requests are running"
+            time.sleep(0.05)
+        process_called(supervised, victim).kill()
+        killed = time.monotonic()
+
+        outcomes, red, back = watch(supervised, killed)
+        check_streams(streams)
+        check_wholes(wholes)
+    record_property("health red after, seconds", round(red, 2))
+    record_property("healthy again after, seconds", round(back, 2))
+    record_property("requests sent meanwhile", len(outcomes))
+    assert red <= RED_WITHIN
+    errors = [record.error for record in outcomes if record.error is not None]
+    assert errors, "requests in the meantime fail"
+    assert [error for error in errors if not CLEAR.match(error)] == []
+    log = supervised.log.read_bytes()[before:].decode(errors="replace")
+    assert re.search(r"supervisor: ended with status [1-9]", log), "a policy that restarts on failure would not"
+    assert kept(supervised.ask(**request(4))) == [64], "pruned as before"
+
+
+def watch(server: Server, killed: float) -> tuple[list[Record], float, float]:
+    """Go on asking until the server is back.
+
+    Returns:
+        What was answered; seconds until health was red, and until it was green again.
+    """
+    outcomes: list[Record] = []
+    red: float | None = None
+    with connect(server.url, timeout=ERROR_WITHIN) as client:
+        while True:
+            green = healthy(server)
+            waited = time.monotonic() - killed
+            if red is None and not green:
+                red = waited
+            if red is not None and green:
+                return outcomes, red, waited
+            assert waited < BACK_WITHIN, server.log.read_text(errors="replace")[-3000:]
+            outcomes.append(ask(client, "meanwhile", {**server.defaults, **request(2)}))
+            time.sleep(0.2)
+
+
+def check_streams(streams: list[Future[Record]]) -> None:
+    for future in streams:
+        record = future.result(ERROR_WITHIN)
+        assert record.text
+        assert record.error is not None
+        assert CLEAR.match(record.error), record.error
+
+
+def check_wholes(wholes: list[Future[httpx.Response]]) -> None:
+    for future in wholes:
+        response = future.result(ERROR_WITHIN)
+        error = response.json()["error"]
+        assert response.status_code == error["code"] in (500, 503)
+        assert "EngineCore encountered an issue" in error["message"]
