@@ -20,18 +20,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.statistics import paired_ratio
-from loadtests.drive import DriveFailed, drive
+from loadtests.drive import KINDS, DriveFailed, drive
+from loadtests.options import add_slo_arguments, count, p99_limits
 from loadtests.records import Record
-from loadtests.report import table_rows, write_report
-from loadtests.results import add_slo_arguments, broken, p99_limits, percentile, result, samples, span
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
+from loadtests.report import table, table_rows, write_report
+from loadtests.results import broken, percentile, result, samples, span
 from vllm_vtprune.demo.server import ServerFailed, running_server
 
 STOCK, OFF, PRUNED = ARMS = ("stock", "off", "balanced")
@@ -54,26 +55,32 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--size", choices=["small", "tiny"], default="small", help="of the model (default: small)")
-    parser.add_argument("--users", type=positive, default=4, help="who ask at the same time (default: 4)")
-    parser.add_argument("--seconds", type=positive, default=12, help="of each arm in each round (default: 12)")
-    parser.add_argument("--rounds", type=positive, default=3, help="how often every arm has its turn (default: 3)")
+    parser.add_argument("--users", type=count, default=4, help="who ask at the same time (default: 4)")
+    parser.add_argument("--seconds", type=count, default=12, help="of each arm in each round (default: 12)")
+    parser.add_argument("--rounds", type=count, default=3, help="how often every arm has its turn (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
     parser.add_argument(
         "--kinds",
         nargs="+",
+        choices=KINDS,
         default=["FreshImages"],
         metavar="CLASS",
-        help="user classes of loadtests/locustfile.py (default: FreshImages)",
+        help=f"who asks: {', '.join(KINDS)} (default: FreshImages)",
     )
     add_slo_arguments(parser)
     options = parser.parse_args()
+    from vllm_vtprune.demo.checkpoint import write_llava_checkpoint  # imports torch: not for --help
 
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
     try:
         with tempfile.TemporaryDirectory() as directory:
             print(f"Starting stock vLLM and ours with a {options.size} checkpoint ...", file=sys.stderr)
             with servers(write_llava_checkpoint(directory, size=options.size, weights=False)) as urls:
                 turns = take_turns(urls, options)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the servers are stopped.", file=sys.stderr)
+        sys.exit(130)
     except (ServerFailed, DriveFailed) as error:
         sys.exit(f"loadtests: {error}")
     complaints = conclude(turns, options)
@@ -171,22 +178,6 @@ def ratios_to_stock(turns: Turns) -> dict[str, str]:
             if len(numerators) == len(denominators) == len(turns[STOCK]):
                 found[f"{arm} / stock, {name}"] = str(paired_ratio(numerators, denominators))
     return found
-
-
-def table(rows: Sequence[tuple[str, Sequence[str]]], headings: Sequence[str]) -> str:
-    """Rows for people, in columns."""
-    lines = [("", headings), *rows]
-    first = max(len(label) for label, _ in lines)
-    width = max(len(value) for _, values in lines for value in values) + 2
-    return "\n".join(label.ljust(first) + "".join(value.rjust(width) for value in values) for label, values in lines)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from loadtests.records import Record, load_records
 
+KINDS = ("Conversations", "FreshImages", "ImageSizes", "PolicyMix", "PromptLengths", "RepeatedImages")
+"""The user classes of the locustfile."""
+
 LOCUSTFILE = Path("loadtests") / "locustfile.py"
 ROOT = Path(__file__).parent.parent
 GRACE = 120  # seconds in which requests in flight may finish at the end
@@ -28,7 +31,7 @@ def drive(
         out: the folder for the results and Locust's log.
         users: at the same time.
         seconds: whole ones, after which no new request is sent; those in flight are waited for.
-        kinds: user classes of the locustfile; none: all of them.
+        kinds: of `KINDS`; none: all of them.
         options: of the locustfile.
 
     Returns:

@@ -32,9 +32,10 @@ from locust.env import Environment
 from locust.runners import LocalRunner
 
 from loadtests.client import ServerMissing, ask, connect, served_model
+from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
 from loadtests.records import Record, save_records
 from loadtests.report import write_report
-from loadtests.results import add_slo_arguments, broken, p99_limits, result
+from loadtests.results import broken, result
 from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, Message, message, picture, question
 
 log = logging.getLogger("loadtests")
@@ -59,7 +60,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     group.add_argument(
         "--rate", type=positive, metavar="N", help="requests per second of all users (default: no pause)"
     )
-    group.add_argument("--max-tokens", type=int, default=16, metavar="N", help="tokens of every answer (default: 16)")
+    group.add_argument("--max-tokens", type=count, default=16, metavar="N", help="tokens of every answer (default: 16)")
     group.add_argument(
         "--timeout",
         type=positive,
@@ -68,22 +69,6 @@ def add_options(parser: LocustArgumentParser) -> None:
         help="without a byte from the server, after which a request has failed (default: 120)",
     )
     add_slo_arguments(group)
-
-
-def policy(text: str) -> object:
-    """A policy as a request's ``pruning`` field has it, from JSON or the name of a preset."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise ValueError
-    return value
 
 
 @events.init.add_listener
@@ -106,6 +91,13 @@ def refuse(why: str) -> None:
     sys.exit(2)
 
 
+@events.test_start.add_listener
+def begin(**_: Any) -> None:
+    """Forget an earlier run, which there is where Locust's web interface starts them."""
+    records.clear()
+    ChatUser.numbers.clear()
+
+
 @events.quitting.add_listener
 def conclude(environment: Environment, **_: Any) -> None:
     """Write the results, say which promises were broken, and choose the exit status."""
@@ -115,7 +107,7 @@ def conclude(environment: Environment, **_: Any) -> None:
             records,
             model=ChatUser.model,
             label=options.label,
-            users=options.num_users or 1,
+            users=sum(ChatUser.numbers.values()),
             rate=options.rate,
             goodput=options.goodput,
         )
@@ -147,7 +139,7 @@ class ChatUser(User):
         self.client = connect(environment.host, timeout=options.timeout)
         self.pace: Callable[[User], float] = constant(0)
         if options.rate is not None:
-            self.pace = constant_throughput(options.rate / options.num_users)
+            self.pace = constant_throughput(options.rate / environment.runner.target_user_count)
             gevent.sleep(1 / options.rate)  # users are made one after the other, so they do not ask all at once
         super().__init__(environment)
 

@@ -84,6 +84,14 @@ def table_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list
     return [(label, values) for label, values in rows if any(value != "-" for value in values)]
 
 
+def table(rows: Sequence[tuple[str, Sequence[str]]], headings: Sequence[str]) -> str:
+    """Rows for people, in columns."""
+    lines = [("", headings), *rows]
+    first = max(len(label) for label, _ in lines)
+    width = max(len(value) for _, values in lines for value in values) + 2
+    return "\n".join(label.ljust(first) + "".join(value.rjust(width) for value in values) for label, values in lines)
+
+
 def written(value: float | None, style: str) -> str:
     """A number for a table; a dash for what was not measured."""
     return "-" if value is None else format(value, style)

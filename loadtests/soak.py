@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,12 +22,14 @@ from threading import Event, Thread
 
 import psutil
 
-from benchmarks.memory import ENVIRONMENT, OPTIONS, TOLERANCE, Process, resident, role, server_process
-from loadtests.compare import positive, table
+from benchmarks.memory import ENVIRONMENT, OPTIONS, TOLERANCE, Process, resident, server_process
+from benchmarks.memory import role as role_of
+from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
+from loadtests.options import add_slo_arguments, count, p99_limits, positive
 from loadtests.records import Record
-from loadtests.report import table_rows, write_report
-from loadtests.results import add_slo_arguments, broken, p99_limits, result, span
+from loadtests.report import table, table_rows, write_report
+from loadtests.results import broken, result, span
 from vllm_vtprune.demo.server import ServerFailed, running_server
 
 LABEL = "soak"
@@ -40,16 +43,18 @@ def main() -> None:
         prog="python -m loadtests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    parser.add_argument("--minutes", type=float, default=10, help="how long (default: 10)")
-    parser.add_argument("--rate", type=float, default=4, help="requests per second (default: 4)")
-    parser.add_argument("--users", type=positive, default=16, help="who share them (default: 16)")
+    parser.add_argument("--minutes", type=positive, default=10, help="how long (default: 10)")
+    parser.add_argument("--rate", type=positive, default=4, help="requests per second (default: 4)")
+    parser.add_argument("--users", type=count, default=16, help="who share them (default: 16)")
     parser.add_argument("--pruning", default="balanced", metavar="POLICY", help="a preset or JSON (default: balanced)")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
     add_slo_arguments(parser)
     options = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     try:
         with running_server(OPTIONS, environment=ENVIRONMENT) as url:
+            model = served_model(url)
             root = server_process(url)
             with Memory([root, *root.children(recursive=True)]) as memory:
                 records = drive(
@@ -64,9 +69,12 @@ def main() -> None:
                     ],
                 )
             processes = memory.processes(skip=WARM)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the server is stopped.", file=sys.stderr)
+        sys.exit(130)
     except (ServerFailed, DriveFailed) as error:
         sys.exit(f"loadtests: {error}")
-    complaints = conclude(records, processes, options)
+    complaints = conclude(records, processes, model, options)
     if complaints:
         sys.exit("\n".join(f"loadtests: {complaint}" for complaint in complaints))
 
@@ -76,7 +84,7 @@ class Memory:
 
     def __init__(self, family: Sequence[psutil.Process]) -> None:
         self._family = list(family)
-        self._roles = [role(process) for process in family]
+        self._roles = [role_of(process) for process in family]
         self._seen: list[list[float]] = []  # MiB, by time and process
         self._over = Event()
         self._thread = Thread(target=self._look, daemon=True)
@@ -101,14 +109,16 @@ class Memory:
     def processes(self, skip: float) -> list[Process]:
         """What was seen of each process, without this share of the looks at the beginning."""
         counted = self._seen[int(skip * len(self._seen)) :]
-        return [Process(*one) for one in zip(self._roles, map(list, zip(*counted, strict=True)), strict=True)]
+        return [Process(role, [mib[index] for mib in counted]) for index, role in enumerate(self._roles) if counted]
 
 
-def conclude(records: Sequence[Record], processes: Sequence[Process], options: argparse.Namespace) -> list[str]:
+def conclude(
+    records: Sequence[Record], processes: Sequence[Process], model: str, options: argparse.Namespace
+) -> list[str]:
     """Print and write what was seen. Returns what is wrong with it."""
     summed = result(
         records,
-        model=LABEL,
+        model=model,
         label=LABEL,
         users=options.users,
         rate=options.rate,

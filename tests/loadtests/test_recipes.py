@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.drive import drive
+from loadtests.drive import KINDS, drive
 from tests.support.chat import VISUAL_TOKENS, Server
 from vllm_vtprune.demo.server import running_server
 
@@ -68,8 +68,6 @@ def test_every_kind_of_user_is_served(served: Server, tmp_path: Path) -> None:
     records = drive(served.url, tmp_path, users=9, seconds=8, kinds=[], options=["--goodput", "ttft:60000"])
     assert {record.error for record in records} == {None}
     found = json.loads((tmp_path / "result.json").read_text())
-    assert set(found["vtprune"]["kinds"]) == {
-        "Conversations", "FreshImages", "ImageSizes", "PolicyMix", "PromptLengths", "RepeatedImages",
-    }  # fmt: skip
+    assert set(found["vtprune"]["kinds"]) == set(KINDS)
     assert found["vtprune"]["without_usage"] == 0
     assert all(record.output_tokens == 16 for record in records)
