@@ -53,7 +53,7 @@ def question(random: Random, words: int = 8) -> str:
         random: where the words come from.
         words: how many, 8 at least: a longer question has a description before it.
     """
-    description = []
+    description: list[str] = []
     while len(description) < words - 8:
         description += ["the", random.choice(QUALITIES), random.choice(OBJECTS), "and"]
     asked = f"Where is the {random.choice(QUALITIES)} {random.choice(OBJECTS)} in this picture?"

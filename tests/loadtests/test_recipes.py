@@ -34,7 +34,7 @@ def recipe(containing: str) -> list[str]:
     """The words of the documented command in which this stands."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "loadtests.md").read_text(), re.DOTALL | re.MULTILINE)
     [command] = [block for block in blocks if containing in block]
-    return shlex.split(command)
+    return shlex.split(command.replace("\\\n", ""))
 
 
 def test_vllm_s_own_benchmark_drives_the_field(served: Server, tmp_path: Path) -> None:

@@ -123,8 +123,25 @@ def test_clients_are_told_health_goes_red_and_a_restart_recovers(
     assert errors, "requests in the meantime fail"
     assert [error for error in errors if not CLEAR.match(error)] == []
     log = supervised.log.read_bytes()[before:].decode(errors="replace")
-    assert re.search(r"supervisor: ended with status [1-9]", log), "a policy that restarts on failure would not"
+    assert "vtprune serve: the engine died" in log
+    assert statuses(supervised, before) == ["1"], "a supervisor that restarts on failure would not"
     assert kept(supervised.ask(**request(4))) == [64], "pruned as before"
+
+
+def test_to_be_told_to_stop_is_no_failure(supervised: Server) -> None:
+    """The last test of this file: it does not wait for the server to come back."""
+    before = supervised.log.stat().st_size
+    process_called(supervised, "vllm_vtprune.cli").terminate()
+    deadline = time.monotonic() + 60
+    while not (found := statuses(supervised, before)):
+        assert time.monotonic() < deadline, "it does not stop"
+        time.sleep(0.1)
+    assert found == ["0"]
+
+
+def statuses(server: Server, since: int) -> list[str]:
+    """With what the server ended, by its supervisor; `since` is a position in the log."""
+    return re.findall(r"supervisor: ended with status (\d+)", server.log.read_bytes()[since:].decode(errors="replace"))
 
 
 def watch(server: Server, killed: float) -> tuple[list[Record], float, float]:
