@@ -9,11 +9,11 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 # Of the load tests: the users who ask at once, the seconds of a turn, the turns; of the soak: its length and requests per
 # second. ARGS goes to either; `python -m loadtests.compare --help` and `python -m loadtests.soak --help` list what it may be.
-USERS ?= 4
-SECONDS_EACH ?= 12
+USERS ?= 2
+SECONDS_EACH ?= 8
 ROUNDS ?= 3
 MINUTES ?= 10
-RATE ?= 4
+RATE ?= 3
 ARGS ?=
 
 .DEFAULT_GOAL := help

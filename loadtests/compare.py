@@ -1,6 +1,6 @@
 """Stock vLLM and this project under the same load, on one machine, in turns: ``make loadtest``.
 
-    python -m loadtests.compare --out build/loadtest                  # about three minutes on two cores
+    python -m loadtests.compare --out build/loadtest                  # about four minutes on two cores
     python -m loadtests.compare --out build/loadtest --users 8 --seconds 60 --rounds 5 --kinds Conversations
 
 Both servers run all the time, and Locust loads one of them after the other, so that what else happens on the machine
@@ -44,7 +44,7 @@ SERVE_OPTIONS = (
     "--enforce-eager", "--disable-uvicorn-access-log", "--load-format", "dummy",
 )  # fmt: skip
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-WARM_UP_SECONDS = 3
+WARM_UP_SECONDS = 1
 
 Turns = dict[str, list[list[Record]]]  # by arm, round by round
 
@@ -55,8 +55,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--size", choices=["small", "tiny"], default="small", help="of the model (default: small)")
-    parser.add_argument("--users", type=count, default=4, help="who ask at the same time (default: 4)")
-    parser.add_argument("--seconds", type=count, default=12, help="of each arm in each round (default: 12)")
+    parser.add_argument("--users", type=count, default=2, help="who ask at the same time (default: 2)")
+    parser.add_argument("--seconds", type=count, default=8, help="of each arm in each round (default: 8)")
     parser.add_argument("--rounds", type=count, default=3, help="how often every arm has its turn (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
     parser.add_argument(

@@ -1,10 +1,10 @@
 """Many minutes at a constant rate, with an eye on failed requests and memory: ``make soak``.
 
-    python -m loadtests.soak --out build/soak --minutes 10 --rate 4 --users 16
+    python -m loadtests.soak --out build/soak --minutes 10 --rate 3 --users 16
 
 Starts our server with the checkpoint that comes with the package (random weights), and with the small caches of
 `benchmarks.memory`, so that they are full early. Every kind of user asks. Prints failed requests, percentiles, the rate
-that was reached, and the resident memory of each process after the first fifth and at the end. The exit status is 1 if
+that was reached, and the resident memory of each process after the first 200 requests and at the end. The exit status is 1 if
 a request failed, a promise (``--slo-...``) was broken, less than 95 % of the rate was reached, or a process grew by
 more than 5 %.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from threading import Event, Thread
 
 import psutil
 
-from benchmarks.memory import ENVIRONMENT, OPTIONS, TOLERANCE, Process, resident, server_process
+from benchmarks.memory import ENVIRONMENT, FULL_BY, OPTIONS, TOLERANCE, Process, resident, server_process
 from benchmarks.memory import role as role_of
 from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
@@ -33,7 +34,6 @@ from loadtests.results import broken, result, span
 from vllm_vtprune.demo.server import ServerFailed, running_server
 
 LABEL = "soak"
-WARM = 0.2  # of the time, until memory is first counted
 REACHED = 0.95  # of the rate
 LOOK_EVERY = 5.0  # seconds
 
@@ -44,7 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--minutes", type=positive, default=10, help="how long (default: 10)")
-    parser.add_argument("--rate", type=positive, default=4, help="requests per second (default: 4)")
+    parser.add_argument("--rate", type=positive, default=3, help="requests per second (default: 3)")
     parser.add_argument("--users", type=count, default=16, help="who share them (default: 16)")
     parser.add_argument("--pruning", default="balanced", metavar="POLICY", help="a preset or JSON (default: balanced)")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
@@ -68,7 +68,7 @@ def main() -> None:
                         *("--rate", str(options.rate), "--pruning", options.pruning),
                     ],
                 )
-            processes = memory.processes(skip=WARM)
+            processes = memory.processes(skip=FULL_BY / options.rate)
     except KeyboardInterrupt:
         print("\nInterrupted; the server is stopped.", file=sys.stderr)
         sys.exit(130)
@@ -107,8 +107,8 @@ class Memory:
                 return
 
     def processes(self, skip: float) -> list[Process]:
-        """What was seen of each process, without this share of the looks at the beginning."""
-        counted = self._seen[int(skip * len(self._seen)) :]
+        """What was seen of each process after the first so many seconds; none where that is all."""
+        counted = self._seen[math.ceil(skip / LOOK_EVERY) :]
         return [Process(role, [mib[index] for mib in counted]) for index, role in enumerate(self._roles) if counted]
 
 
@@ -127,10 +127,12 @@ def conclude(
     )
     summed["vtprune"]["memory"] = [asdict(process) for process in processes]
     memory = [
-        f"{process.role}: {process.mib[0]:.0f} MiB after {WARM:.0%} of the time, {process.mib[-1]:.0f} MiB at the end "
+        f"{process.role}: {process.mib[0]:.0f} MiB after {FULL_BY} requests, {process.mib[-1]:.0f} MiB at the end "
         f"({process.grown:+.1%})"
         for process in processes
     ]
+    if not processes:
+        memory = [f"memory was not looked at: there were fewer than {FULL_BY} requests"]
     reached = summed["vtprune"]["achieved_rate"]
     rate = f"{reached:.3f} of {options.rate:g} requests per second were sent"
     (options.out / "result.json").write_text(json.dumps(summed, indent=1) + "\n")

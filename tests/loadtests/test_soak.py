@@ -35,7 +35,7 @@ def complaints(records: list[Record], processes: list[Process], out: Path, *argu
 def test_a_flat_soak_has_nothing_to_complain_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert complaints(requests(119), [FLAT], tmp_path) == []
     shown = capsys.readouterr().out
-    assert "api: 100 MiB after 20% of the time, 102 MiB at the end (+2.0%)" in shown
+    assert "api: 100 MiB after 200 requests, 102 MiB at the end (+2.0%)" in shown
     assert "TTFT p99 (ms)" in shown
     assert json.loads((tmp_path / "result.json").read_text())["vtprune"]["memory"][0]["mib"] == FLAT.mib
     assert "102 MiB at the end" in (tmp_path / "report.html").read_text()
@@ -44,6 +44,11 @@ def test_a_flat_soak_has_nothing_to_complain_about(tmp_path: Path, capsys: pytes
 def test_growth_is_a_complaint(tmp_path: Path) -> None:
     grown = Process("engine", [100.0, 101.0, 106.0])
     assert complaints(requests(119), [FLAT, grown], tmp_path) == ["engine grew by 6.0%"]
+
+
+def test_a_soak_too_short_for_memory_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaints(requests(119), [], tmp_path) == []
+    assert "memory was not looked at: there were fewer than 200 requests" in capsys.readouterr().out
 
 
 def test_a_rate_that_is_not_reached_is_a_complaint(tmp_path: Path) -> None:
@@ -63,6 +68,7 @@ def test_memory_is_that_of_the_processes() -> None:
     with Memory([psutil.Process()]) as memory:
         pass
     [process] = memory.processes(skip=0)
+    assert memory.processes(skip=1) == [], "it was over before"
     assert process.mib[0] == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
 
 
@@ -75,7 +81,7 @@ def test_memory_of_a_process_that_has_ended_is_not_made_up() -> None:
     child.wait()
     with memory:
         pass
-    assert memory.processes(skip=0.2) == []
+    assert memory.processes(skip=0) == []
 
 
 @pytest.mark.engine
@@ -83,14 +89,14 @@ def test_memory_of_a_process_that_has_ended_is_not_made_up() -> None:
 def test_a_soak_of_a_real_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loadtests.soak", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--minutes", "1", "--rate", "2", "--users", "8"],
+        [*command, "--minutes", "1", "--rate", "4", "--users", "8"],
         cwd=ROOT, capture_output=True, text=True, timeout=550, stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["failed"] == 0, done.stderr[-3000:]
-    assert found["completed"] >= 100
-    assert found["vtprune"]["offered_rate"] == 2
+    assert found["completed"] >= 200
+    assert found["vtprune"]["offered_rate"] == 4
     memory = found["vtprune"]["memory"]
     assert len(memory) >= 2, "the API process and the engine"
-    assert all(len(process["mib"]) >= 8 and min(process["mib"]) > 1 for process in memory)
+    assert all(process["mib"] and min(process["mib"]) > 1 for process in memory)

@@ -1,11 +1,13 @@
 """A process of the engine dies under load: clients get errors, health goes red, a supervisor's restart recovers."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +18,7 @@ import pytest
 
 from loadtests.client import ask, connect
 from loadtests.records import Record
-from tests.support.chat import Body, Server, fresh_url, kept, user
+from tests.support.chat import DONE, Body, Server, data_of, fresh_url, kept, user
 
 pytestmark = pytest.mark.engine
 
@@ -24,6 +26,8 @@ RED_WITHIN = 10.0  # seconds
 ERROR_WITHIN = 30.0
 BACK_WITHIN = 240.0
 STREAMS, WHOLE = 4, 2
+SHORT: Body = {"pruning": "fast", "max_tokens": 4, "ignore_eos": True}
+ENDLESS: Body = {"pruning": "fast", "max_tokens": 1900, "ignore_eos": True, "n": 4, "temperature": 1}
 # What a restart policy does: start it again whenever it has ended.
 SUPERVISOR = 'while :; do "$@"; echo "supervisor: ended with status $?"; sleep 1; done'
 # A request may be refused, or find the door closed while there is no server; it may not be cut off without a word.
@@ -80,35 +84,30 @@ def process_called(server: Server, title: str) -> psutil.Process:
     return found
 
 
-def request(max_tokens: int) -> Body:
-    return {
-        "messages": [user("Where is the dog?", fresh_url())],
-        "pruning": "fast",
-        "max_tokens": max_tokens,
-        "ignore_eos": True,
-    }
-
-
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
+@pytest.mark.parametrize("victim", ["EngineCore", *(["Worker"] if os.environ.get("VTPRUNE_VERIFY") else [])])
 def test_clients_are_told_health_goes_red_and_a_restart_recovers(
     supervised: Server, victim: str, record_property: Callable[[str, object], None]
 ) -> None:
-    def stream() -> Record:
-        with connect(supervised.url, timeout=ERROR_WITHIN) as client:
-            return ask(client, "stream", {**supervised.defaults, **request(1900), "temperature": 1})
+    begun = threading.Barrier(STREAMS + 1)
+
+    def stream() -> str:
+        body = {**supervised.defaults, **ENDLESS, "messages": [user("Where?", fresh_url())], "stream": True}
+        url = f"{supervised.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=ERROR_WITHIN) as answer:
+            parts = answer.iter_text()
+            first = next(parts)
+            begun.wait(60)
+            return first + "".join(parts)
 
     def whole() -> httpx.Response:
-        return supervised.post({**request(1900), "temperature": 1})
+        return supervised.post({**ENDLESS, "messages": [user("Where?", fresh_url())]})
 
     before = supervised.log.stat().st_size
     with ThreadPoolExecutor(STREAMS + WHOLE) as threads:
-        streams = [threads.submit(stream) for _ in range(STREAMS)]
         wholes = [threads.submit(whole) for _ in range(WHOLE)]
-        deadline = time.monotonic() + 60
-        while supervised.metrics()["vllm:num_requests_running"] < STREAMS + WHOLE:
-            assert time.monotonic() < deadline, "not all requests are running"
-            time.sleep(0.05)
+        streams = [threads.submit(stream) for _ in range(STREAMS)]
+        begun.wait(60)
         process_called(supervised, victim).kill()
         killed = time.monotonic()
 
@@ -125,7 +124,7 @@ def test_clients_are_told_health_goes_red_and_a_restart_recovers(
     log = supervised.log.read_bytes()[before:].decode(errors="replace")
     assert "vtprune serve: the engine died" in log
     assert statuses(supervised, before) == ["1"], "a supervisor that restarts on failure would not"
-    assert kept(supervised.ask(**request(4))) == [64], "pruned as before"
+    assert kept(supervised.ask(**SHORT, messages=[user("Where?", fresh_url())])) == [64], "pruned as before"
 
 
 def test_to_be_told_to_stop_is_no_failure(supervised: Server) -> None:
@@ -161,21 +160,30 @@ def watch(server: Server, killed: float) -> tuple[list[Record], float, float]:
             if red is not None and green:
                 return outcomes, red, waited
             assert waited < BACK_WITHIN, server.log.read_text(errors="replace")[-3000:]
-            outcomes.append(ask(client, "meanwhile", {**server.defaults, **request(2)}))
+            outcomes.append(
+                ask(client, "meanwhile", {**server.defaults, **SHORT, "messages": [user("Where?", fresh_url())]})
+            )
             time.sleep(0.2)
 
 
-def check_streams(streams: list[Future[Record]]) -> None:
+def check_streams(streams: list[Future[str]]) -> None:
     for future in streams:
-        record = future.result(ERROR_WITHIN)
-        assert record.text
-        assert record.error is not None
-        assert CLEAR.match(record.error), record.error
+        *chunks, error, done = data_of(future.result(ERROR_WITHIN))
+        assert done == DONE
+        assert chunks
+        check(json.loads(error)["error"])
 
 
 def check_wholes(wholes: list[Future[httpx.Response]]) -> None:
     for future in wholes:
         response = future.result(ERROR_WITHIN)
-        error = response.json()["error"]
-        assert response.status_code == error["code"] in (500, 503)
-        assert "EngineCore encountered an issue" in error["message"]
+        check(response.json()["error"])
+        assert response.status_code == response.json()["error"]["code"]
+
+
+def check(error: Body) -> None:
+    """vLLM's, or ours where the server ends before vLLM sees that its engine did."""
+    assert (error["code"], error["message"][:34]) in (
+        (500, "EngineCore encountered an issue. S"),
+        (503, "The server is shutting down and co"),
+    )
