@@ -7,12 +7,20 @@ export VENV
 export HF_HUB_OFFLINE ?= 1
 # GiB for the KV cache of CPU engines.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
+# Of the load tests: the users who ask at once, the seconds of a turn, the turns; of the soak: its length and requests per
+# second. ARGS goes to either; `python -m loadtests.compare --help` and `python -m loadtests.soak --help` list what it may be.
+USERS ?= 2
+SECONDS_EACH ?= 8
+ROUNDS ?= 3
+MINUTES ?= 10
+RATE ?= 3
+ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test verify lint format clean
+.PHONY: help setup demo test verify lint format loadtest soak clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv: vLLM for this machine's CPU or GPU, the project, the tools
 	@scripts/setup.sh
@@ -34,6 +42,13 @@ test: lint ## lint, then the tests (a fixed sample of every large grid)
 
 verify: setup ## the tests with the whole grids; writes docs/verification.json
 	$(BIN)/python scripts/verify.py
+
+loadtest: setup ## stock vLLM and ours under load, compared; USERS, SECONDS_EACH, ROUNDS, ARGS
+	@$(BIN)/python -m loadtests.compare --out build/loadtest --users $(USERS) --seconds $(SECONDS_EACH) \
+		--rounds $(ROUNDS) $(ARGS)
+
+soak: setup ## ours at a constant rate for long; MINUTES, RATE, ARGS
+	@$(BIN)/python -m loadtests.soak --out build/soak --minutes $(MINUTES) --rate $(RATE) $(ARGS)
 
 clean: ## remove .venv and everything generated
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

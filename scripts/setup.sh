@@ -31,7 +31,7 @@ find_python() {
 }
 
 install_project() {
-    local target=".[$device,demo,dev]"
+    local target=".[$device,demo,dev,loadtest]"
     if "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -e "$target" >"$log" 2>&1; then
         return
     fi

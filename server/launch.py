@@ -42,7 +42,8 @@ def serve(argv: list[str]) -> None:
         argv: the command line after ``vtprune serve``.
 
     Raises:
-        SystemExit: 2 for options that are not valid, 1 for a model or a server that would not prune.
+        SystemExit: 2 for options that are not valid, 1 for a model or a server that would not prune, or when the engine
+            died.
     """
     enable_plugin()
     refuse_without_routes()
@@ -86,6 +87,11 @@ def serve(argv: list[str]) -> None:
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", PLUGIN)  # server/media.py
     refuse_unpruned(args)
     command.cmd(args)
+
+    from server.shutdown import engine_died
+
+    if engine_died.is_set():
+        sys.exit("vtprune serve: the engine died; what it said last stands above")
 
 
 def enable_plugin() -> None:

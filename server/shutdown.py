@@ -1,8 +1,9 @@
-"""Requests in flight when the server stops: what cannot be finished is answered with an error, never just cut off."""
+"""When the server stops: what cannot be finished is answered with an error, and a death of the engine is a failure."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from http import HTTPStatus
 
 from starlette.datastructures import State
@@ -12,6 +13,9 @@ from vllm.exceptions import GracefulHTTPError
 from vllm_vtprune.plugin import compat
 
 POLL = 0.1  # seconds
+
+engine_died = threading.Event()
+"""Set when this process's server has ended by itself, which it does when its engine died."""
 
 
 class ServerStopping(GracefulHTTPError):
@@ -36,3 +40,18 @@ async def fail_unfinished_requests(state: State, engine_client: EngineClient) ->
     while not compat.engine_client_is_stopped(state):
         await asyncio.sleep(POLL)
     compat.fail_unfinished_requests(engine_client, ServerStopping())
+
+
+def notice_death_of_engine(state: State, engine_client: EngineClient) -> None:
+    """Have `engine_died` set where the server ends without having been told to.
+
+    Args:
+        state: of the app.
+        engine_client: of the same API process.
+    """
+
+    def look() -> None:
+        if compat.engine_client_is_stopped(state):
+            engine_died.set()
+
+    compat.before_shutdown(engine_client, look)

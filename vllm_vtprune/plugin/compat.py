@@ -6,7 +6,7 @@ Each entry names the version it was read in, why it is needed, and when it can g
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,17 @@ def fail_unfinished_requests(engine_client: Any, error: Exception) -> None:
     them itself.
     """
     engine_client.output_processor.propagate_error(error)
+
+
+def before_shutdown(engine_client: Any, callback: Callable[[], None]) -> None:
+    """Have a callback run when the engine client begins to shut down.
+
+    vLLM 0.32.0 shuts it down before the server where that is told to stop, and after it where that ends by itself, as
+    the engine died (entrypoints/launchers/launcher.py). Both end with status 0. What is shut down first is the renderer
+    (v1/engine/async_llm.py), which closes ``_resources`` (renderers/base.py). Can go when vLLM's server ends with
+    another status where its engine died.
+    """
+    engine_client.renderer._resources.callback(callback)
 
 
 def says_shut_down(error: Exception) -> bool:

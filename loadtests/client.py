@@ -1,0 +1,76 @@
+"""Sending one streamed chat completion and reading it to a record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from loadtests.records import Record
+from loadtests.sse import StreamReader, error_text
+
+IDLE = 2.0  # seconds a connection may wait for the next request: less than the 5 after which vLLM's server closes it
+
+
+class ServerMissing(Exception):
+    """There is no server where one should be; the message says where and why."""
+
+
+def connect(url: str, *, timeout: float) -> httpx.Client:
+    """A client for one user.
+
+    Args:
+        url: of the server, without a path.
+        timeout: seconds to wait for the next bytes before a request counts as failed.
+    """
+    return httpx.Client(base_url=url, timeout=timeout, limits=httpx.Limits(keepalive_expiry=IDLE))
+
+
+def served_model(url: str) -> str:
+    """The name of the first model that the server lists.
+
+    Raises:
+        ServerMissing: no answer, or not that of an OpenAI-compatible server.
+    """
+    try:
+        answer = httpx.get(f"{url}/v1/models", timeout=10)
+        answer.raise_for_status()
+        return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerMissing(f"no server answers at {url}/v1/models: {error or type(error).__name__}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ServerMissing(f"{url}/v1/models does not list a model, as an OpenAI-compatible server would") from error
+
+
+def ask(client: httpx.Client, name: str, body: Mapping[str, Any]) -> Record:
+    """Send a chat completion and read its stream. Whatever goes wrong becomes the record's error.
+
+    Args:
+        client: from `connect`.
+        name: the kind of request, for the record.
+        body: the request without what makes it a stream with token counts, which is added.
+    """
+    request = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    started, sent = time.time(), time.perf_counter()
+    reader = StreamReader(name, started=started, sent=sent)
+    error = None
+    try:
+        with client.stream("POST", "/v1/chat/completions", json=request) as answer:
+            if answer.status_code == 200:
+                for data in answer.iter_bytes():
+                    reader.feed(data, time.perf_counter())
+            else:
+                error = _refusal(answer.status_code, answer.read())
+    except httpx.HTTPError as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return reader.finish(time.perf_counter(), error)
+
+
+def _refusal(status: int, body: bytes) -> str:
+    try:
+        return f"status {status}, {error_text(json.loads(body))}"
+    except (ValueError, LookupError, TypeError):
+        return f"status {status}, not an error in OpenAI's shape: {body[:200].decode(errors='replace')}"

@@ -1,0 +1,184 @@
+"""Stock vLLM and this project under the same load, on one machine, in turns: ``make loadtest``.
+
+    python -m loadtests.compare --out build/loadtest                  # about four minutes on two cores
+    python -m loadtests.compare --out build/loadtest --users 8 --seconds 60 --rounds 5 --kinds Conversations
+
+Both servers run all the time, and Locust loads one of them after the other, so that what else happens on the machine
+hits all alike. In a round every arm has the same seed, hence the same pictures and questions; which arm comes first
+rotates.
+
+- stock:     stock vLLM
+- off:       our server with ``pruning: false``
+- balanced:  our server at the preset ``balanced``
+
+The checkpoint is made on the spot and has random weights: its answers mean nothing, and its times are not those of a
+released model. The results are written to ``--out``: ``result-ARM.json``, ``report.html``, and a folder for each turn.
+The exit status is 1 if a request failed, or if the pruned arm broke a promise (``--slo-...``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.statistics import paired_ratio
+from loadtests.drive import KINDS, DriveFailed, drive
+from loadtests.options import add_slo_arguments, count, p99_limits
+from loadtests.records import Record
+from loadtests.report import table, table_rows, write_report
+from loadtests.results import broken, percentile, result, samples, span
+from vllm_vtprune.demo.server import ServerFailed, running_server
+
+STOCK, OFF, PRUNED = ARMS = ("stock", "off", "balanced")
+LOCUST_OPTIONS: dict[str, tuple[str, ...]] = {STOCK: (), OFF: ("--pruning", "false"), PRUNED: ("--pruning", "balanced")}
+MODEL = "llava"
+STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
+SERVE_OPTIONS = (
+    "--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32",
+    "--enforce-eager", "--disable-uvicorn-access-log", "--load-format", "dummy",
+)  # fmt: skip
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+WARM_UP_SECONDS = 1
+
+Turns = dict[str, list[list[Record]]]  # by arm, round by round
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument("--size", choices=["small", "tiny"], default="small", help="of the model (default: small)")
+    parser.add_argument("--users", type=count, default=2, help="who ask at the same time (default: 2)")
+    parser.add_argument("--seconds", type=count, default=8, help="of each arm in each round (default: 8)")
+    parser.add_argument("--rounds", type=count, default=3, help="how often every arm has its turn (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=["FreshImages"],
+        metavar="CLASS",
+        help=f"who asks: {', '.join(KINDS)} (default: FreshImages)",
+    )
+    add_slo_arguments(parser)
+    options = parser.parse_args()
+    from vllm_vtprune.demo.checkpoint import write_llava_checkpoint  # imports torch: not for --help
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"Starting stock vLLM and ours with a {options.size} checkpoint ...", file=sys.stderr)
+            with servers(write_llava_checkpoint(directory, size=options.size, weights=False)) as urls:
+                turns = take_turns(urls, options)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the servers are stopped.", file=sys.stderr)
+        sys.exit(130)
+    except (ServerFailed, DriveFailed) as error:
+        sys.exit(f"loadtests: {error}")
+    complaints = conclude(turns, options)
+    if complaints:
+        sys.exit("\n".join(f"loadtests: {complaint}" for complaint in complaints))
+
+
+@contextmanager
+def servers(model: Path) -> Iterator[dict[str, str]]:
+    """The address of each arm's server, while both run."""
+    stock = ["--model", str(model), *SERVE_OPTIONS]
+    with (
+        running_server(stock, command=STOCK_COMMAND, environment={**ENVIRONMENT, "VLLM_PLUGINS": ""}) as theirs,
+        running_server([str(model), *SERVE_OPTIONS], environment=ENVIRONMENT) as ours,
+    ):
+        yield {STOCK: theirs, OFF: ours, PRUNED: ours}
+
+
+def take_turns(urls: Mapping[str, str], options: argparse.Namespace) -> Turns:
+    """Load every arm in every round, after a short turn of each that is not counted."""
+
+    def turn(arm: str, folder: str, seed: int, seconds: float) -> list[Record]:
+        return drive(
+            urls[arm],
+            options.out / folder,
+            users=options.users,
+            seconds=seconds,
+            kinds=options.kinds,
+            options=["--label", arm, "--seed", str(seed), *LOCUST_OPTIONS[arm]],
+        )
+
+    for arm in ARMS:
+        turn(arm, f"warm-up-{arm}", options.seed + 1_000_000, WARM_UP_SECONDS)
+    turns: Turns = {arm: [] for arm in ARMS}
+    for number in range(options.rounds):
+        for position in range(len(ARMS)):
+            arm = ARMS[(number + position) % len(ARMS)]
+            found = turn(arm, f"round-{number + 1}-{arm}", options.seed + number, options.seconds)
+            turns[arm].append(found)
+            median = percentile(samples(found)["ttft"], 50)
+            shown = "-" if median is None else f"{median:.0f} ms"
+            print(f"round {number + 1}, {arm}: {len(found)} requests, TTFT {shown}", file=sys.stderr, flush=True)
+    return turns
+
+
+def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
+    """Print and write the comparison. Returns what was promised and not held."""
+    records = {arm: [record for found in rounds for record in found] for arm, rounds in turns.items()}
+    results = {
+        arm: result(
+            records[arm],
+            model=MODEL,
+            label=arm,
+            users=options.users,
+            goodput=options.goodput,
+            duration=sum(span(found) for found in rounds),
+        )
+        for arm, rounds in turns.items()
+    }
+    ratios = ratios_to_stock(turns)
+    for arm, one in results.items():
+        (options.out / f"result-{arm}.json").write_text(json.dumps(one, indent=1) + "\n")
+    (options.out / "ratios.json").write_text(json.dumps(ratios, indent=1) + "\n")
+    write_report(
+        options.out / "report.html",
+        results,
+        records,
+        notes=[
+            f"Stock vLLM and ours took turns on one machine: {options.rounds} rounds of {options.seconds} s each, "
+            f"{options.users} users in a closed loop, the same pictures and questions for all arms of a round. "
+            f"The checkpoint is the {options.size} one of vllm_vtprune/demo with random weights.",
+            *(f"{name}: {text}." for name, text in ratios.items()),
+        ],
+    )
+    print(table(table_rows(results), list(results)))
+    for name, text in ratios.items():
+        print(f"{name}: {text}")
+    print(f"report: {options.out / 'report.html'}")
+    return [
+        f"{arm}: {complaint}"
+        for arm in ARMS
+        for complaint in broken(records[arm], p99_limits(options) if arm == PRUNED else {})
+    ]
+
+
+def ratios_to_stock(turns: Turns) -> dict[str, str]:
+    """Of median TTFT and requests per second, round by round, with the 95 % interval over the rounds."""
+    found = {}
+    for arm in (OFF, PRUNED):
+        medians = {one: [percentile(samples(r)["ttft"], 50) for r in turns[one]] for one in (arm, STOCK)}
+        rates = {one: [len(r) / span(r) if r else 0.0 for r in turns[one]] for one in (arm, STOCK)}
+        for name, values in (("median TTFT", medians), ("requests per second", rates)):
+            numerators = [value for value in values[arm] if value]
+            denominators = [value for value in values[STOCK] if value]
+            if len(numerators) == len(denominators) == len(turns[STOCK]):
+                found[f"{arm} / stock, {name}"] = str(paired_ratio(numerators, denominators))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Users of an OpenAI-compatible server that ask about pictures, for Locust.
+
+    locust -f loadtests/locustfile.py --host http://localhost:8000 --headless -u 8 -r 8 -t 2m --stop-timeout 2m \\
+        --out build/load --pruning balanced --slo-ttft-p99-ms 800 FreshImages Conversations
+
+Users ask again as soon as they have their answer (closed loop), or together at a constant rate (``--rate``). The same
+``--seed`` gives the same pictures and questions. When the run ends, ``--out`` holds
+
+- ``requests.jsonl``: what was measured of each request (`loadtests.records`),
+- ``result.json``: the results under the names of ``vllm bench serve`` (`loadtests.results`),
+- ``report.html``: tables and plots.
+
+Locust's exit status is 1 if a request failed or a promise (``--slo-...``) was broken, 2 if an option makes no sense or
+no server answers. Locust's own table shows end-to-end times, rounded; the files hold the exact ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
+
+import gevent
+from locust import User, constant, constant_throughput, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.runners import LocalRunner
+
+from loadtests.client import ServerMissing, ask, connect, served_model
+from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
+from loadtests.records import Record, save_records
+from loadtests.report import write_report
+from loadtests.results import broken, result
+from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, Message, message, picture, question
+
+log = logging.getLogger("loadtests")
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes a line for every request
+records: list[Record] = []
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: LocustArgumentParser) -> None:
+    """What can be said besides Locust's own options."""
+    group = parser.add_argument_group("vllm-vtprune")
+    group.add_argument("--out", type=Path, metavar="DIR", help="where the results go; without it, none are written")
+    group.add_argument("--label", default="run", help="the name of this run in the results (default: run)")
+    group.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
+    group.add_argument(
+        "--pruning",
+        type=policy,
+        metavar="POLICY",
+        help="a preset or a policy as JSON, sent with every request but those of PolicyMix (default: the field is not "
+        "sent)",
+    )
+    group.add_argument(
+        "--rate", type=positive, metavar="N", help="requests per second of all users (default: no pause)"
+    )
+    group.add_argument("--max-tokens", type=count, default=16, metavar="N", help="tokens of every answer (default: 16)")
+    group.add_argument(
+        "--timeout",
+        type=positive,
+        default=120.0,
+        metavar="SECONDS",
+        help="without a byte from the server, after which a request has failed (default: 120)",
+    )
+    add_slo_arguments(group)
+
+
+@events.init.add_listener
+def look_at_server(environment: Environment, **_: Any) -> None:
+    """Refuse to start without a server, and where results would be scattered over several processes."""
+    if not isinstance(environment.runner, LocalRunner):
+        refuse("one process gathers the results: run without --processes, --master and --worker")
+    if not environment.host:
+        refuse("--host is missing, the server's address, such as http://localhost:8000")
+    environment.host = environment.host.rstrip("/")
+    try:
+        ChatUser.model = served_model(environment.host)
+    except ServerMissing as error:
+        refuse(str(error))
+
+
+def refuse(why: str) -> None:
+    """End with status 2."""
+    print(f"loadtests: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+@events.test_start.add_listener
+def begin(**_: Any) -> None:
+    """Forget an earlier run, which there is where Locust's web interface starts them."""
+    records.clear()
+    ChatUser.numbers.clear()
+
+
+@events.quitting.add_listener
+def conclude(environment: Environment, **_: Any) -> None:
+    """Write the results, say which promises were broken, and choose the exit status."""
+    options = environment.parsed_options
+    if options.out is not None:
+        summed = result(
+            records,
+            model=ChatUser.model,
+            label=options.label,
+            users=sum(ChatUser.numbers.values()),
+            rate=options.rate,
+            goodput=options.goodput,
+        )
+        options.out.mkdir(parents=True, exist_ok=True)
+        save_records(options.out / "requests.jsonl", records)
+        (options.out / "result.json").write_text(json.dumps(summed, indent=1) + "\n")
+        write_report(options.out / "report.html", {options.label: summed}, {options.label: records})
+        log.info("results in %s", options.out)
+    complaints = broken(records, p99_limits(options))
+    for complaint in complaints:
+        log.error("%s", complaint)
+    environment.process_exit_code = 1 if complaints else 0
+
+
+class ChatUser(User):
+    """Asks one question after the other. What is asked, a subclass says."""
+
+    abstract = True
+    model: ClassVar[str]
+    numbers: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, environment: Environment) -> None:
+        options = environment.parsed_options
+        kind = type(self).__name__
+        self.random = Random(f"{options.seed} {kind} {self.numbers[kind]}")
+        self.numbers[kind] += 1
+        self.pruning = options.pruning
+        self.max_tokens = options.max_tokens
+        self.client = connect(environment.host, timeout=options.timeout)
+        self.pace: Callable[[User], float] = constant(0)
+        if options.rate is not None:
+            self.pace = constant_throughput(options.rate / environment.runner.target_user_count)
+            gevent.sleep(1 / options.rate)  # users are made one after the other, so they do not ask all at once
+        super().__init__(environment)
+
+    def wait_time(self) -> float:
+        return self.pace(self)
+
+    def on_stop(self) -> None:
+        self.client.close()
+
+    def messages(self) -> list[Message]:
+        """What is sent next."""
+        raise NotImplementedError
+
+    def answered(self, record: Record) -> None:
+        """Look at the answer."""
+
+    @task
+    def ask(self) -> None:
+        body: dict[str, Any] = {
+            "model": self.model, "messages": self.messages(), "max_tokens": self.max_tokens, "temperature": 0,
+            "ignore_eos": True,
+        }  # fmt: skip
+        if self.pruning is not None:
+            body["pruning"] = self.pruning
+        record = ask(self.client, type(self).__name__, body)
+        records.append(record)
+        self.answered(record)
+        self.environment.events.request.fire(
+            request_type="chat",
+            name=record.name,
+            response_time=1000 * record.elapsed,
+            response_length=len(record.text),
+            exception=None if record.error is None else RuntimeError(record.error),
+            context={},
+        )
+
+
+class FreshImages(ChatUser):
+    """Cache-hostile: every picture is new."""
+
+    weight = 4
+
+    def messages(self) -> list[Message]:
+        return [message(question(self.random), [picture(self.random.getrandbits(32))])]
+
+
+class RepeatedImages(ChatUser):
+    """Cache-friendly: new questions about eight pictures that all these users share."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        shared = Random(environment.parsed_options.seed)
+        self.pictures = [picture(shared.getrandbits(32)) for _ in range(8)]
+
+    def messages(self) -> list[Message]:
+        return [message(question(self.random), [self.random.choice(self.pictures)])]
+
+
+class PolicyMix(ChatUser):
+    """New pictures under one of several policies, whatever ``--pruning`` says."""
+
+    def messages(self) -> list[Message]:
+        self.pruning = self.random.choice(POLICIES)
+        return [message(question(self.random), [picture(self.random.getrandbits(32))])]
+
+
+class PromptLengths(ChatUser):
+    """New pictures and questions of 8, 64 or 256 words."""
+
+    def messages(self) -> list[Message]:
+        asked = question(self.random, self.random.choice(LENGTHS))
+        return [message(asked, [picture(self.random.getrandbits(32))])]
+
+
+class ImageSizes(ChatUser):
+    """New pictures from a thumbnail to a full screen."""
+
+    def messages(self) -> list[Message]:
+        size = self.random.choice(SIZES)
+        return [message(question(self.random), [picture(self.random.getrandbits(32), size)])]
+
+
+class Conversations(ChatUser):
+    """Four questions about a picture, each after the whole conversation so far; then another picture."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self.conversation = Conversation(self.random)
+
+    def messages(self) -> list[Message]:
+        return self.conversation.ask()
+
+    def answered(self, record: Record) -> None:
+        self.conversation.answered(None if record.error else record.text)

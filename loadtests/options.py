@@ -1,0 +1,83 @@
+"""Options that several commands have, and how they are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import Any
+
+from loadtests.results import METRICS
+
+GOODPUT_METRICS = ("ttft", "tpot", "e2el")
+
+
+def add_slo_arguments(parser: Any) -> None:
+    """The options that say what a server has promised; `p99_limits` reads those named ``--slo-...``."""
+    for metric in METRICS:
+        parser.add_argument(
+            f"--slo-{metric}-p99-ms",
+            type=milliseconds,
+            metavar="MS",
+            help=f"exit with status 1 if the 99th percentile of {metric} is above this (milliseconds)",
+        )
+    parser.add_argument(
+        "--goodput",
+        type=goodput_limits,
+        metavar="LIMITS",
+        help=f"what a good request keeps to: {', '.join(GOODPUT_METRICS)} in milliseconds, such as 'ttft:500 tpot:50'",
+    )
+
+
+def p99_limits(options: argparse.Namespace) -> dict[str, float]:
+    """The limits of the ``--slo-...`` options that were given, in milliseconds."""
+    given = {metric: getattr(options, f"slo_{metric}_p99_ms") for metric in METRICS}
+    return {metric: limit for metric, limit in given.items() if limit is not None}
+
+
+def milliseconds(text: str) -> float:
+    """A positive number from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: expected milliseconds above 0")
+    return value
+
+
+def goodput_limits(text: str) -> dict[str, float]:
+    """Limits from the command line, ``METRIC:MS`` one after the other as in ``vllm bench serve``."""
+    limits = {}
+    for part in text.split():
+        metric, _, limit = part.partition(":")
+        if metric not in GOODPUT_METRICS:
+            raise argparse.ArgumentTypeError(f"{part!r}: expected METRIC:MS with one of {', '.join(GOODPUT_METRICS)}")
+        limits[metric] = milliseconds(limit)
+    if not limits:
+        raise argparse.ArgumentTypeError("no limit: expected METRIC:MS, such as ttft:500")
+    return limits
+
+
+def positive(text: str) -> float:
+    """A number above 0 from the command line."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number above 0 from the command line."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def policy(text: str) -> object:
+    """A policy from the command line, as the ``pruning`` field has it: JSON, or the name of a preset."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

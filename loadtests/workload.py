@@ -1,0 +1,92 @@
+"""What is sent: pictures, questions and policies, the same for the same seed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vllm_vtprune.demo.words import OBJECTS, QUALITIES
+
+Message = dict[str, Any]
+
+POLICIES: tuple[object, ...] = (
+    False,
+    "quality",
+    "balanced",
+    "fast",
+    {"budget": {"type": "tokens", "keep": 64}},
+    {"method": "divprune", "budget": {"type": "ratio", "keep": 0.25}},
+)
+"""As a mixed public would ask: without pruning, by preset, and with policies of their own."""
+
+PIXELS = (336, 336)
+SIZES = ((64, 64), (336, 336), (1024, 768), (768, 1024), (1920, 1080))
+"""Width and height in pixels: a thumbnail, the encoder's own size, photographs, a screen."""
+
+LENGTHS = (8, 64, 256)
+"""Words of a question."""
+
+
+def picture(seed: int, size: tuple[int, int] = PIXELS) -> str:
+    """Smooth noise that no other seed gives, as a data URL of a JPEG file.
+
+    Args:
+        seed: not negative.
+        size: width and height in pixels.
+    """
+    noise = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def question(random: Random, words: int = 8) -> str:
+    """A question about objects.
+
+    Args:
+        random: where the words come from.
+        words: how many, 8 at least: a longer question has a description before it.
+    """
+    description: list[str] = []
+    while len(description) < words - 8:
+        description += ["the", random.choice(QUALITIES), random.choice(OBJECTS), "and"]
+    asked = f"Where is the {random.choice(QUALITIES)} {random.choice(OBJECTS)} in this picture?"
+    return " ".join([*description[: max(0, words - 8)], asked])
+
+
+def message(text: str, images: Sequence[str] = ()) -> Message:
+    """A user's message: the pictures (URLs), then the text."""
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+class Conversation:
+    """Questions about one picture, each with all that was said before it; after some turns a new one begins."""
+
+    def __init__(self, random: Random, turns: int = 4) -> None:
+        """
+        Args:
+            random: where pictures and questions come from.
+            turns: questions about a picture.
+        """
+        self._random = random
+        self._turns = turns
+        self._messages: list[Message] = []
+
+    def ask(self) -> list[Message]:
+        """The messages to send next."""
+        if len(self._messages) >= 2 * self._turns:
+            self._messages = []
+        images = [] if self._messages else [picture(self._random.getrandbits(32))]
+        self._messages = [*self._messages, message(question(self._random), images)]
+        return self._messages
+
+    def answered(self, text: str | None) -> None:
+        """Take the answer into the conversation; None, where there was none, ends it."""
+        self._messages = [] if text is None else [*self._messages, {"role": "assistant", "content": text}]

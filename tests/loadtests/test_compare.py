@@ -1,0 +1,121 @@
+"""What `make loadtest` concludes from its turns, and the whole of it on real servers."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtests.compare import ARMS, OFF, PRUNED, STOCK, Turns, conclude, ratios_to_stock
+from loadtests.options import add_slo_arguments
+from loadtests.records import Record
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def requests(start: float, ttft: float, count: int = 4, **fields: Any) -> list[Record]:
+    """A turn of so many requests of a second each, one after the other."""
+    measured = {"ttft": ttft, "e2e": 0.9, "input_tokens": 50, "output_tokens": 4}
+    return [Record("FreshImages", start + i, elapsed=1.0, **{**measured, **fields}) for i in range(count)]
+
+
+def turns(**more: list[list[Record]]) -> Turns:
+    """Two rounds in which off is as fast as stock, and balanced twice as fast; the second on a slower machine."""
+    return {
+        STOCK: [requests(0, 0.4), requests(100, 0.8)],
+        OFF: [requests(10, 0.4), requests(110, 0.8)],
+        PRUNED: [requests(20, 0.2, count=8), requests(120, 0.4, count=8)],
+        **more,
+    }
+
+
+def options(out: Path, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_slo_arguments(parser)
+    given = parser.parse_args(arguments)
+    return argparse.Namespace(out=out, users=2, rounds=2, seconds=4, size="tiny", **vars(given))
+
+
+def test_ratios_are_of_what_was_measured_in_the_same_round() -> None:
+    ratios = ratios_to_stock(turns())
+    assert ratios["balanced / stock, median TTFT"] == "0.500 [0.500, 0.500]"
+    assert ratios["off / stock, median TTFT"] == "1.000 [1.000, 1.000]"
+    assert ratios["balanced / stock, requests per second"] == "1.000 [1.000, 1.000]"
+
+
+def test_no_ratio_is_made_up_where_a_round_measured_nothing() -> None:
+    ratios = ratios_to_stock(turns(balanced=[requests(20, 0.2), []]))
+    assert "balanced / stock, median TTFT" not in ratios
+    assert "off / stock, median TTFT" in ratios
+
+
+def test_turns_are_put_together_without_the_time_between_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert conclude(turns(), options(tmp_path)) == []
+    found = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
+    assert found[STOCK]["duration"] == 8.0
+    assert found[STOCK]["request_throughput"] == 1.0
+    assert (found[PRUNED]["completed"], found[PRUNED]["median_ttft_ms"]) == (16, pytest.approx(300))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == list(ARMS)
+    assert next(line for line in shown if line.startswith("TTFT median")).split() == [
+        "TTFT", "median", "(ms)", "600.0", "600.0", "300.0",
+    ]  # fmt: skip
+    assert "balanced / stock, median TTFT: 0.500 [0.500, 0.500]" in shown
+    assert (tmp_path / "report.html").exists()
+
+
+def test_promises_are_those_of_the_pruned_arm(tmp_path: Path) -> None:
+    assert conclude(turns(), options(tmp_path, "--slo-ttft-p99-ms", "500")) == []
+    assert conclude(turns(), options(tmp_path, "--slo-ttft-p99-ms", "300")) == [
+        "balanced: ttft p99 was to be 300 ms at most, and is 400.0 ms"
+    ]
+
+
+def test_no_arm_may_fail(tmp_path: Path) -> None:
+    cut = turns(stock=[requests(0, 0.4), requests(100, 0.4, error="cut")])
+    assert conclude(cut, options(tmp_path)) == ["stock: 4 of 8 requests failed: cut"]
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["loadtests.compare", "loadtests.soak"])
+def test_help_has_an_example_and_mistakes_are_named(module: str) -> None:
+    done = run(module, "--help")
+    assert done.returncode == 0
+    assert f"python -m {module} --out build/" in done.stdout
+    for arguments, message in [
+        (["--out", "x", "--users", "0"], "argument --users: invalid count value: '0'"),
+        ([], "the following arguments are required: --out"),
+    ]:
+        done = run(module, *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="two servers; part of make verify")
+def test_both_servers_are_loaded_and_compared(tmp_path: Path) -> None:
+    arguments = ["--size", "tiny", "--rounds", "2", "--seconds", "3", "--users", "2", "--out", str(tmp_path)]
+    done = run("loadtests.compare", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
+    for arm, kept in ((STOCK, None), (OFF, 1.0)):
+        assert found[arm]["failed"] == 0
+        assert found[arm]["vtprune"]["keep_ratio"] == kept
+        assert found[arm]["vtprune"]["kinds"]["FreshImages"]["mean_input_tokens"] > 576
+    assert 0 < found[PRUNED]["vtprune"]["keep_ratio"] < 1
+    first = [json.loads((tmp_path / f"round-1-{arm}" / "requests.jsonl").read_text().split("\n")[0]) for arm in ARMS]
+    assert first[0]["input_tokens"] == first[1]["input_tokens"], "the same questions, all visual tokens"
+    assert "balanced / stock, median TTFT: " in done.stdout

@@ -1,0 +1,174 @@
+"""Locust with our users, as it is started from a shell, against a server that answers as told."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from loadtests.drive import KINDS, DriveFailed, drive
+from loadtests.records import load_records
+from tests.support.fake_chat import DONE, ROLE, Reply, event, fake_chat, report, token, usage
+
+ROOT = Path(__file__).parent.parent.parent
+Body = dict[str, Any]
+
+
+def answer(body: Body) -> Reply:
+    return Reply((ROLE, 0.02, token("a"), 0.02, token("b", "length"), usage(pruning=report(144)), DONE))
+
+
+def locust(url: str, *arguments: str) -> CompletedProcess[str]:
+    """Run Locust for two seconds to its end."""
+    command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--host", url, "--headless"]
+    return subprocess.run(
+        [*command, "-t", "2s", "--stop-timeout", "20", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def bodies_of(*arguments: str, reply: Callable[[Body], Reply] = answer) -> list[Body]:
+    with fake_chat(reply) as fake:
+        done = locust(fake.url, *arguments)
+    assert done.returncode == 0, done.stderr
+    return fake.bodies
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a run of all kinds of user."""
+    out = tmp_path_factory.mktemp("run") / "results"
+    options = ["-u", "9", "-r", "9", "--out", str(out), "--label", "first", "--goodput", "ttft:60000"]
+    bodies = bodies_of(*options, "--slo-ttft-p99-ms", "60000")
+    (out / "bodies.json").write_text(json.dumps(bodies))
+    return out
+
+
+def test_every_kind_of_user_asks_and_is_recorded(out: Path) -> None:
+    records = load_records(out / "requests.jsonl")
+    bodies = json.loads((out / "bodies.json").read_text())
+    assert {record.name for record in records} == set(KINDS)
+    assert len(records) == len(bodies), "a request in flight at the end is waited for"
+    assert all(record.error is None and record.keep_ratio == 0.25 for record in records)
+    for body in bodies:
+        assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
+        assert (body["model"], body["max_tokens"], body["temperature"]) == ("fake", 16, 0)
+
+
+def test_results_are_written(out: Path) -> None:
+    found = json.loads((out / "result.json").read_text())
+    assert (found["label"], found["model_id"], found["max_concurrency"], found["failed"]) == ("first", "fake", 9, 0)
+    assert found["completed"] == len(load_records(out / "requests.jsonl")) > 9
+    assert found["request_goodput"] == found["request_throughput"] > 0
+    assert found["mean_ttft_ms"] >= 20
+    assert set(found["vtprune"]["kinds"]) == set(KINDS)
+
+
+def test_the_report_stands_by_itself(out: Path) -> None:
+    html = (out / "report.html").read_text()
+    assert html.count("<svg") == 5
+    assert "TTFT p99 (ms)" in html
+    for reference in ("<script", "<link", "<img", "src=", "@import"):
+        assert reference not in html
+
+
+def test_the_same_seed_asks_the_same() -> None:
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(bodies_of, "-u", "1", "--seed", seed, "PolicyMix") for seed in "775"]
+        first, second, other = (run.result() for run in runs)
+    both = min(len(first), len(second))
+    assert both > 3
+    assert first[:both] == second[:both]
+    assert first[:both] != other[:both]
+    assert len({json.dumps(body) for body in first}) == len(first), "no request is sent twice"
+    assert len({json.dumps(body["pruning"]) for body in first}) > 1
+
+
+def test_a_policy_is_sent_as_the_field_says() -> None:
+    with ThreadPoolExecutor(3) as threads:
+        policies = ["balanced", "false", '{"budget": {"type": "tokens", "keep": 64}}']
+        runs = [threads.submit(bodies_of, "--pruning", policy, "FreshImages") for policy in policies]
+        sent = [{json.dumps(body["pruning"]) for body in run.result()} for run in runs]
+    assert sent == [{'"balanced"'}, {"false"}, {'{"budget": {"type": "tokens", "keep": 64}}'}]
+
+
+def test_without_a_policy_the_field_is_not_sent() -> None:
+    assert all("pruning" not in body for body in bodies_of("FreshImages", "Conversations"))
+
+
+def test_a_constant_rate_is_kept_and_spread(tmp_path: Path) -> None:
+    bodies_of("-u", "4", "-r", "4", "-t", "4s", "--rate", "5", "--out", str(tmp_path), "FreshImages")
+    starts = sorted(record.started for record in load_records(tmp_path / "requests.jsonl"))
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["request_rate"] == found["vtprune"]["offered_rate"] == 5
+    assert 10 <= len(starts) <= 21, "20 in four seconds"
+    gaps = [later - earlier for earlier, later in pairwise(starts)]
+    assert sorted(gaps)[len(gaps) // 2] > 0.1, "users do not ask all at once"
+
+
+def test_a_broken_promise_is_status_1(tmp_path: Path) -> None:
+    with fake_chat(answer) as fake:
+        done = locust(fake.url, "--slo-ttft-p99-ms", "1", "--out", str(tmp_path), "FreshImages")
+    assert done.returncode == 1
+    assert "ttft p99 was to be 1 ms at most, and is " in done.stderr
+    assert (tmp_path / "report.html").exists(), "the results are written all the same"
+
+
+def test_a_failed_request_is_status_1(tmp_path: Path) -> None:
+    error = event({"error": {"message": "<b>no</b>", "type": "InternalServerError", "code": 500}})
+    with fake_chat(lambda _: Reply((token("a"), 0.2, error, DONE))) as fake:
+        done = locust(fake.url, "--out", str(tmp_path), "FreshImages")
+    assert done.returncode == 1
+    assert "requests failed: InternalServerError: <b>no</b>" in done.stderr
+    assert "&lt;b&gt;no&lt;/b&gt;" in (tmp_path / "report.html").read_text(), "what a server says is no markup"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slo-ttft-p99-ms", "fast"], "'fast' is not a time: expected milliseconds above 0"),
+        (["--rate", "0"], "argument --rate: invalid positive value: '0'"),
+        (["--processes", "2"], "one process gathers the results"),
+        (["NoSuchUsers"], "Unknown User(s): NoSuchUsers"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments: list[str], message: str) -> None:
+    with fake_chat(answer) as fake:
+        done = locust(fake.url, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert fake.bodies == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://127.0.0.1:9/"])
+def test_a_server_that_is_not_there_is_status_2(url: str) -> None:
+    done = locust(url)
+    assert done.returncode == 2
+    assert "loadtests: no server answers at http://127.0.0.1:9/v1/models: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_from_python(tmp_path: Path) -> None:
+    with fake_chat(answer) as fake:
+        records = drive(
+            fake.url, tmp_path / "new", users=2, seconds=1, kinds=["RepeatedImages"], options=["--seed", "3"]
+        )
+    assert {record.name for record in records} == {"RepeatedImages"}
+    assert len(records) == len(fake.bodies)
+    pictures = {body["messages"][0]["content"][0]["image_url"]["url"] for body in fake.bodies}
+    assert 1 < len(pictures) <= 8
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "requests.jsonl").write_text("an old result\n")
+    with pytest.raises(DriveFailed, match="no server answers at"):
+        drive("http://127.0.0.1:9", tmp_path, users=1, seconds=1, kinds=[], options=[])

@@ -1,0 +1,184 @@
+"""Results are computed from raw samples, under the names of ``vllm bench serve``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtests.records import Record, load_records, save_records
+from loadtests.results import (
+    broken,
+    is_good,
+    kinds,
+    peaks,
+    percentile,
+    result,
+    samples,
+    span,
+)
+
+# What `vllm bench serve` 0.32 writes with --save-detailed, without `rtfx` (audio), `queue_times` and `burstiness` (of
+# its own pacing) and `tokenizer_id` (here the server counts the tokens).
+THEIR_KEYS = """
+date endpoint_type backend label model_id num_prompts request_rate max_concurrency duration completed failed
+total_input_tokens total_output_tokens request_throughput request_goodput output_throughput total_token_throughput
+input_lens output_lens ttfts itls latencies start_times generated_texts errors max_output_tokens_per_s
+max_concurrent_requests
+""".split()
+
+
+def one(start: float = 0.0, *, kind: str = "kind", error: str | None = None, **fields: Any) -> Record:
+    """A request of a second: first token after 0.2 s, three more 0.1 s apart, over after 1 s."""
+    measured = {"ttft": 0.2, "itls": (0.1, 0.1, 0.1), "e2e": 0.8, "input_tokens": 50, "output_tokens": 4}
+    return Record(kind, start, elapsed=1.0, error=error, **{**measured, **fields})
+
+
+def failed(start: float = 0.0, error: str = "ReadTimeout: ") -> Record:
+    return Record("kind", start, elapsed=1.0, error=error)
+
+
+def kept(tokens: int, of: int = 100) -> dict[str, Any]:
+    return {"images": [{"visual_tokens": of, "kept_tokens": tokens}]}
+
+
+def of(records: Sequence[Record], **options: Any) -> dict[str, Any]:
+    return result(records, model="m", label="l", users=3, **options)
+
+
+def test_percentiles_fall_between_samples() -> None:
+    assert percentile([10.0, 20.0], 50) == 15.0
+    assert percentile([float(value) for value in range(1, 101)], 99) == pytest.approx(99.01)
+    assert percentile([147.0], 99) == 147.0
+    assert percentile([], 99) is None
+
+
+def test_keys_are_those_of_vllm() -> None:
+    found = of([one()])
+    assert set(THEIR_KEYS) <= set(found)
+    for metric in ("ttft", "tpot", "itl", "e2el"):
+        for statistic in ("mean", "median", "std", "p99"):
+            assert isinstance(found[f"{statistic}_{metric}_ms"], float)
+    rest = {key for key in found if key not in THEIR_KEYS and not key.endswith("_ms")}
+    assert rest == {"vtprune"}, "what is ours has a name space"
+    json.dumps(found)
+
+
+def test_sums_and_rates() -> None:
+    found = of([one(100.0), one(101.0), failed(103.0)])
+    assert (found["completed"], found["failed"], found["num_prompts"]) == (2, 1, 3)
+    assert found["duration"] == 4.0, "from the first start to the last end, that of the failed one"
+    assert found["request_throughput"] == 0.5
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (100, 8)
+    assert found["output_throughput"] == 2.0
+    assert found["total_token_throughput"] == 27.0
+    assert found["request_rate"] == "inf"
+    assert found["errors"] == ["", "", "ReadTimeout: "]
+    assert found["vtprune"]["errors"] == {"ReadTimeout: ": 1}
+    assert found["vtprune"]["achieved_rate"] == 0.75
+
+
+def test_the_duration_can_be_given() -> None:
+    found = of([one(0.0), one(1000.0)], duration=4.0)
+    assert (found["duration"], found["request_throughput"]) == (4.0, 0.5)
+
+
+def test_milliseconds_of_a_request() -> None:
+    found = of([one()])
+    assert found["mean_ttft_ms"] == pytest.approx(200)
+    assert found["mean_tpot_ms"] == pytest.approx(200), "(800 - 200) / 3"
+    assert found["mean_itl_ms"] == pytest.approx(100)
+    assert found["p99_e2el_ms"] == pytest.approx(800)
+
+
+def test_gaps_of_all_requests_count_alike() -> None:
+    found = samples([one(itls=(0.1, 0.1, 0.1)), one(itls=(0.5,))])
+    assert found["itl"] == pytest.approx([100, 100, 100, 500])
+
+
+def test_failed_requests_are_in_no_percentile() -> None:
+    assert samples([one(), one(error="cut", ttft=9.0)])["ttft"] == pytest.approx([200])
+
+
+def test_what_was_not_measured_is_none_and_not_zero() -> None:
+    found = of([one(ttft=None, itls=(), output_tokens=None, input_tokens=None), one(start=1.0, ttft=None, itls=())])
+    assert found["mean_ttft_ms"] is None
+    assert found["p99_itl_ms"] is None
+    assert found["request_goodput"] is None
+    assert found["vtprune"]["without_content"] == 2
+    assert found["vtprune"]["without_usage"] == 1
+    assert found["vtprune"]["keep_ratio"] is None
+
+
+def test_of_no_request() -> None:
+    found = of([])
+    assert (found["completed"], found["duration"], found["request_throughput"]) == (0, 0.0, 0.0)
+    assert found["p99_ttft_ms"] is None
+    assert (span([]), peaks([])) == (0.0, (0.0, 0))
+
+
+def test_goodput_counts_requests_within_all_limits() -> None:
+    records = [one(0.0), one(1.0, ttft=0.4), one(2.0, e2e=3.0), failed(3.0)]
+    found = of(records, goodput={"ttft": 300.0, "e2el": 1000.0})
+    assert found["duration"] == 4.0
+    assert found["request_goodput"] == 0.25
+    assert of(records, goodput={"ttft": 500.0})["request_goodput"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("record", "limits", "good"),
+    [
+        (one(), {"ttft": 200.0}, True),
+        (one(), {"ttft": 199.0}, False),
+        (one(ttft=None), {"ttft": 1e9}, False),
+        (one(output_tokens=1), {"tpot": 0.001}, True),
+        (one(output_tokens=None), {"tpot": 1e9}, False),
+        (one(error="cut"), {"e2el": 1e9}, False),
+    ],
+)
+def test_a_good_request(record: Record, limits: dict[str, float], good: bool) -> None:
+    assert is_good(record, limits) is good
+
+
+def test_peaks_are_within_a_second() -> None:
+    one_ends_in_the_next = one(10.5, ttft=0.25, itls=(0.1, 0.1, 0.1), e2e=0.8)  # chunks at 10.75, 10.85, 10.95, 11.05
+    assert peaks([one(10.0), one_ends_in_the_next, one(13.0)]) == (7.0, 2)
+
+
+def test_kinds_are_told_apart() -> None:
+    found = kinds([one(kind="a", pruning=kept(20)), one(kind="a", pruning=kept(40)), one(kind="b", ttft=0.6)])
+    assert found["a"]["requests"] == 2
+    assert found["a"]["keep_ratio"] == pytest.approx(0.3)
+    assert found["b"]["keep_ratio"] is None
+    assert found["b"]["median_ttft_ms"] == pytest.approx(600)
+
+
+def test_records_survive_a_file(tmp_path: Path) -> None:
+    records = [one(text="naïve\u2028 猫\n\x85", pruning=kept(3)), failed()]
+    save_records(tmp_path / "records", records)
+    assert load_records(tmp_path / "records") == records
+
+
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+
+def test_promises_that_hold() -> None:
+    assert broken([one(), one()], {"ttft": 200.0, "tpot": 200.1, "itl": 100.1, "e2el": 800.0}) == []
+
+
+def test_a_percentile_above_its_limit() -> None:
+    assert broken([one()], {"ttft": 150.0, "e2el": 900.0}) == ["ttft p99 was to be 150 ms at most, and is 200.0 ms"]
+
+
+def test_one_slow_request_in_ten_breaks_a_p99() -> None:
+    assert broken([*[one()] * 9, one(ttft=2.0)], {"ttft": 300.0}) != []
+
+
+def test_a_failed_request_is_a_broken_promise_without_any_limit() -> None:
+    assert broken([one(), failed(), failed()], {}) == ["2 of 3 requests failed: ReadTimeout: "]
+
+
+def test_nothing_measured_holds_no_promise() -> None:
+    assert broken([], {}) == ["no request was finished"]
+    assert broken([one(ttft=None)], {"ttft": 150.0}) == ["ttft p99 was to be 150 ms at most, and was not measured"]
