@@ -40,8 +40,8 @@ RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
 # Stop the build, not the server, where the plugin or the model of the text pipeline does not load.
 RUN vtprune --version && python3 -c "from vllm_vtprune.plugin.register import register; register()"
 RUN python3 -c "import spacy; spacy.load('en_core_web_sm')"
-# Charts that run `vllm serve` get this server where /opt/vtprune/bin comes first in the PATH.
-RUN mkdir -p /opt/vtprune/bin && ln -s "$(command -v vtprune)" /opt/vtprune/bin/vllm
+COPY --chmod=755 deploy/docker/vllm /opt/vtprune/bin/vllm
+ENV PATH=/opt/vtprune/bin:${PATH}
 # Recent images of vLLM have this user. Group 0 may write, for clusters that choose the user.
 RUN id -u vllm >/dev/null 2>&1 || useradd --uid 2000 --gid 0 --create-home vllm
 RUN mkdir -p /home/vllm/.cache && chown -R 2000:0 /home/vllm && chmod -R g=u /home/vllm
