@@ -98,6 +98,7 @@ class ServerPlugin:
         policies = Policies.of(getattr(args, "pruning_default", None), getattr(args, "pruning_presets", None))
         policies.refuse_impossible(processor.family)
         processor.runtime.warm_up()
+        metrics.start_at_zero(processor.runtime.model_name)
         tower = processor.runtime.tower
         metrics.BUILD_INFO.labels(
             processor.runtime.model_name,
