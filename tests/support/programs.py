@@ -8,7 +8,7 @@ import pytest
 
 
 def program(name: str) -> str:
-    """The path of a program: beside this Python, where the set-up puts it, or on the PATH. The test fails without it."""
+    """The path of a program: beside this Python, where the set-up puts it, or on the PATH. A test fails without it."""
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
