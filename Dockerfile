@@ -43,8 +43,8 @@ RUN python3 -c "import spacy; spacy.load('en_core_web_sm')"
 COPY --chmod=755 deploy/docker/vllm /opt/vtprune/bin/vllm
 ENV PATH=/opt/vtprune/bin:${PATH}
 # Recent images of vLLM have this user. Group 0 may write, for clusters that choose the user.
-RUN id -u vllm >/dev/null 2>&1 || useradd --uid 2000 --gid 0 --create-home vllm
-RUN mkdir -p /home/vllm/.cache && chown -R 2000:0 /home/vllm && chmod -R g=u /home/vllm
+RUN { id -u vllm >/dev/null 2>&1 || useradd --uid 2000 --gid 0 --create-home vllm; } \
+    && mkdir -p /home/vllm/.cache && chown -R 2000:0 /home/vllm && chmod -R g=u /home/vllm
 ENV HOME=/home/vllm
 WORKDIR /home/vllm
 USER 2000:0
