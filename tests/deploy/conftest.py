@@ -17,7 +17,7 @@ from deploy.grafana.plot import Prometheus
 from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, user
 from tests.support.dockerfile import Image, build
 from tests.support.programs import program
-from vllm_vtprune.demo.server import _free_port, running_server, stop
+from vllm_vtprune.demo.server import free_port, running_server, stop
 
 ROOT = Path(__file__).parents[2]
 LOAD_SECONDS = 20
@@ -62,7 +62,7 @@ def watched(deployed: Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (targets,) = scrape["static_configs"]
     targets["targets"] = [deployed.url.removeprefix("http://")]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
-    url = f"http://127.0.0.1:{_free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     command = [program("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={url.removeprefix('http://')}"]
     with (folder / "prometheus.log").open("wb") as log:
