@@ -31,7 +31,7 @@ find_python() {
 }
 
 install_project() {
-    local target=".[$device,demo,dev,loadtest]"
+    local target=".[$device,demo,dev,loadtest,deploy]"
     if "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -e "$target" >"$log" 2>&1; then
         return
     fi
@@ -58,6 +58,26 @@ repair_for_cpu() {
     "$venv/bin/python" scripts/torchvision_cpu.py
 }
 
+# The tests of deploy/ run Prometheus. Debian's package, unpacked: installed, it would be a service of this machine.
+fetch_prometheus() {
+    if command -v promtool >/dev/null && command -v prometheus >/dev/null || [ -x "$venv/bin/promtool" ]; then
+        return
+    fi
+    local scratch
+    scratch=$(mktemp -d)
+    if (
+        cd "$scratch"
+        apt-get download prometheus || { apt-get update && apt-get download prometheus; }
+        dpkg-deb --extract prometheus_*.deb .
+    ) >"$log" 2>&1; then
+        cp "$scratch/usr/bin/prometheus" "$scratch/usr/bin/promtool" "$venv/bin/"
+    else
+        echo "setup: apt-get did not give Prometheus (see $log); until prometheus and promtool are on the PATH," \
+            "the tests in tests/deploy will fail" >&2
+    fi
+    rm -rf "$scratch"
+}
+
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     exit 0
 fi
@@ -81,5 +101,6 @@ fi
     echo "setup: vLLM is installed but does not import" >&2
     exit 1
 }
+fetch_prometheus
 echo "$wanted" >"$stamp"
 echo "setup: done in $((SECONDS - started)) s"

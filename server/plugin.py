@@ -109,6 +109,7 @@ class ServerPlugin:
             logger.warning("%s is served UNPRUNED: nothing of ours can prune it (%s)", args.model, type(found).__name__)
             runtime = runtime_without_tower(engine_client.model_config)
             built = "none", "none", "none"
+        metrics.start_at_zero(runtime.model_name)
         metrics.BUILD_INFO.labels(runtime.model_name, __version__, vllm.__version__, *built, text_pipeline_name()).set(
             1
         )

@@ -7,7 +7,11 @@ Import this module only where requests are processed: prometheus_client fixes it
 
 from __future__ import annotations
 
+from typing import get_args
+
 from prometheus_client import Counter, Gauge, Histogram
+
+from vllm_vtprune.report import BypassReason
 
 VISUAL_TOKENS = Counter(
     "vtprune:visual_tokens", "Visual tokens of the images served, before pruning.", ["model_name", "method"]
@@ -77,3 +81,14 @@ def keep_ratio_band(kept: int, visual: int) -> str:
             return f"{lower:g}-{upper:g}"
         lower = upper
     return f"{lower:g}-1"
+
+
+def start_at_zero(model_name: str) -> None:
+    """Show the counters of what goes wrong before anything does.
+
+    Prometheus's ``rate`` does not see the event with which a series begins, and would miss the first of each kind.
+    """
+    for reason in get_args(BypassReason):
+        BYPASS.labels(model_name, reason)
+    for reason in ("policy", "image"):
+        ERRORS.labels(model_name, reason)

@@ -97,6 +97,26 @@ def test_both_api_processes_answer_and_their_metrics_add_up(two_of_each: Server)
     assert counted == asked * VISUAL_TOKENS
 
 
+def test_refusals_bypasses_and_bytes_add_up_too(two_of_each: Server) -> None:
+    """Requests take turns between the processes, so each of them counted some."""
+    before = two_of_each.metrics()
+    for thing in THINGS:
+        two_of_each.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning="fast")
+        assert two_of_each.post({"messages": [user(thing, fresh_url())], "pruning": "no such"}).status_code == 400
+        everything = {"budget": {"type": "tokens", "keep": VISUAL_TOKENS}}
+        answer = two_of_each.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning=everything)
+        assert answer["pruning"]["images"][0]["bypass_reason"] == "budget_not_below_tokens"
+    after = two_of_each.metrics()
+    grown = after.since(
+        before, "vtprune:errors_total|reason=policy", "vtprune:bypass_total|reason=budget_not_below_tokens"
+    )
+    assert grown == (len(THINGS),) * 2
+    bytes_grown, encoded = after.since(before, "vtprune:feature_cache_bytes", "vtprune:feature_cache_misses_total")
+    assert encoded >= len(THINGS)
+    per_image = after["vtprune:feature_cache_bytes"] / after["vtprune:feature_cache_misses_total"]
+    assert bytes_grown == encoded * per_image, "the bytes are of every image that either process encoded"
+
+
 def test_both_engines_answer(two_of_each: Server) -> None:
     keys = [f"vllm:prompt_tokens_total|engine={engine}" for engine in range(2)]
     deadline = time.monotonic() + 60

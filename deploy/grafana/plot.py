@@ -1,0 +1,173 @@
+"""Plot what the dashboard's panels ask Prometheus, as one picture, where there is no Grafana.
+
+example: python deploy/grafana/plot.py --prometheus http://localhost:9090 --minutes 15 --out dashboard.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DASHBOARD = Path(__file__).parent / "dashboards" / "vtprune.json"
+COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the dashboard: what it asks, as (query, legend) pairs, and what it shows."""
+
+    title: str
+    kind: str
+    unit: str
+    queries: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series of an answer: its labels, and its values by second; values that are no numbers are left out."""
+
+    labels: Mapping[str, str]
+    values: tuple[tuple[float, float], ...]
+
+
+def panels(dashboard: Mapping[str, Any]) -> Iterator[Panel]:
+    """All panels that ask for something, in order."""
+    for panel in dashboard["panels"]:
+        if panel["type"] != "row":
+            queries = tuple((target["expr"], target.get("legendFormat", "")) for target in panel["targets"])
+            yield Panel(panel["title"], panel["type"], panel["fieldConfig"]["defaults"].get("unit", ""), queries)
+
+
+def filled(expr: str, interval: str, selection: Mapping[str, str] | None = None) -> str:
+    """A query with the dashboard's variables replaced: by `selection`, else by what matches everything."""
+    expr = expr.replace("$__rate_interval", interval)
+    for name in ("model_name", "job", "instance"):
+        expr = expr.replace(f"${name}", (selection or {}).get(name, ".*"))
+    return expr
+
+
+class Prometheus:
+    """The parts of Prometheus's HTTP interface that are needed here."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def get(self, path: str, **parameters: str | float) -> Any:
+        """The `data` of an answer.
+
+        Raises:
+            RuntimeError: Prometheus refuses; with what it says.
+        """
+        query = urllib.parse.urlencode(parameters)
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{path} {parameters}: {error.read().decode(errors='replace')}") from error
+
+    def over(self, expr: str, start: float, end: float, step: float) -> list[Series]:
+        """A query's answers between two times."""
+        answer = self.get("query_range", query=expr, start=start, end=end, step=step)
+        found = []
+        for series in answer["result"]:
+            values = ((second, float(value)) for second, value in series["values"])
+            kept = tuple((second, value) for second, value in values if math.isfinite(value))
+            found.append(Series(series["metric"], kept))
+        return [series for series in found if series.values]
+
+
+def legend_of(template: str, labels: Mapping[str, str]) -> str:
+    for name, value in labels.items():
+        template = template.replace(f"{{{{{name}}}}}", value)
+    return template
+
+
+def plot(answers: Sequence[tuple[Panel, list[tuple[str, Series]]]], out: Path) -> None:
+    """One picture with all panels; heatmaps as one line for each bucket."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = math.ceil(len(answers) / COLUMNS)
+    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(6 * COLUMNS, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(answers) :]:
+        axis.set_visible(False)
+    for axis, (panel, series) in zip(axes.flat, answers, strict=False):
+        if panel.kind == "heatmap":
+            draw_heatmap(axis, series)
+        else:
+            for legend, one in series:
+                start = one.values[0][0]
+                axis.plot(
+                    [second - start for second, _ in one.values], [value for _, value in one.values], label=legend
+                )
+            if any(legend for legend, _ in series):
+                axis.legend(fontsize=6)
+            axis.set_ylim(bottom=0)
+        axis.set_title(f"{panel.title} [{panel.unit}]" if panel.unit else panel.title, fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(out, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_heatmap(axis: Any, series: Sequence[tuple[str, Series]]) -> None:
+    """Cumulative buckets as what falls into each of them."""
+    ordered = sorted(series, key=lambda one: float(one[1].labels["le"]))
+    seconds = sorted({second for _, one in ordered for second, _ in one.values})
+    below = [0.0] * len(seconds)
+    rows = []
+    for _, one in ordered:
+        at = dict(one.values)
+        counts = [at.get(second, 0.0) for second in seconds]
+        rows.append([max(count - lower, 0.0) for count, lower in zip(counts, below, strict=True)])
+        below = counts
+    axis.imshow(rows, aspect="auto", origin="lower", cmap="viridis", extent=(0, seconds[-1] - seconds[0], 0, len(rows)))
+    axis.set_yticks([index + 1 for index in range(len(ordered))], [one.labels["le"] for _, one in ordered])
+
+
+def answers(
+    prometheus: Prometheus, start: float, end: float, *, interval: str, step: float
+) -> list[tuple[Panel, list[tuple[str, Series]]]]:
+    """What Prometheus says to each panel, with the legend of each series."""
+    found = []
+    for panel in panels(json.loads(DASHBOARD.read_text())):
+        series = [
+            (legend_of(legend, one.labels), one)
+            for expr, legend in panel.queries
+            for one in prometheus.over(filled(expr, interval), start, end, step)
+        ]
+        found.append((panel, series))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prometheus", default="http://localhost:9090", metavar="URL", help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=15, help="how far back; default: %(default)s")
+    parser.add_argument("--interval", default="1m", help="window of rates, at least four scrapes; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("dashboard.png"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    now = time.time()
+    seconds = options.minutes * 60
+    found = answers(
+        Prometheus(options.prometheus), now - seconds, now, interval=options.interval, step=max(seconds / 200, 1)
+    )
+    plot(found, options.out)
+    empty = [panel.title for panel, series in found if not series]
+    print(f"wrote {options.out}" + (f"; no data for {', '.join(empty)}" if empty else ""))
+
+
+if __name__ == "__main__":
+    main()

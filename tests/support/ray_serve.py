@@ -1,0 +1,65 @@
+"""Run by Ray's own Python: serve a configuration of Ray Serve LLM on this machine's CPUs, ask it, say what it answered.
+
+``python ray_serve.py CONFIG CHECKPOINT REQUESTS`` puts the checkpoint in the place of the configuration's model, sends
+each of the requests (a JSON list of bodies), and prints one JSON object: the answers, and our lines of ``/metrics``.
+"""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+import yaml
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.llm import LLMServingArgs, build_openai_app
+from ray.serve.schema import ServeDeploySchema
+
+PASSED_ON = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH", "VLLM_CPU_KVCACHE_SPACE")
+
+
+def on_cpus(arguments: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """The application's arguments for a machine without GPUs."""
+    (model,) = arguments["llm_configs"]
+    model["model_loading_config"]["model_source"] = checkpoint
+    del model["accelerator_type"]
+    model["accelerator_config"] = {"kind": "cpu"}
+    model["placement_group_config"] = {"bundles": [{"CPU": 1}]}
+    model["deployment_config"] = {"num_replicas": 1}
+    model["engine_kwargs"] = {"max_model_len": 2048, "enforce_eager": True}
+    model["runtime_env"]["env_vars"] |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return arguments
+
+
+def main(config: Path, checkpoint: str, requests: Path) -> None:
+    read = ServeDeploySchema.model_validate(yaml.safe_load(config.read_text()))
+    (application,) = read.applications
+    LLMServingArgs.model_validate(application.args)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20)
+    try:
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        serve.run(build_openai_app(on_cpus(application.args, checkpoint)))
+        url = f"http://127.0.0.1:{port}"
+        answers = [
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60) for body in json.loads(requests.read_text())
+        ]
+        metrics = httpx.get(f"{url}/metrics", timeout=60).text
+        found = {
+            "answers": [[answer.status_code, answer.json(), answer.headers.get("x-vtprune")] for answer in answers],
+            "metrics": [line for line in metrics.splitlines() if line.startswith("vtprune:")],
+        }
+        print(json.dumps(found))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
