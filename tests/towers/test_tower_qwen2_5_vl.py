@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from tests.support.images import sample_images
-from tests.towers.test_tower_weights import write_index, write_sparse
+from tests.support.released import write_sparse_shards
 from vllm_vtprune.demo.qwen2_5_vl import qwen2_5_vl_config, write_qwen2_5_vl_checkpoint
 from vllm_vtprune.towers import CheckpointReader, TowerError, VisionTower, load_tower
 from vllm_vtprune.towers import qwen2_5_vl as tower_module
@@ -253,10 +253,7 @@ def in_memory(name: str) -> str:
 def test_the_released_layout_is_consumed_exactly_once(rename, size, tmp_path):
     stored = {rename(name): shape for name, shape in released_shapes(size).items()}
     assert len(stored) == 32 * 12 + 7
-    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(stored)}
-    for file in set(weight_map.values()):
-        write_sparse(tmp_path / file, {name: shape for name, shape in stored.items() if weight_map[name] == file})
-    write_index(tmp_path, weight_map)
+    write_sparse_shards(tmp_path, stored, shards=2)
 
     config = released_config(size)
     expected = {name: tuple(p.shape) for name, p in build_module(config).named_parameters()}
