@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="a server for each family: in `make verify`"),
+]
 
 
 @pytest.mark.parametrize(("family", "visual_tokens"), [("qwen2_5_vl", 18 * 18)])
