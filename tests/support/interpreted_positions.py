@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 import vllm.triton_utils
+import vllm.utils.platform_utils
 
-vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl  # before the kernels are defined
+# Before the kernels are defined, and the buffers that a CPU does not have.
+vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
+vllm.utils.platform_utils.is_uva_available = lambda: False
 
 from vllm.multimodal.utils import strip_covered_mm_data  # noqa: E402
 from vllm.v1.worker.gpu.mm.rope import RopeState  # noqa: E402
