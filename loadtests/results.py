@@ -165,19 +165,17 @@ def kinds(records: Iterable[Record]) -> dict[str, dict[str, float | None]]:
 
 
 def peaks(records: Sequence[Record]) -> tuple[float, int]:
-    """The most chunks with content in one second, and the most requests in flight at any time in one second."""
-    if not records:
-        return 0.0, 0
-    first = min(record.started for record in records)
+    """The most chunks with content in one second, and the most requests in flight at one time."""
+    first = min((record.started for record in records), default=0.0)
     chunks: Counter[int] = Counter()
-    flying: Counter[int] = Counter()
     for record in records:
-        begun = record.started - first
         if record.ttft is not None:
-            moments = np.cumsum([begun + record.ttft, *record.itls])
+            moments = np.cumsum([record.started - first + record.ttft, *record.itls])
             chunks.update(int(moment) for moment in moments)
-        flying.update(range(int(begun), int(begun + (record.e2e or record.elapsed)) + 1))
-    return float(max(chunks.values(), default=0)), max(flying.values())
+    ends = [(record.started + record.elapsed, -1) for record in records]
+    changes = sorted([*ends, *((record.started, 1) for record in records)])
+    flying = np.cumsum([change for _, change in changes])
+    return float(max(chunks.values(), default=0)), int(max(flying, default=0))
 
 
 def broken(records: Sequence[Record], p99_limits: Limits) -> list[str]:

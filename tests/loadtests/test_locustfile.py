@@ -66,7 +66,7 @@ def test_every_kind_of_user_asks_and_is_recorded(out: Path) -> None:
 def test_results_are_written(out: Path) -> None:
     found = json.loads((out / "result.json").read_text())
     assert (found["label"], found["model_id"], found["max_concurrency"], found["failed"]) == ("first", "fake", 9, 0)
-    assert found["completed"] == len(load_records(out / "requests.jsonl")) > 9
+    assert found["completed"] == len(load_records(out / "requests.jsonl")) >= 9
     assert found["request_goodput"] == found["request_throughput"] > 0
     assert found["mean_ttft_ms"] >= 20
     assert set(found["vtprune"]["kinds"]) == set(KINDS)

@@ -144,6 +144,7 @@ def test_a_good_request(record: Record, limits: dict[str, float], good: bool) ->
 def test_peaks_are_within_a_second() -> None:
     one_ends_in_the_next = one(10.5, ttft=0.25, itls=(0.1, 0.1, 0.1), e2e=0.8)  # chunks at 10.75, 10.85, 10.95, 11.05
     assert peaks([one(10.0), one_ends_in_the_next, one(13.0)]) == (7.0, 2)
+    assert peaks([one(10.0), one(11.0)])[1] == 1, "one begins when the other ends"
 
 
 def test_kinds_are_told_apart() -> None:

@@ -83,8 +83,9 @@ def test_real_silence_is_measured() -> None:
     assert record.e2e is not None
     assert record.ttft >= 0.3
     assert len(record.itls) == 1
-    assert record.itls[0] >= 0.15
-    assert record.elapsed >= record.e2e + 0.15 >= 0.6, "the usage came later"
+    assert record.ttft + record.itls[0] >= 0.5, "whenever the first was looked at"
+    assert record.e2e >= 0.5
+    assert record.elapsed >= 0.7, "the usage came later"
 
 
 # --- the bytes --------------------------------------------------------------------------------------------------------

@@ -30,11 +30,12 @@ SHORT: Body = {"pruning": "fast", "max_tokens": 4, "ignore_eos": True}
 ENDLESS: Body = {"pruning": "fast", "max_tokens": 1900, "ignore_eos": True, "n": 4, "temperature": 1}
 # What a restart policy does: start it again whenever it has ended.
 SUPERVISOR = 'while :; do "$@"; echo "supervisor: ended with status $?"; sleep 1; done'
-# A request may be refused, or find the door closed while there is no server; it may not be cut off without a word.
+# A request may be refused, or find the door closed while there is no server, or closing at that moment; once it is
+# answered, it may not be cut off without a word.
 CLEAR = re.compile(
     r"InternalServerError: EngineCore encountered an issue"
     r"|status 50[03], (InternalServerError|ServiceUnavailableError|ServiceUnavailable): "
-    r"|ConnectError: "
+    r"|ConnectError: |ReadError: |RemoteProtocolError: Server disconnected without sending a response"
 )
 
 
