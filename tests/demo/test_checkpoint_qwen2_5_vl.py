@@ -100,7 +100,7 @@ def test_the_model_looks_at_every_part_of_the_picture(checkpoint: Path) -> None:
             others = torch.arange(embeds.shape[1]) != places[token]
             logits = model(inputs_embeds=embeds[:, others], position_ids=positions[:, :, others]).logits[0, -1]
             change = (logits - whole).abs().max()
-            assert change > 0.02, f"dropping token {token} moves no logit by more than {change:.3f}"
+            assert change > 0.01, f"dropping token {token} moves no logit by more than {change:.3f}"
     similarity = torch.nn.functional.cosine_similarity(seen[:, None], seen[None], dim=-1)
     assert similarity.mean() < 0.7, "the tokens of a photograph should differ"
 

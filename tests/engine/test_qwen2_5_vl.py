@@ -15,10 +15,11 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.engine.qwen_stock_answers import answers, questions, video
-from tests.support.engines import BLOCK, TOLERANCE, Answer, Ask, Engine
+from tests.support.engines import BLOCK, TOLERANCE, Answer, Ask, Engine, uncached
 from tests.support.images import sample_images
 from tests.support.qwen2_5_vl import IMAGE, SYSTEM, VIDEO, Medium, QwenReference, answered, ask_about
 from vllm_vtprune import PruningPolicy, plan_tokens
+from vllm_vtprune.cache import BoundedTable, FeatureCache
 from vllm_vtprune.policy import QWEN2_5_VL
 from vllm_vtprune.report import ImageReport
 
@@ -290,6 +291,22 @@ def test_the_size_asked_for_is_the_size_pruned(qwen: Engine, reference: QwenRefe
         assert report.visual_tokens == len(whole.embeds)
         assert qwen.encodings() - encoded_before == 1
     assert len(set(counts)) == 4
+
+
+def test_a_report_that_was_forgotten_is_made_anew_at_the_size_asked_for(
+    qwen: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's cache holds the item; ours knows neither what was done to it nor its features."""
+    [image] = [ImageOps.fit(image, (500, 400)) for image in sample_images(1, stamp="forgotten")]
+    policy = {"budget": {"type": "ratio", "keep": 0.5}, "text": {"query": "bus"}}
+    request = Ask(ask_about("Where?"), [image], policy, processor_kwargs={"max_pixels": 56_000})
+    first = qwen.ask(request)
+    monkeypatch.setattr(qwen.runtime, "image_reports", BoundedTable(8))
+    monkeypatch.setattr(qwen.runtime.encoder, "cache", FeatureCache(2**30))
+    again = qwen.ask(request)
+    assert uncached(again.images) == uncached(first.images)
+    assert [report.cached for report in reports(again)] == [True]
+    assert [features.grid for features in qwen.runtime.encoder.cache._entries.values()] == [(7, 9)]
 
 
 def test_keeping_every_token_is_the_unpruned_answer(qwen: Engine, reference: QwenReference) -> None:

@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 import vllm.triton_utils
+import vllm.utils.platform_utils
 
-vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl  # before the kernels are defined
+# Before the kernels are defined, and the buffers that a CPU does not have.
+vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
+vllm.utils.platform_utils.is_uva_available = lambda: False
 
 from vllm.multimodal.utils import strip_covered_mm_data  # noqa: E402
 from vllm.v1.worker.gpu.mm.rope import RopeState  # noqa: E402
@@ -35,7 +38,8 @@ def main(checkpoint: str) -> None:
     reference, model, requests = requests_to(Path(checkpoint), video())
     states = RopeState(num_dims=3, max_num_reqs=8, max_num_tokens=256, max_model_len=4096, device=torch.device("cpu"))
     slots = [5, 0, 3, 7, 2][: len(requests)]
-    covered = [0, 200, 0, 32, 100]  # of each prompt, what is in the prefix cache
+    lengths = [len(request.prompt_ids) for request in requests]
+    covered = [0, lengths[1] - 10, 0, 32, lengths[4] // 2]  # of each prompt, what is in the prefix cache
     stripped = 0
     for request, slot, computed in zip(requests, slots, covered, strict=True):
         features = strip_covered_mm_data(request.features, computed, uses_mrope=True)
@@ -48,7 +52,6 @@ def main(checkpoint: str) -> None:
     assert stripped >= 1, "no item lay in the prefix cache"
     states.apply_staged_writes()
 
-    lengths = [len(request.prompt_ids) for request in requests]
     expected = [reference.positions(request.prompt_ids, request.media, DECODED) for request in requests]
     prefill_lengths = ints([0] * 8)
     prefill_lengths[slots] = ints(lengths)

@@ -143,7 +143,7 @@ class PrunedQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneratio
         if not isinstance(num_kept, torch.Tensor) or not isinstance(embeds, torch.Tensor):
             return super().embed_multimodal(**kwargs)
         counts = num_kept.tolist()
-        kept = iter(embeds.split([count for count in counts if count]))
+        kept = iter(torch.split(embeds, [count for count in counts if count]))
         if 0 not in counts:
             return list(kept)
         grids: Any = kwargs.pop("image_grid_thw")

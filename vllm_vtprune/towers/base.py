@@ -77,7 +77,7 @@ class PixelNorm:
         std = torch.tensor(self.std, dtype=torch.float32)
         scale = (self.rescale / std).to(device)[:, None]
         shift = (-torch.tensor(self.mean, dtype=torch.float32) / std).to(device)[:, None]
-        return lambda pixels: (pixels.unflatten(1, (len(self.std), -1)) * scale + shift).flatten(1)
+        return lambda pixels: (pixels.reshape(len(pixels), len(self.std), -1) * scale + shift).flatten(1)
 
 
 def load_parameters(

@@ -73,8 +73,8 @@ def segments_by_length(boundaries: Tensor) -> list[Tensor]:
     """
     starts, lengths = boundaries[:-1].long(), boundaries.long().diff()
     return [
-        starts[lengths == length, None] + torch.arange(int(length), device=boundaries.device)
-        for length in lengths.unique()
+        starts[lengths == length, None] + torch.arange(length, device=boundaries.device)
+        for length in sorted(set(lengths.tolist()))
     ]
 
 
@@ -88,8 +88,8 @@ def attend(attention: Any, hidden: Tensor, segments: Sequence[Tensor], cos: Tens
     query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
     mixed = torch.empty_like(query)
     for positions in segments:
-        inputs = (states[positions].transpose(1, 2) for states in (query, key, value))
-        outputs = nn.functional.scaled_dot_product_attention(*inputs, scale=attention.scaling)
+        q, k, v = (states[positions].transpose(1, 2) for states in (query, key, value))
+        outputs = nn.functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
         mixed[positions] = outputs.transpose(1, 2)
     out: Tensor = attention.proj(mixed.flatten(1))
     return out
@@ -148,7 +148,9 @@ class Qwen2_5_VLTower(VisionTower):
             merged = self._forward(pixels, torch.tensor([[1, *grids[i]] for i in batch]))
             merge = self._config.spatial_merge_size
             sizes = [(grids[i][0] // merge, grids[i][1] // merge) for i in batch]
-            for size, embeds in zip(sizes, merged.split([rows * columns for rows, columns in sizes]), strict=True):
+            for size, embeds in zip(
+                sizes, torch.split(merged, [rows * columns for rows, columns in sizes]), strict=True
+            ):
                 own = embeds.clone()
                 found.append(VisualFeatures(encoder=own, embeds=own, grid=size))
         return found
