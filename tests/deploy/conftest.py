@@ -99,6 +99,7 @@ def load(server: Server, seconds: float) -> None:
             for pruning in ("balanced", "fast", keep(300), False):
                 server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=pruning)
             server.stream(messages=[user("Where is the bus?", seen)], pruning=keep(next(counts)))
+            server.ask(messages=[user("Where is the cat?", seen)], pruning=keep(300))  # two blocks of the prefix cache
             bypassed = server.ask(messages=[user("Where is the cat?", fresh_url())], pruning=keep(VISUAL_TOKENS))
             assert bypassed["pruning"]["images"][0]["bypass_reason"] == "budget_not_below_tokens"
             refused = server.post({"messages": [user("Where?", seen)], "pruning": {"method": "no such"}})

@@ -12,6 +12,8 @@ from tests.deploy.conftest import Watched
 
 ROOT = Path(__file__).parents[2]
 INTERVAL = "10s"
+MAY_BE_ZERO = ("vllm:kv_cache_usage_perc", "vllm:num_requests", "vllm:prefix_cache_hits")
+"""What is not ours, and may be at 0 at every scrape of a server that is under little load."""
 PANELS = list(plot.panels(json.loads(plot.DASHBOARD.read_text())))
 RULES = [
     rule
@@ -59,11 +61,11 @@ def test_its_variables_find_the_server(watched: Watched) -> None:
 def test_every_query_of_every_panel_has_an_answer(watched: Watched, panel: plot.Panel) -> None:
     (instance,) = watched.prometheus.get("label/instance/values", **{"match[]": "vtprune:build_info"})
     selection = {"job": "vtprune", "instance": instance, "model_name": "vtprune-demo"}
-    for expr, legend in panel.queries:
+    for expr, _ in panel.queries:
         query = plot.filled(expr, INTERVAL, selection)
         series = watched.prometheus.over(query, watched.start, watched.end, 1)
         assert series, f"no data for {query}"
-        if "waiting" not in legend:
+        if not any(name in expr for name in MAY_BE_ZERO):
             assert any(value > 0 for one in series for _, value in one.values), f"nothing but zeros for {query}"
 
 
