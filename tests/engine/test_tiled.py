@@ -230,16 +230,17 @@ def test_a_client_may_ask_for_fewer_tiles(engine: Engine, family: Family) -> Non
     if family.name != "internvl":
         pytest.skip("its processor has no such option")
     policy = {"budget": {"type": "tokens", "keep": 10}}
-    for most, tiles in ((12, 9), (4, 3)):
-        shown = picture(1, (2, 1), f"tiles {most}")
-        prompt, kwargs = family.ask_about("Why?"), {"max_patches": most}
-        answer = engine.ask(Ask(prompt, [shown], policy, [f"tiles-{most}"], processor_kwargs=kwargs))
+    shown = picture(1, (2, 1), "tiles")
+    few: dict[str, Any] = {"max_patches": 4}
+    for kwargs, rows, columns in (({}, 2, 4), (few, 1, 2), ({"images_kwargs": few}, 1, 2)):
+        answer = engine.ask(Ask(family.ask_about("Why?"), [shown], policy, processor_kwargs=kwargs))
+        tiles = rows * columns + 1
         assert [(report.visual_tokens, report.kept_tokens) for report in answer.images or ()] == [(tiles * 16, 10)]
-        features = engine.runtime.encoder.cache.get(f"tiles-{most}")
+        features = engine.runtime.encoder.cache.get(engine.processor.feature_key(shown, None, kwargs, {}))
         assert features is not None
         assert features.tiles is not None
-        rows = {box[0] for box in features.tiles.boxes if box is not None}
-        assert (len(rows), features.tiles.overview) == ((2, 8) if most == 12 else (1, 2))
+        tops = {box[0] for box in features.tiles.boxes if box is not None}
+        assert (len(tops), features.tiles.overview) == (rows, tiles - 1)
 
 
 def test_one_image_under_two_policies_in_one_prompt(checker: Checker) -> None:

@@ -78,6 +78,7 @@ class PrunedInternVLProcessor(PruningProcessor, InternS1MultiModalProcessor):
         if len(item["pixel_values"]) > 1:
             processor = self.info.get_hf_processor(**hf_kwargs).image_processor
             given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+            given |= given.get("images_kwargs", {})
             columns, rows = get_optimal_tiled_canvas(
                 size,
                 (processor.size.height, processor.size.width),
