@@ -15,7 +15,7 @@ from loadtests.drive import KINDS, drive
 from tests.support.chat import VISUAL_TOKENS, Server
 from vllm_vtprune.demo.server import running_server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 ROOT = Path(__file__).parent.parent.parent
 KEPT = 64

@@ -20,7 +20,7 @@ from loadtests.client import ask, connect
 from loadtests.records import Record
 from tests.support.chat import DONE, Body, Server, data_of, fresh_url, kept, user
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 RED_WITHIN = 10.0  # seconds
 ERROR_WITHIN = 30.0

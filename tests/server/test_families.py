@@ -15,7 +15,7 @@ from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.demo.server import running_server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 WIDE = (640, 320)
 VISUAL_TOKENS = {"llava_next": 64 + 8 * 16 + 8, "internvl": 9 * 16}

@@ -1,15 +1,14 @@
 """What the processes of a server hold does not grow once its caches are full."""
 
-import os
 from collections.abc import Callable
 
 import pytest
 
-from benchmarks.memory import FULL_BY, TOLERANCE, measure
+from benchmarks.memory import TOLERANCE, measure
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
-REQUESTS = 2000 if os.environ.get("VTPRUNE_VERIFY") else 2 * FULL_BY
+REQUESTS = 2000
 
 
 @pytest.mark.timeout(3600)

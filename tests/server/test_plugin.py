@@ -11,10 +11,11 @@ from server.plugin import ServerPlugin
 
 
 @pytest.mark.parametrize("processor", [None, object()])
-def test_a_model_without_our_processor_stops_the_start(processor: object) -> None:
+def test_a_model_without_our_processor_stops_the_start_if_it_is_to_be_pruned(processor: object) -> None:
     """vLLM answers /health only after this has returned."""
     client = SimpleNamespace(renderer=SimpleNamespace(mm_processor=processor))
     state = State()
-    with pytest.raises(RuntimeError, match=f"of some-model is {type(processor).__name__}, which cannot prune"):
-        asyncio.run(ServerPlugin().init_state(client, state, Namespace(model="some-model")))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=f"some-model cannot be pruned, .*: {type(processor).__name__}"):
+        args = Namespace(model="some-model", pruning_default="balanced")
+        asyncio.run(ServerPlugin().init_state(client, state, args))  # type: ignore[arg-type]
     assert len(state) == 0, "nothing was taken over"
