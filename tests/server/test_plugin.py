@@ -15,7 +15,7 @@ def test_a_model_without_our_processor_stops_the_start_if_it_is_to_be_pruned(pro
     """vLLM answers /health only after this has returned."""
     client = SimpleNamespace(renderer=SimpleNamespace(mm_processor=processor))
     state = State()
+    args = Namespace(model="some-model", pruning_default="balanced")
     with pytest.raises(RuntimeError, match=f"some-model cannot be pruned, .*: {type(processor).__name__}"):
-        args = Namespace(model="some-model", pruning_default="balanced")
         asyncio.run(ServerPlugin().init_state(client, state, args))  # type: ignore[arg-type]
     assert len(state) == 0, "nothing was taken over"
