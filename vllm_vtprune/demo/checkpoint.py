@@ -12,6 +12,7 @@ model ("transformers"), which differs inside the vision tower; and the module na
 which it writes with `save_original_format=False`. transformers reads all three.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -139,8 +140,36 @@ def write_llava_checkpoint(
     if shards < 1:
         raise ValueError(f"shards must be at least 1, not {shards}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     config = llava_config(size, dtype)
+    _write_all_but_weights(directory, config, demo_tokenizer(size))
+    if weights:
+        _write_weights(directory, config, naming, seed, shards, getattr(torch, dtype))
+    return directory
+
+
+def save_llava_checkpoint(
+    directory: str | os.PathLike[str],
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    naming: Naming = "vllm",
+    dtype: DType = "bfloat16",
+) -> Path:
+    """Write a model that was trained, with its tokenizer, into `directory` and return its path."""
+    directory = Path(directory)
+    config = copy.deepcopy(model.config)
+    config.dtype = config.vision_config.dtype = config.text_config.dtype = dtype
+    _write_all_but_weights(directory, config, tokenizer)
+    tensors = {
+        _rename(name, naming): weight.detach().to("cpu", getattr(torch, dtype)).contiguous()
+        for name, weight in model.state_dict().items()
+    }
+    _save(tensors, directory / "model.safetensors")
+    return directory
+
+
+def _write_all_but_weights(directory: Path, config: LlavaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=config.image_token_index + 1).save_pretrained(
         directory
@@ -151,7 +180,7 @@ def write_llava_checkpoint(
     )
     LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=demo_tokenizer(size),
+        tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # the CLS token
@@ -160,9 +189,6 @@ def write_llava_checkpoint(
     image_processor.save_pretrained(
         directory
     )  # transformers 5 puts it into processor_config.json; released ones have both
-    if weights:
-        _write_weights(directory, config, naming, seed, shards, getattr(torch, dtype))
-    return directory
 
 
 def llava_config(size: Size, dtype: DType = "float32") -> LlavaConfig:
@@ -262,12 +288,16 @@ def _write_weights(
             for name, its_shard in shard_of.items()
             if its_shard == shard
         }
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)  # safetensors writes files that only their owner can read
+        _save(tensors, directory / file)
         weight_map |= dict.fromkeys(tensors, file)
     if shards > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
