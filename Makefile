@@ -9,16 +9,20 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test verify lint format clean
+.PHONY: help setup demo train-demo test verify lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv: vLLM for this machine's CPU or GPU, the project, the tools
 	@scripts/setup.sh
 
 demo: setup ## prune one photograph's tokens in a running vLLM and compare
 	@$(BIN)/vtprune demo
+
+HOURS ?= 3
+train-demo: setup ## train the demo model, or go on with it (HOURS=3 on two cores)
+	$(BIN)/python -m training --hours $(HOURS) $(TRAIN_OPTIONS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
