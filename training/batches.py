@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Batches:
         self.split = split
         self._ids = lru_cache(1 << 16)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
         self.prefix = torch.tensor(tokenizer(BEFORE)["input_ids"])
+        self._lock = Lock()  # neither tokenizers nor fonts promise to bear several threads
 
     def make(
         self,
@@ -52,6 +54,12 @@ class Batches:
         crowded: bool = False,
     ) -> Batch:
         """`repeat`: whether to ask again where a scene has too few questions; `crowded`: nothing sparse."""
+        with self._lock:
+            return self._make(number, size, questions, grid, pictures, repeat, crowded)
+
+    def _make(
+        self, number: int, size: int, questions: int, grid: int, pictures: bool, repeat: bool, crowded: bool
+    ) -> Batch:
         first = number * size
         densities = ("dense", "dense", "medium") if crowded else (None,)
         scenes = [

@@ -172,7 +172,8 @@ def _cut(log_file: Path, step: int) -> None:
 
 
 def _summary(stage: Stage, line: dict[str, Any]) -> str:
-    text = f"{stage.name} {line['step']}/{stage.steps}  loss {line['loss']:.3f}  {line['seconds_per_step']:.2f} s/step"
+    left = (stage.steps - line["step"]) * line["seconds_per_step"] / 60
+    text = f"{stage.name} {line['step']}/{stage.steps}  loss {line['loss']:.3f}  some {left:.0f} minutes left"
     if "held_out" in line:
         text += "  " + "  ".join(f"{name} {value:.1%}" for name, value in line["held_out"].items())
     return text

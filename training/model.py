@@ -31,7 +31,7 @@ def model_config(layers: int = 4) -> LlavaConfig:
             hidden_size=192,
             intermediate_size=768,
             num_hidden_layers=7,
-            num_attention_heads=4,
+            num_attention_heads=3,
             projection_dim=192,
         ),
         text_config=LlamaConfig(

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from training.batches import Batches, random_positions, usual_positions
+from training.gate import moved
 from training.loop import run_stage
 from training.model import Codebook, answer_logits, code_columns, encode
 from training.optimizer import Muon, orthogonal
@@ -129,6 +130,15 @@ def test_nothing_is_left_out_in_training_and_positions_stay_in_order() -> None:
     assert spans.min() < 40
     assert spans.max() > 500
     assert (spans == 63).sum() > 8, "the served model's own positions should be among them"
+
+
+def test_the_gate_numbers_tokens_as_if_some_were_gone() -> None:
+    usual = usual_positions(3, 2, 576)
+    assert torch.equal(moved(3, 2, 576, shift=0, stretch=1.0), usual)
+    assert torch.equal(moved(3, 2, 576, shift=100, stretch=1.0), usual + 100)
+    squeezed = moved(3, 2, 576, shift=0, stretch=0.2)
+    assert squeezed[0, 0] == 3
+    assert squeezed[0, -1] == pytest.approx(3 + 115)
 
 
 def test_muon_s_step_is_nearly_orthogonal() -> None:
