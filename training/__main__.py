@@ -95,7 +95,10 @@ def _run(stage: Stage, args: argparse.Namespace, deadline: float) -> bool:
             names = {name for name, _ in trainee.part(part)}
             trainee.load_state_dict({name: trained[name] for name in names}, strict=False)
     batches = {split: Batches(tokenizer, split) for split in ("train", "validation")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // stage.parts))  # as many as there are cores, over all parts
     done = run_stage(stage, trainee, batches, args.out, device, deadline=deadline)
+    torch.set_num_threads(threads)
     print(f"{stage.name}: {'finished' if done else 'stopped; the same command goes on'}. See {curve(args.out)}")
     return done
 
