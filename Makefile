@@ -17,16 +17,20 @@ RATE ?= 3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test verify lint format loadtest soak clean
+.PHONY: help setup demo train-demo test verify lint format loadtest soak clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv: vLLM for this machine's CPU or GPU, the project, the tools
 	@scripts/setup.sh
 
 demo: setup ## prune one photograph's tokens in a running vLLM and compare
 	@$(BIN)/vtprune demo
+
+HOURS ?= 3
+train-demo: setup ## train the demo model, or go on with it (HOURS=3 on two cores)
+	$(BIN)/python -m training --hours $(HOURS) $(TRAIN_OPTIONS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

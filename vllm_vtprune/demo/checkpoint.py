@@ -12,6 +12,7 @@ model ("transformers"), which differs inside the vision tower; and the module na
 which it writes with `save_original_format=False`. transformers reads all three.
 """
 
+import copy
 import hashlib
 import inspect
 import math
@@ -142,8 +143,40 @@ def write_llava_checkpoint(
     if shards < 1:
         raise ValueError(f"shards must be at least 1, not {shards}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     config = llava_config(size, dtype)
+    _write_all_but_weights(directory, config, demo_tokenizer(size))
+    if weights:
+        _write_weights(directory, config, naming, seed, shards, getattr(torch, dtype))
+    return directory
+
+
+def save_llava_checkpoint(
+    directory: str | os.PathLike[str],
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    naming: Naming = "vllm",
+    dtype: DType = "bfloat16",
+) -> Path:
+    """Write a model that was trained, with its tokenizer, into `directory` and return its path."""
+    directory = Path(directory)
+    config = copy.deepcopy(model.config)
+    config.dtype = config.vision_config.dtype = config.text_config.dtype = dtype
+    _write_all_but_weights(directory, config, tokenizer)
+    state = model.state_dict()
+    write_weights(
+        directory,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        rename=lambda name: renamed(name, RENAMES[naming]),
+        weight=lambda name, shape: state[name].detach().cpu().contiguous(),
+        shards=1,
+        dtype=getattr(torch, dtype),
+    )
+    return directory
+
+
+def _write_all_but_weights(directory: Path, config: LlavaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=config.image_token_index + 1).save_pretrained(
         directory
@@ -154,7 +187,7 @@ def write_llava_checkpoint(
     )
     LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=demo_tokenizer(size),
+        tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # the CLS token
@@ -163,9 +196,6 @@ def write_llava_checkpoint(
     image_processor.save_pretrained(
         directory
     )  # transformers 5 puts it into processor_config.json; released ones have both
-    if weights:
-        _write_weights(directory, config, naming, seed, shards, getattr(torch, dtype))
-    return directory
 
 
 def llava_config(size: Size, dtype: DType = "float32") -> LlavaConfig:

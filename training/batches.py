@@ -1,0 +1,127 @@
+"""Batches that depend on the split and the number of the step alone, so training can stop and go on anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.model import GRID, Packed
+from training.tokenizer import EOS_ID, PAD_ID
+from vllm_vtprune.demo.scenes import Question, Scene, Split, ask, codes, make_scene, pack, paint, patch_labels
+from vllm_vtprune.demo.scenes.layout import Density
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's image processor
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+BEFORE = "USER: "
+LONGEST, SHORTEST = 720.0, 24.0  # positions that a picture's tokens may be spread over
+
+
+@dataclass(frozen=True)
+class Batch:
+    scenes: list[Scene]
+    questions: list[list[Question]]
+    codes: Tensor  # (B, N, code_size())
+    labels: Tensor  # (B, N, fields)
+    text: Packed
+    pixels: Tensor | None  # (B, 3, 336, 336)
+
+
+class Batches:
+    """`number`: the step; scenes of step n are those numbered from n * size."""
+
+    def __init__(self, tokenizer: Any, split: Split) -> None:
+        self.split = split
+        self._ids = lru_cache(1 << 16)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.prefix = torch.tensor(tokenizer(BEFORE)["input_ids"])
+        self._lock = Lock()  # neither tokenizers nor fonts promise to bear several threads
+
+    def make(
+        self,
+        number: int,
+        size: int,
+        questions: int,
+        *,
+        grid: int = GRID,
+        pictures: bool = False,
+        repeat: bool = True,
+        crowded: bool = False,
+    ) -> Batch:
+        """`repeat`: whether to ask again where a scene has too few questions; `crowded`: nothing sparse."""
+        with self._lock:
+            return self._make(number, size, questions, grid, pictures, repeat, crowded)
+
+    def _make(
+        self, number: int, size: int, questions: int, grid: int, pictures: bool, repeat: bool, crowded: bool
+    ) -> Batch:
+        first = number * size
+        densities: tuple[Density | None, ...] = ("dense", "dense", "medium") if crowded else (None,)
+        scenes = [
+            make_scene(self.split, seed, grid=grid, density=densities[seed % len(densities)])
+            for seed in range(first, first + size)
+        ]
+        asked = [pack(scene, questions) if repeat else ask(scene, questions) for scene in scenes]
+        labels = np.stack([patch_labels(scene) for scene in scenes])
+        return Batch(
+            scenes,
+            asked,
+            torch.from_numpy(np.stack([codes(label, grid) for label in labels])),
+            torch.from_numpy(labels),
+            self._packed(asked),
+            torch.stack([pixels(scene) for scene in scenes]) if pictures else None,
+        )
+
+    def _packed(self, asked: Sequence[Sequence[Question]]) -> Packed:
+        rows = []
+        targets: list[int] = []
+        for questions in asked:
+            ids: list[int] = []
+            pairs: list[int] = []
+            places: list[int] = []
+            wanted: list[bool] = []
+            for pair, question in enumerate(questions):
+                prompt, answer = self._ids(f"\n{question.text} ASSISTANT:"), self._ids(f" {question.answer}")
+                ids += prompt + answer
+                pairs += [pair] * (len(prompt) + len(answer))
+                places += range(len(prompt) + len(answer))
+                wanted += [False] * (len(prompt) - 1) + [True] * (len(answer) + 1)
+                targets += [*answer, EOS_ID]
+            rows.append((ids, pairs, places, wanted))
+        length = max(len(row[0]) for row in rows)
+        fill = (PAD_ID, -1, 0, False)
+        columns = zip(*rows, strict=True)
+        ids_, pairs_, places_, wanted_ = (
+            torch.tensor([[*values, *[filler] * (length - len(values))] for values in column])
+            for column, filler in zip(columns, fill, strict=True)
+        )
+        return Packed(ids_, pairs_, places_, wanted_, torch.tensor(targets))
+
+
+def pixels(scene: Scene) -> Tensor:
+    """As CLIP's image processor makes them."""
+    values = (np.asarray(paint(scene), dtype=np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(values.transpose(2, 0, 1).copy())
+
+
+def usual_positions(before: int, batch: int, tokens: int) -> Tensor:
+    """(batch, tokens): one for each token, as the served model has them."""
+    return (before + torch.arange(tokens, dtype=torch.float32)).expand(batch, tokens)
+
+
+def random_positions(before: int, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Spread anew for each picture, evenly or not, so that nothing can be read from them.
+
+    A third are as usual. All tokens are always there: this is about their numbers, not about leaving any out.
+    """
+    unit = torch.rand(batch, 4, generator=generator)
+    span = torch.exp(math.log(SHORTEST) + unit[:, :1] * math.log(LONGEST / SHORTEST))
+    gaps = torch.where(unit[:, 1:2] < 0.5, -torch.log(torch.rand(batch, tokens, generator=generator) + 1e-6), 1.0)
+    spread = before + 64 * unit[:, 2:3] + gaps.cumsum(1) / gaps.sum(1, keepdim=True) * span
+    return torch.where(unit[:, 3:] < 1 / 3, usual_positions(before, batch, tokens), spread)

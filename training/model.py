@@ -1,0 +1,197 @@
+"""The demo model, the vectors that patch codes become, and a forward pass for many questions about one picture.
+
+The architecture is LLaVA's, with transformers' own modules: CLIP with a CLS token at 336 pixels, of whose 7 layers the
+last is not used (`vision_feature_layer` -2, as in LLaVA-1.5), the two-layer projector, a LLaMA. 7.1 million parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from training.tokenizer import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, VOCABULARY
+from vllm_vtprune.demo.scenes import FIELDS, code_size
+
+GRID = 24
+WIDTH = 256  # of the language model
+
+
+def model_config(layers: int = 4) -> LlavaConfig:
+    """`layers`: of the language model; tests take fewer."""
+    return LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=CLIPVisionConfig(
+            image_size=336,
+            patch_size=14,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=7,
+            num_attention_heads=3,
+            projection_dim=192,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=688,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+            pad_token_id=PAD_ID,
+        ),
+        image_token_index=IMAGE_ID,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        dtype="float32",
+    )
+
+
+class Codebook(nn.Module):
+    """Codes of patches as vectors of the language model's width, and back. Fixed: rows are orthonormal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        noise = torch.randn(WIDTH, code_size(), generator=torch.Generator().manual_seed(0))
+        self.rows = nn.Buffer(torch.linalg.qr(noise)[0].T.contiguous())
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(..., code_size()) -> (..., WIDTH)"""
+        return codes @ self.rows
+
+    def read(self, vectors: Tensor) -> Tensor:
+        """(..., WIDTH) -> (..., code_size())"""
+        return vectors @ self.rows.T
+
+
+def code_columns() -> dict[str, int]:
+    """The column of each value's code, by `field=value`."""
+    names = [f"{field}={value}" for field, values in FIELDS.items() for value in values if value != "none"]
+    return {name: column for column, name in enumerate(names)}
+
+
+def new_model(seed: int, tokenizer: object, layers: int = 4) -> LlavaForConditionalGeneration:
+    """Random weights, but that words which name what a patch can show start as its code.
+
+    A projector trained on captions ends up near the embeddings of the words that describe a patch; here that is where
+    it starts. It shortens the search for the picture, and gives methods that compare tokens with words what to compare.
+    """
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(model_config(layers)).float()
+    for name, weight in model.named_parameters():
+        if "position_embedding" in name:
+            weight.data[1:] = plane_waves(weight.shape[1])
+        elif weight.ndim > 1:
+            fan_in = math.prod(weight.shape[1:])
+            nn.init.normal_(weight, std=1 / 16 if "embed_tokens" in name else 0.5 / math.sqrt(fan_in))
+        if any(part in name for part in ("o_proj", "out_proj", "down_proj", "fc2")) and name.endswith(".weight"):
+            weight.data /= math.sqrt(2 * 6)
+    rows = Codebook().rows
+    for value, column in code_columns().items():
+        field, word = value.split("=")
+        if field in ("colour", "shape", "character"):
+            for text in (f" {word}", word) if field != "character" else (word,):
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+                if len(ids) == 1:
+                    model.get_input_embeddings().weight.data[ids[0]] = rows[column]
+                    model.lm_head.weight.data[ids[0]] = rows[column]
+    return model
+
+
+def plane_waves(width: int) -> Tensor:
+    """(GRID * GRID, width): sines and cosines of rows and of columns, as a start for position embeddings."""
+    waves = 2 * math.pi / GRID * torch.arange(GRID)[:, None] * torch.logspace(-2, math.log2(GRID / 2), width // 4, 2)
+    along = torch.cat([waves.sin(), waves.cos()], dim=1)  # (GRID, width / 2)
+    return 0.3 * torch.cat([along.repeat_interleave(GRID, 0), along.repeat(GRID, 1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions with their answers, one after the other behind each of B pictures: (B, T), padded on the right."""
+
+    ids: Tensor
+    pairs: Tensor  # which question of its picture a token belongs to; -1 for padding
+    places: Tensor  # of a token in its pair
+    wanted: Tensor  # whether the next token belongs to the answer, or is the end of it
+    targets: Tensor  # (number wanted,): those next tokens
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, 336, 336) -> what the language model sees (B, 576, WIDTH), and the state of CLS beside it (B, 192)."""
+    tower = model.model.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in tower.encoder.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None)
+    return model.model.multi_modal_projector(hidden[:, 1:]), hidden[:, 0]
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, prefix: Tensor, visual: Tensor, visual_positions: Tensor, text: Packed
+) -> Tensor:
+    """Logits for the tokens of many questions and answers about each picture, as if each had been asked alone.
+
+    Args:
+        prefix: (p,) ids of what comes before the picture.
+        visual: (B, N, WIDTH).
+        visual_positions: (B, N), not necessarily whole numbers; texts continue from the last one.
+        text: what comes after the picture.
+
+    Returns:
+        (number of tokens wanted, vocabulary)
+    """
+    llama = model.model.language_model
+    batch = len(text.ids)
+    before = prefix.shape[0]
+    shared = before + visual.shape[1]
+    heads = llama.config.num_attention_heads
+
+    positions = torch.cat(
+        [
+            torch.arange(before, device=prefix.device).expand(batch, before),
+            visual_positions,
+            visual_positions[:, -1:] + 1 + text.places,
+        ],
+        dim=1,
+    )
+    angles = positions[..., None] * llama.rotary_emb.inv_freq.float()  # (B, T, head / 2)
+    cos, sin = (f(angles).repeat(1, 1, 2)[:, None] for f in (torch.cos, torch.sin))
+
+    same = text.pairs[:, :, None] == text.pairs[:, None, :]
+    mask = functional.pad(same & torch.ones_like(same).tril(), (shared, 0), value=True)[:, None]
+
+    hidden = torch.cat([llama.embed_tokens(prefix).expand(batch, before, -1), visual, llama.embed_tokens(text.ids)], 1)
+    for index, layer in enumerate(llama.layers):
+        last = index == len(llama.layers) - 1  # where nobody reads what becomes of the picture
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        query, key, value = (
+            project(normed).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        query, key = query * cos + _turned(query) * sin, key * cos + _turned(key) * sin
+        mixed = functional.scaled_dot_product_attention(query[:, :, shared:], key, value, attn_mask=mask)
+        if last:
+            hidden = hidden[:, shared:]
+        else:
+            seen = functional.scaled_dot_product_attention(
+                query[:, :, :shared], key[:, :, :shared], value[:, :, :shared], is_causal=True
+            )
+            mixed = torch.cat([seen, mixed], dim=2)
+        hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(llama.norm(hidden[text.wanted]))
+
+
+def _turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

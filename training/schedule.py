@@ -1,0 +1,41 @@
+"""How many steps each stage takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from training.model import GRID
+from training.stages import Phase, Stage
+
+
+class Part(NamedTuple):
+    grid: int
+    size: int  # scenes in a step
+    share: float  # of the stage's time
+    seconds: float  # for a step: on one core for language and tower, which run side by side, on two for joint
+
+
+PARTS: dict[str, tuple[Part, ...]] = {
+    "language": (
+        Part(8, 8, 0.4, 1.6),
+        Part(12, 8, 0.2, 1.8),
+        Part(16, 8, 0.15, 2.2),
+        Part(GRID, 4, 0.25, 1.9),
+    ),
+    "tower": (Part(GRID, 4, 1.0, 1.55),),
+    "joint": (Part(GRID, 8, 1.0, 3.6),),
+}
+RATES = {"language": 3e-3, "tower": 3e-3, "joint": 1e-3}  # peaks
+JOINT = 0.35  # of the time
+
+
+def stages(hours: float) -> dict[str, Stage]:
+    """The plan for so many hours on two cores. It fixes the steps, so elsewhere they take longer or shorter."""
+    plan = {}
+    for name, parts in PARTS.items():
+        seconds = 3600 * hours * (JOINT if name == "joint" else 1 - JOINT)
+        phases = tuple(
+            Phase(part.grid, max(10, round(seconds * part.share / part.seconds / 10) * 10), part.size) for part in parts
+        )
+        plan[name] = Stage(name, phases, RATES[name], parts=2 if name == "joint" else 1)
+    return plan

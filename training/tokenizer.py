@@ -1,0 +1,55 @@
+"""The demo model's tokenizer: common words whole, everything in capitals and digits character by character.
+
+Words in the pictures are in capitals, so the model spells what it reads and can spell words that it never saw.
+"""
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from vllm_vtprune.demo import words
+from vllm_vtprune.demo.checkpoint import BOS, EOS, IMAGE_TOKEN, PAD_TOKEN, UNK
+from vllm_vtprune.demo.scenes import make_scene, pack
+
+VOCABULARY = 1024
+ROLES = ("USER:", "ASSISTANT:")  # of the chat template; else they would be spelled too
+IMAGE_ID, PAD_ID = VOCABULARY - 2, VOCABULARY - 1
+BOS_ID, EOS_ID = 1, 2
+CAPITALS = r"[A-Z](?=[A-Z])|(?<=[A-Z])[A-Z]"  # "What" stays whole
+
+
+def scene_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, so any text survives the round trip; trained on questions about scenes, then on common words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CAPITALS), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(ROLES) - 2,
+        special_tokens=[UNK, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    questions = [question for seed in range(200) for question in pack(make_scene("train", seed), 20)]
+    asked = [f"{question.text} {question.answer}" for question in questions]
+    tokenizer.train_from_iterator(asked * 20 + list(words.sentences(2000)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True), AddedToken(PAD_TOKEN, special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD_TOKEN,
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_max_length=4096,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
