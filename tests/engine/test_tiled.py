@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 
 from tests.support.engines import TOLERANCE, Answer, Ask, Engine, running_engine
+from tests.support.process_tree import family as family_of
+from tests.support.process_tree import kill
 from tests.support.processes import state
 from tests.support.reference import Reference
 from tests.support.tiled import ASPECTS, FAMILIES, SMALL, Family, picture, pictures
@@ -64,7 +66,8 @@ def stock(family: Family, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
     yield answers
     if run.poll() is None:
-        run.kill()
+        kill(family_of(run.pid))  # its engine would outlive it
+    run.wait()
 
 
 @pytest.fixture(scope="module")
