@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import (
     LlavaForConditionalGeneration,
@@ -16,14 +15,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.unpruned import unpruned
+from vllm_vtprune.plugin.clip import ClipProcessor, has_tower, processor_factory
 from vllm_vtprune.policy import LLAVA
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
 
-class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
+class PrunedLlavaProcessor(ClipProcessor, LlavaMultiModalProcessor):
     """One image is 576 tokens (24 x 24 at 336 pixels) unpruned; its one field holds pixels or kept embeddings."""
 
     architecture = ARCHITECTURE
@@ -37,33 +35,18 @@ class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
     def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
         return {"pixel_values": embeds}
 
-    def kept_count(self, item: PreparedImage) -> int | None:
-        return len(item["pixel_values"]) if item["pixel_values"].ndim == 2 else None
-
 
 _stock = compat.stock_factories(LlavaForConditionalGeneration)
 
 
-def _has_tower(config: Any) -> bool:
-    """Whether we have a tower for a model of this architecture, which also covers Pixtral and SigLIP encoders.
-
-    The tower says why not; it is not asked here because engine processes build processors too.
-    """
-    return isinstance(config.vision_config, CLIPVisionConfig) and config.vision_feature_select_strategy == "default"
-
-
-def _build_processor(info: Any, dummy_inputs: Any) -> Any:
-    if _has_tower(info.get_hf_config()):
-        return PrunedLlavaProcessor(info, dummy_inputs)
-    return unpruned(_stock.processor, info, dummy_inputs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(_build_processor, info=_stock.info, dummy_inputs=_stock.dummy_inputs)
+@MULTIMODAL_REGISTRY.register_processor(
+    processor_factory(PrunedLlavaProcessor, _stock.processor), info=_stock.info, dummy_inputs=_stock.dummy_inputs
+)
 class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """The stock model, which also accepts images that arrive as the embeddings of the tokens to keep."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        if _has_tower(vllm_config.model_config.hf_config):
+        if has_tower(vllm_config.model_config.hf_config):
             compat.refuse_unsupported(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 

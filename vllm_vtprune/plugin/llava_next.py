@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration, LlavaNextMultiModalProcessor
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -13,14 +12,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.unpruned import unpruned
+from vllm_vtprune.plugin.clip import ClipProcessor, has_tower, processor_factory
 from vllm_vtprune.policy import LLAVA_NEXT
 
 ARCHITECTURE = "LlavaNextForConditionalGeneration"
 
 
-class PrunedLlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
+class PrunedLlavaNextProcessor(ClipProcessor, LlavaNextMultiModalProcessor):
     """One image is an overview of 576 tokens and up to 2,304 of the squares, with a newline after each of their rows.
 
     ``pixel_values`` of an item holds the squares or the embeddings to prefill. ``image_sizes`` of a pruned one is zero:
@@ -33,30 +31,20 @@ class PrunedLlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
     def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
         return {"pixel_values": embeds, "image_sizes": torch.zeros(2, dtype=torch.long)}
 
-    def kept_count(self, item: PreparedImage) -> int | None:
-        return len(item["pixel_values"]) if item["pixel_values"].ndim == 2 else None
-
 
 _stock = compat.stock_factories(LlavaNextForConditionalGeneration)
 
 
-def _has_tower(config: Any) -> bool:
-    """Whether we have a tower for a model of this architecture, which also covers SigLIP encoders."""
-    return isinstance(config.vision_config, CLIPVisionConfig) and config.vision_feature_select_strategy == "default"
-
-
-def _build_processor(info: Any, dummy_inputs: Any) -> Any:
-    if _has_tower(info.get_hf_config()):
-        return PrunedLlavaNextProcessor(info, dummy_inputs)
-    return unpruned(_stock.processor, info, dummy_inputs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(_build_processor, info=_stock.info, dummy_inputs=_stock.dummy_inputs)
+@MULTIMODAL_REGISTRY.register_processor(
+    processor_factory(PrunedLlavaNextProcessor, _stock.processor),
+    info=_stock.info,
+    dummy_inputs=_stock.dummy_inputs,
+)
 class PrunedLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
     """The stock model, which also accepts images that arrive as the embeddings to prefill."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        if _has_tower(vllm_config.model_config.hf_config):
+        if has_tower(vllm_config.model_config.hf_config):
             compat.refuse_unsupported(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
