@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from vllm_vtprune.demo import words
-from vllm_vtprune.demo.checkpoint import BOS, EOS, IMAGE_TOKEN, PAD_TOKEN, UNK
+from vllm_vtprune.demo.checkpoint import BOS, EOS, IMAGE_TOKEN, PAD_TOKEN, UNK, llava_tokenizer
 from vllm_vtprune.demo.scenes import make_scene, pack
 
 VOCABULARY = 1024
@@ -42,14 +42,4 @@ def scene_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True), AddedToken(PAD_TOKEN, special=True)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=UNK,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD_TOKEN,
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
-        model_max_length=4096,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return llava_tokenizer(tokenizer)

@@ -243,6 +243,11 @@ def demo_tokenizer(size: Size = "tiny") -> PreTrainedTokenizerFast:
     )
     tokenizer.add_tokens([f"<unused_{index}>" for index in range(TRAINED_TOKENS, IMAGE_TOKEN_ID[size])])
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True), AddedToken(PAD_TOKEN, special=True)])
+    return llava_tokenizer(tokenizer)
+
+
+def llava_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that has the special tokens of LLaVA, as transformers and vLLM take it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK,

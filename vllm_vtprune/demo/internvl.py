@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken
 from transformers import (
     GenerationConfig,
     GotOcr2ImageProcessor,
@@ -19,11 +18,11 @@ from transformers import (
     InternVLProcessor,
     InternVLVideoProcessor,
     InternVLVisionConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
-from vllm_vtprune.demo.checkpoint import TRAINED_TOKENS, DType, random_weight, trained_tokenizer
+from vllm_vtprune.demo.chatml import END, END_OF_TEXT, START, chat_template, chatml_tokenizer
+from vllm_vtprune.demo.checkpoint import TRAINED_TOKENS, DType, random_weight
 from vllm_vtprune.demo.weights import renamed, write_weights
 
 Size = Literal["tiny", "1b"]
@@ -39,7 +38,7 @@ NAMED_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *NAMED_TOKENS.values())
+SPECIAL_TOKENS = (END_OF_TEXT, START, END, *NAMED_TOKENS.values())
 TOKEN_ID = {token: TRAINED_TOKENS + index for index, token in enumerate(SPECIAL_TOKENS)}
 
 VISION: dict[Size, dict[str, Any]] = {
@@ -77,30 +76,6 @@ RENAMES: dict[Naming, tuple[tuple[str, str], ...]] = {
     "module": (),
 }
 
-# The form of the released template, with what vLLM takes for an image.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
-    {%- elif message['content'] is not none -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] in ('image', 'image_url') -%}
-                {{- '<IMG_CONTEXT>\\n' -}}
-            {%- elif part['type'] in ('video', 'video_url') -%}
-                {{- '<video>\\n' -}}
-            {%- elif part['type'] == 'text' -%}
-                {{- part['text'] -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
 
 def write_internvl_checkpoint(
     directory: str | os.PathLike[str],
@@ -126,17 +101,18 @@ def write_internvl_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     config = internvl_config(size, image_size, dtype, qk_norm=qk_norm)
     config.save_pretrained(directory)
-    ends = [TOKEN_ID["<|im_end|>"], TOKEN_ID["<|endoftext|>"]]
+    ends = [TOKEN_ID[END], TOKEN_ID[END_OF_TEXT]]
     GenerationConfig(eos_token_id=ends, pad_token_id=ends[1]).save_pretrained(directory)
     square = {"height": image_size, "width": image_size}
     image_processor = GotOcr2ImageProcessor(size=square, image_mean=MEAN, image_std=STD, crop_to_patches=True)
     video_processor = InternVLVideoProcessor(size=square, image_mean=MEAN, image_std=STD)
     InternVLProcessor(
         image_processor=image_processor,
-        tokenizer=_tokenizer(),
+        tokenizer=chatml_tokenizer(SPECIAL_TOKENS, max_length=16_384, named_tokens=NAMED_TOKENS),
         video_processor=video_processor,
         image_seq_length=config.image_seq_length,
-        chat_template=CHAT_TEMPLATE,
+        # the released template, with what vLLM takes for an image
+        chat_template=chat_template(image="<IMG_CONTEXT>\\n", video="<video>\\n"),
     ).save_pretrained(directory)
     for processor in (image_processor, video_processor):
         processor.save_pretrained(directory)  # released ones have a file for each, transformers 5 has one for all
@@ -170,8 +146,8 @@ def internvl_config(
         text_config=Qwen2Config(
             rms_norm_eps=1e-6,
             rope_theta=1e6,
-            bos_token_id=TOKEN_ID["<|endoftext|>"],
-            eos_token_id=TOKEN_ID["<|im_end|>"],
+            bos_token_id=TOKEN_ID[END_OF_TEXT],
+            eos_token_id=TOKEN_ID[END],
             tie_word_embeddings=False,
             **TEXT[size],
         ),
@@ -180,19 +156,4 @@ def internvl_config(
         downsample_ratio=1 / ACROSS,
         tie_word_embeddings=False,
         dtype=dtype,
-    )
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = trained_tokenizer([])
-    tokenizer.add_tokens([f"<unused_{index}>" for index in range(tokenizer.get_vocab_size(), TRAINED_TOKENS)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=NAMED_TOKENS,
-        model_max_length=16_384,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
     )

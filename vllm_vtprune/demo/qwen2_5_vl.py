@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken
 from transformers import (
     GenerationConfig,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -24,16 +22,17 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vllm_vtprune.demo.checkpoint import TRAINED_TOKENS, DType, trained_tokenizer
+from vllm_vtprune.demo.chatml import END, END_OF_TEXT, START, chat_template, chatml_tokenizer
+from vllm_vtprune.demo.checkpoint import TRAINED_TOKENS, DType
 from vllm_vtprune.demo.weights import Shape, noise, renamed, write_weights
 
 Size = Literal["tiny", "3b"]
 Naming = Literal["vllm", "module"]
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
+    END_OF_TEXT,
+    START,
+    END,
     "<|vision_start|>",
     "<|vision_end|>",
     "<|vision_pad|>",
@@ -75,33 +74,6 @@ RENAMES: dict[Naming, tuple[tuple[str, str], ...]] = {
     "module": (),
 }
 
-# The form of Qwen/Qwen2.5-VL-3B-Instruct: parts in the order in which they come, and a system turn in every prompt.
-CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' -%}
-    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
-    {%- elif message['content'] is not none -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] in ('image', 'image_url') -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif part['type'] in ('video', 'video_url') -%}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-            {%- elif part['type'] == 'text' -%}
-                {{- part['text'] -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
 
 def write_qwen2_5_vl_checkpoint(
     directory: str | os.PathLike[str],
@@ -131,15 +103,19 @@ def write_qwen2_5_vl_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     config = qwen2_5_vl_config(size, dtype, tied=size == "3b" if tied is None else tied)
     config.save_pretrained(directory)
-    ends = [TOKEN_ID["<|im_end|>"], TOKEN_ID["<|endoftext|>"]]
+    ends = [TOKEN_ID[END], TOKEN_ID[END_OF_TEXT]]
     GenerationConfig(eos_token_id=ends, pad_token_id=ends[1]).save_pretrained(directory)
     fewest, most = PIXELS[size]
     image_processor = Qwen2VLImageProcessor(min_pixels=fewest, max_pixels=most)
     Qwen2_5_VLProcessor(
         image_processor=image_processor,
-        tokenizer=_tokenizer(),
+        tokenizer=chatml_tokenizer(SPECIAL_TOKENS, max_length=131_072),
         video_processor=Qwen2VLVideoProcessor(min_pixels=fewest, max_pixels=most),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(
+            image="<|vision_start|><|image_pad|><|vision_end|>",
+            video="<|vision_start|><|video_pad|><|vision_end|>",
+            system="You are a helpful assistant.",
+        ),
     ).save_pretrained(directory)
     image_processor.save_pretrained(
         directory
@@ -165,8 +141,8 @@ def qwen2_5_vl_config(size: Size, dtype: DType = "float32", *, tied: bool = Fals
         text_config=dict(
             rms_norm_eps=1e-6,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=MROPE_SECTION[size]),
-            bos_token_id=TOKEN_ID["<|endoftext|>"],
-            eos_token_id=TOKEN_ID["<|im_end|>"],
+            bos_token_id=TOKEN_ID[END_OF_TEXT],
+            eos_token_id=TOKEN_ID[END],
             **TEXT[size],
         ),
         image_token_id=TOKEN_ID["<|image_pad|>"],
@@ -175,21 +151,6 @@ def qwen2_5_vl_config(size: Size, dtype: DType = "float32", *, tied: bool = Fals
         vision_end_token_id=TOKEN_ID["<|vision_end|>"],
         tie_word_embeddings=tied,
         dtype=dtype,
-    )
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = trained_tokenizer([])
-    tokenizer.add_tokens([f"<unused_{index}>" for index in range(tokenizer.get_vocab_size(), TRAINED_TOKENS)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=131_072,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
     )
 
 
