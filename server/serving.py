@@ -31,7 +31,8 @@ from server.validation import InvalidField, bounded
 from vllm_vtprune import metrics
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
-from vllm_vtprune.plugin.processor import PruningProcessor, in_prompt_order
+from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.prompt import in_prompt_order
 from vllm_vtprune.plugin.request import PRUNING_KEY
 from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy

@@ -18,7 +18,6 @@ the pixels; an image without one passes through the stock processor untouched, u
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -40,6 +39,7 @@ from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.prompt import in_prompt_order, noun_ids, text_of, token_counts
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
@@ -47,13 +47,6 @@ from vllm_vtprune.runtime import PruningRuntime
 
 IDENTITY = "vtprune-1"
 """Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
-
-ROLE_MARKER = re.compile(
-    r"\b(?:USER|ASSISTANT|SYSTEM|HUMAN)\s*:"  # Vicuna
-    r"|\[/?INST\]"  # Mistral
-    r"|^(?:user|assistant|system)$",  # ChatML, without its special tokens
-    re.MULTILINE,
-)
 
 
 @dataclass
@@ -222,7 +215,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             self._report_jobs(jobs, images, result, stock.hf_processor_mm_kwargs)
         else:
             result = super().apply(stock, timing_ctx)
-            for policy, count in zip(pruning.policies, _token_counts(result), strict=True):
+            for policy, count in zip(pruning.policies, token_counts(result), strict=True):
                 reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
                 report.images.append(ImageReport(policy.method, count, count, bypass_reason=reason))
         report.images = in_prompt_order(report.images, result["mm_placeholders"], pruning.policy)
@@ -302,18 +295,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return [_fields(item) for item in MultiModalKwargsItems.from_hf_inputs(processed, fields).get("image", [])]
 
     def _prompt_text(self, prompt: list[int]) -> str:
-        """The text of a prompt, without image placeholders, special tokens and the names of the speakers."""
-        tokens = [token for token in prompt if token != self.image_token_id]
-        return ROLE_MARKER.sub(" ", self.info.get_tokenizer().decode(tokens, skip_special_tokens=True))
-
-    def _noun_ids(self, noun: str) -> list[int]:
-        """Token ids of a noun as the model would read it inside a sentence, with its leading space."""
-        tokenizer = self.info.get_tokenizer()
-        before = tokenizer.encode("the", add_special_tokens=False)
-        within = tokenizer.encode(f"the {noun}", add_special_tokens=False)
-        if within[: len(before)] == before:
-            return list(within[len(before) :])
-        return list(tokenizer.encode(noun, add_special_tokens=False))
+        return text_of(prompt, self.info.get_tokenizer(), self.image_token_id)
 
     def _jobs(
         self, stock: ProcessorInputs, images: ImageProcessorItems, pruning: PromptPruning, report: RequestReport
@@ -342,7 +324,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         started = time.perf_counter()
         nouns, job.text_fallback = text.read_prompt(prompt, clean=job.policy.text.clean)
         job.nouns = tuple(nouns)
-        job.noun_ids = tuple(token for noun in job.nouns for token in self._noun_ids(noun))
+        job.noun_ids = tuple(token for noun in job.nouns for token in noun_ids(noun, self.info.get_tokenizer()))
         report.text_pipeline = text.text_pipeline_name()
         report.add_timings({"text": time.perf_counter() - started})
 
@@ -403,7 +385,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         self, jobs: PromptJobs, images: ImageProcessorItems, result: Any, hf_kwargs: Mapping[str, object]
     ) -> None:
         """Report each image, from its job or, where vLLM's cache held the item, from the table."""
-        for index, (job, count) in enumerate(zip(jobs.images, _token_counts(result), strict=True)):
+        for index, (job, count) in enumerate(zip(jobs.images, token_counts(result), strict=True)):
             if not job.policy.enabled:
                 job.report = ImageReport("none", count, count)
             elif job.report is None:
@@ -417,24 +399,6 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
                 assert known is not None
                 job.report = replace(known, nouns=job.nouns, text_fallback=job.text_fallback, cached=True)
             jobs.report.images.append(job.report)
-
-
-def in_prompt_order(
-    images: Sequence[ImageReport], placeholders: Mapping[str, Sequence[Any]], policy: PruningPolicy
-) -> list[ImageReport]:
-    """The reports of a prompt's images, with one for each of its other media, which are never pruned.
-
-    Args:
-        images: reports of the images, in order.
-        placeholders: where the media of each modality stand in the prompt.
-        policy: of the request.
-    """
-    reports = [(place.offset, image) for place, image in zip(placeholders.get("image", ()), images, strict=True)]
-    reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
-    for place in (place for modality, places in placeholders.items() if modality != "image" for place in places):
-        count = place.get_num_embeds()
-        reports.append((place.offset, ImageReport(policy.method, count, count, bypass_reason=reason)))
-    return [report for _, report in sorted(reports, key=lambda placed: placed[0])]
 
 
 def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int, kept: int) -> ImageReport:
@@ -473,8 +437,3 @@ def _size(mm_items: MultiModalDataItems, index: int) -> tuple[int, int]:
     """Height and width of an image, in pixels."""
     size = mm_items.get_items("image", ImageProcessorItems).get_image_size(index)
     return size.height, size.width
-
-
-def _token_counts(result: Any) -> list[int]:
-    """Placeholder tokens of each image of a processed prompt."""
-    return [placeholder.get_num_embeds() for placeholder in result["mm_placeholders"].get("image", [])]

@@ -11,7 +11,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.plugin.processor import in_prompt_order
+from vllm_vtprune.plugin.prompt import in_prompt_order
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
