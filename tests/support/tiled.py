@@ -19,6 +19,7 @@ class Family:
 
     Attributes:
         image: what stands for an image in a prompt.
+        chat_forms: in which its checkpoints are asked about ``{image}`` and ``{text}``.
         modalities: what its prompts may hold, beside text.
         write: writes its checkpoint, into a directory and with an `image_size` of its tiles.
         full_size: the released `image_size`.
@@ -27,6 +28,7 @@ class Family:
 
     name: str
     image: str
+    chat_forms: Sequence[str]
     modalities: Mapping[str, int]
     full_size: int
     write: Callable[..., Path]
@@ -52,12 +54,15 @@ class Family:
         }
 
 
+VICUNA = "USER: {image}\n{text} ASSISTANT:"
+
 FAMILIES = {
     family.name: family
     for family in (
         Family(
             name="llava_next",
             image="<image>",
+            chat_forms=(VICUNA, "[INST] {image}\n{text} [/INST]"),
             modalities={"image": 4},
             full_size=336,
             write=write_llava_next_checkpoint,
@@ -70,6 +75,7 @@ FAMILIES = {
         Family(
             name="internvl",
             image="<IMG_CONTEXT>",
+            chat_forms=(VICUNA, "<|im_start|>user\n{image}\n{text}<|im_end|>\n<|im_start|>assistant\n"),
             modalities={"image": 4, "video": 1},
             full_size=448,
             write=write_internvl_checkpoint,
