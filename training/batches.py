@@ -26,6 +26,8 @@ LONGEST, SHORTEST = 720.0, 24.0  # positions that a picture's tokens may be spre
 
 @dataclass(frozen=True)
 class Batch:
+    """What a step trains on: B scenes of N patches."""
+
     scenes: list[Scene]
     questions: list[list[Question]]
     codes: Tensor  # (B, N, code_size())

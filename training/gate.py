@@ -32,5 +32,6 @@ def position_gate(
 
 
 def moved(before: int, batch: int, tokens: int, *, shift: int, stretch: float) -> Tensor:
+    """(batch, tokens): the usual positions, spread by `stretch` and moved by `shift`."""
     usual = usual_positions(before, batch, tokens)
     return before + shift + stretch * (usual - before)

@@ -125,6 +125,7 @@ def rate_at(progress: float) -> float:
 def held_out_accuracy(
     stage: Stage, trainee: Trainee, batches: Batches, step: int, scenes: int, device: torch.device
 ) -> dict[str, float]:
+    """What the stage has learnt so far, between 0 and 1 by kind: of patches for the tower, else of answers."""
     if stage.name == "tower":
         return patch_accuracy(trainee, batches, scenes // 2, device)
     grid, pictures = stage.phase(step - 1).grid, stage.name == "joint"

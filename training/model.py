@@ -123,6 +123,7 @@ class Packed:
     targets: Tensor  # (number wanted,): those next tokens
 
     def to(self, device: torch.device) -> Packed:
+        """The same on another device."""
         return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 

@@ -32,6 +32,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update: Muon for matrices within layers, AdamW for everything else."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

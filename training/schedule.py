@@ -9,6 +9,8 @@ from training.stages import Phase, Stage
 
 
 class Part(NamedTuple):
+    """A share of a stage's time, on one size of canvas."""
+
     grid: int
     size: int  # scenes in a step
     share: float  # of the stage's time

@@ -71,9 +71,11 @@ class Stage:
 
     @property
     def steps(self) -> int:
+        """Of all phases together."""
         return sum(phase.steps for phase in self.phases)
 
     def phase(self, step: int) -> Phase:
+        """The phase that a step, counted over all phases, belongs to."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase
@@ -117,6 +119,7 @@ def blurred(codes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def answer_loss(trainee: Trainee, batches: Batches, batch: Batch, visual: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross entropy of the answers' tokens, given the visual tokens (B, N, d) at random positions."""
     size, tokens = visual.shape[:2]
     positions = random_positions(len(batches.prefix), size, tokens, generator).to(visual.device)
     text = batch.text.to(visual.device)

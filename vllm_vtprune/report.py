@@ -46,6 +46,7 @@ class ImageReport:
         return replace(self, cached=True)
 
     def to_json(self) -> dict[str, Any]:
+        """The report as clients see it."""
         return {
             "method": self.method,
             "visual_tokens": self.visual_tokens,

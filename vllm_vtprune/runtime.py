@@ -66,6 +66,7 @@ class PruningRuntime:
 
     @property
     def tower_loaded(self) -> bool:
+        """Whether the vision tower was loaded, without loading it."""
         return self._tower is not None
 
     def warm_up(self) -> None:

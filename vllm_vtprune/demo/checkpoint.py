@@ -199,6 +199,7 @@ def _write_all_but_weights(directory: Path, config: LlavaConfig, tokenizer: PreT
 
 
 def llava_config(size: Size, dtype: DType = "float32") -> LlavaConfig:
+    """The configuration of LLaVA-1.5 in a size, with the token ids of `demo_tokenizer`."""
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=CLIPVisionConfig(image_size=336, patch_size=14, **VISION[size]),

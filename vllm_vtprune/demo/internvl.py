@@ -133,6 +133,7 @@ def write_internvl_checkpoint(
 def internvl_config(
     size: Size, image_size: int = 448, dtype: DType = "float32", *, qk_norm: bool = False
 ) -> InternVLConfig:
+    """The configuration of InternVL in a size; the other arguments as for `write_internvl_checkpoint`."""
     return InternVLConfig(
         architectures=["InternVLForConditionalGeneration"],
         vision_config=InternVLVisionConfig(

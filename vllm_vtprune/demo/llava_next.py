@@ -87,6 +87,7 @@ def write_llava_next_checkpoint(
 
 
 def llava_next_config(size: Size, image_size: int = 336, dtype: DType = "float32") -> LlavaNextConfig:
+    """The configuration of LLaVA-NeXT in a size; `image_size`: pixels of a square's side."""
     text: dict[str, Any] = TEXT[size]
     return LlavaNextConfig(
         architectures=["LlavaNextForConditionalGeneration"],

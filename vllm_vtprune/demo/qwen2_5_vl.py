@@ -133,6 +133,7 @@ def write_qwen2_5_vl_checkpoint(
 
 
 def qwen2_5_vl_config(size: Size, dtype: DType = "float32", *, tied: bool = False) -> Qwen2_5_VLConfig:
+    """The configuration of Qwen2.5-VL in a size; `tied`: input and output embeddings are one table."""
     return Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         vision_config=dict(

@@ -33,6 +33,7 @@ POSITION_SIZE = 2 * (1 + 2 * len(WAVES))
 
 
 def code_size() -> int:
+    """Numbers in the code of a patch."""
     return sum(len(values) - ("none" in values) for values in FIELDS.values()) + POSITION_SIZE
 
 

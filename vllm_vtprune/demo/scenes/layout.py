@@ -67,6 +67,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
+    """What a picture shows, from which it is painted and its questions are answered."""
+
     split: Split
     seed: int
     grid: int  # patches a side
@@ -78,9 +80,11 @@ class Scene:
 
     @property
     def side(self) -> int:
+        """Pixels of the square picture's side."""
         return self.grid * PATCH
 
     def of_kind(self, kind: ItemKind) -> list[Item]:
+        """The things of one kind, in the order in which they are painted."""
         return [item for item in self.items if item.kind == kind]
 
 

@@ -72,6 +72,7 @@ def paint(scene: Scene) -> Image.Image:
 
 
 def package_file(package: str, file: str) -> Path:
+    """A file that an installed package ships. Raises ModuleNotFoundError, which says what to install, without it."""
     found = find_spec(package)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"the demo's scenes need {package}: pip install 'vllm-vtprune[demo]'")

@@ -54,6 +54,7 @@ def _try(kind: str, scene: Scene, draws: Draws) -> Question | None:
 
 
 def a(noun: str) -> str:
+    """The noun with its article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
@@ -90,6 +91,7 @@ def _absent(scene: Scene, draws: Draws, kind: str) -> str | None:
 
 
 def existence(scene: Scene, draws: Draws) -> Asked | None:
+    """Whether there is a shape, a coloured shape, a digit, a word or a number."""
     form = draws.pick(("shape", "shape", "digit", "text", "plain shape"))
     yes = draws.chance(0.5)
     if form == "plain shape":
@@ -107,6 +109,7 @@ def existence(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def count(scene: Scene, draws: Draws) -> Asked | None:
+    """How many shapes have a colour, or are of a form: 0 to 4."""
     by_colour = draws.chance(0.5)
     value = scene.counted_colour if by_colour else scene.counted_shape
     if value is None:
@@ -117,6 +120,7 @@ def count(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def colour(scene: Scene, draws: Draws) -> Asked | None:
+    """The colour of a thing that something else sets apart."""
     shapes = Counter(item.shape for item in scene.of_kind("shape"))
     marks = Counter(item.mark for item in scene.of_kind("shape"))
     named = [(f"the {item.shape}", item) for item in scene.of_kind("shape") if shapes[item.shape] == 1]
@@ -133,6 +137,7 @@ def colour(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def shape(scene: Scene, draws: Draws) -> Asked | None:
+    """The form of a shape that its colour or its dot sets apart."""
     shapes = scene.of_kind("shape")
     colours, marks = Counter(item.colour for item in shapes), Counter(item.mark for item in shapes)
     named = [(f"is {item.colour}", item) for item in shapes if colours[item.colour] == 1]
@@ -158,6 +163,7 @@ def position(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def relation(scene: Scene, draws: Draws) -> Asked | None:
+    """Whether one thing lies left of, right of, above or below another."""
     named = singles(scene)
     if len(named) < 2:
         return None
@@ -180,6 +186,7 @@ def relation(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def reading(scene: Scene, draws: Draws) -> Asked | None:
+    """A word or a number, letter by letter."""
     named = []
     for kind in ("word", "number"):
         texts = [item for item in scene.items if item.kind == kind]

@@ -21,9 +21,11 @@ class Draws:
         self.unit = Random(" ".join(map(str, key))).random
 
     def chance(self, probability: float) -> bool:
+        """Whether something of this probability happens."""
         return self.unit() < probability
 
     def real(self, low: float, high: float) -> float:
+        """Even between the two."""
         return low + (high - low) * self.unit()
 
     def whole(self, low: int, high: int) -> int:
@@ -31,6 +33,7 @@ class Draws:
         return low + int((high - low + 1) * self.unit())
 
     def pick(self, items: Sequence[T]) -> T:
+        """One of them, each as likely."""
         return items[int(len(items) * self.unit())]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
