@@ -21,7 +21,7 @@ from server.information import PruningInformation, pruning_information
 from server.policies import Policies
 from server.protocol import PruningChatCompletionRequest
 from server.serving import PruningServingChat
-from server.shutdown import fail_unfinished_requests, notice_death_of_engine
+from server.shutdown import fail_unfinished_requests, notice_shutdown
 from server.trace import HEADER
 from server.validation import ReadableErrors
 from vllm_vtprune import __version__, metrics
@@ -121,5 +121,5 @@ class ServerPlugin:
             policies=policies,
             trust_request_mm_kwargs=args.trust_request_mm_kwargs,
         )
-        notice_death_of_engine(state, engine_client)
+        notice_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

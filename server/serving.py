@@ -23,7 +23,7 @@ from server.aliases import AliasedModels, UnknownPreset
 from server.errors import explain_image_error
 from server.policies import Policies
 from server.protocol import PruningChatCompletionRequest
-from server.shutdown import ServerStopping
+from server.shutdown import ServerStopping, was_cut_short
 from server.stream import with_last_event_completed
 from server.trace import USAGE_KEY, Trace
 from server.tracing import record_stages, start_request_span
@@ -283,6 +283,8 @@ async def _watch(results: Results, trace: Trace, model_name: str, *, stream: boo
                     elif stats is not None and stats.first_token_latency > 0:
                         first_token = stats.arrival_time + stats.first_token_latency
                         trace.note_first_token(first_token - trace.started, model_name)
+                if await was_cut_short(result):
+                    raise ServerStopping
                 if result.finished:
                     outcome = "finished"
                 yield result

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError
+from vllm.outputs import RequestOutput
 
 from vllm_vtprune.plugin import compat
 
@@ -16,6 +17,9 @@ POLL = 0.1  # seconds
 
 engine_died = threading.Event()
 """Set when this process's server has ended by itself, which it does when its engine died."""
+
+stopping = threading.Event()
+"""Set when this process's server begins to stop, before its engine is told."""
 
 
 class ServerStopping(GracefulHTTPError):
@@ -42,8 +46,8 @@ async def fail_unfinished_requests(state: State, engine_client: EngineClient) ->
     compat.fail_unfinished_requests(engine_client, ServerStopping())
 
 
-def notice_death_of_engine(state: State, engine_client: EngineClient) -> None:
-    """Have `engine_died` set where the server ends without having been told to.
+def notice_shutdown(state: State, engine_client: EngineClient) -> None:
+    """Have `stopping` set where the server begins to stop, and `engine_died` where it was not told to.
 
     Args:
         state: of the app.
@@ -51,7 +55,21 @@ def notice_death_of_engine(state: State, engine_client: EngineClient) -> None:
     """
 
     def look() -> None:
+        stopping.set()
         if compat.engine_client_is_stopped(state):
             engine_died.set()
 
     compat.before_shutdown(engine_client, look)
+
+
+async def was_cut_short(result: RequestOutput) -> bool:
+    """Whether the engine gave a request up because the server stops.
+
+    An engine that stops aborts requests that come too late for it, and without ``--shutdown-timeout`` all of them; the
+    stock server passes such an answer on as if it were whole. Requests that ``/pause`` aborts are not meant here.
+    """
+    if not any(output.finish_reason == "abort" for output in result.outputs):
+        return False
+    if not stopping.is_set():  # Ctrl-C reaches the engine as soon as the server
+        await asyncio.sleep(POLL)
+    return stopping.is_set()

@@ -39,7 +39,7 @@ def operated(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> 
         *("--otlp-traces-endpoint", collector.endpoint),
         *("--logging-config.formatter", "json"),
         *("--shutdown-timeout", str(SHUTDOWN_TIMEOUT)),
-        *("--max-model-len", "2048"),
+        *("--max-model-len", "4096"),
         "--enforce-eager",
     ]
     environment = {
@@ -182,7 +182,7 @@ def test_sigterm_finishes_what_it_can_and_says_what_it_cannot(operated: Server) 
     port = str(urlsplit(operated.url).port)
     [root] = [child for child in psutil.Process().children() if port in child.cmdline()]
     processes = family(root.pid)
-    endless: Body = {"messages": [user("Where?", fresh_url())], "pruning": "fast", "max_tokens": 1900, "n": 8}
+    endless: Body = {"messages": [user("Where?", fresh_url())], "pruning": "fast", "max_tokens": 3900, "n": 8}
     endless |= {"ignore_eos": True, "temperature": 1}
     short: Body = {"messages": [user("Where?", fresh_url())], "pruning": "fast", "max_tokens": 30, "ignore_eos": True}
     started = threading.Barrier(3)
@@ -221,6 +221,7 @@ def test_sigterm_finishes_what_it_can_and_says_what_it_cannot(operated: Server) 
             check_ended(json.loads(error)["error"])
 
             response = whole.result()
+            assert "error" in response.json(), f"answered as if it were whole: {response.text[:1000]}"
             check_ended(response.json()["error"])
             assert response.status_code == response.json()["error"]["code"]
         assert survivors(processes, within=30) == []

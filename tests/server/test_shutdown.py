@@ -1,0 +1,54 @@
+"""What a client is told of an answer that the engine gave up."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+
+import pytest
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from server import shutdown
+from server.serving import _watch
+from server.shutdown import ServerStopping
+from server.trace import Trace
+
+
+@pytest.fixture
+def stopping() -> Iterator[None]:
+    shutdown.stopping.set()
+    yield
+    shutdown.stopping.clear()
+
+
+def watched(*finish_reasons: str | None) -> list[RequestOutput]:
+    """What is passed on of a request with so many answers, of which some have ended."""
+    outputs = [
+        CompletionOutput(index, "half an", [1, 2], None, None, finish_reason=reason)
+        for index, reason in enumerate(finish_reasons)
+    ]
+    result = RequestOutput("request", None, [3], None, outputs, finished=all(finish_reasons))
+
+    async def results() -> AsyncGenerator[RequestOutput, None]:
+        yield result
+
+    async def collect() -> list[RequestOutput]:
+        return [result async for result in _watch(results(), Trace(), "model", stream=True)]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.usefixtures("stopping")
+@pytest.mark.parametrize("finish_reasons", [("abort",), ("stop", "abort"), ("abort", None)])
+def test_an_answer_that_a_stopping_engine_gave_up_is_an_error(finish_reasons: tuple[str | None, ...]) -> None:
+    with pytest.raises(ServerStopping, match="shutting down"):
+        watched(*finish_reasons)
+
+
+@pytest.mark.usefixtures("stopping")
+def test_an_answer_that_was_finished_in_time_is_none() -> None:
+    [result] = watched("stop", "length")
+    assert result.finished
+
+
+def test_pausing_aborts_requests_as_stock_vllm_does() -> None:
+    [result] = watched("abort")
+    assert result.outputs[0].finish_reason == "abort"
