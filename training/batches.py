@@ -11,16 +11,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from training.model import GRID, Packed
+from training.model import GRID, Looks, Packed
 from training.tokenizer import EOS_ID, PAD_ID
-from vllm_vtprune.demo.scenes import Question, Scene, Split, ask, codes, make_scene, pack, paint, patch_labels
-from vllm_vtprune.demo.scenes.layout import Density
+from vllm_vtprune.demo.scenes import (
+    FIELDS,
+    Question,
+    Scene,
+    Split,
+    ask,
+    codes,
+    make_scene,
+    pack,
+    paint,
+    patch_labels,
+    patches_of,
+)
+from vllm_vtprune.demo.scenes.layout import MOST_COUNTED, Density
+
+Array = NDArray[np.float32]
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's image processor
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 BEFORE = "USER: "
+CENTRE, INDEX = list(FIELDS).index("centre"), list(FIELDS).index("index")
+READING, COUNTING = 2, 3  # heads that look at letters, and at all that is counted; 0 and 1 look at things
 LONGEST, SHORTEST = 720.0, 24.0  # positions that a picture's tokens may be spread over
 
 
@@ -33,6 +50,7 @@ class Batch:
     codes: Tensor  # (B, N, code_size())
     labels: Tensor  # (B, N, fields)
     text: Packed
+    looks: Looks | None
     pixels: Tensor | None  # (B, 3, 336, 336)
 
 
@@ -42,7 +60,11 @@ class Batches:
     def __init__(self, tokenizer: Any, split: Split) -> None:
         self.split = split
         self._ids = lru_cache(1 << 16)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
-        self.prefix = torch.tensor(tokenizer(BEFORE)["input_ids"])
+        self.prefix = torch.tensor(self._ids(BEFORE))  # as vLLM's chat endpoint begins a prompt
+        self.prefixes = (
+            self.prefix,
+            torch.tensor(tokenizer(BEFORE)["input_ids"]),
+        )  # and as transformers does: with BOS
         self._lock = Lock()  # neither tokenizers nor fonts promise to bear several threads
 
     def make(
@@ -64,32 +86,38 @@ class Batches:
         self, number: int, size: int, questions: int, grid: int, pictures: bool, repeat: bool, crowded: bool
     ) -> Batch:
         first = number * size
-        densities: tuple[Density | None, ...] = ("dense", "dense", "medium") if crowded else (None,)
+        densities: tuple[Density | None, ...] = ("packed", "packed", "dense") if crowded else (None,)
         scenes = [
             make_scene(self.split, seed, grid=grid, density=densities[seed % len(densities)])
             for seed in range(first, first + size)
         ]
         asked = [pack(scene, questions) if repeat else ask(scene, questions) for scene in scenes]
         labels = np.stack([patch_labels(scene) for scene in scenes])
+        packed, starts = self._packed(asked)
         return Batch(
             scenes,
             asked,
             torch.from_numpy(np.stack([codes(label, grid) for label in labels])),
             torch.from_numpy(labels),
-            self._packed(asked),
+            packed,
+            self._looks(scenes, labels, asked, starts) if repeat else None,
             torch.stack([pixels(scene) for scene in scenes]) if pictures else None,
         )
 
-    def _packed(self, asked: Sequence[Sequence[Question]]) -> Packed:
+    def _packed(self, asked: Sequence[Sequence[Question]]) -> tuple[Packed, list[list[int]]]:
+        """The questions one after the other, and the last token before each answer."""
         rows = []
+        starts: list[list[int]] = []
         targets: list[int] = []
         for questions in asked:
             ids: list[int] = []
             pairs: list[int] = []
             places: list[int] = []
             wanted: list[bool] = []
+            starts.append([])
             for pair, question in enumerate(questions):
                 prompt, answer = self._ids(f"\n{question.text} ASSISTANT:"), self._ids(f" {question.answer}")
+                starts[-1].append(len(ids) + len(prompt) - 1)
                 ids += prompt + answer
                 pairs += [pair] * (len(prompt) + len(answer))
                 places += range(len(prompt) + len(answer))
@@ -103,7 +131,43 @@ class Batches:
             torch.tensor([[*values, *[filler] * (length - len(values))] for values in column])
             for column, filler in zip(columns, fill, strict=True)
         )
-        return Packed(ids_, pairs_, places_, wanted_, torch.tensor(targets))
+        return Packed(ids_, pairs_, places_, wanted_, torch.tensor(targets)), starts
+
+    def _looks(
+        self,
+        scenes: Sequence[Scene],
+        labels: NDArray[np.int64],
+        asked: Sequence[Sequence[Question]],
+        starts: Sequence[Sequence[int]],
+    ) -> Looks:
+        """Where the attention ought to be while an answer is given.
+
+        On what the question names, one head for each thing, or at the prompt's start where there is none. Letter by
+        letter on a word that is read. What is counted has a head of its own, that looks at the centres of all, the more
+        of itself the more there are.
+        """
+        found: list[tuple[int, int, int, Array]] = []
+        for row, (scene, label, questions) in enumerate(zip(scenes, labels, asked, strict=True)):
+            patches = {item: patches_of(scene, item) for item in scene.items}
+            centre, index = label[:, CENTRE] > 0, label[:, INDEX]
+            for question, start in zip(questions, starts[row], strict=True):
+                steps = len(self._ids(f" {question.answer}"))
+                for head, items in enumerate(question.about):
+                    target = np.zeros(len(label), dtype=np.float32)
+                    for item in items:
+                        target[patches[item]] = 1
+                    if question.kind == "reading":
+                        first = start + steps - len(question.answer)  # the space before it is a token of its own
+                        letters = [target * (index == 1 + letter) for letter in range(len(question.answer))]
+                        found += [(row, first + letter, READING, shown) for letter, shown in enumerate(letters)]
+                    elif question.kind == "count":
+                        found.append((row, start, COUNTING, (target * centre / (2 * MOST_COUNTED)).astype(np.float32)))
+                    else:
+                        found += [(row, start + step, head, target) for step in range(steps)]
+        rows_, tokens, heads, targets = zip(*found, strict=True)
+        return Looks(
+            torch.tensor(rows_), torch.tensor(tokens), torch.tensor(heads), torch.from_numpy(np.stack(targets))
+        )
 
 
 def pixels(scene: Scene) -> Tensor:

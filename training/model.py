@@ -127,6 +127,27 @@ class Packed:
         return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
+@dataclass(frozen=True)
+class Looks:
+    """L places where a head of `LOOKING` ought to look at certain visual tokens: those of what a question is about.
+
+    Found by itself that takes a model of this size very long. All are (L,), but `targets` (L, N): of a row that holds a
+    1, any token with a 1 will do; other rows are shares of the head's attention, whose rest belongs to the prefix.
+    """
+
+    rows: Tensor  # of the batch
+    tokens: Tensor  # of the text
+    heads: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Looks:
+        """The same on another device."""
+        return Looks(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+LOOKING = 2  # the layer: two before it to put a thing's words together, one after it to use what was seen
+
+
 def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, 336, 336) -> what the language model sees (B, 576, WIDTH), and the state of CLS beside it (B, 192)."""
     tower = model.model.vision_tower
@@ -137,8 +158,13 @@ def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, prefix: Tensor, visual: Tensor, visual_positions: Tensor, text: Packed
-) -> Tensor:
+    model: LlavaForConditionalGeneration,
+    prefix: Tensor,
+    visual: Tensor,
+    visual_positions: Tensor,
+    text: Packed,
+    looks: Looks | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Logits for the tokens of many questions and answers about each picture, as if each had been asked alone.
 
     Args:
@@ -146,9 +172,10 @@ def answer_logits(
         visual: (B, N, WIDTH).
         visual_positions: (B, N), not necessarily whole numbers; texts continue from the last one.
         text: what comes after the picture.
+        looks: where to watch the attention.
 
     Returns:
-        (number of tokens wanted, vocabulary)
+        (number of tokens wanted, vocabulary), and (L,) how far the attention is from where it ought to be, in nats.
     """
     llama = model.model.language_model
     batch = len(text.ids)
@@ -170,6 +197,7 @@ def answer_logits(
     same = text.pairs[:, :, None] == text.pairs[:, None, :]
     mask = functional.pad(same & torch.ones_like(same).tril(), (shared, 0), value=True)[:, None]
 
+    astray = None
     hidden = torch.cat([llama.embed_tokens(prefix).expand(batch, before, -1), visual, llama.embed_tokens(text.ids)], 1)
     for index, layer in enumerate(llama.layers):
         last = index == len(llama.layers) - 1  # where nobody reads what becomes of the picture
@@ -180,6 +208,8 @@ def answer_logits(
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = query * cos + _turned(query) * sin, key * cos + _turned(key) * sin
+        if looks is not None and index == LOOKING:
+            astray = _astray(looks, query[:, :, shared:], key, mask[:, 0], before)
         mixed = functional.scaled_dot_product_attention(query[:, :, shared:], key, value, attn_mask=mask)
         if last:
             hidden = hidden[:, shared:]
@@ -190,7 +220,19 @@ def answer_logits(
             mixed = torch.cat([seen, mixed], dim=2)
         hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(llama.norm(hidden[text.wanted]))
+    return model.lm_head(llama.norm(hidden[text.wanted])), astray
+
+
+def _astray(looks: Looks, query: Tensor, key: Tensor, mask: Tensor, before: int) -> Tensor:
+    """(L,), from queries (B, heads, T, h) of the texts, keys (B, heads, S, h) and the mask (B, T, S)."""
+    asking = query[looks.rows, looks.heads, looks.tokens]  # (L, h)
+    scores = torch.einsum("lh,lsh->ls", asking, key[looks.rows, looks.heads]) / math.sqrt(asking.shape[-1])
+    log_share = scores.masked_fill(~mask[looks.rows, looks.tokens], -math.inf).log_softmax(-1)
+    visual = log_share[:, before : before + looks.targets.shape[1]]
+    any_of = torch.logsumexp(visual.masked_fill(looks.targets == 0, -math.inf), -1)
+    start = torch.logsumexp(log_share[:, :before], -1)
+    each_of = (looks.targets * visual).sum(-1) + (1 - looks.targets.sum(-1)) * start
+    return -torch.where(looks.targets.amax(-1) == 1, any_of, each_of)
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from training.model import GRID, Codebook, answer_logits, encode, new_model
 from vllm_vtprune.demo.scenes import FIELDS, code_size
 
 SHARPNESS = 12.0  # of the softmax that reads a value from a code
+LOOK_WEIGHT = 0.3
+FIELD_WEIGHTS = {"character": 2.0}  # of which there are most to tell apart
 EMPTY_WEIGHT = 0.1  # of a patch that shows nothing: most do
 KNOWN = sum(len(values) - ("none" in values) for values in FIELDS.values())  # columns before the position
 
@@ -96,8 +98,7 @@ def loss_of(stage: Stage, trainee: Trainee, batches: Batches, step: int, device:
     if stage.name == "language":
         batch = batches.make(number, size, QUESTIONS, grid=phase.grid)
         visual = trainee.codebook(blurred(batch.codes, generator).to(device))
-        loss = answer_loss(trainee, batches, batch, visual, generator)
-        return loss, {}
+        return answer_loss(trainee, batches, batch, visual, generator)
     assert phase.grid == GRID, "a tower sees pictures of one size"
     crowded = stage.name == "tower"
     batch = batches.make(number, size, 1 if crowded else QUESTIONS, pictures=True, crowded=crowded)
@@ -106,8 +107,8 @@ def loss_of(stage: Stage, trainee: Trainee, batches: Batches, step: int, device:
     dense = dense_loss(trainee, batch, visual, cls)
     if crowded:
         return dense, {}
-    loss = answer_loss(trainee, batches, batch, visual, generator)
-    return loss + 0.2 * dense, {"answer": loss.item(), "dense": dense.item()}
+    loss, notes = answer_loss(trainee, batches, batch, visual, generator)
+    return loss + 0.2 * dense, {**notes, "dense": dense.item()}
 
 
 def blurred(codes: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,13 +119,18 @@ def blurred(codes: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([known, codes[..., KNOWN:]], dim=-1) + noise
 
 
-def answer_loss(trainee: Trainee, batches: Batches, batch: Batch, visual: Tensor, generator: torch.Generator) -> Tensor:
-    """Cross entropy of the answers' tokens, given the visual tokens (B, N, d) at random positions."""
+def answer_loss(trainee: Trainee, batches: Batches, batch: Batch, visual: Tensor, generator: torch.Generator) -> Loss:
+    """Cross entropy of the answers' tokens, given the visual tokens (B, N, d) at random positions; and of the looks."""
     size, tokens = visual.shape[:2]
-    positions = random_positions(len(batches.prefix), size, tokens, generator).to(visual.device)
+    prefix = batches.prefixes[int(torch.randint(2, (), generator=generator))].to(visual.device)
+    positions = random_positions(len(prefix), size, tokens, generator).to(visual.device)
     text = batch.text.to(visual.device)
-    logits = answer_logits(trainee.model, batches.prefix.to(visual.device), visual, positions, text)
-    return functional.cross_entropy(logits, text.targets)
+    assert batch.looks is not None
+    looks = batch.looks.to(visual.device)
+    logits, astray = answer_logits(trainee.model, prefix, visual, positions, text, looks)
+    assert astray is not None
+    answer, look = functional.cross_entropy(logits, text.targets), astray.mean()
+    return answer + LOOK_WEIGHT * look, {"answer": answer.item(), "look": look.item()}
 
 
 def read_fields(code: Tensor) -> dict[str, Tensor]:
@@ -150,9 +156,9 @@ def dense_loss(trainee: Trainee, batch: Batch, visual: Tensor, cls: Tensor) -> T
     loss = code_size() * ((emitted - codes).square().mean(-1) * weight).sum()
     rest = visual - trainee.codebook(emitted)  # what no code stands for
     loss = loss + (rest.square().sum(-1) * weight).sum()
-    for column, logits in enumerate(read_fields(emitted).values()):
+    for column, (field, logits) in enumerate(read_fields(emitted).items()):
         wrong = functional.cross_entropy(logits.transpose(1, 2), labels[..., column], reduction="none")
-        loss = loss + (wrong * weight).sum()
+        loss = loss + FIELD_WEIGHTS.get(field, 1.0) * (wrong * weight).sum()
     there = codes[..., :KNOWN].amax(1)
     return loss + 0.5 * functional.binary_cross_entropy_with_logits(trainee.summary(cls), there)
 
@@ -211,7 +217,7 @@ def answer_accuracy(
             visual, _ = encode(trainee.model, batch.pixels.to(device))
         place = positions(len(batches.prefix), *visual.shape[:2]).to(device)
         text = batch.text.to(device)
-        logits = answer_logits(trainee.model, batches.prefix.to(device), visual, place, text)
+        logits, _ = answer_logits(trainee.model, batches.prefix.to(device), visual, place, text)
         wrong = torch.zeros(len(batch.scenes), questions, dtype=torch.int64, device=device)
         rows = torch.arange(len(batch.scenes), device=device)[:, None].expand_as(text.pairs)
         wrong.index_put_(

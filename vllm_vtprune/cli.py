@@ -13,6 +13,7 @@ commands:
   serve [MODEL] [options]   an OpenAI-compatible server (takes every option of `vllm serve`)
   demo [options]            one photograph, asked about without and with pruning
   inspect IMAGE [options]   which parts of a picture a policy keeps, drawn on it
+  eval [options]            how many answers stay right under every way of pruning
 
 example:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="vtprune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"vllm-vtprune {__version__}")
-    parser.add_argument("command", choices=["serve", "demo", "inspect"], metavar="COMMAND", help="see above")
+    parser.add_argument("command", choices=["serve", "demo", "inspect", "eval"], metavar="COMMAND", help="see above")
     command = parser.parse_args(arguments[:1]).command
     if command == "serve":
         from server.launch import serve
@@ -40,6 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         from vllm_vtprune.inspection import inspect
 
         inspect(arguments[1:])
+    elif command == "eval":
+        from evaluation.command import evaluate
+
+        evaluate(arguments[1:])
     else:
         from vllm_vtprune.demo.command import demo
 

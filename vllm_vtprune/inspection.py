@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -15,6 +15,12 @@ from vllm_vtprune.demo.families import DEFAULT, FAMILIES
 from vllm_vtprune.overlay import draw_kept
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
+
+if TYPE_CHECKING:
+    from vllm.multimodal.media import MediaWithBytes
+
+    from vllm_vtprune.features import VisualFeatures
+    from vllm_vtprune.plugin.processor import PruningProcessor
 
 POLICY = "balanced"
 
@@ -111,9 +117,24 @@ def examine(picture: Image.Image, policy: PruningPolicy, query: str, model: str)
         InspectionFailed: the model's architecture cannot be pruned.
         PolicyError: its family lacks what the policy asks for.
     """
+    processor = pruning_processor(model)
+    picture = picture.convert("RGB")
+    report, plan, features = processor.plan_alone(_media(picture), policy, query)
+    view = processor.view(picture.height, picture.width)
+    return Inspection(report.to_json(), draw_kept(picture, features, plan.kept, view))
+
+
+def pruning_processor(model: str) -> PruningProcessor:
+    """What prepares and prunes a model's images, without an engine.
+
+    Args:
+        model: a directory, or a name on the hub.
+
+    Raises:
+        InspectionFailed: the model's architecture cannot be pruned.
+    """
     from vllm import AsyncEngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.multimodal.media import MediaWithBytes
 
     from vllm_vtprune.plugin.processor import PruningProcessor
     from vllm_vtprune.plugin.register import register
@@ -122,10 +143,19 @@ def examine(picture: Image.Image, policy: PruningPolicy, query: str, model: str)
     processor = MULTIMODAL_REGISTRY.create_processor(AsyncEngineArgs(model=model).create_model_config())
     if not isinstance(processor, PruningProcessor):
         raise InspectionFailed(f"{model} is of an architecture, or has a vision encoder, that cannot be pruned")
-    picture = picture.convert("RGB")
-    report, plan, features = processor.plan_alone(MediaWithBytes(picture, picture.tobytes()), policy, query)
-    view = processor.view(picture.height, picture.width)
-    return Inspection(report.to_json(), draw_kept(picture, features, plan.kept, view))
+    return processor
+
+
+def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeatures:
+    """What the model's vision encoder makes of an image."""
+    media = _media(picture.convert("RGB"))
+    return processor.runtime.encoder.submit("alone", processor.preprocess(media, {})).result().features
+
+
+def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:
+    from vllm.multimodal.media import MediaWithBytes
+
+    return MediaWithBytes(picture, picture.tobytes())
 
 
 def _checkpoint(family: str) -> str:

@@ -129,6 +129,31 @@ def test_a_scene_is_asked_one_question_of_a_kind_and_packs_are_full() -> None:
     assert {q.kind for seed in range(50) for q in ask(make_scene("test", seed), kinds=["count"])} == {"count"}
 
 
+def test_questions_know_the_items_that_they_are_about(asked: list[tuple[Scene, Question]]) -> None:
+    for scene, question in asked:
+        assert {item for items in question.about for item in items} <= set(scene.items)
+        first, *others = question.about
+        assert len(others) == (question.kind in ("relation", "two facts"))
+        match question.kind:
+            case "existence":
+                assert bool(first) == (question.answer == "yes")
+            case "count":
+                assert len(first) == int(question.answer)
+            case "two facts":
+                assert (bool(others[0]) == ("but no" not in question.text)) == (question.answer == "yes") or not first
+            case _:
+                assert all(len(items) == 1 for items in question.about)
+                [item] = first
+                told = (item.colour, item.shape, item.text, item.mark)
+                assert question.answer in told or question.kind in ("position", "relation")
+
+
+def test_packed_pictures_are_full_of_characters_and_only_on_demand(scenes: dict[str, list[Scene]]) -> None:
+    packed = [patch_labels(make_scene("train", seed, density="packed")) for seed in range(20)]
+    assert np.mean([labels[:, list(FIELDS).index("character")] > 0 for labels in packed]) > 0.2
+    assert "packed" not in {scene.density for split in SPLITS for scene in scenes[split]}
+
+
 # What a question asks, worked out from its words alone.
 
 

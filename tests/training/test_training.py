@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-from training.batches import Batches, random_positions, usual_positions
+from training.batches import COUNTING, READING, Batches, random_positions, usual_positions
 from training.gate import moved
 from training.loop import run_stage
-from training.model import Codebook, answer_logits, code_columns, encode
+from training.model import LOOKING, Codebook, answer_logits, code_columns, encode
 from training.optimizer import Muon, orthogonal
 from training.schedule import stages
 from training.stages import Phase, Stage, Trainee, answer_accuracy, loss_of, read_fields
@@ -67,7 +67,7 @@ def test_questions_asked_together_are_answered_as_if_alone(trainee: Trainee, tra
     with torch.inference_mode():
         visual, _ = encode(trainee.model, batch.pixels)
         usual = usual_positions(len(train.prefix), *visual.shape[:2])
-        together = answer_logits(trainee.model, train.prefix, visual, usual, batch.text)
+        together, _ = answer_logits(trainee.model, train.prefix, visual, usual, batch.text)
         alone = []
         for row in range(2):
             for pair in range(5):
@@ -76,6 +76,58 @@ def test_questions_asked_together_are_answered_as_if_alone(trainee: Trainee, tra
                 logits = trainee.model(input_ids=ids, pixel_values=batch.pixels[row : row + 1]).logits[0]
                 alone.append(logits[len(train.prefix) + 576 :][batch.text.wanted[row][mine]])
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_held_to_what_the_question_is_about(train: Batches, tokenizer: Any) -> None:
+    batch = train.make(3, 4, 12, grid=12)
+    looks = batch.looks
+    assert looks is not None
+    prompt = {
+        (row, pair): int(mine.nonzero()[0])
+        for row in range(4)
+        for pair in range(12)
+        for mine in [(batch.text.pairs[row] == pair) & batch.text.wanted[row]]
+    }
+    expected = set()
+    for (row, pair), token in prompt.items():
+        question, labels = batch.questions[row][pair], batch.labels[row]
+        if question.kind == "reading":
+            for letter, character in enumerate(question.answer):
+                # at the token after which the letter comes
+                at = token + 1 + letter
+                assert tokenizer.decode([int(batch.text.ids[row][at + 1])]) == character
+                expected.add((row, at, READING))
+                [found] = ((looks.rows == row) & (looks.tokens == at)).nonzero().tolist()
+                shown = labels[looks.targets[found[0]] > 0, list(FIELDS).index("character")]
+                assert {FIELDS["character"][int(value)] for value in shown} == {character}
+        elif question.kind == "count":
+            expected.add((row, token, COUNTING))
+            [found] = ((looks.rows == row) & (looks.tokens == token)).nonzero().tolist()
+            assert float(8 * looks.targets[found[0]].sum()) == pytest.approx(int(question.answer))
+        else:
+            steps = len(tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"])
+            expected |= {(row, token + step, head) for head in range(len(question.about)) for step in range(steps)}
+    assert set(zip(looks.rows.tolist(), looks.tokens.tolist(), looks.heads.tolist(), strict=True)) == expected
+
+
+def test_a_look_is_measured_by_the_attention_that_transformers_computes(trainee: Trainee, train: Batches) -> None:
+    batch = train.make(0, 1, 1, pictures=True)
+    assert batch.looks is not None
+    looks = batch.looks
+    with torch.inference_mode():
+        visual, _ = encode(trainee.model, batch.pixels)
+        usual = usual_positions(len(train.prefix), *visual.shape[:2])
+        _, astray = answer_logits(trainee.model, train.prefix, visual, usual, batch.text, looks)
+        trainee.model.set_attn_implementation("eager")
+        ids = torch.cat([train.prefix, torch.full((576,), IMAGE_ID), batch.text.ids[0]])[None]
+        output = trainee.model(input_ids=ids, pixel_values=batch.pixels, output_attentions=True)
+        trainee.model.set_attn_implementation("sdpa")
+    start = len(train.prefix)
+    rows = output.attentions[LOOKING][0, looks.heads, start + 576 + looks.tokens]
+    attention, at_start = rows[:, start : start + 576], rows[:, :start].sum(-1)
+    any_of = -(attention * (looks.targets > 0)).sum(-1).log()
+    each_of = -(attention.log() * looks.targets).sum(-1) - (1 - looks.targets.sum(-1)) * at_start.log()
+    torch.testing.assert_close(astray, torch.where(looks.targets.amax(-1) == 1, any_of, each_of), rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_trained_on_is_what_a_client_sends(tokenizer: Any, tmp_path: Path, trainee: Trainee) -> None:
@@ -89,7 +141,7 @@ def test_what_is_trained_on_is_what_a_client_sends(tokenizer: Any, tmp_path: Pat
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)
     sent = processor(images=paint(scene), text=prompt, return_tensors="pt")
     mine = batch.text.ids[0][batch.text.pairs[0] == 0]
-    ids = torch.cat([batches.prefix, torch.full((576,), IMAGE_ID), mine])
+    ids = torch.cat([batches.prefixes[1], torch.full((576,), IMAGE_ID), mine])
     length = sent["input_ids"].shape[1]
     assert sent["input_ids"][0].tolist() == ids[:length].tolist()
     answer = tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"]

@@ -6,7 +6,7 @@ it, and `patch_labels` says what each 14 x 14 patch shows. Training, validation 
 and no word or number; see `splits`.
 """
 
-from vllm_vtprune.demo.scenes.labels import FIELDS, code_size, codes, patch_labels
+from vllm_vtprune.demo.scenes.labels import FIELDS, code_size, codes, patch_labels, patches_of
 from vllm_vtprune.demo.scenes.layout import PATCH, Item, Scene, make_scene
 from vllm_vtprune.demo.scenes.painting import paint
 from vllm_vtprune.demo.scenes.questions import KINDS, Question, ask, pack
@@ -28,4 +28,5 @@ __all__ = [
     "pack",
     "paint",
     "patch_labels",
+    "patches_of",
 ]

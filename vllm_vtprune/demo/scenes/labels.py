@@ -6,6 +6,7 @@ leave, so a model that knew *where* from a token's index would lose it then.
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -46,6 +47,12 @@ def patch_labels(scene: Scene) -> NDArray[np.int64]:
         else:
             _label_thing(labels, item)
     return labels.reshape(-1, len(FIELDS))
+
+
+def patches_of(scene: Scene, item: Item) -> NDArray[np.int64]:
+    """(patches,): which patches show an item of the scene."""
+    alone = patch_labels(replace(scene, items=(item,)))
+    return alone[:, 0].nonzero()[0]
 
 
 def codes(labels: NDArray[np.int64], grid: int) -> NDArray[np.float32]:

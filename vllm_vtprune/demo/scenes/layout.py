@@ -19,13 +19,14 @@ from vllm_vtprune.demo.scenes.splits import Draws, Split, draw_number, draw_word
 PATCH = 14  # pixels
 
 ItemKind = Literal["shape", "digit", "word", "number"]
-Density = Literal["sparse", "medium", "dense"]
+Density = Literal["sparse", "medium", "dense", "packed"]
 GroundKind = Literal["plain", "texture", "photograph"]
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-DENSITIES: tuple[Density, ...] = ("sparse", "medium", "dense")
+DENSITIES: tuple[Density, ...] = ("sparse", "medium", "dense")  # "packed" is for training an encoder: only on demand
 MOST_COUNTED = 4
+SHAPES_ONLY, MIXED, PAGE = (0.85, 0.15, 0.0), (0.5, 0.14, 0.2), (0.2, 0.1, 0.45)  # shapes, digits, words; else numbers
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,16 @@ def layout_key(scene: Scene) -> str:
 
 def _draw_scene(draws: Draws, split: Split, seed: int, grid: int, density: Density) -> Scene:
     most = min(34, grid * grid // 13)
-    bounds = {"sparse": (1, 3), "medium": (4, min(10, most)), "dense": (max(4, most // 2), most)}
-    kinds = _draw_kinds(draws, draws.whole(*bounds[density]))
+    bounds = {"sparse": (1, 3), "medium": (4, min(10, most)), "dense": (max(4, most // 2), most), "packed": (50, 70)}
+    mixtures = (PAGE,) if density == "packed" else (SHAPES_ONLY, MIXED, PAGE)
+    kinds = _draw_kinds(draws, draws.whole(*bounds[density]), mixtures)
     shapes, counted_colour, counted_shape = _draw_shapes(draws, kinds.count("shape"))
     text_colours = {kind: _draw_text_colours(draws, kinds.count(kind)) for kind in ("digit", "word", "number")}
 
     taken: set[tuple[int, int]] = set()
     items = []
-    for kind in sorted(kinds, key="shape word number digit".split().index):  # shapes are promised, so they come first
+    shapes_first = sorted(kinds, key="shape word number digit".split().index)  # as they are promised
+    for kind in shapes_first if density != "packed" else draws.shuffled(kinds):
         if kind == "shape":
             colour, shape = shapes.pop()
             mark = draws.pick([other for other in COLOURS if other != colour]) if draws.chance(0.4) else ""
@@ -148,9 +151,8 @@ def _draw_scene(draws: Draws, split: Split, seed: int, grid: int, density: Densi
     )
 
 
-def _draw_kinds(draws: Draws, count: int) -> list[ItemKind]:
-    """A scene of shapes, a mixed one, or a page of text."""
-    shape, digit, word = draws.pick(((0.85, 0.15, 0.0), (0.5, 0.14, 0.2), (0.2, 0.1, 0.45)))
+def _draw_kinds(draws: Draws, count: int, mixtures: Sequence[tuple[float, float, float]]) -> list[ItemKind]:
+    shape, digit, word = draws.pick(mixtures)
     kinds: list[ItemKind] = []
     for _ in range(count):
         draw = draws.unit()

@@ -6,7 +6,7 @@ before the question is made, and only where both could be had; other answers are
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_vtprune.demo.scenes.layout import COLOURS, SHAPES, Item, Scene
 from vllm_vtprune.demo.scenes.splits import Draws
@@ -17,12 +17,16 @@ MARGIN = 4  # pixels between two things, one of which is left of the other
 
 @dataclass(frozen=True)
 class Question:
+    """`about`: for each thing that the question names, in the order of its words, the items that it means, if any."""
+
     kind: str
     text: str
     answer: str
+    about: tuple[tuple[Item, ...], ...] = field(default=(), repr=False)
 
 
-Asked = tuple[str, str]  # question and answer
+Things = Sequence[Item]
+Asked = tuple[str, str, Sequence[Things]]  # question, answer, and what it is about
 
 
 def ask(scene: Scene, count: int = 9, *, kinds: Sequence[str] | None = None) -> list[Question]:
@@ -49,7 +53,8 @@ def _try(kind: str, scene: Scene, draws: Draws) -> Question | None:
     for _ in range(4):  # forms, of which one may not suit the scene
         asked = KINDS[kind](scene, draws)
         if asked is not None:
-            return Question(kind, *asked)
+            text, answer, about = asked
+            return Question(kind, text, answer, tuple(map(tuple, about)))
     return None
 
 
@@ -70,6 +75,10 @@ def singles(scene: Scene) -> list[tuple[str, Item]]:
     references = [reference(item) for item in scene.items]
     often = Counter(references)
     return [(name, item) for name, item in zip(references, scene.items, strict=True) if often[name] == 1]
+
+
+def _called(scene: Scene, name: str) -> list[Item]:
+    return [item for item in scene.items if reference(item) == name]
 
 
 def _absent(scene: Scene, draws: Draws, kind: str) -> str | None:
@@ -99,13 +108,16 @@ def existence(scene: Scene, draws: Draws) -> Asked | None:
         wanted = [shape for shape in SHAPES if (shape in names) == yes]
         if not names or len(names) == len(SHAPES):
             return None
-        return f"Is there {a(draws.pick(wanted))}?", "yes" if yes else "no"
+        name = draws.pick(wanted)
+        found = [item for item in scene.of_kind("shape") if item.shape == name]
+        return f"Is there {a(name)}?", "yes" if yes else "no", [found]
     kinds = ("word", "number") if form == "text" else (form,)
     present = sorted({reference(item) for item in scene.items if item.kind in kinds})
     absent = _absent(scene, draws, form)
     if not present or absent is None:
         return None
-    return f"Is there {a(draws.pick(present) if yes else absent)}?", "yes" if yes else "no"
+    name = draws.pick(present) if yes else absent
+    return f"Is there {a(name)}?", "yes" if yes else "no", [_called(scene, name)]
 
 
 def count(scene: Scene, draws: Draws) -> Asked | None:
@@ -115,8 +127,8 @@ def count(scene: Scene, draws: Draws) -> Asked | None:
     if value is None:
         return None
     name = f"{value} shapes" if by_colour else "crosses" if value == "cross" else f"{value}s"
-    number = sum(value in (item.colour, item.shape) for item in scene.of_kind("shape"))
-    return f"How many {name} are there?", str(number)
+    counted = [item for item in scene.of_kind("shape") if value in (item.colour, item.shape)]
+    return f"How many {name} are there?", str(len(counted)), [counted]
 
 
 def colour(scene: Scene, draws: Draws) -> Asked | None:
@@ -133,7 +145,7 @@ def colour(scene: Scene, draws: Draws) -> Asked | None:
     if not named:
         return None
     name, item = draws.pick(named)
-    return f"What color is {name}?", item.colour
+    return f"What color is {name}?", item.colour, [[item]]
 
 
 def shape(scene: Scene, draws: Draws) -> Asked | None:
@@ -145,21 +157,21 @@ def shape(scene: Scene, draws: Draws) -> Asked | None:
     if not named:
         return None
     name, item = draws.pick(named)
-    return f"Which shape {name}?", item.shape
+    return f"Which shape {name}?", item.shape, [[item]]
 
 
 def position(scene: Scene, draws: Draws) -> Asked | None:
     """Only of what lies in one quarter of the picture as a whole."""
     middle = scene.side / 2
     placed = [
-        (name, f"{'top' if item.y < middle else 'bottom'} {'left' if item.x < middle else 'right'}")
+        (name, f"{'top' if item.y < middle else 'bottom'} {'left' if item.x < middle else 'right'}", item)
         for name, item in singles(scene)
         if not item.left < middle < item.right and not item.top < middle < item.bottom
     ]
     if not placed:
         return None
-    name, quarter = draws.pick(placed)
-    return f"Where is the {name}?", quarter
+    name, quarter, item = draws.pick(placed)
+    return f"Where is the {name}?", quarter, [[item]]
 
 
 def relation(scene: Scene, draws: Draws) -> Asked | None:
@@ -182,7 +194,7 @@ def relation(scene: Scene, draws: Draws) -> Asked | None:
         return None
     right, wrong = draws.pick(true)
     yes = draws.chance(0.5)
-    return f"Is the {name} {right if yes else wrong} the {other_name}?", "yes" if yes else "no"
+    return f"Is the {name} {right if yes else wrong} the {other_name}?", "yes" if yes else "no", [[item], [other]]
 
 
 def reading(scene: Scene, draws: Draws) -> Asked | None:
@@ -197,19 +209,23 @@ def reading(scene: Scene, draws: Draws) -> Asked | None:
     if not named:
         return None
     text, item = draws.pick(named)
-    return text, item.text
+    return text, item.text, [[item]]
 
 
 def detail(scene: Scene, draws: Draws) -> Asked | None:
     """The color of a small dot, or the value of a handwritten digit."""
     named = [
-        (f"What color is the dot on the {name}?", item.mark)
+        (f"What color is the dot on the {name}?", item.mark, [[item]])
         for name, item in singles(scene)
         if item.kind == "shape" and item.mark
     ]
     digits = scene.of_kind("digit")
     colours = Counter(item.colour for item in digits)
-    named += [(f"Which {item.colour} digit is handwritten?", item.text) for item in digits if colours[item.colour] == 1]
+    named += [
+        (f"Which {item.colour} digit is handwritten?", item.text, [[item]])
+        for item in digits
+        if colours[item.colour] == 1
+    ]
     return draws.pick(named) if named else None
 
 
@@ -228,8 +244,9 @@ def two_facts(scene: Scene, draws: Draws) -> Asked | None:
         pair = draws.shuffled([first, second if yes else absent])
         text = f"Is there {a(pair[0])} and {a(pair[1])}?"
     else:
-        text = f"Is there {a(first)} but no {absent if yes else second}?"
-    return text, "yes" if yes else "no"
+        pair = [first, absent if yes else second]
+        text = f"Is there {a(pair[0])} but no {pair[1]}?"
+    return text, "yes" if yes else "no", [_called(scene, name) for name in pair]
 
 
 KINDS: dict[str, Callable[[Scene, Draws], Asked | None]] = {

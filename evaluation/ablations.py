@@ -1,0 +1,115 @@
+"""The rows of the papers' ablation tables, as ways of pruning; `vtprune eval --ablation NAME` runs one table.
+
+Each row changes one thing of the full method. Its name is the paper's setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from evaluation.arms import Arm, energy, fixed
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+RESPRUNE_COMPONENTS: Rows = {  # ResPrune, Table IV
+    "full": {},
+    "no text clean-up": {"text": {"clean": False}},
+    "no text guidance": {"alpha": 0},
+    "relevance only": {"rank_by": "relevance"},
+}
+RESPRUNE_ALPHA: Rows = {f"alpha {alpha}": {"alpha": alpha} for alpha in (0, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0)}  # Table V
+RESPRUNE_RELEVANCE: Rows = {  # Table VI
+    "max over text tokens": {"relevance": "max"},
+    "mean over text tokens": {"relevance": "mean"},
+    "mean text token": {"relevance": "mean_token"},
+}
+RESPRUNE_SEED: Rows = {  # Table VII
+    "CLS attention": {"seed_token": "cls"},
+    "norm": {"seed_token": "norm"},
+    "relevance": {"seed_token": "relevance"},
+    "mean token": {"seed_token": "mean"},
+    "grid centre": {"seed_token": "center"},
+}
+ADAPTPRUNE_CUES: Rows = {  # AdaptPrune, Table 4; its (a), plain importance, is top-k CLS attention here
+    "(a) importance only": {"correction": False, "distance": False, "similarity": False},
+    "(b) correction": {"distance": False, "similarity": False},
+    "(c) correction, distance": {"similarity": False},
+    "(d) full": {},
+}
+ADAPTPRUNE_STRATEGIES: Rows = {  # Table 5, but for FitPrune, which prunes inside the language model
+    "AdaptPrune": {"method": "adaptprune"},
+    "(b) skip": {"method": "skip"},
+    "(c) random": {"method": "random"},
+    "(d) random 3x3": {"method": "random3x3"},
+    "(e) max-pooling 3x3": {"method": "maxpool3x3"},
+    "(f) average-pooling": {"method": "avgpool"},
+    "(g) last": {"method": "last"},
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One table of a paper.
+
+    Attributes:
+        title: paper and table.
+        rows: what changes in the policy, by the name of the row.
+        method: that the rows are variants of, unless they name another.
+        keeps: the budgets it is shown at.
+    """
+
+    title: str
+    rows: Rows
+    method: str
+    keeps: tuple[int, ...]
+
+    def arms(self) -> list[Arm]:
+        """Every row at every budget."""
+        return [
+            Arm(f"{row} @{keep}", {"method": self.method, "budget": fixed(keep), **change}, row, keep)
+            for keep in self.keeps
+            for row, change in self.rows.items()
+        ]
+
+
+TENTH = (58,)  # of 576: AdaptPrune's ablations prune 90 %
+
+ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
+    {
+        "resprune-components": Ablation("ResPrune, Table IV", RESPRUNE_COMPONENTS, "resprune", (128, 64)),
+        "resprune-alpha": Ablation("ResPrune, Table V", RESPRUNE_ALPHA, "resprune", (128, 64)),
+        "resprune-relevance": Ablation("ResPrune, Table VI", RESPRUNE_RELEVANCE, "resprune", (128,)),
+        "resprune-seed": Ablation("ResPrune, Table VII", RESPRUNE_SEED, "resprune", (128,)),
+        "adaptprune-cues": Ablation("AdaptPrune, Table 4", ADAPTPRUNE_CUES, "adaptprune", TENTH),
+        "adaptprune-strategies": Ablation("AdaptPrune, Table 5", ADAPTPRUNE_STRATEGIES, "adaptprune", TENTH),
+    }
+)
+"""By name. E-AdaPrune's Table 1 is `vtprune eval --methods visionzip,fastv,pyramiddrop --adaptive`."""
+
+SOLVERS = "eadaprune-solver"  # E-AdaPrune, Table 4; its threshold has to be found first
+
+
+def solver_arms(threshold: float, keep: int, dimension: int) -> list[Arm]:
+    """The rows of E-AdaPrune's Table 4: VisionZip at one energy threshold, solved in other ways.
+
+    Args:
+        threshold: that keeps ``keep`` tokens on average when it is solved exactly.
+        keep: tokens.
+        dimension: of the encoder's features, of which the paper's ranks take as much as of its own 1,024.
+    """
+    solvers: dict[str, dict[str, Any]] = {"exact": {"solver": "exact"}}
+    for rank in (500, 400, 300):
+        for power in (2, 1, 0):
+            own = round(rank / 1024 * dimension)
+            solvers[f"rSVD, {own} of {dimension}, q = {power}"] = {
+                "solver": "rsvd",
+                "rank": own,
+                "power_iterations": power,
+            }
+    return [
+        Arm(row, {"method": "visionzip", "budget": {**energy(threshold), **solver}}, row, keep, adaptive=True)
+        for row, solver in solvers.items()
+    ]

@@ -1,0 +1,93 @@
+"""Every answer that was given, in a file that grows: a run that is stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from evaluation.arms import Arm
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, asked in one way.
+
+    Attributes:
+        question: its name, "picture.question".
+        kind: of question.
+        density: of the picture.
+        text: the answer.
+        right: whether it is.
+        tokens: visual tokens that the language model read, on average over its layers.
+    """
+
+    question: str
+    kind: str
+    density: str
+    text: str
+    right: bool
+    tokens: float
+
+
+class AnswersError(Exception):
+    """A file of answers that cannot be gone on with; the message says why."""
+
+
+class Answers:
+    """The answers so far, by arm and question, kept in a file of JSON lines.
+
+    The first line says what all answers depend on: the model and the questions. An arm whose policy changes begins
+    anew, since its answers are kept by policy too.
+    """
+
+    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
+        """Read a file, or begin one.
+
+        Raises:
+            AnswersError: its answers are of another subject.
+        """
+        self._found: dict[tuple[str, str], dict[str, Answer]] = {}
+        whole: list[str] = []
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else ()):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut off when the process was killed
+                break
+            whole.append(line)
+            if number > 0:
+                self._note(entry.pop("arm"), entry.pop("policy"), Answer(**entry))
+            elif entry != subject:
+                raise AnswersError(
+                    f"{path} holds answers of {entry}, and these would be of {dict(subject)}: give --out another folder"
+                )
+        whole = whole or [json.dumps(subject)]
+        path.write_text("".join(f"{line}\n" for line in whole))
+        self._file = path.open("a")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def has(self, arm: Arm, question: str) -> bool:
+        """Whether the question was asked in this way."""
+        return question in self._found.get((arm.name, arm.digest()), {})
+
+    def add(self, arm: Arm, answer: Answer) -> None:
+        """Keep an answer."""
+        self._note(arm.name, arm.digest(), answer)
+        print(json.dumps({"arm": arm.name, "policy": arm.digest(), **asdict(answer)}), file=self._file, flush=True)
+
+    def of(self, arm: Arm) -> Mapping[str, Answer]:
+        """All answers of an arm, by question."""
+        return self._found.get((arm.name, arm.digest()), {})
+
+    def __iter__(self) -> Iterator[Answer]:
+        return (answer for answers in self._found.values() for answer in answers.values())
+
+    def _note(self, arm: str, policy: str, answer: Answer) -> None:
+        self._found.setdefault((arm, policy), {})[answer.question] = answer

@@ -1,0 +1,90 @@
+"""Asking a server about pictures, in every way that is compared."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from openai import AsyncOpenAI
+from tqdm import tqdm
+
+from evaluation.answers import Answer, Answers
+from evaluation.arms import Arm
+from evaluation.questions import Picture, is_right
+from vllm_vtprune.demo.command import data_url
+
+ANSWER_TOKENS = 12
+TOGETHER = 16  # pictures that are asked about in every way before the next ones; their features stay in the cache
+IN_FLIGHT = 8  # requests
+
+
+class Unasked(Exception):
+    """The server's answer to a question cannot be used; the message says why."""
+
+
+def ask_all(url: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
+    """Ask every question of every picture in every way, but for those that ``answers`` already holds.
+
+    At any time all arms were asked about the same pictures, but for the last few.
+
+    Args:
+        url: of the server, without a path.
+
+    Raises:
+        Unasked: the server does not report what it did.
+        openai.OpenAIError: a request failed, also when it was sent again.
+    """
+    asyncio.run(_ask_all(url, pictures, arms, answers))
+
+
+async def _ask_all(url: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
+    total = len(arms) * sum(len(picture.questions) for picture in pictures)
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", timeout=600) as client:
+        model = (await client.models.list()).data[0].id
+        slots = asyncio.Semaphore(IN_FLIGHT)
+        with tqdm(total=total, unit="question", disable=None) as progress:
+            for start in range(0, len(pictures), TOGETHER):
+                some = pictures[start : start + TOGETHER]
+                images = {picture.scene.seed: data_url(picture.paint()) for picture in some}
+
+                async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
+                    async with slots:
+                        if not answers.has(arm, picture.name(index)):
+                            answers.add(arm, await _ask(client, model, arm, picture, index, image))
+                        progress.update()
+
+                async with asyncio.TaskGroup() as tasks:
+                    for arm in arms:
+                        for picture in some:
+                            for index in range(len(picture.questions)):
+                                tasks.create_task(ask(arm, picture, index, images[picture.scene.seed]))
+
+
+async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, image: str) -> Answer:
+    question = picture.questions[index]
+    content: list[Any] = [
+        {"type": "image_url", "image_url": {"url": image}},
+        {"type": "text", "text": question.text},
+    ]
+    completion = await client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": content}],
+        max_tokens=ANSWER_TOKENS,
+        temperature=0,
+        extra_body={"pruning": arm.policy},
+    )
+    report = (completion.model_extra or {}).get("pruning")
+    if report is None:
+        raise Unasked("the server's answers hold no pruning report; expected a server started by `vtprune serve`")
+    if any(shown["bypass_reason"] == "unsupported_model" for shown in report["images"]):
+        raise Unasked("the server's model cannot be pruned")
+    text = completion.choices[0].message.content or ""
+    return Answer(
+        question=picture.name(index),
+        kind=question.kind,
+        density=picture.scene.density,
+        text=text,
+        right=is_right(text, question.answer),
+        tokens=report["images"][0]["kept_tokens"],
+    )

@@ -1,0 +1,240 @@
+"""`vtprune eval`: how many answers stay right under every way of pruning."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation import arms as ways
+from evaluation.ablations import ABLATIONS, SOLVERS, solver_arms
+from evaluation.answers import Answers, AnswersError
+from evaluation.arms import UNPRUNED, Arm
+from evaluation.asking import Unasked, ask_all
+from evaluation.questions import Picture, pictures
+from evaluation.report import accuracy_table, budget_table, plot_accuracy, split_table
+from evaluation.results import Result, ranked_kinds, results
+from evaluation.spectra import sample_pictures
+from evaluation.thresholds import threshold_for
+from vllm_vtprune.demo.server import ServerFailed, running_server
+from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
+from vllm_vtprune.selectors.registry import METHODS
+
+METHODS_BY_DEFAULT = ("resprune", "adaptprune", "divprune", "fastervlm", "random", "uniform")
+CALIBRATION_QUESTIONS = 600  # of validation scenes: about 90 pictures, by which "+E" finds its thresholds
+SOLVERS_KEEP = 64
+
+SERVE_OPTIONS = (
+    *("--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"),
+    *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
+)
+SERVE_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
+
+EXAMPLE = """examples:
+  vtprune eval                                              # a few methods at 128 and 64 tokens, 200 questions
+  vtprune eval --methods all --keep 192,128,64,32 --adaptive --questions 2000 --out build/eval
+  vtprune eval --ablation resprune-seed
+"""
+
+
+def evaluate(argv: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: the command line after ``vtprune eval``.
+
+    Raises:
+        SystemExit: 2 for options that are not valid, 1 where the server or a request fails.
+    """
+    args = _parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = args.model or _embedded_checkpoint()
+    asked = list(pictures("test", args.questions, args.seed))
+    try:
+        arms = _arms(args, model)
+        ways.check(arms)
+        with (
+            _server(args, model) as url,
+            Answers(args.out / "answers.jsonl", {"model": weights_digest(model), "split": "test"}) as answers,
+        ):
+            ask_all(url, asked, [UNPRUNED, *arms], answers)
+        found = _results([UNPRUNED, *arms], answers, asked)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; the same command goes on.")
+    except (ServerFailed, AnswersError, Unasked, PolicyError) as error:
+        sys.exit(f"vtprune eval: {error}")
+    found.write(args.out)
+    print(json.dumps(found.to_json()) if args.json else accuracy_table(found.all_kinds))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vtprune eval",
+        description="Ask a server about scenes whose answers are known, once for every way of pruning, and compare. "
+        "What was begun in --out is continued.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="a model's directory or its name on the hub (default: the embedded one)")
+    parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
+    parser.add_argument("--questions", type=_count, default=200, metavar="N", help="to ask (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first scene (default: %(default)s)")
+    parser.add_argument(
+        "--methods",
+        type=_methods,
+        default=list(METHODS_BY_DEFAULT),
+        metavar="A,B",
+        help=f'"all", "none", or any of {", ".join(METHODS)} (default: {",".join(METHODS_BY_DEFAULT)})',
+    )
+    parser.add_argument(
+        "--keep", type=_counts, default=[128, 64], metavar="K,L", help="tokens of a picture (default: 128,64)"
+    )
+    parser.add_argument(
+        "--adaptive",
+        action="store_true",
+        help='also "+E": the same methods at energy budgets that keep as many tokens on average',
+    )
+    parser.add_argument(
+        "--presets", type=_presets, default=[], metavar="A,B", help=f'"all", or any of {", ".join(BUILTIN_PRESETS)}'
+    )
+    parser.add_argument(
+        "--ablation", choices=[*ABLATIONS, SOLVERS], help="the rows of a paper's table in place of --methods"
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/eval"), help="folder (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object on the last line")
+    return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given; expected a whole number from 1")
+    return count
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _methods(text: str) -> list[str]:
+    return [] if text == "none" else _names(text, METHODS)
+
+
+def _presets(text: str) -> list[str]:
+    return _names(text, BUILTIN_PRESETS)
+
+
+def _names(text: str, known: Iterable[str]) -> list[str]:
+    known = list(known)
+    names = known if text == "all" else text.split(",")
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} given; expected any of {', '.join(known)}")
+    return names
+
+
+def _arms(args: argparse.Namespace, model: str) -> list[Arm]:
+    """The ways of pruning that the options ask for."""
+    if args.ablation in ABLATIONS:
+        return ABLATIONS[args.ablation].arms()
+    thresholds: dict[int, float] = {}
+    adaptive = args.adaptive or args.ablation == SOLVERS
+    images = (picture.paint() for picture in pictures("validation", CALIBRATION_QUESTIONS))
+    sample = sample_pictures(model, images if adaptive else [next(images)])
+    if adaptive:
+        keeps = [SOLVERS_KEEP] if args.ablation == SOLVERS else args.keep
+        found = {keep: threshold_for(sample.spectra, keep) for keep in keeps}
+        for keep, threshold in found.items():
+            if threshold is None:
+                print(f"no energy threshold keeps {keep} tokens on average: the features have too low a rank")
+            else:
+                thresholds[keep] = threshold
+    if args.ablation == SOLVERS:
+        return solver_arms(thresholds[SOLVERS_KEEP], SOLVERS_KEEP, sample.features.encoder.shape[1])
+    return [
+        *ways.grid(args.methods, args.keep, thresholds, sample.features),
+        *ways.own_counts(args.methods),
+        *ways.presets(args.presets),
+    ]
+
+
+@contextmanager
+def _server(args: argparse.Namespace, model: str) -> Iterator[str]:
+    if args.url:
+        yield args.url.rstrip("/")
+        return
+    print(f"Starting a vLLM server with {model} ...", file=sys.stderr)
+    with running_server([model, *SERVE_OPTIONS], environment=SERVE_ENVIRONMENT) as url:
+        yield url
+
+
+def _embedded_checkpoint() -> str:
+    from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
+
+    return str(embedded_checkpoint())
+
+
+def weights_digest(model: str) -> str:
+    """What tells a model from others: a digest of its weights where it is a directory, else its name."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over all questions, and over the kinds that are fit to rank by.
+
+    Attributes:
+        all_kinds: one result for each arm, the unpruned model's first.
+        ranked: the same over the kinds of question in `kinds`.
+        kinds: those that the unpruned model answers well enough.
+    """
+
+    all_kinds: Sequence[Result]
+    ranked: Sequence[Result]
+    kinds: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "results": [result.to_json() for result in self.all_kinds],
+            "ranked_kinds": list(self.kinds),
+            "ranked_results": [result.to_json() for result in self.ranked],
+        }
+
+    def write(self, directory: Path) -> None:
+        """``results.json``, ``results.md`` and ``accuracy.png``."""
+        (directory / "results.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        parts = [
+            f"{self.all_kinds[0].questions} questions. 95 % intervals resample pictures.",
+            accuracy_table(self.all_kinds),
+            "By kind of question:",
+            split_table(self.all_kinds, "kind"),
+            "By density of the picture:",
+            split_table(self.all_kinds, "density"),
+        ]
+        if self.kinds:
+            parts += [f"Ranking, over the kinds {', '.join(self.kinds)}:", budget_table(self.ranked)]
+        (directory / "results.md").write_text("\n\n".join(parts))
+        unpruned, *others = self.all_kinds
+        plot_accuracy(others, unpruned, directory / "accuracy.png")
+
+
+def _results(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) -> Evaluation:
+    names = {picture.name(index) for picture in asked for index in range(len(picture.questions))}
+    given = [(arm, {name: answers.of(arm)[name] for name in names}) for arm in arms]
+    unpruned = given[0][1]
+    kinds = ranked_kinds(unpruned.values())
+    return Evaluation(results(given, unpruned), results(given, unpruned, kinds) if kinds else [], kinds)

@@ -1,0 +1,144 @@
+"""From answers to accuracies with their intervals: by kind of question, by density, and against the unpruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.answers import Answer
+from evaluation.arms import Arm
+
+RESAMPLES = 2000
+RANKED_FROM = 0.85  # unpruned accuracy of a kind of question; below, it says little about pruning
+
+Interval = tuple[float, float]
+ByQuestion = Mapping[str, Answer]
+
+
+@dataclass(frozen=True)
+class Result:
+    """An arm's accuracy on the questions that every arm was asked.
+
+    Attributes:
+        arm: its name.
+        method: what it stands for in tables.
+        budget: the policy's budget; None where nothing is pruned.
+        keep: the tokens that it was meant to keep; None where nobody fixed them.
+        adaptive: whether an energy budget decided.
+        questions: how many it was asked.
+        mean_tokens: visual tokens, on average over questions.
+        accuracy: share of right answers.
+        ci95: its 95 % interval, from resampled pictures.
+        difference: accuracy less that of the unpruned model, on the same questions.
+        difference_ci95: the same way.
+        retained: accuracy by that of the unpruned model; None where that is 0.
+        by_kind: accuracy of each kind of question.
+        by_density: accuracy in pictures of each density.
+        tokens_by_density: mean visual tokens in pictures of each density.
+    """
+
+    arm: str
+    method: str
+    budget: Mapping[str, Any] | None
+    keep: int | None
+    adaptive: bool
+    questions: int
+    mean_tokens: float
+    accuracy: float
+    ci95: Interval
+    difference: float
+    difference_ci95: Interval
+    retained: float | None
+    by_kind: Mapping[str, float]
+    by_density: Mapping[str, float]
+    tokens_by_density: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def ranked_kinds(unpruned: Iterable[Answer]) -> list[str]:
+    """The kinds of question that the unpruned model answers well enough to compare ways of pruning by."""
+    return [kind for kind, share in accuracy_by(unpruned, "kind").items() if share >= RANKED_FROM]
+
+
+def accuracy_by(answers: Iterable[Answer], field: str) -> dict[str, float]:
+    """Shares of right answers by ``"kind"`` or ``"density"``, in alphabetical order."""
+    return _means((getattr(answer, field), answer.right) for answer in answers)
+
+
+def results(
+    arms: Sequence[tuple[Arm, ByQuestion]], unpruned: ByQuestion, kinds: Sequence[str] | None = None
+) -> list[Result]:
+    """The result of every arm, on the questions that all of them and the unpruned model were asked.
+
+    Args:
+        arms: with their answers.
+        unpruned: the answers that nothing was pruned for.
+        kinds: of question, that count; None for all.
+    """
+    common = set(unpruned).intersection(*(answers for _, answers in arms))
+    names = sorted(name for name in common if kinds is None or unpruned[name].kind in kinds)
+    base = np.array([unpruned[name].right for name in names], dtype=float)
+    draws = _draws(names)
+    out = []
+    for arm, answers in arms:
+        asked = [answers[name] for name in names]
+        right = np.array([answer.right for answer in asked], dtype=float)
+        budget = arm.policy.get("budget") if isinstance(arm.policy, Mapping) else None
+        accuracy, before = _mean(right), _mean(base)
+        out.append(
+            Result(
+                arm=arm.name,
+                method=arm.method,
+                budget=budget,
+                keep=arm.keep,
+                adaptive=arm.adaptive,
+                questions=len(names),
+                mean_tokens=_mean(np.array([answer.tokens for answer in asked], dtype=float)),
+                accuracy=accuracy,
+                ci95=_interval(right, draws),
+                difference=accuracy - before,
+                difference_ci95=_interval(right - base, draws),
+                retained=accuracy / before if before else None,
+                by_kind=accuracy_by(asked, "kind"),
+                by_density=accuracy_by(asked, "density"),
+                tokens_by_density=_means((answer.density, answer.tokens) for answer in asked),
+            )
+        )
+    return out
+
+
+def _draws(names: Sequence[str]) -> NDArray[np.float64]:
+    """(RESAMPLES, number of questions): how often each question is drawn when pictures are drawn with replacement.
+
+    Questions about one picture share its difficulties, so they are drawn together.
+    """
+    pictures = sorted({name.split(".")[0] for name in names})
+    column = {picture: index for index, picture in enumerate(pictures)}
+    of = np.array([column[name.split(".")[0]] for name in names], dtype=int)
+    generator = np.random.default_rng(0)
+    times = generator.multinomial(len(pictures), np.full(len(pictures), 1 / max(1, len(pictures))), size=RESAMPLES)
+    return times[:, of].astype(float)
+
+
+def _interval(values: NDArray[np.float64], draws: NDArray[np.float64]) -> Interval:
+    means = (draws @ values) / np.maximum(draws.sum(axis=1), 1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    sums: dict[str, list[float]] = {}
+    for name, value in pairs:
+        sums.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in sorted(sums.items())}
