@@ -1,0 +1,1 @@
+"""What pruning costs in accuracy, measured. Not part of the package."""
