@@ -1,0 +1,70 @@
+"""AdaptPrune with its own cues: attention and keys of the language model.
+
+"Multi-Cue Adaptive Visual Token Pruning for Large Vision-Language Models". The suppression is that of the plugin's
+`adaptprune`, which has to do without these cues. The layers, counted from 0, and the constants are those of the
+published code: tokens leave before layer 2, by the attention of layer 1 and the keys of layer 2. The keys are those
+that the layer would compute, of all heads, before they are rotated by position; the published code leaves out the
+layer's normalisation before it projects.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from evaluation.in_llm.pruning import (
+    Budget,
+    Entrance,
+    Pruning,
+    check_after,
+    check_budget,
+    drop_once,
+    tokens_to_keep,
+)
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.selectors.adaptprune import select
+
+
+@dataclass(frozen=True)
+class AdaptPrune(Pruning):
+    """The k tokens stay that soft suppression picks from the attention of the last token of the prompt.
+
+    Attributes:
+        budget: k, the tokens that stay.
+        after: layers that see all tokens, 1 or more and fewer than the model has. The attention is that of the last of
+            them, the keys are those of the next.
+        correction, distance, similarity, sigma_d, sigma_s, radius: as in the policy of the plugin.
+    """
+
+    budget: Budget
+    after: int = 2
+    correction: bool = True
+    distance: bool = True
+    similarity: bool = True
+    sigma_d: float = 1.5
+    sigma_s: float = 0.05
+    radius: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_after(self.after)
+        self.policy  # noqa: B018  # checks the others
+
+    @property
+    def policy(self) -> PruningPolicy:
+        """The same as a policy of the plugin's `adaptprune`."""
+        names = ("correction", "distance", "similarity", "sigma_d", "sigma_s", "radius")
+        cues = {name: getattr(self, name) for name in names}
+        return PruningPolicy.parse({"method": "adaptprune", "importance": "cls", **cues}, param="adaptprune")
+
+    def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
+        return drop_once(features.num_tokens, tokens_to_keep(self.budget, features), self.after, layers)
+
+    def choose(self, entrance: Entrance, count: int) -> Tensor:
+        cues = VisualFeatures(
+            encoder=entrance.features.encoder,
+            embeds=entrance.keys,
+            grid=entrance.features.grid,
+            cls_attention=entrance.attention_before,
+        )
+        return select(cues, count, self.policy, None)

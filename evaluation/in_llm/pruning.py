@@ -1,0 +1,109 @@
+"""What a method that prunes inside the language model decides, and what it may look at."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from vllm_vtprune.budget import token_budget
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+
+Budget: TypeAlias = EnergyBudget | RatioBudget | TokensBudget
+
+
+@dataclass(frozen=True, eq=False)
+class Entrance:
+    """What is known of the n visual tokens that stand before a layer, of which some shall not enter.
+
+    Attributes:
+        features: all N visual tokens of the picture, as the encoder and the projector gave them.
+        left: ``(n,)`` which of them are still there, ascending.
+        attention_before: ``(n,)`` attention that the last token of the prompt paid to them in the layer before, mean
+            over heads. None before the first layer.
+        layer: the decoder layer.
+        hidden: ``(1, T, d)`` what would enter it, text included.
+        rotary: cosines and sines ``(1, T, d_head)`` of the T positions.
+        mask: ``(1, 1, T, T)`` causal, to be added.
+        start: the first visual token's place among the T.
+    """
+
+    features: VisualFeatures
+    left: Tensor
+    attention_before: Tensor | None
+    layer: Any
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor
+    start: int
+
+    @property
+    def attention_here(self) -> Tensor:
+        """``(n,)`` attention that the last token of the prompt would pay to them in this layer, mean over heads."""
+        normed = self.layer.input_layernorm(self.hidden)
+        _, weights = self.layer.self_attn(normed, position_embeddings=self.rotary, attention_mask=self.mask)
+        return last_attention(weights, self.start, len(self.left))
+
+    @property
+    def keys(self) -> Tensor:
+        """``(n, heads * d_head)`` their keys in this layer, of all heads, before the rotation by position."""
+        visual = self.hidden[0, self.start : self.start + len(self.left)]
+        keys: Tensor = self.layer.self_attn.k_proj(self.layer.input_layernorm(visual))
+        return keys
+
+
+class Pruning(ABC):
+    """A method with its parameters."""
+
+    @abstractmethod
+    def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
+        """How many visual tokens each of the ``layers`` sees: all N in the first, and never more than the one before.
+
+        Raises:
+            ValueError: when the method cannot do what its parameters ask for with so many layers.
+        """
+
+    @abstractmethod
+    def choose(self, entrance: Entrance, count: int) -> Tensor:
+        """``(count,)`` indices into ``entrance.left`` of those that stay, in any order; ``count`` is below n."""
+
+
+def last_attention(weights: Tensor, start: int, count: int) -> Tensor:
+    """``(count,)`` mean over heads of the last row of ``weights (1, heads, T, T)``, from column ``start`` on."""
+    return weights[0, :, -1, start : start + count].mean(dim=0)
+
+
+def strongest(scores: Tensor, count: int) -> Tensor:
+    """``(count,)`` indices of the largest of ``scores (n,)``; of equal ones the first."""
+    return scores.sort(descending=True, stable=True).indices[:count]
+
+
+def tokens_to_keep(budget: Budget, features: VisualFeatures) -> int:
+    """``k``, from 1 to N."""
+    return token_budget(budget, features)[0]
+
+
+def check_budget(budget: object) -> None:
+    """Raise a ValueError unless it is a budget that gives a count."""
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget must be a TokensBudget, RatioBudget or EnergyBudget, got {budget!r}")
+
+
+def drop_once(n: int, k: int, after: int, layers: int) -> list[int]:
+    """The schedule of a method by which ``n - k`` tokens leave after ``after`` layers.
+
+    Raises:
+        ValueError: when that is not between two layers.
+    """
+    if not 1 <= after < layers:
+        raise ValueError(f"after must be from 1 to {layers - 1}, as the model has {layers} layers, got {after!r}")
+    return [n] * after + [k] * (layers - after)
+
+
+def check_after(after: object) -> None:
+    """Raise a ValueError unless it is a number of layers."""
+    if not isinstance(after, int) or isinstance(after, bool) or after < 1:
+        raise ValueError(f"after must be an integer, 1 or more, got {after!r}")
