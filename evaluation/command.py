@@ -17,10 +17,12 @@ from evaluation.ablations import ABLATIONS, SOLVERS, solver_arms
 from evaluation.answers import Answers, AnswersError
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
+from evaluation.in_llm import Pruning
 from evaluation.questions import Picture, pictures
+from evaluation.reference import answer_all, reference_arms
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, split_table
 from evaluation.results import Result, ranked_kinds, results
-from evaluation.spectra import sample_pictures
+from evaluation.spectra import Sample, sample_pictures
 from evaluation.thresholds import threshold_for
 from vllm_vtprune.demo.server import ServerFailed, running_server
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
@@ -57,14 +59,14 @@ def evaluate(argv: list[str]) -> None:
     model = args.model or _embedded_checkpoint()
     asked = list(pictures("test", args.questions, args.seed))
     try:
-        arms = _arms(args, model)
+        arms, inside = _arms(args, model)
         ways.check(arms)
-        with (
-            _server(args, model) as url,
-            Answers(args.out / "answers.jsonl", {"model": weights_digest(model), "split": "test"}) as answers,
-        ):
-            ask_all(url, asked, [UNPRUNED, *arms], answers)
-        found = _results([UNPRUNED, *arms], answers, asked)
+        with Answers(args.out / "answers.jsonl", {"model": weights_digest(model), "split": "test"}) as answers:
+            with _server(args, model) as url:
+                ask_all(url, asked, [UNPRUNED, *arms], answers)
+            if inside:
+                answer_all(Path(model), asked, inside, answers)
+        found = _results([UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the same command goes on.")
     except (ServerFailed, AnswersError, Unasked, PolicyError) as error:
@@ -106,6 +108,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--ablation", choices=[*ABLATIONS, SOLVERS], help="the rows of a paper's table in place of --methods"
     )
+    parser.add_argument(
+        "--in-llm",
+        action="store_true",
+        help="also the methods that prune inside the language model, in plain transformers (slow; LLaVA-1.5 only)",
+    )
     parser.add_argument("--out", type=Path, default=Path("build/eval"), help="folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object on the last line")
     return parser.parse_args(argv)
@@ -139,29 +146,36 @@ def _names(text: str, known: Iterable[str]) -> list[str]:
     return names
 
 
-def _arms(args: argparse.Namespace, model: str) -> list[Arm]:
-    """The ways of pruning that the options ask for."""
+def _arms(args: argparse.Namespace, model: str) -> tuple[list[Arm], list[tuple[Arm, Pruning | None]]]:
+    """The ways of pruning that the options ask for: on the server, and inside the language model."""
     if args.ablation in ABLATIONS:
-        return ABLATIONS[args.ablation].arms()
-    thresholds: dict[int, float] = {}
-    adaptive = args.adaptive or args.ablation == SOLVERS
+        return ABLATIONS[args.ablation].arms(), []
+    solvers = args.ablation == SOLVERS
+    adaptive = args.adaptive or solvers
     images = (picture.paint() for picture in pictures("validation", CALIBRATION_QUESTIONS))
     sample = sample_pictures(model, images if adaptive else [next(images)])
-    if adaptive:
-        keeps = [SOLVERS_KEEP] if args.ablation == SOLVERS else args.keep
-        found = {keep: threshold_for(sample.spectra, keep) for keep in keeps}
-        for keep, threshold in found.items():
-            if threshold is None:
-                print(f"no energy threshold keeps {keep} tokens on average: the features have too low a rank")
-            else:
-                thresholds[keep] = threshold
-    if args.ablation == SOLVERS:
-        return solver_arms(thresholds[SOLVERS_KEEP], SOLVERS_KEEP, sample.features.encoder.shape[1])
-    return [
+    thresholds = _thresholds(sample, [SOLVERS_KEEP] if solvers else args.keep) if adaptive else {}
+    if solvers:
+        return solver_arms(thresholds[SOLVERS_KEEP], SOLVERS_KEEP, sample.features.encoder.shape[1]), []
+    arms = [
         *ways.grid(args.methods, args.keep, thresholds, sample.features),
         *ways.own_counts(args.methods),
         *ways.presets(args.presets),
     ]
+    return arms, reference_arms(args.keep, thresholds) if args.in_llm else []
+
+
+def _thresholds(sample: Sample, keeps: Sequence[int]) -> dict[int, float]:
+    thresholds = {}
+    for keep in keeps:
+        threshold = threshold_for(sample.spectra, keep)
+        if threshold is None:
+            print(
+                f"No energy threshold keeps {keep} tokens on average: the features' rank is too low.", file=sys.stderr
+            )
+        else:
+            thresholds[keep] = threshold
+    return thresholds
 
 
 @contextmanager

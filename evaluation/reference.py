@@ -1,0 +1,70 @@
+"""The methods that prune inside the language model, asked the same questions in plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from evaluation.answers import Answer, Answers
+from evaluation.arms import Arm, energy
+from evaluation.asking import ANSWER_TOKENS
+from evaluation.in_llm import VTW, AdaptPrune, Budget, FastV, InLLM, Pruning, PyramidDrop
+from evaluation.questions import Picture, is_right
+from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+
+Pairs = Sequence[tuple[Arm, Pruning | None]]
+
+
+def reference_arms(keeps: Sequence[int], thresholds: Mapping[int, float]) -> list[tuple[Arm, Pruning | None]]:
+    """Every method in the language model, with fixed budgets and, where ``thresholds`` has one, "+E".
+
+    FastV and AdaptPrune keep so many tokens from their layer on; PyramidDrop and VTW go their own way, and come once.
+    The first is the whole model, whose answers should be those of the engine.
+    """
+    pairs: list[tuple[Arm, Pruning | None]] = [
+        _pair("transformers", None),
+        _pair("pyramiddrop", PyramidDrop()),
+        _pair("vtw", VTW(RatioBudget(keep=0.5))),
+    ]
+    for keep in keeps:
+        budgets: list[tuple[Budget, bool]] = [(TokensBudget(keep=keep), False)]
+        if keep in thresholds:
+            budgets.append((EnergyBudget(**energy(thresholds[keep])), True))
+        for budget, adaptive in budgets:
+            pairs.append(_pair("fastv", FastV(budget), keep, adaptive))
+            pairs.append(_pair("adaptprune in the LLM", AdaptPrune(budget), keep, adaptive))
+    return pairs
+
+
+def _pair(
+    method: str, pruning: Pruning | None, keep: int | None = None, adaptive: bool = False
+) -> tuple[Arm, Pruning | None]:
+    name = method if keep is None else f"{method}{'+E' if adaptive else ''}@{keep}"
+    return Arm(name, {"in_llm": repr(pruning)}, method, keep, adaptive), pruning
+
+
+def answer_all(checkpoint: Path, pictures: Sequence[Picture], pairs: Pairs, answers: Answers) -> None:
+    """Ask every question of every picture in every way, but for those that ``answers`` already holds.
+
+    The prompt begins as that of vLLM's chat endpoint.
+
+    Raises:
+        ValueError: the checkpoint is of another kind than LLaVA-1.5.
+    """
+    model = InLLM(checkpoint, add_special_tokens=False)
+    total = len(pairs) * sum(len(picture.questions) for picture in pictures)
+    with tqdm(total=total, unit="question", disable=None) as progress:
+        for picture in pictures:
+            image = picture.paint()
+            for arm, pruning in pairs:
+                for index, question in enumerate(picture.questions):
+                    name = picture.name(index)
+                    if not answers.has(arm, name):
+                        said = model.answer(image, question.text, pruning, ANSWER_TOKENS)
+                        right = is_right(said.text, question.answer)
+                        answers.add(
+                            arm, Answer(name, question.kind, picture.scene.density, said.text, right, said.tokens)
+                        )
+                    progress.update()
