@@ -1,0 +1,182 @@
+"""From answers to tables: what is counted, on which questions, and how sure it is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.ablations import ABLATIONS, solver_arms
+from evaluation.answers import Answer, Answers, AnswersError
+from evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, presets
+from evaluation.questions import is_right, pictures
+from evaluation.report import accuracy_table, budget_table, plot_accuracy, split_table
+from evaluation.results import ranked_kinds, results
+from evaluation.thresholds import counts, threshold_for
+from vllm_vtprune.budget import energy_rank, exact_spectrum
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.selectors.registry import METHODS
+
+ARM = Arm("random@64", {"method": "random", "budget": {"type": "tokens", "keep": 64}}, "random", 64)
+FEATURES = VisualFeatures(torch.randn(576, 48), torch.randn(576, 32), grid=(24, 24))
+
+
+def answered(right: list[bool], kind: str = "count", tokens: float = 64) -> dict[str, Answer]:
+    """Two questions a picture."""
+    names = [f"{index // 2}.{index % 2}" for index in range(len(right))]
+    return {name: Answer(name, kind, "dense", "3", one, tokens) for name, one in zip(names, right, strict=True)}
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_questions_as_wanted_and_always_the_same() -> None:
+    asked = list(pictures("test", 40))
+    assert sum(len(picture.questions) for picture in asked) == 40
+    assert asked == list(pictures("test", 40))
+    longer = list(pictures("test", 60))
+    assert longer[: len(asked) - 1] == asked[:-1], "a longer test begins with a shorter one"
+    assert {picture.scene.split for picture in asked} == {"test"}
+    assert len({picture.name(index) for picture in asked for index in range(len(picture.questions))}) == 40
+
+
+@pytest.mark.parametrize("answer", ["left", " Left", "left.", "LEFT. "])
+def test_case_spaces_and_a_full_stop_do_not_matter(answer: str) -> None:
+    assert is_right(answer, "left")
+
+
+@pytest.mark.parametrize("answer", ["", "left right", "leftmost", "top left"])
+def test_anything_else_is_wrong(answer: str) -> None:
+    assert not is_right(answer, "left")
+
+
+# --- ways of pruning ------------------------------------------------------------------------------------------------
+
+
+def test_every_method_at_every_budget_that_it_can_reach() -> None:
+    arms = grid(METHODS, [128, 64], {64: 0.9}, FEATURES)
+    check([UNPRUNED, *arms, *own_counts(METHODS), *presets(["fast", "balanced"])])
+    rows = {(arm.row, arm.keep) for arm in arms}
+    assert ("resprune", 128) in rows
+    assert ("resprune+E", 64) in rows
+    assert ("resprune+E", 128) not in rows, "no threshold is known"
+    assert ("random3x3", 64) in rows
+    assert ("random3x3", 128) not in rows, "a 24 x 24 grid has 64 cells of 3 x 3"
+    assert {arm.method for arm in arms} == set(METHODS)
+    assert [arm.name for arm in own_counts(METHODS)] == ["prumerge@own", "trim@own"]
+
+
+def test_every_row_of_the_papers_tables_is_a_policy() -> None:
+    for ablation in ABLATIONS.values():
+        arms = ablation.arms()
+        check(arms)
+        assert len({arm.digest() for arm in arms}) == len(arms), "each row changes something"
+    arms = solver_arms(0.9, 64, dimension=192)
+    check(arms)
+    assert [arm.name for arm in arms[:2]] == ["exact", "rSVD, 94 of 192, q = 2"]
+
+
+def test_a_policy_that_is_none_and_a_name_given_twice_are_refused() -> None:
+    with pytest.raises(PolicyError, match=r"mine\.budget\.keep"):
+        check([Arm("mine", {"budget": {"type": "tokens", "keep": 0}}, "mine")])
+    with pytest.raises(ValueError, match="name of its own"):
+        check([ARM, ARM])
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_gone_on_with_where_a_run_was_killed(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    with Answers(file, {"model": "a"}) as answers:
+        for answer in answered([True, False]).values():
+            answers.add(ARM, answer)
+    file.write_text(file.read_text()[:-20])  # killed while it wrote
+    with Answers(file, {"model": "a"}) as answers:
+        assert dict(answers.of(ARM)) == answered([True])
+        assert answers.has(ARM, "0.0")
+        assert not answers.has(ARM, "0.1")
+        answers.add(ARM, answered([True, False])["0.1"])
+    assert len([json.loads(line) for line in file.read_text().splitlines()]) == 3
+    with Answers(file, {"model": "a"}) as answers:
+        assert len(list(answers)) == 2
+
+
+def test_answers_of_another_model_or_policy_are_not_mixed_in(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    with Answers(file, {"model": "a"}) as answers:
+        answers.add(ARM, answered([True])["0.0"])
+    other = Arm(ARM.name, {"method": "random", "budget": {"type": "tokens", "keep": 64}, "seed": 1}, "random", 64)
+    with Answers(file, {"model": "a"}) as answers:
+        assert not answers.has(other, "0.0")
+    with pytest.raises(AnswersError, match="another folder"):
+        Answers(file, {"model": "b"})
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_is_that_of_the_questions_that_everybody_was_asked() -> None:
+    unpruned, pruned = answered([True] * 8, tokens=576), answered([True, False] * 4)
+    del pruned["3.1"]
+    [base, result] = results([(UNPRUNED, unpruned), (ARM, pruned)], unpruned)
+    assert (base.questions, base.accuracy, base.difference, base.mean_tokens) == (7, 1.0, 0.0, 576)
+    assert result.accuracy == pytest.approx(4 / 7)
+    assert result.difference == pytest.approx(-3 / 7)
+    assert result.retained == pytest.approx(4 / 7)
+    assert result.budget == {"type": "tokens", "keep": 64}
+    assert base.difference_ci95 == (0.0, 0.0)
+
+
+def test_the_interval_resamples_pictures_not_questions() -> None:
+    """Twice as many questions about the same pictures, answered alike, tell no more."""
+    right = list(np.random.default_rng(0).random(60) < 0.7)
+    once = {f"{index}.0": Answer(f"{index}.0", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)}
+    twice = once | {
+        f"{index}.1": Answer(f"{index}.1", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)
+    }
+    [single], [double] = (results([(ARM, asked)], asked) for asked in (once, twice))
+    assert single.ci95 == pytest.approx(double.ci95)
+    share = float(np.mean(right))
+    error = 1.96 * (share * (1 - share) / 60) ** 0.5
+    assert single.ci95 == pytest.approx((share - error, share + error), abs=0.03)
+
+
+def test_kinds_that_the_model_does_not_know_do_not_rank() -> None:
+    unpruned = answered([True] * 4) | {
+        f"9{i}.0": Answer(f"9{i}.0", "reading", "dense", "", i == 0, 576) for i in range(4)
+    }
+    assert ranked_kinds(unpruned.values()) == ["count"]
+    [result] = results([(ARM, unpruned)], unpruned, ["count"])
+    assert (result.questions, result.accuracy) == (4, 1.0)
+    assert set(result.by_kind) == {"count"}
+
+
+def test_tables_and_plots_show_every_arm(tmp_path: Path) -> None:
+    unpruned = answered([True] * 8, tokens=576)
+    arms = [ARM, Arm("random+E@64", {"budget": energy(0.9)}, "random", 64, True)]
+    found = results([(UNPRUNED, unpruned), *((arm, answered([True, False] * 4)) for arm in arms)], unpruned)
+    assert "| random@64 | 64.0 | 50.0 % |" in accuracy_table(found)
+    assert "| random+E | 50.0 % (-50.0) |" in budget_table(found)
+    assert "| random@64 | 50.0 % |" in split_table(found, "kind")
+    plot_accuracy(found[1:], found[0], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+# --- thresholds -----------------------------------------------------------------------------------------------------
+
+
+def test_a_threshold_keeps_the_mean_that_it_was_found_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    decays = torch.logspace(-1.5, 0.3, 12)
+    pictures_ = [torch.randn(200, 40, generator=generator) * torch.arange(1, 41).float() ** -decay for decay in decays]
+    spectra = [exact_spectrum(picture) for picture in pictures_]
+    threshold = threshold_for(spectra, 20)
+    assert threshold is not None
+    kept = [energy_rank(picture, threshold, "exact") for picture in pictures_]
+    assert counts(spectra, threshold).tolist() == kept
+    assert np.mean(kept) == pytest.approx(20, abs=0.5)
+    assert max(kept) > 1.3 * min(kept), "it should follow the pictures"
+    assert threshold_for(spectra, 41) is None, "the features have 40 dimensions"
