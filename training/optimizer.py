@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 STEPS = 5
+ADAM = 0.1  # of the learning rate: a whole one shakes embeddings so much that rare words are not learnt
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -51,7 +52,7 @@ class Muon(Optimizer):
                     first.lerp_(p.grad, 1 - slow)
                     second.lerp_(p.grad.square(), 1 - slower)
                     scale = (second / (1 - slower ** state["step"])).sqrt_().add_(1e-8)
-                    p.addcdiv_(first / (1 - slow ** state["step"]), scale, value=-group["lr"])
+                    p.addcdiv_(first / (1 - slow ** state["step"]), scale, value=-ADAM * group["lr"])
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

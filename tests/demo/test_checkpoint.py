@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from vllm_vtprune.demo import words
-from vllm_vtprune.demo.checkpoint import Naming, embedded_checkpoint, llava_config, write_llava_checkpoint
+from vllm_vtprune.demo.checkpoint import Naming, llava_config, tiny_checkpoint, write_llava_checkpoint
 from vllm_vtprune.demo.photo import photograph
 
 PROMPT = "USER: <image>\nWhat is in front of the flag? ASSISTANT:"
@@ -172,7 +172,7 @@ def test_a_flat_picture_has_fewer_directions_than_a_photograph(
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
-    tokenizer = tokenizer_of(embedded_checkpoint())
+    tokenizer = tokenizer_of(tiny_checkpoint())
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False) == text
 
 
@@ -245,8 +245,8 @@ def test_vllm_sees_that_the_chat_template_takes_parts(checkpoint: Path) -> None:
     assert hf._detect_content_format(template, default="string") == "openai"
 
 
-def test_concurrent_first_uses_of_the_embedded_checkpoint_agree(tmp_path: Path) -> None:
-    code = "from vllm_vtprune.demo.checkpoint import embedded_checkpoint as build; print(build())"
+def test_concurrent_first_uses_of_the_tiny_checkpoint_agree(tmp_path: Path) -> None:
+    code = "from vllm_vtprune.demo.checkpoint import tiny_checkpoint as build; print(build())"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
@@ -260,11 +260,11 @@ def test_concurrent_first_uses_of_the_embedded_checkpoint_agree(tmp_path: Path) 
     assert (built / "model.safetensors").is_file()
 
 
-def test_the_embedded_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiny_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = embedded_checkpoint()
+    built = tiny_checkpoint()
     before = (built / "model.safetensors").stat().st_mtime_ns
-    assert embedded_checkpoint() == built
+    assert tiny_checkpoint() == built
     assert (built / "model.safetensors").stat().st_mtime_ns == before
 
 

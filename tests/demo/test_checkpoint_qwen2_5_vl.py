@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from vllm_vtprune.demo.checkpoint import embedded_checkpoint
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.demo.qwen2_5_vl import qwen2_5_vl_config, write_qwen2_5_vl_checkpoint
 
@@ -140,7 +140,7 @@ def test_vllm_sees_that_the_chat_template_takes_parts(checkpoint: Path) -> None:
     assert hf._detect_content_format(template, default="string") == "openai"
 
 
-def test_each_family_has_an_embedded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_family_has_a_tiny_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for family, architecture in (
         ("llava", "LlavaForConditionalGeneration"),
@@ -148,4 +148,4 @@ def test_each_family_has_an_embedded_checkpoint(tmp_path: Path, monkeypatch: pyt
         ("internvl", "InternVLForConditionalGeneration"),
         ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
     ):
-        assert AutoConfig.from_pretrained(embedded_checkpoint(family)).architectures == [architecture]
+        assert AutoConfig.from_pretrained(tiny_checkpoint(family)).architectures == [architecture]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.chat import VISUAL_TOKENS, fresh_url, user
-from vllm_vtprune.demo.checkpoint import embedded_checkpoint
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "ray" / "serve.yaml"
@@ -62,7 +62,7 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
     environment = {**os.environ, **DIRECT, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
-        [ray_python, script, FILE, str(embedded_checkpoint()), tmp_path / "requests.json"],
+        [ray_python, script, FILE, str(tiny_checkpoint()), tmp_path / "requests.json"],
         capture_output=True,
         text=True,
         env=environment,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.drive import KINDS, drive
-from tests.support.chat import VISUAL_TOKENS, Server
+from tests.support.chat import VISUAL_TOKENS, Server, random_model
 from vllm_vtprune.demo.server import running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
@@ -26,7 +26,8 @@ ONLY_THEIRS = {"rtfx", "tokenizer_id", "burstiness", "queue_times"}
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("served") / "server.log"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with running_server(["--max-model-len", "2048", "--enforce-eager"], environment=environment, log=log) as url:
+    options = [*random_model(), "--max-model-len", "2048", "--enforce-eager"]
+    with running_server(options, environment=environment, log=log) as url:
         yield Server(url, log)
 
 

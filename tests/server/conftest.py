@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.chat import Server
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.demo.server import running_server
 
 DEFAULT_KEEP = 96
@@ -23,7 +24,7 @@ budget = {type = "tokens", keep = 400}
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`vtprune serve` with the checkpoint that comes with the package; requests without a policy keep 96 tokens.
+    """`vtprune serve` with a small random checkpoint; requests without a policy keep 96 tokens.
 
     In float32, so that the same prompt gets the same answer whatever part of it the prefix cache knows.
     """
@@ -31,6 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = folder / "server.log"
     (folder / "presets.toml").write_text(PRESETS)
     options = [
+        str(tiny_checkpoint()),
         *("--served-model-name", *SERVED_NAMES),
         *("--pruning-presets", str(folder / "presets.toml")),
         *("--pruning-default", json.dumps({"budget": {"type": "tokens", "keep": DEFAULT_KEEP}})),

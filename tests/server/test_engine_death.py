@@ -18,7 +18,7 @@ import pytest
 
 from loadtests.client import ask, connect
 from loadtests.records import Record
-from tests.support.chat import DONE, Body, Server, data_of, fresh_url, kept, user
+from tests.support.chat import DONE, Body, Server, data_of, fresh_url, kept, random_model, user
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
@@ -46,7 +46,8 @@ def supervised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("supervised") / "server.log"
-    options = ["--max-model-len", "2048", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    options = [*random_model(), "--max-model-len", "2048", "--enforce-eager", *address]
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", SUPERVISOR, "supervisor", sys.executable, "-m", "vllm_vtprune.cli", "serve", *options],

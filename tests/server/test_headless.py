@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, kept, user
+from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, kept, random_model, user
 from vllm_vtprune.demo.server import free_port, running_server, stop
 
 pytestmark = [
@@ -26,6 +26,7 @@ def node_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def head(node_log: Path) -> Iterator[Server]:
     options = [
+        *random_model(),
         *("--data-parallel-size", "2", "--data-parallel-size-local", "1"),
         *("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(free_port())),
         *("--max-model-len", "2048"),

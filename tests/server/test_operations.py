@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.chat import DONE, VISUAL_TOKENS, Body, Server, data_of, fresh_url, kept, text_of, user
+from tests.support.chat import DONE, VISUAL_TOKENS, Body, Server, data_of, fresh_url, kept, random_model, text_of, user
 from tests.support.collector import Collector, running_collector
 from tests.support.process_tree import family, kill, survivors
 from vllm_vtprune.demo.server import running_server
@@ -36,6 +36,7 @@ def operated(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> 
     """A server that traces, logs in JSON, and gives requests two seconds to finish when it is stopped."""
     log = tmp_path_factory.mktemp("operated") / "server.log"
     options = [
+        *random_model(),
         *("--otlp-traces-endpoint", collector.endpoint),
         *("--logging-config.formatter", "json"),
         *("--shutdown-timeout", str(SHUTDOWN_TIMEOUT)),

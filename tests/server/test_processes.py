@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.chat import DONE, VISUAL_TOKENS, Server, data_of, fresh_url, kept, nouns, user
+from tests.support.chat import DONE, VISUAL_TOKENS, Server, data_of, fresh_url, kept, nouns, random_model, user
 from tests.support.process_tree import family, kill, survivors
 from vllm_vtprune.demo.server import running_server
 
@@ -26,6 +26,7 @@ def two_of_each(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two API processes, two engines; requests without a policy follow the preset `balanced`."""
     log = tmp_path_factory.mktemp("two-of-each") / "server.log"
     options = [
+        *random_model(),
         *("--api-server-count", "2", "--data-parallel-size", "2"),
         *("--pruning-default", "balanced"),
         *("--max-model-len", "2048"),

@@ -17,13 +17,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 DONE = "[DONE]"
 VISUAL_TOKENS = 576
-"""Of an image, in the checkpoint that comes with the package."""
+"""Of an image, in a checkpoint of LLaVA's family."""
 
 _seeds = count()
 # Requests do not share connections, so that several processes behind one address all get some.
 _http = httpx.Client(timeout=120, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 Body = dict[str, Any]
+
+
+def random_model() -> list[str]:
+    """Options that serve the checkpoint with random weights, whose answers depend on every visual token."""
+    from vllm_vtprune.demo.checkpoint import tiny_checkpoint  # takes seconds to import
+
+    return [str(tiny_checkpoint()), "--served-model-name", "vtprune-demo"]
 
 
 @dataclass(frozen=True)

@@ -262,8 +262,17 @@ def llava_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+TRAINED = Path(__file__).parent / "model"
+"""The model that comes with the package: of LLaVA's architecture, trained on scenes by `python -m training`."""
+
+
 def embedded_checkpoint(family: str = DEFAULT) -> Path:
-    """The tiny checkpoint of one of `FAMILIES`, built on first use and kept in the user's cache directory.
+    """What is served and shown where no model is named: `TRAINED`, or of other families a random `tiny_checkpoint`."""
+    return TRAINED if family == DEFAULT else tiny_checkpoint(family)
+
+
+def tiny_checkpoint(family: str = DEFAULT) -> Path:
+    """The tiny random checkpoint of one of `FAMILIES`, built on first use and kept in the user's cache directory.
 
     The directory's name holds a digest of what it is built from, so a new version builds anew. Several processes may
     call this at once: each builds in a directory of its own, and the first to finish gives it its name.

@@ -1,4 +1,4 @@
-"""`vtprune demo`: one photograph on a real server, asked about without and with pruning."""
+"""`vtprune demo`: one picture on a real server, asked about without and with pruning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -18,7 +19,8 @@ from vllm_vtprune.demo.families import DEFAULT, FAMILIES
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.demo.server import ServerFailed, running_server
 
-QUESTION = "What is the astronaut wearing, and what is behind her?"
+PHOTOGRAPH_QUESTION = "What is the astronaut wearing, and what is behind her?"
+SCENE, SCENE_KIND = 7, "reading"  # one that training never saw
 POLICY = {"method": "resprune", "budget": {"type": "energy", "threshold": 0.99}}
 ARMS: dict[str, object] = {"unpruned": False, "pruned": POLICY}
 
@@ -47,7 +49,7 @@ def demo(argv: list[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="vtprune demo",
-        description="Start a server, ask it about a photograph without and with pruning, and stop it.",
+        description="Start a server, ask it about a picture without and with pruning, and stop it.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,45 +58,69 @@ def demo(argv: list[str]) -> None:
         "--family",
         choices=list(FAMILIES),
         default=DEFAULT,
-        help="whose small checkpoint to serve, made on the spot (default: %(default)s)",
+        help="whose small checkpoint to serve: the trained one of llava, or a random one of another (default: "
+        "%(default)s)",
     )
     parser.add_argument("--model", help="another model to serve")
-    parser.add_argument("--question", default=QUESTION, help="what to ask (default: %(default)s)")
+    parser.add_argument("--question", help="what to ask (default: one that suits the picture)")
     args = parser.parse_args(argv)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
+    trained = args.model is None and args.family == DEFAULT
+    subject = scene() if trained else Subject(photograph(), PHOTOGRAPH_QUESTION)
+    if args.question:
+        subject = Subject(subject.picture, args.question)
     try:
-        result = run(args.question, args.model or _checkpoint(args.family))
+        result = run(subject, args.model or (None if trained else _checkpoint(args.family)))
     except KeyboardInterrupt:
         print("\nInterrupted; the server is stopped.", file=sys.stderr)
         sys.exit(130)
     except ServerFailed as error:
         sys.exit(f"vtprune demo: {error}")
-    print(json.dumps(result) if args.json else table(result))
+    print(json.dumps(result) if args.json else f"{subject}\n{table(result)}")
 
 
-def run(question: str, model: str | None = None) -> dict[str, dict[str, Any]]:
-    """Ask a server of our own about the photograph, once for each of `ARMS`.
+@dataclass(frozen=True)
+class Subject:
+    """A picture and what is asked about it; `answer` is the right one, where it is known."""
+
+    picture: Image.Image
+    question: str
+    answer: str | None = None
+
+    def __str__(self) -> str:
+        return self.question if self.answer is None else f"{self.question} (Right is: {self.answer})"
+
+
+def scene() -> Subject:
+    """One of the scenes that the model in the package is made for, on a photograph."""
+    from vllm_vtprune.demo.scenes import ask as questions_about
+    from vllm_vtprune.demo.scenes import make_scene, paint
+
+    picture = make_scene("test", SCENE)
+    [question] = questions_about(picture, kinds=[SCENE_KIND])
+    return Subject(paint(picture), question.text, question.answer)
+
+
+def run(subject: Subject, model: str | None = None) -> dict[str, dict[str, Any]]:
+    """Ask a server of our own about the picture, once for each of `ARMS`.
 
     Returns:
         For each arm ``ttft_ms`` (milliseconds from sending the request to the first token, seen by the client),
         ``answer`` and ``pruning``, the server's report.
     """
     arguments = [*([model] if model else []), *SERVE_OPTIONS]
-    name = model or "the embedded checkpoint"
+    name = model or "the model that comes with the package"
     print(f"Starting a vLLM server with {name} ...", file=sys.stderr)
     with running_server(arguments, environment=SERVE_ENVIRONMENT, on_wait=_show_progress) as url:
         print(f"\nServing on {url}. Warming up ...", file=sys.stderr)
         for policy in ARMS.values():
-            ask(url, Image.new("RGB", (336, 336), "gray"), question, policy)
-        picture = photograph()
-        return {arm: ask(url, picture, question, policy) for arm, policy in ARMS.items()}
+            ask(url, Image.new("RGB", (336, 336), "gray"), subject.question, policy)
+        return {arm: ask(url, subject.picture, subject.question, policy) for arm, policy in ARMS.items()}
 
 
-def _checkpoint(family: str) -> str | None:
-    """The small checkpoint of a family; None for the one that the server itself makes where it is given no model."""
-    if family == DEFAULT:
-        return None
+def _checkpoint(family: str) -> str:
+    """The small checkpoint of a family."""
     from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
 
     return str(embedded_checkpoint(family))
