@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from training.tokenizer import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, VOCABULARY
 from vllm_vtprune.demo.scenes import FIELDS, code_size
+from vllm_vtprune.demo.scenes.labels import POSITION_SIZE
 
 GRID = 24
 WIDTH = 256  # of the language model
@@ -78,7 +79,7 @@ def code_columns() -> dict[str, int]:
 
 
 def new_model(seed: int, tokenizer: object, layers: int = 4) -> LlavaForConditionalGeneration:
-    """Random weights, but that words which name what a patch can show start as its code.
+    """Random weights, but that words which name what a patch can show, or where, start as its code.
 
     A projector trained on captions ends up near the embeddings of the words that describe a patch; here that is where
     it starts. It shortens the search for the picture, and gives methods that compare tokens with words what to compare.
@@ -94,14 +95,17 @@ def new_model(seed: int, tokenizer: object, layers: int = 4) -> LlavaForConditio
         if any(part in name for part in ("o_proj", "out_proj", "down_proj", "fc2")) and name.endswith(".weight"):
             weight.data /= math.sqrt(2 * 6)
     rows = Codebook().rows
+    down, right = (rows[code_size() - size] for size in (POSITION_SIZE, POSITION_SIZE // 2))
+    starts = {" top": -down, " bottom": down, " left": -right, " right": right}
     for value, column in code_columns().items():
         field, word = value.split("=")
         if field in ("colour", "shape", "character"):
-            for text in (f" {word}", word) if field != "character" else (word,):
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
-                if len(ids) == 1:
-                    model.get_input_embeddings().weight.data[ids[0]] = rows[column]
-                    model.lm_head.weight.data[ids[0]] = rows[column]
+            starts |= dict.fromkeys((f" {word}", word) if field != "character" else (word,), rows[column])
+    for text, vector in starts.items():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        if len(ids) == 1:
+            model.get_input_embeddings().weight.data[ids[0]] = vector
+            model.lm_head.weight.data[ids[0]] = vector
     return model
 
 
