@@ -16,7 +16,7 @@ class Answer:
     """One question, asked in one way.
 
     Attributes:
-        question: its name, "picture.question".
+        question: its name.
         kind: of question.
         density: of the picture.
         text: the answer.

@@ -46,7 +46,7 @@ async def _ask_all(url: str, pictures: Sequence[Picture], arms: Sequence[Arm], a
         with tqdm(total=total, unit="question", disable=None) as progress:
             for start in range(0, len(pictures), TOGETHER):
                 some = pictures[start : start + TOGETHER]
-                images = {picture.scene.seed: data_url(picture.paint()) for picture in some}
+                images = {picture.label: data_url(picture.paint()) for picture in some}
 
                 async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
                     async with slots:
@@ -58,7 +58,7 @@ async def _ask_all(url: str, pictures: Sequence[Picture], arms: Sequence[Arm], a
                     for arm in arms:
                         for picture in some:
                             for index in range(len(picture.questions)):
-                                tasks.create_task(ask(arm, picture, index, images[picture.scene.seed]))
+                                tasks.create_task(ask(arm, picture, index, images[picture.label]))
 
 
 async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, image: str) -> Answer:
@@ -83,7 +83,7 @@ async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, inde
     return Answer(
         question=picture.name(index),
         kind=question.kind,
-        density=picture.scene.density,
+        density=picture.density,
         text=text,
         right=is_right(text, question.answer),
         tokens=report["images"][0]["kept_tokens"],

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +16,21 @@ from evaluation.answers import Answers, AnswersError
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
 from evaluation.in_llm import Pruning
+from evaluation.options import count, embedded_model, served, weights_digest
 from evaluation.questions import Picture, pictures
 from evaluation.reference import answer_all, reference_arms
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, split_table
 from evaluation.results import Result, ranked_kinds, results
 from evaluation.spectra import Sample, sample_pictures
 from evaluation.thresholds import threshold_for
-from vllm_vtprune.demo.server import ServerFailed, running_server
+from vllm_vtprune.demo.server import ServerFailed
+from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
 from vllm_vtprune.selectors.registry import METHODS
 
 METHODS_BY_DEFAULT = ("resprune", "adaptprune", "divprune", "fastervlm", "random", "uniform")
 CALIBRATION_QUESTIONS = 600  # of validation scenes: about 90 pictures, by which "+E" finds its thresholds
 SOLVERS_KEEP = 64
-
-SERVE_OPTIONS = (
-    *("--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"),
-    *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
-)
-SERVE_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 
 EXAMPLE = """examples:
   vtprune eval                                              # a few methods at 128 and 64 tokens, 200 questions
@@ -56,20 +50,20 @@ def evaluate(argv: list[str]) -> None:
     """
     args = _parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = args.model or _embedded_checkpoint()
+    model = args.model or embedded_model()
     asked = list(pictures("test", args.questions, args.seed))
     try:
         arms, inside = _arms(args, model)
         ways.check(arms)
         with Answers(args.out / "answers.jsonl", {"model": weights_digest(model), "split": "test"}) as answers:
-            with _server(args, model) as url:
+            with served(args.url, model) as url:
                 ask_all(url, asked, [UNPRUNED, *arms], answers)
             if inside:
                 answer_all(Path(model), asked, inside, answers)
         found = _results([UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the same command goes on.")
-    except (ServerFailed, AnswersError, Unasked, PolicyError) as error:
+    except (InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError) as error:
         sys.exit(f"vtprune eval: {error}")
     found.write(args.out)
     print(json.dumps(found.to_json()) if args.json else accuracy_table(found.all_kinds))
@@ -85,7 +79,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="a model's directory or its name on the hub (default: the embedded one)")
     parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
-    parser.add_argument("--questions", type=_count, default=200, metavar="N", help="to ask (default: %(default)s)")
+    parser.add_argument("--questions", type=count, default=200, metavar="N", help="to ask (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first scene (default: %(default)s)")
     parser.add_argument(
         "--methods",
@@ -118,15 +112,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _count(text: str) -> int:
-    count = int(text) if text.isdecimal() else 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given; expected a whole number from 1")
-    return count
-
-
 def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
+    return [count(part) for part in text.split(",")]
 
 
 def _methods(text: str) -> list[str]:
@@ -176,34 +163,6 @@ def _thresholds(sample: Sample, keeps: Sequence[int]) -> dict[int, float]:
         else:
             thresholds[keep] = threshold
     return thresholds
-
-
-@contextmanager
-def _server(args: argparse.Namespace, model: str) -> Iterator[str]:
-    if args.url:
-        yield args.url.rstrip("/")
-        return
-    print(f"Starting a vLLM server with {model} ...", file=sys.stderr)
-    with running_server([model, *SERVE_OPTIONS], environment=SERVE_ENVIRONMENT) as url:
-        yield url
-
-
-def _embedded_checkpoint() -> str:
-    from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
-
-    return str(embedded_checkpoint())
-
-
-def weights_digest(model: str) -> str:
-    """What tells a model from others: a digest of its weights where it is a directory, else its name."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        return model
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,5 @@ def answer_all(checkpoint: Path, pictures: Sequence[Picture], pairs: Pairs, answ
                     if not answers.has(arm, name):
                         said = model.answer(image, question.text, pruning, ANSWER_TOKENS)
                         right = is_right(said.text, question.answer)
-                        answers.add(
-                            arm, Answer(name, question.kind, picture.scene.density, said.text, right, said.tokens)
-                        )
+                        answers.add(arm, Answer(name, question.kind, picture.density, said.text, right, said.tokens))
                     progress.update()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from evaluation.answers import Answer
 from evaluation.arms import Arm
+from evaluation.questions import picture_of
 
 RESAMPLES = 2000
 RANKED_FROM = 0.85  # unpruned accuracy of a kind of question; below, it says little about pruning
@@ -119,9 +120,9 @@ def _draws(names: Sequence[str]) -> NDArray[np.float64]:
 
     Questions about one picture share its difficulties, so they are drawn together.
     """
-    pictures = sorted({name.split(".")[0] for name in names})
+    pictures = sorted({picture_of(name) for name in names})
     column = {picture: index for index, picture in enumerate(pictures)}
-    of = np.array([column[name.split(".")[0]] for name in names], dtype=int)
+    of = np.array([column[picture_of(name)] for name in names], dtype=int)
     generator = np.random.default_rng(0)
     times = generator.multinomial(len(pictures), np.full(len(pictures), 1 / max(1, len(pictures))), size=RESAMPLES)
     return times[:, of].astype(float)

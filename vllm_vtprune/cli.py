@@ -7,6 +7,7 @@ import sys
 
 from vllm_vtprune import __version__
 
+COMMANDS = ("serve", "demo", "inspect", "eval", "calibrate")
 DESCRIPTION = """Serve vision-language models with fewer visual tokens.
 
 commands:
@@ -14,6 +15,7 @@ commands:
   demo [options]            one photograph, asked about without and with pruning
   inspect IMAGE [options]   which parts of a picture a policy keeps, drawn on it
   eval [options]            how many answers stay right under every way of pruning
+  calibrate [options]       a preset for one's own images
 
 example:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="vtprune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"vllm-vtprune {__version__}")
-    parser.add_argument("command", choices=["serve", "demo", "inspect", "eval"], metavar="COMMAND", help="see above")
+    parser.add_argument(
+        "command", choices=["serve", "demo", "inspect", "eval", "calibrate"], metavar="COMMAND", help="see above"
+    )
     command = parser.parse_args(arguments[:1]).command
     if command == "serve":
         from server.launch import serve
@@ -45,6 +49,10 @@ def main(argv: list[str] | None = None) -> None:
         from evaluation.command import evaluate
 
         evaluate(arguments[1:])
+    elif command == "calibrate":
+        from evaluation.calibrate import calibrate
+
+        calibrate(arguments[1:])
     else:
         from vllm_vtprune.demo.command import demo
 

@@ -25,7 +25,7 @@ FEATURES = VisualFeatures(torch.randn(576, 48), torch.randn(576, 32), grid=(24, 
 
 def answered(right: list[bool], kind: str = "count", tokens: float = 64) -> dict[str, Answer]:
     """Two questions a picture."""
-    names = [f"{index // 2}.{index % 2}" for index in range(len(right))]
+    names = [f"{index // 2}#{index % 2}" for index in range(len(right))]
     return {name: Answer(name, kind, "dense", "3", one, tokens) for name, one in zip(names, right, strict=True)}
 
 
@@ -38,7 +38,7 @@ def test_as_many_questions_as_wanted_and_always_the_same() -> None:
     assert asked == list(pictures("test", 40))
     longer = list(pictures("test", 60))
     assert longer[: len(asked) - 1] == asked[:-1], "a longer test begins with a shorter one"
-    assert {picture.scene.split for picture in asked} == {"test"}
+    assert {picture.source.split for picture in asked} == {"test"}
     assert len({picture.name(index) for picture in asked for index in range(len(picture.questions))}) == 40
 
 
@@ -96,9 +96,9 @@ def test_answers_are_gone_on_with_where_a_run_was_killed(tmp_path: Path) -> None
     file.write_text(file.read_text()[:-20])  # killed while it wrote
     with Answers(file, {"model": "a"}) as answers:
         assert dict(answers.of(ARM)) == answered([True])
-        assert answers.has(ARM, "0.0")
-        assert not answers.has(ARM, "0.1")
-        answers.add(ARM, answered([True, False])["0.1"])
+        assert answers.has(ARM, "0#0")
+        assert not answers.has(ARM, "0#1")
+        answers.add(ARM, answered([True, False])["0#1"])
     assert len([json.loads(line) for line in file.read_text().splitlines()]) == 3
     with Answers(file, {"model": "a"}) as answers:
         assert len(list(answers)) == 2
@@ -107,10 +107,10 @@ def test_answers_are_gone_on_with_where_a_run_was_killed(tmp_path: Path) -> None
 def test_answers_of_another_model_or_policy_are_not_mixed_in(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with Answers(file, {"model": "a"}) as answers:
-        answers.add(ARM, answered([True])["0.0"])
+        answers.add(ARM, answered([True])["0#0"])
     other = Arm(ARM.name, {"method": "random", "budget": {"type": "tokens", "keep": 64}, "seed": 1}, "random", 64)
     with Answers(file, {"model": "a"}) as answers:
-        assert not answers.has(other, "0.0")
+        assert not answers.has(other, "0#0")
     with pytest.raises(AnswersError, match="another folder"):
         Answers(file, {"model": "b"})
 
@@ -120,7 +120,7 @@ def test_answers_of_another_model_or_policy_are_not_mixed_in(tmp_path: Path) -> 
 
 def test_accuracy_is_that_of_the_questions_that_everybody_was_asked() -> None:
     unpruned, pruned = answered([True] * 8, tokens=576), answered([True, False] * 4)
-    del pruned["3.1"]
+    del pruned["3#1"]
     [base, result] = results([(UNPRUNED, unpruned), (ARM, pruned)], unpruned)
     assert (base.questions, base.accuracy, base.difference, base.mean_tokens) == (7, 1.0, 0.0, 576)
     assert result.accuracy == pytest.approx(4 / 7)
@@ -133,9 +133,9 @@ def test_accuracy_is_that_of_the_questions_that_everybody_was_asked() -> None:
 def test_the_interval_resamples_pictures_not_questions() -> None:
     """Twice as many questions about the same pictures, answered alike, tell no more."""
     right = list(np.random.default_rng(0).random(60) < 0.7)
-    once = {f"{index}.0": Answer(f"{index}.0", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)}
+    once = {f"{index}#0": Answer(f"{index}#0", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)}
     twice = once | {
-        f"{index}.1": Answer(f"{index}.1", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)
+        f"{index}#1": Answer(f"{index}#1", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)
     }
     [single], [double] = (results([(ARM, asked)], asked) for asked in (once, twice))
     assert single.ci95 == pytest.approx(double.ci95)
@@ -146,7 +146,7 @@ def test_the_interval_resamples_pictures_not_questions() -> None:
 
 def test_kinds_that_the_model_does_not_know_do_not_rank() -> None:
     unpruned = answered([True] * 4) | {
-        f"9{i}.0": Answer(f"9{i}.0", "reading", "dense", "", i == 0, 576) for i in range(4)
+        f"9{i}#0": Answer(f"9{i}#0", "reading", "dense", "", i == 0, 576) for i in range(4)
     }
     assert ranked_kinds(unpruned.values()) == ["count"]
     [result] = results([(ARM, unpruned)], unpruned, ["count"])

@@ -1,13 +1,18 @@
-"""`vtprune eval` from end to end, on a model that knows nothing."""
+"""`vtprune eval` and `vtprune calibrate` from end to end, on a model that knows nothing."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from evaluation.calibrate import calibrate
 from evaluation.command import evaluate
-from tests.support.chat import VISUAL_TOKENS, Server
+from tests.support.chat import VISUAL_TOKENS, Server, user
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune.demo.command import data_url
+from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune.policy import EnergyBudget
+from vllm_vtprune.presets import read_presets
 
 pytestmark = pytest.mark.engine
 
@@ -54,3 +59,26 @@ def test_options_that_are_none_are_refused(
         evaluate(options)
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_preset_is_written_that_the_server_reads(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photograph().save(tmp_path / "astronaut.png")
+    lines = [{"image": "astronaut.png", "question": question} for question in ("Who is this?", "What is behind her?")]
+    (tmp_path / "sample.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--url", server.url, "--model", str(tiny_checkpoint()), "--sample", str(tmp_path / "sample.jsonl")]
+    options += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "presets.toml"), "--name", "mine"]
+
+    calibrate([*options, "--tokens", "48"])
+    assert "preset mine keeps 48.0 tokens" in capsys.readouterr().out
+    policy = read_presets(tmp_path / "presets.toml")["mine"]
+    assert isinstance(policy.budget, EnergyBudget)
+    message = user("Who is this?", data_url(photograph()))
+    report = server.ask(messages=[message], pruning=policy.dump())["pruning"]
+    assert report["images"][0]["kept_tokens"] == 48
+
+    with pytest.raises(SystemExit, match="nothing that was tried retains 1"):
+        calibrate([*options, "--retain", "1"])
+    shown = capsys.readouterr().out
+    assert "| mean tokens | threshold | retained |" in shown

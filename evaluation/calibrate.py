@@ -1,0 +1,231 @@
+"""`vtprune calibrate`: a preset for one's own images, from a wanted number of tokens or a wanted accuracy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.answers import Answer, Answers, AnswersError
+from evaluation.arms import UNPRUNED, Arm
+from evaluation.asking import Unasked, ask_all
+from evaluation.options import count, embedded_model, served, weights_digest
+from evaluation.questions import Picture, SampleError, pictures, plain, read_sample
+from evaluation.report import markdown
+from evaluation.spectra import Sample, sample_pictures
+from evaluation.thresholds import counts, threshold_for
+from vllm_vtprune.demo.server import ServerFailed
+from vllm_vtprune.inspection import InspectionFailed
+from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune.presets import PRESET_NAME
+from vllm_vtprune.selectors.registry import METHODS
+
+SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of a picture's tokens, that are tried in turn
+SCENE_QUESTIONS = 300
+
+EXAMPLE = """examples:
+  vtprune calibrate --tokens 128 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml
+  vtprune calibrate --retain 0.99 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml
+  vtprune serve llava-hf/llava-1.5-7b-hf --pruning-presets presets.toml --pruning-default calibrated
+
+a line of questions.jsonl, whose answer may be left out:
+  {"image": "photographs/1.jpg", "question": "What colour is the bus?", "answer": "red"}
+"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One threshold that was tried.
+
+    Attributes:
+        threshold: of the energy budget.
+        mean_tokens: that it keeps of a picture.
+        retained: right answers by those of the unpruned model, or answers that are equal to its own; None: not asked.
+    """
+
+    threshold: float
+    mean_tokens: float
+    retained: float | None = None
+
+
+def calibrate(argv: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: the command line after ``vtprune calibrate``.
+
+    Raises:
+        SystemExit: 2 for options that are not valid; 1 where the sample, the server or a request fails, or nothing that
+            was tried reaches the target.
+    """
+    args = _parse(argv)
+    model = args.model or embedded_model()
+    try:
+        sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
+        encoded = sample_pictures(model, (picture.paint() for picture in sample))
+        if args.tokens is not None:
+            trials = [_trial(encoded, args.tokens)]
+        else:
+            trials = _tried(args, model, sample, encoded)
+        chosen = choose(trials, args.retain)
+        if args.retain is not None:
+            print(_table(trials, chosen))
+        if chosen is None:
+            sys.exit(f"vtprune calibrate: nothing that was tried retains {args.retain:g}; the largest budget is above.")
+        args.out.write_text(_preset(args, model, sample, chosen))
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; the same command goes on.")
+    except (SampleError, InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError, _NoThreshold) as error:
+        sys.exit(f"vtprune calibrate: {error}")
+    print(f"{args.out}: preset {args.name} keeps {chosen.mean_tokens:.1f} tokens of a picture on average.")
+
+
+def choose(trials: Sequence[Trial], retain: float | None) -> Trial | None:
+    """The fewest tokens that retain so much, and more tokens too: the last before the first that does not.
+
+    Args:
+        trials: most tokens first.
+        retain: wanted; None where nobody asked.
+    """
+    chosen = None
+    for trial in trials:
+        if retain is not None and trial.retained is not None and trial.retained < retain:
+            break
+        chosen = trial
+    return chosen
+
+
+def retained(answers: Sequence[Answer], unpruned: Sequence[Answer], *, known: bool) -> float:
+    """How much of the unpruned model is left.
+
+    Args:
+        answers: to the questions of the sample.
+        unpruned: to the same questions, in the same order.
+        known: whether the right answers are; else an answer is as good as it is equal to the unpruned one.
+    """
+    if known:
+        return sum(answer.right for answer in answers) / max(1, sum(answer.right for answer in unpruned))
+    same = [plain(answer.text) == plain(whole.text) for answer, whole in zip(answers, unpruned, strict=True)]
+    return sum(same) / len(same)
+
+
+class _NoThreshold(Exception):
+    pass
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vtprune calibrate",
+        description="Find the energy threshold that keeps a number of tokens on average, or the smallest budget that "
+        "retains a share of the model's accuracy, on a sample of pictures; write it as a preset.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="a model's directory or its name on the hub (default: the embedded one)")
+    parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
+    parser.add_argument("--sample", type=Path, metavar="FILE", help="JSON lines (default: scenes of our own)")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--tokens", type=count, metavar="K", help="to keep of a picture, on average; asks no server")
+    target.add_argument(
+        "--retain",
+        type=_share,
+        metavar="SHARE",
+        help="of the right answers that the unpruned model gives; without answers, of answers that stay as they are",
+    )
+    parser.add_argument("--method", choices=list(METHODS), default="resprune", help="(default: %(default)s)")
+    parser.add_argument("--name", type=_name, default="calibrated", help="of the preset (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("build/calibrate"), help="for answers (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the presets file, such as presets.toml"
+    )
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".toml":
+        parser.error(f"--out: {args.out} given; expected a name that ends in .toml")
+    return args
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given; expected a number above 0 and at most 1")
+    return share
+
+
+def _name(text: str) -> str:
+    if not PRESET_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; expected a letter, then at most 63 letters, digits and any of _ . -"
+        )
+    return text
+
+
+def _trial(encoded: Sample, tokens: float) -> Trial:
+    found = threshold_for(encoded.spectra, tokens)
+    if found is None:
+        most = counts(encoded.spectra, 1.0).mean()
+        raise _NoThreshold(f"no energy threshold keeps {tokens:g} tokens on average; at most it is {most:.1f} here")
+    return Trial(found, float(counts(encoded.spectra, found).mean()))
+
+
+def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], encoded: Sample) -> list[Trial]:
+    """Every budget of `SHARES` that an energy threshold leads to, asked about the whole sample."""
+    trials = []
+    for share in SHARES:
+        try:
+            trials.append(_trial(encoded, share * encoded.features.num_tokens))
+        except _NoThreshold as reason:
+            print(f"{reason}.", file=sys.stderr)
+    arms = [Arm(f"{trial.mean_tokens:.1f}", _policy(args, trial), args.method, adaptive=True) for trial in trials]
+    PruningPolicy.parse(arms[0].policy)
+    args.work.mkdir(parents=True, exist_ok=True)
+    subject = {"model": weights_digest(model), "sample": str(args.sample.resolve()) if args.sample else "validation"}
+    with Answers(args.work / "answers.jsonl", subject) as answers, served(args.url, model) as url:
+        ask_all(url, sample, [UNPRUNED, *arms], answers)
+        names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
+        known = all(question.answer for picture in sample for question in picture.questions)
+        whole = [answers.of(UNPRUNED)[name] for name in names]
+        return [
+            Trial(
+                trial.threshold,
+                trial.mean_tokens,
+                retained([answers.of(arm)[name] for name in names], whole, known=known),
+            )
+            for trial, arm in zip(trials, arms, strict=True)
+        ]
+
+
+def _policy(args: argparse.Namespace, trial: Trial) -> dict[str, object]:
+    return {"method": args.method, "budget": {"type": "energy", "threshold": trial.threshold, "min_tokens": 1}}
+
+
+def _table(trials: Sequence[Trial], chosen: Trial | None) -> str:
+    rows = [
+        [
+            "chosen" if trial is chosen else "",
+            f"{trial.mean_tokens:.1f}",
+            f"{trial.threshold:.6f}",
+            "-" if trial.retained is None else f"{100 * trial.retained:.1f} %",
+        ]
+        for trial in trials
+    ]
+    return markdown(["", "mean tokens", "threshold", "retained"], rows)
+
+
+def _preset(args: argparse.Namespace, model: str, sample: Sequence[Picture], chosen: Trial) -> str:
+    """The presets file."""
+    questions = sum(len(picture.questions) for picture in sample)
+    about = f"{len(sample)} pictures, {chosen.mean_tokens:.1f} tokens of each on average"
+    if chosen.retained is not None:
+        about += f", {questions} questions, {100 * chosen.retained:.1f} % retained"
+    return (
+        f"# vtprune calibrate, {model}: {about}\n"
+        f"[{json.dumps(args.name)}]\n"
+        f"method = {json.dumps(args.method)}\n"
+        f'budget = {{type = "energy", threshold = {chosen.threshold!r}, min_tokens = 1}}\n'
+    )

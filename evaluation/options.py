@@ -1,0 +1,56 @@
+"""What the commands of this package share: their model, its server, and numbers on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm_vtprune.demo.server import running_server
+
+SERVE_OPTIONS = (
+    *("--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"),
+    *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
+)
+SERVE_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given; expected a whole number from 1")
+    return number
+
+
+@contextmanager
+def served(url: str | None, model: str) -> Iterator[str]:
+    """The address of a server of the model: the one that is given, or one that runs meanwhile."""
+    if url:
+        yield url.rstrip("/")
+        return
+    print(f"Starting a vLLM server with {model} ...", file=sys.stderr)
+    with running_server([model, *SERVE_OPTIONS], environment=SERVE_ENVIRONMENT) as own:
+        yield own
+
+
+def embedded_model() -> str:
+    """The model that comes with the package."""
+    from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
+
+    return str(embedded_checkpoint())
+
+
+def weights_digest(model: str) -> str:
+    """What tells a model from others: a digest of its weights where it is a directory, else its name."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
