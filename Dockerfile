@@ -16,6 +16,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY vllm_vtprune vllm_vtprune
 COPY server server
+COPY evaluation evaluation
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 # spaCy's model is not on PyPI. The hash is that of the release; the build stops if the file has another.
 ADD --checksum=sha256:1932429db727d4bff3deed6b34cfc05df17794f4a52eeb26cf8928f7c1a0fb85 \

@@ -15,11 +15,12 @@ from evaluation.ablations import ABLATIONS, SOLVERS, solver_arms
 from evaluation.answers import Answers, AnswersError
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
+from evaluation.gallery import draw_gallery
 from evaluation.in_llm import Pruning
 from evaluation.options import count, embedded_model, served, weights_digest
-from evaluation.questions import Picture, pictures
+from evaluation.questions import Picture, picture_of, pictures
 from evaluation.reference import answer_all, reference_arms
-from evaluation.report import accuracy_table, budget_table, plot_accuracy, split_table
+from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
 from evaluation.results import Result, ranked_kinds, results
 from evaluation.spectra import Sample, sample_pictures
 from evaluation.thresholds import threshold_for
@@ -66,6 +67,11 @@ def evaluate(argv: list[str]) -> None:
     except (InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError) as error:
         sys.exit(f"vtprune eval: {error}")
     found.write(args.out)
+    adaptive = [arm for arm in arms if arm.adaptive]
+    if adaptive:
+        plot_budgets(_budgets(adaptive, answers), args.out / "budgets.png")
+    if args.gallery:
+        draw_gallery(model, asked, [arm for arm in arms if arm.policy], args.out / "gallery.png")
     print(json.dumps(found.to_json()) if args.json else accuracy_table(found.all_kinds))
 
 
@@ -107,6 +113,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="also the methods that prune inside the language model, in plain transformers (slow; LLaVA-1.5 only)",
     )
+    parser.add_argument("--gallery", action="store_true", help="also draw what each way keeps of the first scenes")
     parser.add_argument("--out", type=Path, default=Path("build/eval"), help="folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object on the last line")
     return parser.parse_args(argv)
@@ -203,6 +210,19 @@ class Evaluation:
         (directory / "results.md").write_text("\n\n".join(parts))
         unpruned, *others = self.all_kinds
         plot_accuracy(others, unpruned, directory / "accuracy.png")
+
+
+def _budgets(arms: Sequence[Arm], answers: Answers) -> dict[int, dict[str, list[float]]]:
+    """Tokens of pictures by budget and density. Energy budgets do not depend on the method, so one for each will do."""
+    tokens: dict[int, dict[str, list[float]]] = {}
+    for arm in arms:
+        if arm.keep is None or arm.keep in tokens:
+            continue
+        by_picture = {picture_of(name): answer for name, answer in answers.of(arm).items()}
+        by_density = tokens.setdefault(arm.keep, {})
+        for answer in by_picture.values():
+            by_density.setdefault(answer.density, []).append(answer.tokens)
+    return tokens
 
 
 def _results(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) -> Evaluation:

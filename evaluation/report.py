@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evaluation.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Cells = Sequence[str]
 
@@ -91,26 +95,32 @@ def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> No
     axes.set(xscale="log", xlabel="visual tokens kept, mean", ylabel="accuracy (%)")
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)
-    _save(figure, file)
+    save(figure, file)
 
 
-def plot_budgets(tokens: Mapping[str, Sequence[float]], file: Path) -> None:
-    """How many tokens an energy budget keeps of each picture, by the pictures' density."""
+def plot_budgets(tokens: Mapping[int, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """How many tokens energy budgets keep of each picture.
+
+    Args:
+        tokens: of pictures, by the budget's mean and by the pictures' density.
+        file: where it goes.
+    """
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    names = list(tokens)
-    axes.hist([tokens[name] for name in names], bins=30, stacked=True, label=names)
-    axes.set(xlabel="visual tokens kept", ylabel="pictures")
-    axes.legend()
-    _save(figure, file)
+    figure, axes = pyplot.subplots(1, len(tokens), figsize=(4.5 * len(tokens), 3.5), squeeze=False)
+    for axis, (mean, by_density) in zip(axes[0], sorted(tokens.items()), strict=True):
+        names = sorted(by_density)
+        axis.hist([by_density[name] for name in names], bins=25, stacked=True, label=names)
+        axis.axvline(mean, color="black", linewidth=1)
+        axis.set(title=f"mean {mean}", xlabel="visual tokens kept", ylabel="pictures")
+        axis.legend(fontsize=7)
+    save(figure, file)
 
 
-def _save(figure: object, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure to a file, and forget it."""
     from matplotlib import pyplot
-    from matplotlib.figure import Figure
 
-    assert isinstance(figure, Figure)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

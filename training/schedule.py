@@ -27,7 +27,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "tower": (Part(GRID, 4, 1.0, 1.55),),
     "joint": (Part(GRID, 8, 1.0, 3.6),),
 }
-RATES = {"language": 3e-3, "tower": 3e-3, "joint": 1e-3}  # peaks
+RATES = {"language": 3e-3, "tower": 3e-3, "joint": 6e-4}  # peaks
 JOINT = 0.35  # of the time
 
 

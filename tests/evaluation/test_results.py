@@ -11,7 +11,7 @@ from evaluation.ablations import ABLATIONS, solver_arms
 from evaluation.answers import Answer, Answers, AnswersError
 from evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, presets
 from evaluation.questions import is_right, pictures
-from evaluation.report import accuracy_table, budget_table, plot_accuracy, split_table
+from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
 from evaluation.results import ranked_kinds, results
 from evaluation.thresholds import counts, threshold_for
 from vllm_vtprune.budget import energy_rank, exact_spectrum
@@ -162,7 +162,8 @@ def test_tables_and_plots_show_every_arm(tmp_path: Path) -> None:
     assert "| random+E | 50.0 % (-50.0) |" in budget_table(found)
     assert "| random@64 | 50.0 % |" in split_table(found, "kind")
     plot_accuracy(found[1:], found[0], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    plot_budgets({64: {"sparse": [32.0, 40.0], "dense": [90.0]}, 128: {"dense": [128.0]}}, tmp_path / "budgets.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("plot.png", "budgets.png"))
 
 
 # --- thresholds -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,17 @@ def test_every_question_is_asked_once_in_every_way(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--url", server.url, "--model", str(tiny_checkpoint()), "--out", str(tmp_path), "--json"]
-    options += ["--questions", "8", "--methods", "random,random3x3", "--keep", "64,100", "--presets", "fast"]
+    options += [
+        "--questions",
+        "8",
+        "--methods",
+        "random,random3x3",
+        "--keep",
+        "64,100",
+        "--presets",
+        "fast",
+        "--gallery",
+    ]
     evaluate(options)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     by_arm = {result["arm"]: result for result in found}
@@ -37,7 +47,7 @@ def test_every_question_is_asked_once_in_every_way(
     answers = (tmp_path / "answers.jsonl").read_text()
     assert len(answers.splitlines()) == 1 + 8 * len(by_arm)
     assert "| random3x3@64 | 64.0 |" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "accuracy.png").exists()
+    assert {file.name for file in tmp_path.glob("*.png")} == {"accuracy.png", "gallery.png"}
 
     evaluate(options)
     capsys.readouterr()
