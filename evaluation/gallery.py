@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluation.arms import Arm
 from evaluation.questions import Picture
 from evaluation.report import save
-from vllm_vtprune.inspection import examine
+from vllm_vtprune.inspection import examine, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 
 SCENES = 6
@@ -25,6 +25,7 @@ def draw_gallery(model: str, pictures: Sequence[Picture], arms: Sequence[Arm], f
     """
     from matplotlib import pyplot
 
+    processor = pruning_processor(model)
     shown = pictures[:SCENES]
     figure, axes = pyplot.subplots(
         len(shown), 1 + len(arms), figsize=(2.2 * (1 + len(arms)), 2.4 * len(shown)), squeeze=False
@@ -34,7 +35,7 @@ def draw_gallery(model: str, pictures: Sequence[Picture], arms: Sequence[Arm], f
         row[0].imshow(image)
         row[0].set_title(question.text, fontsize=6)
         for axis, arm in zip(row[1:], arms, strict=True):
-            found = examine(image, PruningPolicy.parse(arm.policy), question.text, model)
+            found = examine(processor, image, PruningPolicy.parse(arm.policy), question.text)
             axis.imshow(found.drawn)
             axis.set_title(f"{arm.name}: {found.image['kept_tokens']}", fontsize=6)
         for axis in row:

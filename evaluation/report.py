@@ -22,15 +22,15 @@ def markdown(head: Cells, rows: Iterable[Cells]) -> str:
 
 def accuracy_table(results: Sequence[Result]) -> str:
     """One line for each arm: tokens, accuracy with its interval, and what is left of the unpruned accuracy."""
-    head = ["", "mean tokens", "accuracy", "95 % interval", "less than unpruned", "95 % interval", "retained"]
+    head = ["", "mean tokens", "accuracy", "95 % interval", "against unpruned", "95 % interval", "retained"]
     rows = [
         [
             result.arm,
             f"{result.mean_tokens:.1f}",
             _percent(result.accuracy),
             f"{_percent(result.ci95[0])} to {_percent(result.ci95[1])}",
-            f"{-100 * result.difference:.1f}",
-            f"{-100 * result.difference_ci95[1]:.1f} to {-100 * result.difference_ci95[0]:.1f}",
+            f"{100 * result.difference:+.1f}",
+            f"{100 * result.difference_ci95[0]:+.1f} to {100 * result.difference_ci95[1]:+.1f}",
             "-" if result.retained is None else _percent(result.retained),
         ]
         for result in results
@@ -92,7 +92,10 @@ def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> No
             label=f"{method}+E" if adaptive else method,
         )
     axes.axhline(100 * unpruned.accuracy, color="black", linewidth=1, label=f"unpruned ({unpruned.mean_tokens:.0f})")
+    ticks = sorted({round(result.mean_tokens) for result in results if not result.adaptive})
     axes.set(xscale="log", xlabel="visual tokens kept, mean", ylabel="accuracy (%)")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)
     save(figure, file)

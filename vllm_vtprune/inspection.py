@@ -92,7 +92,7 @@ def inspect(argv: list[str]) -> None:
     try:
         with Image.open(args.image) as picture:
             picture.load()
-        found = examine(picture, policy, args.query, args.model or _checkpoint(args.family))
+        found = examine(pruning_processor(args.model or _checkpoint(args.family)), picture, policy, args.query)
         found.drawn.save(args.out)
     except (OSError, PolicyError, InspectionFailed) as error:
         sys.exit(f"vtprune inspect: {error}")
@@ -104,20 +104,18 @@ def inspect(argv: list[str]) -> None:
     print(f"{image['method']} keeps {image['kept_tokens']} of {image['visual_tokens']} tokens{about}: {args.out}")
 
 
-def examine(picture: Image.Image, policy: PruningPolicy, query: str, model: str) -> Inspection:
+def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPolicy, query: str) -> Inspection:
     """Choose the tokens of one image as the server would.
 
     Args:
+        processor: of the model.
         picture: the image.
         policy: what to do with it.
         query: the text that the choice is conditioned on, where the policy looks at one.
-        model: a directory, or a name on the hub.
 
     Raises:
-        InspectionFailed: the model's architecture cannot be pruned.
-        PolicyError: its family lacks what the policy asks for.
+        PolicyError: the model's family lacks what the policy asks for.
     """
-    processor = pruning_processor(model)
     picture = picture.convert("RGB")
     report, plan, features = processor.plan_alone(_media(picture), policy, query)
     view = processor.view(picture.height, picture.width)
