@@ -24,7 +24,7 @@ were not learnt (`optimizer.py`).
 
 Where the time goes (`schedule.py`). Measured on two cores of an AMD EPYC without AVX-512, seconds for a step on one
 core: language 1.45 (8 scenes of 8 x 8) to 1.95 (4 of 24 x 24), tower 1.3 (4 pictures), joint 3.5 (8 pictures, on two).
-A general allocator that returns memory to the system costs up to a third of that: run it under jemalloc where there is
-one. Two threads are only 1.5 times as fast as one, so `language` and `tower` run side by side, one core each, and a step
-of `joint` is divided between two threads. `--hours` lengthens all stages alike.
+An allocator that gives memory back to the system costs 5 % more: jemalloc need not. Two threads are only 1.5 times as
+fast as one, so `language` and `tower` run side by side, one core each, and a step of `joint` is divided between two
+threads. `--hours` lengthens all stages alike.
 """
