@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.support.process_tree import command_of, family, kill, survivors
-from vllm_vtprune.demo.command import POLICY, QUESTION
+from vllm_vtprune.demo.command import POLICY
 
 pytestmark = pytest.mark.engine
 
@@ -74,7 +74,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
         process.wait()
 
 
-def test_one_photograph_unpruned_and_pruned(demo: Demo) -> None:
+def test_one_picture_unpruned_and_pruned(demo: Demo) -> None:
     demo.wait()
     assert demo.process.returncode == 0, demo.stderr.read_text()
     lines = demo.stdout.read_text().splitlines()
@@ -94,8 +94,7 @@ def test_one_photograph_unpruned_and_pruned(demo: Demo) -> None:
     assert unpruned["images"][0]["kept_tokens"] == 576
     assert 32 <= pruned["images"][0]["kept_tokens"] < 576
     assert pruned["images"][0]["energy"] >= pruned["budget"]["threshold"] == 0.99
-    assert "astronaut" in QUESTION
-    assert "astronaut" in pruned["images"][0]["nouns"]
+    assert pruned["images"][0]["nouns"], "of the question about the scene"
 
     assert len(demo.seen) >= 3, "itself, the server, its engine"
     assert survivors(list(demo.seen), within=GONE_WITHIN) == []

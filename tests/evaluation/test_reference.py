@@ -1,0 +1,35 @@
+"""The methods inside the language model, as rows of the same table."""
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.answers import Answers
+from evaluation.questions import pictures
+from evaluation.reference import answer_all, reference_arms
+from vllm_vtprune.demo.checkpoint import TRAINED
+
+
+def test_every_method_in_the_language_model_is_a_row(tmp_path: Path) -> None:
+    asked = list(pictures("test", 2))
+    pairs = reference_arms([64], {64: 0.9})
+    with Answers(tmp_path / "answers.jsonl", {"model": "m"}) as answers:
+        answer_all(TRAINED, asked, pairs, answers)
+        answer_all(TRAINED, asked, pairs, answers)  # which finds all of them answered
+        tokens = {arm.name: {answer.tokens for answer in answers.of(arm).values()} for arm, _ in pairs}
+    adaptive = [tokens.pop(name) for name in ("fastv+E@64", "adaptprune in the LLM+E@64")]
+    assert tokens == {
+        "transformers": {576},
+        "pyramiddrop": {576 * (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4},
+        "vtw": {576 / 2},
+        "fastv@64": {(2 * 576 + 2 * 64) / 4},
+        "adaptprune in the LLM@64": {(2 * 576 + 2 * 64) / 4},
+    }
+    assert adaptive[0] == adaptive[1], "the picture decides, not the method"
+    assert adaptive[0] != {(2 * 576 + 2 * 64) / 4}
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 2 * len(pairs)
+
+
+@pytest.mark.parametrize("keep", [64, 128])
+def test_a_budget_without_a_threshold_has_no_adaptive_row(keep: int) -> None:
+    assert not any(arm.adaptive for arm, _ in reference_arms([keep], {32: 0.9}))
