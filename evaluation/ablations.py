@@ -87,7 +87,7 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "adaptprune-strategies": Ablation("AdaptPrune, Table 5", ADAPTPRUNE_STRATEGIES, "adaptprune", TENTH),
     }
 )
-"""By name. E-AdaPrune's Table 1 is `vtprune eval --methods visionzip,fastv,pyramiddrop --adaptive`."""
+"""By name. E-AdaPrune's Table 1 is `vtprune eval --methods visionzip --in-llm --adaptive`."""
 
 SOLVERS = "eadaprune-solver"  # E-AdaPrune, Table 4; its threshold has to be found first
 

@@ -47,15 +47,18 @@ class Answers:
         """Read a file, or begin one.
 
         Raises:
-            AnswersError: its answers are of another subject.
+            AnswersError: its answers are of another subject, or it holds anything else.
         """
         self._found: dict[tuple[str, str], dict[str, Answer]] = {}
         whole: list[str] = []
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else ()):
+        lines = path.read_text().splitlines() if path.exists() else []
+        for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # cut off when the process was killed
-                break
+            except json.JSONDecodeError as error:
+                if number == len(lines) - 1:  # cut off when the process was killed
+                    break
+                raise AnswersError(f"{path}:{number + 1}: is not JSON: give --out another folder") from error
             whole.append(line)
             if number > 0:
                 self._note(entry.pop("arm"), entry.pop("policy"), Answer(**entry))
@@ -64,7 +67,9 @@ class Answers:
                     f"{path} holds answers of {entry}, and these would be of {dict(subject)}: give --out another folder"
                 )
         whole = whole or [json.dumps(subject)]
-        path.write_text("".join(f"{line}\n" for line in whole))
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(f"{line}\n" for line in whole))
+        fresh.replace(path)
         self._file = path.open("a")
 
     def __enter__(self) -> Self:

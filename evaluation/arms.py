@@ -27,6 +27,7 @@ class Arm:
         method: the row of the tables that it belongs to.
         keep: the tokens of a picture that it keeps, on average where it adapts; None where nobody fixed them.
         adaptive: whether the energy budget decides how many.
+        inside: whether it prunes inside the language model, whose first layers read more than ``keep``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Arm:
     method: str
     keep: int | None = None
     adaptive: bool = False
+    inside: bool = False
 
     @property
     def row(self) -> str:
@@ -79,7 +81,7 @@ def grid(
             if keep > most:
                 continue
             arms.append(Arm(f"{method}@{keep}", {"method": method, "budget": fixed(keep)}, method, keep))
-            if keep in thresholds:
+            if keep in thresholds and spec.max_keep is None:  # a bound would take tokens from the mean
                 budget = energy(thresholds[keep])
                 arms.append(Arm(f"{method}+E@{keep}", {"method": method, "budget": budget}, method, keep, True))
     return arms

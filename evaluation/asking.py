@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
 from evaluation.answers import Answer, Answers
 from evaluation.arms import Arm
+from evaluation.options import weights_digest
 from evaluation.questions import Picture, is_right
 from vllm_vtprune.demo.command import data_url
+from vllm_vtprune.selectors.registry import METHODS
 
 ANSWER_TOKENS = 12
 TOGETHER = 16  # pictures that are asked about in every way before the next ones; their features stay in the cache
@@ -23,25 +26,34 @@ class Unasked(Exception):
     """The server's answer to a question cannot be used; the message says why."""
 
 
-def ask_all(url: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
+def ask_all(url: str, model: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
     """Ask every question of every picture in every way, but for those that ``answers`` already holds.
 
     At any time all arms were asked about the same pictures, but for the last few.
 
     Args:
         url: of the server, without a path.
+        model: that it should serve: a directory, or a name on the hub.
 
     Raises:
-        Unasked: the server does not report what it did.
-        openai.OpenAIError: a request failed, also when it was sent again.
+        Unasked: the server serves another model, does not report what it did, or a request failed, also when it was
+            sent again.
     """
-    asyncio.run(_ask_all(url, pictures, arms, answers))
+    try:
+        asyncio.run(_ask_all(url, model, pictures, arms, answers))
+    except* (Unasked, OpenAIError) as failures:
+        first = failures.exceptions[0]
+        raise Unasked(f"{url}: {first}") from first
 
 
-async def _ask_all(url: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
+async def _ask_all(url: str, expected: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
     total = len(arms) * sum(len(picture.questions) for picture in pictures)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", timeout=600) as client:
-        model = (await client.models.list()).data[0].id
+        card = (await client.models.list()).data[0]
+        root = str((card.model_extra or {}).get("root") or card.id)
+        if weights_digest(root) != weights_digest(expected):
+            raise Unasked(f"it serves {root}, and not {expected}: name it with --model")
+        model = card.id
         slots = asyncio.Semaphore(IN_FLIGHT)
         with tqdm(total=total, unit="question", disable=None) as progress:
             for start in range(0, len(pictures), TOGETHER):
@@ -61,6 +73,15 @@ async def _ask_all(url: str, pictures: Sequence[Picture], arms: Sequence[Arm], a
                                 tasks.create_task(ask(arm, picture, index, images[picture.label]))
 
 
+def _policy(arm: Arm, picture: Picture) -> Mapping[str, Any] | bool:
+    """The arm's policy. What is random is drawn anew for each picture, else one lucky mask could decide."""
+    if not isinstance(arm.policy, Mapping):
+        return arm.policy
+    method = arm.policy.get("method", "resprune")
+    seeded = method in METHODS and "seed" in METHODS[method].parameters
+    return {**arm.policy, "seed": crc32(picture.label.encode())} if seeded else arm.policy
+
+
 async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, image: str) -> Answer:
     question = picture.questions[index]
     content: list[Any] = [
@@ -72,7 +93,7 @@ async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, inde
         messages=[{"role": "user", "content": content}],
         max_tokens=ANSWER_TOKENS,
         temperature=0,
-        extra_body={"pruning": arm.policy},
+        extra_body={"pruning": _policy(arm, picture)},
     )
     report = (completion.model_extra or {}).get("pruning")
     if report is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from evaluation.options import count, embedded_model, served, weights_digest
 from evaluation.questions import Picture, SampleError, pictures, plain, read_sample
 from evaluation.report import markdown
 from evaluation.spectra import Sample, sample_pictures
-from evaluation.thresholds import counts, threshold_for
+from evaluation.thresholds import mean_kept, threshold_for
 from vllm_vtprune.demo.server import ServerFailed
 from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import PolicyError, PruningPolicy
@@ -25,6 +26,7 @@ from vllm_vtprune.selectors.registry import METHODS
 
 SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of a picture's tokens, that are tried in turn
 SCENE_QUESTIONS = 300
+METHODS_OF_ANY_SIZE = [name for name, spec in METHODS.items() if spec.max_keep is None]
 
 EXAMPLE = """examples:
   vtprune calibrate --tokens 128 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml
@@ -65,7 +67,7 @@ def calibrate(argv: list[str]) -> None:
     model = args.model or embedded_model()
     try:
         sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
-        encoded = sample_pictures(model, (picture.paint() for picture in sample))
+        encoded = sample_pictures(model, sample, "auto")
         if args.tokens is not None:
             trials = [_trial(encoded, args.tokens)]
         else:
@@ -135,7 +137,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="of the right answers that the unpruned model gives; without answers, of answers that stay as they are",
     )
-    parser.add_argument("--method", choices=list(METHODS), default="resprune", help="(default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS_OF_ANY_SIZE, default="resprune", help="(default: %(default)s)")
     parser.add_argument("--name", type=_name, default="calibrated", help="of the preset (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/calibrate"), help="for answers (default: %(default)s)")
     parser.add_argument(
@@ -144,6 +146,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.out.suffix != ".toml":
         parser.error(f"--out: {args.out} given; expected a name that ends in .toml")
+    if args.out.exists() or not args.out.parent.is_dir():
+        parser.error(f"--out: {args.out} given; expected a file that does not exist yet, in a folder that does")
     return args
 
 
@@ -166,29 +170,34 @@ def _name(text: str) -> str:
 
 
 def _trial(encoded: Sample, tokens: float) -> Trial:
-    found = threshold_for(encoded.spectra, tokens)
+    found = threshold_for(encoded.pictures, tokens)
     if found is None:
-        most = counts(encoded.spectra, 1.0).mean()
+        most = mean_kept(encoded.pictures, 1.0)
         raise _NoThreshold(f"no energy threshold keeps {tokens:g} tokens on average; at most it is {most:.1f} here")
-    return Trial(found, float(counts(encoded.spectra, found).mean()))
+    return Trial(found, mean_kept(encoded.pictures, found))
 
 
 def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], encoded: Sample) -> list[Trial]:
     """Every budget of `SHARES` that an energy threshold leads to, asked about the whole sample."""
+    told = {bool(question.answer) for picture in sample for question in picture.questions}
+    if len(told) > 1:
+        raise SampleError("some questions have an answer and others have none; expected all or none")
+    known = told == {True}
     trials = []
     for share in SHARES:
         try:
-            trials.append(_trial(encoded, share * encoded.features.num_tokens))
+            trials.append(_trial(encoded, share * encoded.mean_tokens))
         except _NoThreshold as reason:
             print(f"{reason}.", file=sys.stderr)
+    if not trials:
+        raise _NoThreshold("no energy threshold keeps a sixteenth of the tokens or more")
     arms = [Arm(f"{trial.mean_tokens:.1f}", _policy(args, trial), args.method, adaptive=True) for trial in trials]
     PruningPolicy.parse(arms[0].policy)
     args.work.mkdir(parents=True, exist_ok=True)
-    subject = {"model": weights_digest(model), "sample": str(args.sample.resolve()) if args.sample else "validation"}
+    subject = {"model": weights_digest(model), "sample": _digest(sample)}
     with Answers(args.work / "answers.jsonl", subject) as answers, served(args.url, model) as url:
-        ask_all(url, sample, [UNPRUNED, *arms], answers)
+        ask_all(url, model, sample, [UNPRUNED, *arms], answers)
         names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
-        known = all(question.answer for picture in sample for question in picture.questions)
         whole = [answers.of(UNPRUNED)[name] for name in names]
         return [
             Trial(
@@ -198,6 +207,15 @@ def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], enco
             )
             for trial, arm in zip(trials, arms, strict=True)
         ]
+
+
+def _digest(sample: Sequence[Picture]) -> str:
+    """What tells a sample from others: its questions, answers and files' contents."""
+    digest = hashlib.sha256()
+    for picture in sample:
+        digest.update(repr((picture.label, picture.questions)).encode())
+        digest.update(picture.source.read_bytes() if isinstance(picture.source, Path) else b"")
+    return digest.hexdigest()[:16]
 
 
 def _policy(args: argparse.Namespace, trial: Trial) -> dict[str, object]:

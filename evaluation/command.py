@@ -18,8 +18,8 @@ from evaluation.asking import Unasked, ask_all
 from evaluation.gallery import draw_gallery
 from evaluation.in_llm import Pruning
 from evaluation.options import count, embedded_model, served, weights_digest
-from evaluation.questions import Picture, picture_of, pictures
-from evaluation.reference import answer_all, reference_arms
+from evaluation.questions import Picture, pictures
+from evaluation.reference import answer_all, reference_arms, reference_model
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
 from evaluation.results import Result, ranked_kinds, results
 from evaluation.spectra import Sample, sample_pictures
@@ -30,8 +30,8 @@ from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
 from vllm_vtprune.selectors.registry import METHODS
 
 METHODS_BY_DEFAULT = ("resprune", "adaptprune", "divprune", "fastervlm", "random", "uniform")
-CALIBRATION_QUESTIONS = 600  # of validation scenes: about 90 pictures, by which "+E" finds its thresholds
-SOLVERS_KEEP = 64
+CALIBRATION_QUESTIONS = 1500  # of validation scenes: some 230 pictures, by which "+E" finds its thresholds
+SOLVERS_KEEP = 24  # of 192 dimensions as the paper's 130 of 1,024
 
 EXAMPLE = """examples:
   vtprune eval                                              # a few methods at 128 and 64 tokens, 200 questions
@@ -52,15 +52,17 @@ def evaluate(argv: list[str]) -> None:
     args = _parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     model = args.model or embedded_model()
+    dtype = "auto" if args.model or args.url else "float32"  # faster on a CPU than the embedded model's own
     asked = list(pictures("test", args.questions, args.seed))
     try:
-        arms, inside = _arms(args, model)
+        arms, inside = _arms(args, model, dtype)
         ways.check(arms)
+        reference = reference_model(model) if inside else None
         with Answers(args.out / "answers.jsonl", {"model": weights_digest(model), "split": "test"}) as answers:
-            with served(args.url, model) as url:
-                ask_all(url, asked, [UNPRUNED, *arms], answers)
-            if inside:
-                answer_all(Path(model), asked, inside, answers)
+            with served(args.url, model, dtype) as url:
+                ask_all(url, model, asked, [UNPRUNED, *arms], answers)
+            if reference is not None:
+                answer_all(reference, asked, inside, answers)
         found = _results([UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the same command goes on.")
@@ -69,9 +71,9 @@ def evaluate(argv: list[str]) -> None:
     found.write(args.out)
     adaptive = [arm for arm in arms if arm.adaptive]
     if adaptive:
-        plot_budgets(_budgets(adaptive, answers), args.out / "budgets.png")
+        plot_budgets(_budgets(adaptive, answers, asked), args.out / "budgets.png")
     if args.gallery:
-        draw_gallery(model, asked, [arm for arm in arms if arm.policy], args.out / "gallery.png")
+        draw_gallery(model, dtype, asked, [arm for arm in arms if arm.policy], args.out / "gallery.png")
     print(json.dumps(found.to_json()) if args.json else accuracy_table(found.all_kinds))
 
 
@@ -87,16 +89,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
     parser.add_argument("--questions", type=count, default=200, metavar="N", help="to ask (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first scene (default: %(default)s)")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--methods",
         type=_methods,
         default=list(METHODS_BY_DEFAULT),
         metavar="A,B",
         help=f'"all", "none", or any of {", ".join(METHODS)} (default: {",".join(METHODS_BY_DEFAULT)})',
     )
-    parser.add_argument(
-        "--keep", type=_counts, default=[128, 64], metavar="K,L", help="tokens of a picture (default: 128,64)"
-    )
+    parser.add_argument("--keep", type=_counts, metavar="K,L", help="tokens of a picture (default: 128,64)")
     parser.add_argument(
         "--adaptive",
         action="store_true",
@@ -105,7 +106,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--presets", type=_presets, default=[], metavar="A,B", help=f'"all", or any of {", ".join(BUILTIN_PRESETS)}'
     )
-    parser.add_argument(
+    which.add_argument(
         "--ablation", choices=[*ABLATIONS, SOLVERS], help="the rows of a paper's table in place of --methods"
     )
     parser.add_argument(
@@ -116,11 +117,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gallery", action="store_true", help="also draw what each way keeps of the first scenes")
     parser.add_argument("--out", type=Path, default=Path("build/eval"), help="folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object on the last line")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.ablation and (args.keep or args.adaptive or args.presets or args.in_llm):
+        parser.error(
+            "--ablation: a table has its own budgets; it goes with none of --keep, --adaptive, --presets, --in-llm"
+        )
+    args.keep = args.keep or [128, 64]
+    return args
 
 
 def _counts(text: str) -> list[int]:
-    return [count(part) for part in text.split(",")]
+    return list(dict.fromkeys(count(part) for part in text.split(",")))
 
 
 def _methods(text: str) -> list[str]:
@@ -133,22 +140,24 @@ def _presets(text: str) -> list[str]:
 
 def _names(text: str, known: Iterable[str]) -> list[str]:
     known = list(known)
-    names = known if text == "all" else text.split(",")
+    names = known if text == "all" else list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in known:
             raise argparse.ArgumentTypeError(f"{name!r} given; expected any of {', '.join(known)}")
     return names
 
 
-def _arms(args: argparse.Namespace, model: str) -> tuple[list[Arm], list[tuple[Arm, Pruning | None]]]:
+def _arms(args: argparse.Namespace, model: str, dtype: str) -> tuple[list[Arm], list[tuple[Arm, Pruning | None]]]:
     """The ways of pruning that the options ask for: on the server, and inside the language model."""
     if args.ablation in ABLATIONS:
         return ABLATIONS[args.ablation].arms(), []
     solvers = args.ablation == SOLVERS
     adaptive = args.adaptive or solvers
-    images = (picture.paint() for picture in pictures("validation", CALIBRATION_QUESTIONS))
-    sample = sample_pictures(model, images if adaptive else [next(images)])
+    others = list(pictures("validation", CALIBRATION_QUESTIONS if adaptive else 1))
+    sample = sample_pictures(model, others, dtype)
     thresholds = _thresholds(sample, [SOLVERS_KEEP] if solvers else args.keep) if adaptive else {}
+    if solvers and not thresholds:
+        raise InspectionFailed(f"--ablation {SOLVERS}: the features' rank is below {SOLVERS_KEEP}")
     if solvers:
         return solver_arms(thresholds[SOLVERS_KEEP], SOLVERS_KEEP, sample.features.encoder.shape[1]), []
     arms = [
@@ -162,7 +171,7 @@ def _arms(args: argparse.Namespace, model: str) -> tuple[list[Arm], list[tuple[A
 def _thresholds(sample: Sample, keeps: Sequence[int]) -> dict[int, float]:
     thresholds = {}
     for keep in keeps:
-        threshold = threshold_for(sample.spectra, keep)
+        threshold = threshold_for(sample.pictures, keep)
         if threshold is None:
             print(
                 f"No energy threshold keeps {keep} tokens on average: the features' rank is too low.", file=sys.stderr
@@ -212,16 +221,15 @@ class Evaluation:
         plot_accuracy(others, unpruned, directory / "accuracy.png")
 
 
-def _budgets(arms: Sequence[Arm], answers: Answers) -> dict[int, dict[str, list[float]]]:
+def _budgets(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) -> dict[int, dict[str, list[float]]]:
     """Tokens of pictures by budget and density. Energy budgets do not depend on the method, so one for each will do."""
     tokens: dict[int, dict[str, list[float]]] = {}
     for arm in arms:
         if arm.keep is None or arm.keep in tokens:
             continue
-        by_picture = {picture_of(name): answer for name, answer in answers.of(arm).items()}
         by_density = tokens.setdefault(arm.keep, {})
-        for answer in by_picture.values():
-            by_density.setdefault(answer.density, []).append(answer.tokens)
+        for picture in asked:
+            by_density.setdefault(picture.density, []).append(answers.of(arm)[picture.name(0)].tokens)
     return tokens
 
 

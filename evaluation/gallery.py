@@ -14,18 +14,19 @@ from vllm_vtprune.policy import PruningPolicy
 SCENES = 6
 
 
-def draw_gallery(model: str, pictures: Sequence[Picture], arms: Sequence[Arm], file: Path) -> None:
+def draw_gallery(model: str, dtype: str, pictures: Sequence[Picture], arms: Sequence[Arm], file: Path) -> None:
     """The first pictures, one in a row with its first question, and what each arm keeps for that question.
 
     Args:
         model: a directory, or a name on the hub.
+        dtype: of its vision encoder; "auto" for the model's own.
         pictures: of which `SCENES` are shown.
         arms: whose policies prune.
         file: where it goes.
     """
     from matplotlib import pyplot
 
-    processor = pruning_processor(model)
+    processor = pruning_processor(model, dtype)
     shown = pictures[:SCENES]
     figure, axes = pyplot.subplots(
         len(shown), 1 + len(arms), figsize=(2.2 * (1 + len(arms)), 2.4 * len(shown)), squeeze=False

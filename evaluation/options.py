@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,9 @@ from pathlib import Path
 
 from vllm_vtprune.demo.server import running_server
 
-SERVE_OPTIONS = (
-    *("--max-model-len", "2048", "--dtype", "float32", "--enforce-eager"),
-    *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
-)
-SERVE_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
+SERVE_OPTIONS = ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log")
+SMALL_OPTIONS = ("--max-model-len", "2048")  # enough for the embedded model's 576 tokens
+SMALL_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 
 
 def count(text: str) -> int:
@@ -27,13 +26,16 @@ def count(text: str) -> int:
 
 
 @contextmanager
-def served(url: str | None, model: str) -> Iterator[str]:
+def served(url: str | None, model: str, dtype: str = "auto") -> Iterator[str]:
     """The address of a server of the model: the one that is given, or one that runs meanwhile."""
     if url:
         yield url.rstrip("/")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
+    small = model == embedded_model()
+    options = [*SERVE_OPTIONS, "--dtype", dtype, *(SMALL_OPTIONS if small else ())]
     print(f"Starting a vLLM server with {model} ...", file=sys.stderr)
-    with running_server([model, *SERVE_OPTIONS], environment=SERVE_ENVIRONMENT) as own:
+    with running_server([model, *options], environment=SMALL_ENVIRONMENT if small else {}) as own:
         yield own
 
 

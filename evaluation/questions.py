@@ -72,7 +72,7 @@ def read_sample(file: Path) -> list[Picture]:
     Raises:
         SampleError: the file cannot be read, is empty, or a line holds anything else, or names no file.
     """
-    asked: dict[Path, list[Question]] = {}
+    asked: dict[str, list[Question]] = {}
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -90,12 +90,15 @@ def read_sample(file: Path) -> list[Picture]:
         ):
             raise SampleError(f"{file}:{number}: {line[:80]} given; expected {accepted}")
         image = file.parent / entry["image"]
-        if not image.is_file():
-            raise SampleError(f"{file}:{number}: image: there is no file {image}")
-        asked.setdefault(image, []).append(Question("", entry["question"], entry.get("answer", "")))
+        try:
+            with Image.open(image) as opened:
+                opened.verify()
+        except OSError as error:
+            raise SampleError(f"{file}:{number}: image: {error}") from error
+        asked.setdefault(entry["image"], []).append(Question("", entry["question"], entry.get("answer", "")))
     if not asked:
         raise SampleError(f"{file}: holds no question")
-    return [Picture(str(image.relative_to(file.parent)), image, tuple(questions)) for image, questions in asked.items()]
+    return [Picture(image, file.parent / image, tuple(questions)) for image, questions in asked.items()]
 
 
 def is_right(answer: str, expected: str) -> bool:

@@ -11,7 +11,9 @@ from evaluation.answers import Answer, Answers
 from evaluation.arms import Arm, energy
 from evaluation.asking import ANSWER_TOKENS
 from evaluation.in_llm import VTW, AdaptPrune, Budget, FastV, InLLM, Pruning, PyramidDrop
+from evaluation.in_llm.pyramiddrop import quarters
 from evaluation.questions import Picture, is_right
+from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 
 Pairs = Sequence[tuple[Arm, Pruning | None]]
@@ -42,18 +44,29 @@ def _pair(
     method: str, pruning: Pruning | None, keep: int | None = None, adaptive: bool = False
 ) -> tuple[Arm, Pruning | None]:
     name = method if keep is None else f"{method}{'+E' if adaptive else ''}@{keep}"
-    return Arm(name, {"in_llm": repr(pruning)}, method, keep, adaptive), pruning
+    return Arm(name, {"in_llm": repr(pruning)}, method, keep, adaptive, inside=True), pruning
 
 
-def answer_all(checkpoint: Path, pictures: Sequence[Picture], pairs: Pairs, answers: Answers) -> None:
-    """Ask every question of every picture in every way, but for those that ``answers`` already holds.
-
-    The prompt begins as that of vLLM's chat endpoint.
+def reference_model(checkpoint: str) -> InLLM:
+    """The model in plain transformers; its prompts begin as those of vLLM's chat endpoint.
 
     Raises:
-        ValueError: the checkpoint is of another kind than LLaVA-1.5.
+        InspectionFailed: it is of another kind than LLaVA-1.5, or too shallow for a pyramid.
     """
-    model = InLLM(checkpoint, add_special_tokens=False)
+    try:
+        model = InLLM(Path(checkpoint), add_special_tokens=False)
+        quarters(model.model.config.text_config.num_hidden_layers)
+    except (OSError, ValueError) as error:
+        raise InspectionFailed(f"--in-llm: {checkpoint}: {error}") from error
+    return model
+
+
+def answer_all(model: InLLM, pictures: Sequence[Picture], pairs: Pairs, answers: Answers) -> None:
+    """Ask every question of every picture in every way, but for those that ``answers`` already holds.
+
+    Args:
+        model: from `reference_model`.
+    """
     total = len(pairs) * sum(len(picture.questions) for picture in pictures)
     with tqdm(total=total, unit="question", disable=None) as progress:
         for picture in pictures:

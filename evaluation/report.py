@@ -39,15 +39,21 @@ def accuracy_table(results: Sequence[Result]) -> str:
 
 
 def budget_table(results: Sequence[Result]) -> str:
-    """Methods in rows, best first, budgets in columns: accuracy, with its distance from unpruned in brackets."""
+    """Methods in rows, best first, budgets in columns: accuracy, with its distance from unpruned in brackets.
+
+    Methods inside the language model are left out: their first layers read more.
+    """
     keeps = sorted({result.keep for result in results if result.keep is not None}, reverse=True)
     rows: dict[str, dict[int, Result]] = {}
     for result in results:
-        if result.keep is not None:
+        if result.keep is not None and not result.inside:
             rows.setdefault(f"{result.method}{'+E' if result.adaptive else ''}", {})[result.keep] = result
 
     def cell(result: Result | None) -> str:
-        return "" if result is None else f"{_percent(result.accuracy)} ({100 * result.difference:+.1f})"
+        if result is None:
+            return ""
+        tokens = f", {result.mean_tokens:.0f} tokens" if result.adaptive else ""
+        return f"{_percent(result.accuracy)} ({100 * result.difference:+.1f}{tokens})"
 
     def rank(row: Mapping[int, Result]) -> tuple[float, ...]:
         return tuple(-row[keep].accuracy if keep in row else 0.0 for keep in reversed(keeps[-2:]))

@@ -27,9 +27,10 @@ class Result:
     Attributes:
         arm: its name.
         method: what it stands for in tables.
-        budget: the policy's budget; None where nothing is pruned.
+        budget: the policy's budget; None where it has none.
         keep: the tokens that it was meant to keep; None where nobody fixed them.
         adaptive: whether an energy budget decided.
+        inside: whether it pruned inside the language model.
         questions: how many it was asked.
         mean_tokens: visual tokens, on average over questions.
         accuracy: share of right answers.
@@ -47,6 +48,7 @@ class Result:
     budget: Mapping[str, Any] | None
     keep: int | None
     adaptive: bool
+    inside: bool
     questions: int
     mean_tokens: float
     accuracy: float
@@ -100,6 +102,7 @@ def results(
                 budget=budget,
                 keep=arm.keep,
                 adaptive=arm.adaptive,
+                inside=arm.inside,
                 questions=len(names),
                 mean_tokens=_mean(np.array([answer.tokens for answer in asked], dtype=float)),
                 accuracy=accuracy,

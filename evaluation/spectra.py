@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image
 from tqdm import tqdm
 
-from vllm_vtprune.budget import Spectrum, exact_spectrum
+from evaluation.questions import Picture
+from evaluation.thresholds import Measured
+from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.inspection import features_of, pruning_processor
 
@@ -19,30 +20,36 @@ class Sample:
 
     Attributes:
         features: of the first picture.
-        spectra: of all of them, exact, over the tokens that energy is measured on.
+        pictures: the spectra of all of them.
     """
 
     features: VisualFeatures
-    spectra: list[Spectrum]
+    pictures: list[Measured]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a picture that is not pruned."""
+        return sum(picture.tokens for picture in self.pictures) / len(self.pictures)
 
 
-def sample_pictures(model: str, images: Iterable[Image.Image]) -> Sample:
+def sample_pictures(model: str, pictures: Sequence[Picture], dtype: str) -> Sample:
     """Encode pictures one by one.
 
     Args:
         model: a directory, or a name on the hub.
-        images: at least one.
+        pictures: at least one.
+        dtype: of the encoder; "auto" for the model's own.
 
     Raises:
-        InspectionFailed: the model cannot be pruned.
+        InspectionFailed: the model is none, or cannot be pruned.
     """
-    processor = pruning_processor(model)
+    processor = pruning_processor(model, dtype)
     first: VisualFeatures | None = None
-    spectra = []
-    for image in tqdm(images, unit="picture", disable=None):
-        features = features_of(processor, image)
-        overview = features.overview
+    measured = []
+    for picture in tqdm(pictures, unit="picture", disable=None):
+        features = features_of(processor, picture.paint())
         first = first or features
-        spectra.append(exact_spectrum(features.encoder if overview is None else features.encoder[overview]))
+        rows = features.encoder if features.overview is None else features.encoder[features.overview]
+        measured.append(Measured(exact_spectrum(rows), len(rows), features.num_tokens, len(picture.questions)))
     assert first is not None
-    return Sample(first, spectra)
+    return Sample(first, measured)

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vllm_vtprune.budget import Spectrum
+from vllm_vtprune.budget import Spectrum, share
 
 STEPS = 60  # bisections; float64 holds no more
+DIGITS = 9  # of a threshold: the rest depends on the machine
 
 
-def counts(spectra: Sequence[Spectrum], threshold: float) -> NDArray[np.int64]:
-    """(number of pictures,): the tokens that an energy budget without other bounds keeps of each."""
-    return np.array([spectrum.rank_at(threshold) or len(spectrum.energies) for spectrum in spectra])
+@dataclass(frozen=True)
+class Measured:
+    """The spectrum of one picture.
+
+    Attributes:
+        spectrum: exact, of the tokens that energy is measured on.
+        measured: how many those are: of a picture in tiles, the overview's.
+        tokens: of the whole picture.
+        weight: how often it counts in a mean: the questions about it.
+    """
+
+    spectrum: Spectrum
+    measured: int
+    tokens: int
+    weight: int = 1
+
+    def kept(self, threshold: float) -> int:
+        """The tokens that an energy budget without other bounds keeps."""
+        rank = self.spectrum.rank_at(threshold) or len(self.spectrum.energies)
+        return share(rank, self.tokens, self.measured)
 
 
-def threshold_for(spectra: Sequence[Spectrum], mean: float) -> float | None:
+def mean_kept(pictures: Sequence[Measured], threshold: float) -> float:
+    """The tokens that an energy budget keeps of a picture, on average over questions."""
+    weights = [picture.weight for picture in pictures]
+    return float(np.average([picture.kept(threshold) for picture in pictures], weights=weights))
+
+
+def threshold_for(pictures: Sequence[Measured], mean: float) -> float | None:
     """The energy threshold whose budgets are nearest to ``mean`` tokens on average.
 
     As E-AdaPrune compares with fixed budgets: the threshold is one for all pictures, and found on pictures that are not
     those of the test.
 
     Args:
-        spectra: exact ones, of some pictures.
+        pictures: some of a kind.
         mean: tokens of a picture.
 
     Returns:
@@ -33,9 +57,11 @@ def threshold_for(spectra: Sequence[Spectrum], mean: float) -> float | None:
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        if counts(spectra, middle).mean() < mean:
+        if mean_kept(pictures, middle) < mean:
             low = middle
         else:
             high = middle
-    found = high if low == 0 else min((low, high), key=lambda threshold: abs(counts(spectra, threshold).mean() - mean))
-    return found if abs(counts(spectra, found).mean() - mean) <= 0.5 else None
+    candidates = [high] if low == 0 else [low, high]
+    nearest = min(candidates, key=lambda threshold: abs(mean_kept(pictures, threshold) - mean))
+    found = round(nearest, DIGITS)
+    return found if abs(mean_kept(pictures, found) - mean) <= 0.5 else None

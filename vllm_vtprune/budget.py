@@ -247,16 +247,16 @@ def token_budget(
         measured_on,
         budget.threshold,
         budget.solver,
-        max(budget.rank, _share(min(budget.min_tokens, n), m, n)),  # so that rsvd knows the energy at min_tokens too
+        max(budget.rank, share(min(budget.min_tokens, n), m, n)),  # so that rsvd knows the energy at min_tokens too
         budget.power_iterations,
         torch.Generator().manual_seed(seed),
     )
     wanted = measured.rank_at(budget.threshold)
     assert wanted is not None
-    k = min(max(_share(wanted, n, m), budget.min_tokens), budget.max_tokens or n, n)
-    return k, measured.energy_at(max(_share(k, m, n), 1))
+    k = min(max(share(wanted, n, m), budget.min_tokens), budget.max_tokens or n, n)
+    return k, measured.energy_at(max(share(k, m, n), 1))
 
 
-def _share(part: int, of: int, whole: int) -> int:
+def share(part: int, of: int, whole: int) -> int:
     """``part / whole`` of ``of``, rounded half up."""
     return (2 * part * of + whole) // (2 * whole)

@@ -122,14 +122,15 @@ def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPo
     return Inspection(report.to_json(), draw_kept(picture, features, plan.kept, view))
 
 
-def pruning_processor(model: str) -> PruningProcessor:
+def pruning_processor(model: str, dtype: str = "auto") -> PruningProcessor:
     """What prepares and prunes a model's images, without an engine.
 
     Args:
         model: a directory, or a name on the hub.
+        dtype: of its vision encoder; "auto" for the model's own.
 
     Raises:
-        InspectionFailed: the model's architecture cannot be pruned.
+        InspectionFailed: the model cannot be read, or its architecture cannot be pruned.
     """
     from vllm import AsyncEngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -138,7 +139,11 @@ def pruning_processor(model: str) -> PruningProcessor:
     from vllm_vtprune.plugin.register import register
 
     register()
-    processor = MULTIMODAL_REGISTRY.create_processor(AsyncEngineArgs(model=model).create_model_config())
+    try:
+        config = AsyncEngineArgs(model=model, dtype=dtype).create_model_config()
+        processor = MULTIMODAL_REGISTRY.create_processor(config)
+    except (OSError, ValueError) as error:
+        raise InspectionFailed(f"{model}: {error}") from error
     if not isinstance(processor, PruningProcessor):
         raise InspectionFailed(f"{model} is of an architecture, or has a vision encoder, that cannot be pruned")
     return processor

@@ -68,7 +68,8 @@ def test_a_sample_is_read_by_picture(tmp_path: Path) -> None:
         ('{"image": "a.png"}', ':1: {"image": "a.png"} given; expected an object with strings "image" and "question"'),
         ('{"image": "a.png", "question": "What?", "label": "x"}', "given; expected an object"),
         ('{"image": "a.png", "question": 3}', "given; expected an object"),
-        ('{"image": "a.png", "question": "What?"}', ":1: image: there is no file"),
+        ('{"image": "a.png", "question": "What?"}', ":1: image: [Errno 2] No such file"),
+        ('{"image": "sample.jsonl", "question": "What?"}', ":1: image: cannot identify image file"),
     ],
 )
 def test_a_file_that_is_no_sample_says_where_and_why(content: str, message: str, tmp_path: Path) -> None:
@@ -88,6 +89,10 @@ def test_a_file_that_is_no_sample_says_where_and_why(content: str, message: str,
             "argument --retain: '99' given; expected a number above 0 and at most 1",
         ),
         (["--tokens", "0", "--out", "p.toml"], "argument --tokens: '0' given; expected a whole number from 1"),
+        (
+            ["--tokens", "9", "--out", "no such/p.toml"],
+            "expected a file that does not exist yet, in a folder that does",
+        ),
         (["--tokens", "9", "--out", "p.json"], "--out: p.json given; expected a name that ends in .toml"),
         (["--tokens", "9", "--out", "p.toml", "--name", "9"], "argument --name: '9' given; expected a letter"),
     ],

@@ -6,16 +6,17 @@ import pytest
 
 from evaluation.answers import Answers
 from evaluation.questions import pictures
-from evaluation.reference import answer_all, reference_arms
+from evaluation.reference import answer_all, reference_arms, reference_model
 from vllm_vtprune.demo.checkpoint import TRAINED
 
 
 def test_every_method_in_the_language_model_is_a_row(tmp_path: Path) -> None:
+    model = reference_model(str(TRAINED))
     asked = list(pictures("test", 2))
     pairs = reference_arms([64], {64: 0.9})
     with Answers(tmp_path / "answers.jsonl", {"model": "m"}) as answers:
-        answer_all(TRAINED, asked, pairs, answers)
-        answer_all(TRAINED, asked, pairs, answers)  # which finds all of them answered
+        answer_all(model, asked, pairs, answers)
+        answer_all(model, asked, pairs, answers)  # which finds all of them answered
         tokens = {arm.name: {answer.tokens for answer in answers.of(arm).values()} for arm, _ in pairs}
     adaptive = [tokens.pop(name) for name in ("fastv+E@64", "adaptprune in the LLM+E@64")]
     assert tokens == {

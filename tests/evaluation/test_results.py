@@ -13,7 +13,7 @@ from evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, pres
 from evaluation.questions import is_right, pictures
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
 from evaluation.results import ranked_kinds, results
-from evaluation.thresholds import counts, threshold_for
+from evaluation.thresholds import Measured, mean_kept, threshold_for
 from vllm_vtprune.budget import energy_rank, exact_spectrum
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PolicyError
@@ -38,6 +38,8 @@ def test_as_many_questions_as_wanted_and_always_the_same() -> None:
     assert asked == list(pictures("test", 40))
     longer = list(pictures("test", 60))
     assert longer[: len(asked) - 1] == asked[:-1], "a longer test begins with a shorter one"
+    cut, whole = asked[-1].questions, longer[len(asked) - 1].questions
+    assert whole[: len(cut)] == cut
     assert {picture.source.split for picture in asked} == {"test"}
     assert len({picture.name(index) for picture in asked for index in range(len(picture.questions))}) == 40
 
@@ -104,6 +106,19 @@ def test_answers_are_gone_on_with_where_a_run_was_killed(tmp_path: Path) -> None
         assert len(list(answers)) == 2
 
 
+def test_a_file_that_was_written_by_two_runs_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    with Answers(file, {"model": "a"}) as answers:
+        for answer in answered([True, False]).values():
+            answers.add(ARM, answer)
+    first, second, third = file.read_text().splitlines()
+    file.write_text(f"{first}\n{second[:30]}\n{third}\n")
+    before = file.read_text()
+    with pytest.raises(AnswersError, match=":2: is not JSON"):
+        Answers(file, {"model": "a"})
+    assert file.read_text() == before, "nothing is lost"
+
+
 def test_answers_of_another_model_or_policy_are_not_mixed_in(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with Answers(file, {"model": "a"}) as answers:
@@ -159,7 +174,7 @@ def test_tables_and_plots_show_every_arm(tmp_path: Path) -> None:
     arms = [ARM, Arm("random+E@64", {"budget": energy(0.9)}, "random", 64, True)]
     found = results([(UNPRUNED, unpruned), *((arm, answered([True, False] * 4)) for arm in arms)], unpruned)
     assert "| random@64 | 64.0 | 50.0 % |" in accuracy_table(found)
-    assert "| random+E | 50.0 % (-50.0) |" in budget_table(found)
+    assert "| random+E | 50.0 % (-50.0, 64 tokens) |" in budget_table(found)
     assert "| random@64 | 50.0 % |" in split_table(found, "kind")
     plot_accuracy(found[1:], found[0], tmp_path / "plot.png")
     plot_budgets({64: {"sparse": [32.0, 40.0], "dense": [90.0]}, 128: {"dense": [128.0]}}, tmp_path / "budgets.png")
@@ -173,11 +188,22 @@ def test_a_threshold_keeps_the_mean_that_it_was_found_for() -> None:
     generator = torch.Generator().manual_seed(0)
     decays = torch.logspace(-1.5, 0.3, 12)
     pictures_ = [torch.randn(200, 40, generator=generator) * torch.arange(1, 41).float() ** -decay for decay in decays]
-    spectra = [exact_spectrum(picture) for picture in pictures_]
-    threshold = threshold_for(spectra, 20)
+    weights = [1 + index % 3 for index in range(len(pictures_))]
+    measured = [
+        Measured(exact_spectrum(picture), 200, 200, weight) for picture, weight in zip(pictures_, weights, strict=True)
+    ]
+    threshold = threshold_for(measured, 20)
     assert threshold is not None
     kept = [energy_rank(picture, threshold, "exact") for picture in pictures_]
-    assert counts(spectra, threshold).tolist() == kept
-    assert np.mean(kept) == pytest.approx(20, abs=0.5)
+    assert [picture.kept(threshold) for picture in measured] == kept
+    assert np.average(kept, weights=weights) == pytest.approx(20, abs=0.5)
+    assert mean_kept(measured, threshold) == pytest.approx(np.average(kept, weights=weights))
     assert max(kept) > 1.3 * min(kept), "it should follow the pictures"
-    assert threshold_for(spectra, 41) is None, "the features have 40 dimensions"
+    assert threshold_for(measured, 41) is None, "the features have 40 dimensions"
+
+
+def test_a_picture_in_tiles_keeps_the_overview_s_share_of_all_its_tokens() -> None:
+    features = torch.randn(100, 40, generator=torch.Generator().manual_seed(0))
+    spectrum = exact_spectrum(features)
+    whole, tiled = Measured(spectrum, 100, 100), Measured(spectrum, 100, 500)
+    assert tiled.kept(0.9) == 5 * whole.kept(0.9) == 5 * energy_rank(features, 0.9, "exact")

@@ -59,6 +59,7 @@ def test_every_question_is_asked_once_in_every_way(
     [
         (["--methods", "magic"], "argument --methods: 'magic' given; expected any of resprune,"),
         (["--keep", "0"], "argument --keep: '0' given; expected a whole number from 1"),
+        (["--ablation", "resprune-seed", "--keep", "64"], "--ablation: a table has its own budgets"),
         (["--presets", "slow"], "argument --presets: 'slow' given; expected any of off, quality,"),
     ],
 )
@@ -69,6 +70,18 @@ def test_options_that_are_none_are_refused(
         evaluate(options)
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("http://127.0.0.1:9", "http://127.0.0.1:9: Connection error"), (None, "name it with --model")],
+)
+def test_a_server_that_cannot_be_asked_is_told_of(
+    server: Server, url: str | None, message: str, tmp_path: Path
+) -> None:
+    options = ["--url", url or server.url, "--questions", "1", "--methods", "none", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=message):
+        evaluate(options)  # of the model that comes with the package, which this server does not serve
 
 
 def test_a_preset_is_written_that_the_server_reads(
@@ -88,6 +101,7 @@ def test_a_preset_is_written_that_the_server_reads(
     report = server.ask(messages=[message], pruning=policy.dump())["pruning"]
     assert report["images"][0]["kept_tokens"] == 48
 
+    options[options.index(str(tmp_path / "presets.toml"))] = str(tmp_path / "more.toml")
     with pytest.raises(SystemExit, match="nothing that was tried retains 1"):
         calibrate([*options, "--retain", "1"])
     shown = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What a client is told of an answer that the engine gave up."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Iterator
 
 import pytest
@@ -47,6 +48,18 @@ def test_an_answer_that_a_stopping_engine_gave_up_is_an_error(finish_reasons: tu
 def test_an_answer_that_was_finished_in_time_is_none() -> None:
     [result] = watched("stop", "length")
     assert result.finished
+
+
+def test_the_engine_may_know_first() -> None:
+    """Ctrl-C reaches both at once."""
+    timer = threading.Timer(shutdown.POLL / 2, shutdown.stopping.set)
+    timer.start()
+    try:
+        with pytest.raises(ServerStopping):
+            watched("abort")
+    finally:
+        timer.join()
+        shutdown.stopping.clear()
 
 
 def test_pausing_aborts_requests_as_stock_vllm_does() -> None:

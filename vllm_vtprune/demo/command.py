@@ -65,6 +65,8 @@ def demo(argv: list[str]) -> None:
     parser.add_argument("--question", help="what to ask (default: one that suits the picture)")
     args = parser.parse_args(argv)
 
+    from openai import OpenAIError
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     trained = args.model is None and args.family == DEFAULT
     subject = scene() if trained else Subject(photograph(), PHOTOGRAPH_QUESTION)
@@ -75,7 +77,7 @@ def demo(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted; the server is stopped.", file=sys.stderr)
         sys.exit(130)
-    except ServerFailed as error:
+    except (ServerFailed, OpenAIError) as error:
         sys.exit(f"vtprune demo: {error}")
     print(json.dumps(result) if args.json else f"{subject}\n{table(result)}")
 
