@@ -98,11 +98,11 @@ def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> No
             label=f"{method}+E" if adaptive else method,
         )
     axes.axhline(100 * unpruned.accuracy, color="black", linewidth=1, label=f"unpruned ({unpruned.mean_tokens:.0f})")
-    ticks = sorted({round(result.mean_tokens) for result in results if not result.adaptive})
+    ticks = sorted({result.keep for result in results if result.keep is not None and not result.inside})
     axes.set(xscale="log", xlabel="visual tokens kept, mean", ylabel="accuracy (%)")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     save(figure, file)
 
