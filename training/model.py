@@ -23,7 +23,7 @@ WIDTH = 256  # of the language model
 
 
 def model_config(layers: int = 4) -> LlavaConfig:
-    """`layers`: of the language model; tests take fewer."""
+    """`layers`: of the language model, at least two; tests take fewer."""
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=CLIPVisionConfig(
@@ -149,7 +149,7 @@ class Looks:
         return Looks(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-LOOKING = 2  # the layer: two before it to put a thing's words together, one after it to use what was seen
+LOOKING = -2  # the layer: those before it put a thing's words together, the last one uses what was seen
 
 
 def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ def answer_logits(
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = query * cos + _turned(query) * sin, key * cos + _turned(key) * sin
-        if looks is not None and index == LOOKING:
+        if looks is not None and layer is llama.layers[LOOKING]:
             astray = _astray(looks, query[:, :, shared:], key, mask[:, 0], before)
         mixed = functional.scaled_dot_product_attention(query[:, :, shared:], key, value, attn_mask=mask)
         if last:
