@@ -29,7 +29,7 @@ fast as one, so `language` and `tower` run side by side, one core each, and a st
 threads. `--hours` lengthens all stages alike.
 
 The model in the package is not what one uninterrupted run of this gives: it took two hours, in which what is written
-above was found out (looks from step 240 of `language` on and corrected at 820, full pages and Adam's tenth from the
-middle of `tower` and `language`, `joint` begun at step 1,840 of 2,630 of `language`, whose values for left and right
+above was found out (where to look for letters was off by one until step 820 of `language`, full pages and Adam's
+tenth came in the middle of `tower` and `language`, `joint` begun at step 1,840 of 2,630 of `language`, whose values for left and right
 had been put in by hand). Its log is in `docs/benchmarks/training/`.
 """
