@@ -28,8 +28,8 @@ An allocator that gives memory back to the system costs 5 % more: jemalloc need 
 fast as one, so `language` and `tower` run side by side, one core each, and a step of `joint` is divided between two
 threads. `--hours` lengthens all stages alike.
 
-The model in the package is not what one uninterrupted run of this gives: it took two hours, in which what is written
-above was found out (where to look for letters was off by one until step 820 of `language`, full pages and Adam's
-tenth came in the middle of `tower` and `language`, `joint` begun at step 1,840 of 2,630 of `language`, whose values for left and right
-had been put in by hand). Its log is in `docs/benchmarks/training/`.
+The model in the package is not what one uninterrupted run of this gives. It took two hours, in which what is written
+above was found out: where to look for letters was off by one until step 820 of `language`; full pages and Adam's tenth
+came in the middle of `tower` and `language`; `joint` was begun at step 1,840 of 2,630 of `language`, after values for
+left and right had been put in by hand. The log is in `docs/benchmarks/training/`.
 """
