@@ -14,32 +14,32 @@ from evaluation.arms import Arm, energy, fixed
 
 Rows = Mapping[str, Mapping[str, Any]]
 
-RESPRUNE_COMPONENTS: Rows = {  # ResPrune, Table IV
+RESPRUNE_COMPONENTS: Rows = {
     "full": {},
     "no text clean-up": {"text": {"clean": False}},
     "no text guidance": {"alpha": 0},
     "relevance only": {"rank_by": "relevance"},
 }
-RESPRUNE_ALPHA: Rows = {f"alpha {alpha}": {"alpha": alpha} for alpha in (0, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0)}  # Table V
-RESPRUNE_RELEVANCE: Rows = {  # Table VI
+RESPRUNE_ALPHA: Rows = {f"alpha {alpha}": {"alpha": alpha} for alpha in (0, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0)}
+RESPRUNE_RELEVANCE: Rows = {
     "max over text tokens": {"relevance": "max"},
     "mean over text tokens": {"relevance": "mean"},
     "mean text token": {"relevance": "mean_token"},
 }
-RESPRUNE_SEED: Rows = {  # Table VII
+RESPRUNE_SEED: Rows = {
     "CLS attention": {"seed_token": "cls"},
     "norm": {"seed_token": "norm"},
     "relevance": {"seed_token": "relevance"},
     "mean token": {"seed_token": "mean"},
     "grid centre": {"seed_token": "center"},
 }
-ADAPTPRUNE_CUES: Rows = {  # AdaptPrune, Table 4; its (a), plain importance, is top-k CLS attention here
+ADAPTPRUNE_CUES: Rows = {  # (a), plain importance, is top-k CLS attention here
     "(a) importance only": {"correction": False, "distance": False, "similarity": False},
     "(b) correction": {"distance": False, "similarity": False},
     "(c) correction, distance": {"similarity": False},
     "(d) full": {},
 }
-ADAPTPRUNE_STRATEGIES: Rows = {  # Table 5, but for FitPrune, which prunes inside the language model
+ADAPTPRUNE_STRATEGIES: Rows = {  # but for FitPrune, which prunes inside the language model
     "AdaptPrune": {"method": "adaptprune"},
     "(b) skip": {"method": "skip"},
     "(c) random": {"method": "random"},

@@ -11,9 +11,6 @@ from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import BUILTIN_PRESETS, PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
 
-KEEPS = (192, 128, 64, 32)
-UNPRUNED_NAME = "unpruned"
-
 Budget = dict[str, Any]
 
 
@@ -37,17 +34,12 @@ class Arm:
     adaptive: bool = False
     inside: bool = False
 
-    @property
-    def row(self) -> str:
-        """Its row in a table over budgets."""
-        return f"{self.method}+E" if self.adaptive else self.method
-
     def digest(self) -> str:
         """What its answers depend on beside model and questions."""
         return json.dumps(self.policy, sort_keys=True)
 
 
-UNPRUNED = Arm(UNPRUNED_NAME, False, UNPRUNED_NAME)
+UNPRUNED = Arm("unpruned", False, "unpruned")
 
 
 def fixed(keep: int) -> Budget:

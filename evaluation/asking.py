@@ -56,16 +56,16 @@ async def _ask_all(url: str, expected: str, pictures: Sequence[Picture], arms: S
         model = card.id
         slots = asyncio.Semaphore(IN_FLIGHT)
         with tqdm(total=total, unit="question", disable=None) as progress:
+
+            async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
+                async with slots:
+                    if not answers.has(arm, picture.name(index)):
+                        answers.add(arm, await _ask(client, model, arm, picture, index, image))
+                    progress.update()
+
             for start in range(0, len(pictures), TOGETHER):
                 some = pictures[start : start + TOGETHER]
                 images = {picture.label: data_url(picture.paint()) for picture in some}
-
-                async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
-                    async with slots:
-                        if not answers.has(arm, picture.name(index)):
-                            answers.add(arm, await _ask(client, model, arm, picture, index, image))
-                        progress.update()
-
                 async with asyncio.TaskGroup() as tasks:
                     for arm in arms:
                         for picture in some:

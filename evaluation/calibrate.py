@@ -13,7 +13,7 @@ from pathlib import Path
 from evaluation.answers import Answer, Answers, AnswersError
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
-from evaluation.options import count, embedded_model, served, weights_digest
+from evaluation.options import add_model_arguments, count, embedded_model, served, weights_digest
 from evaluation.questions import Picture, SampleError, pictures, plain, read_sample
 from evaluation.report import markdown
 from evaluation.spectra import Sample, sample_pictures
@@ -126,8 +126,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="a model's directory or its name on the hub (default: the embedded one)")
-    parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
+    add_model_arguments(parser)
     parser.add_argument("--sample", type=Path, metavar="FILE", help="JSON lines (default: scenes of our own)")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--tokens", type=count, metavar="K", help="to keep of a picture, on average; asks no server")

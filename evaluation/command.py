@@ -17,7 +17,7 @@ from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
 from evaluation.gallery import draw_gallery
 from evaluation.in_llm import Pruning
-from evaluation.options import count, embedded_model, served, weights_digest
+from evaluation.options import add_model_arguments, count, embedded_model, served, weights_digest
 from evaluation.questions import Picture, pictures
 from evaluation.reference import answer_all, reference_arms, reference_model
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
@@ -85,8 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="a model's directory or its name on the hub (default: the embedded one)")
-    parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
+    add_model_arguments(parser)
     parser.add_argument("--questions", type=count, default=200, metavar="N", help="to ask (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first scene (default: %(default)s)")
     which = parser.add_mutually_exclusive_group()
@@ -107,7 +106,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--presets", type=_presets, default=[], metavar="A,B", help=f'"all", or any of {", ".join(BUILTIN_PRESETS)}'
     )
     which.add_argument(
-        "--ablation", choices=[*ABLATIONS, SOLVERS], help="the rows of a paper's table in place of --methods"
+        "--ablation",
+        choices=[*ABLATIONS, SOLVERS],
+        help="the rows of a paper's table in place of --methods: "
+        + "; ".join(f"{name}, {ablation.title}" for name, ablation in ABLATIONS.items())
+        + f"; {SOLVERS}, E-AdaPrune, Table 4",
     )
     parser.add_argument(
         "--in-llm",

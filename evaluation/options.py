@@ -17,6 +17,12 @@ SMALL_OPTIONS = ("--max-model-len", "2048")  # enough for the embedded model's 5
 SMALL_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--model`` and ``--url``."""
+    parser.add_argument("--model", help="a model's directory or its name on the hub (default: the embedded one)")
+    parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
+
+
 def count(text: str) -> int:
     """A whole number from 1."""
     number = int(text) if text.isdecimal() else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from evaluation.results import Result
 
@@ -47,7 +47,7 @@ def budget_table(results: Sequence[Result]) -> str:
     rows: dict[str, dict[int, Result]] = {}
     for result in results:
         if result.keep is not None and not result.inside:
-            rows.setdefault(f"{result.method}{'+E' if result.adaptive else ''}", {})[result.keep] = result
+            rows.setdefault(result.row, {})[result.keep] = result
 
     def cell(result: Result | None) -> str:
         if result is None:
@@ -65,7 +65,7 @@ def budget_table(results: Sequence[Result]) -> str:
     )
 
 
-def split_table(results: Sequence[Result], by: str) -> str:
+def split_table(results: Sequence[Result], by: Literal["kind", "density"]) -> str:
     """Arms in rows; kinds of question (``by="kind"``) or densities of pictures (``by="density"``) in columns."""
     tables = [result.by_kind if by == "kind" else result.by_density for result in results]
     names = sorted({name for table in tables for name in table})
@@ -95,7 +95,7 @@ def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> No
             color=colours[method],
             marker=markers[method],
             linestyle="--" if adaptive else "-",
-            label=f"{method}+E" if adaptive else method,
+            label=points[0].row,
         )
     axes.axhline(100 * unpruned.accuracy, color="black", linewidth=1, label=f"unpruned ({unpruned.mean_tokens:.0f})")
     ticks = sorted({result.keep for result in results if result.keep is not None and not result.inside})

@@ -60,6 +60,11 @@ class Result:
     by_density: Mapping[str, float]
     tokens_by_density: Mapping[str, float]
 
+    @property
+    def row(self) -> str:
+        """Its row in a table over budgets."""
+        return f"{self.method}+E" if self.adaptive else self.method
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)

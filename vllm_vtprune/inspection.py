@@ -151,8 +151,7 @@ def pruning_processor(model: str, dtype: str = "auto") -> PruningProcessor:
 
 def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeatures:
     """What the model's vision encoder makes of an image."""
-    media = _media(picture.convert("RGB"))
-    return processor.runtime.encoder.submit("alone", processor.preprocess(media, {})).result().features
+    return processor.encode_alone(_media(picture.convert("RGB")))
 
 
 def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:

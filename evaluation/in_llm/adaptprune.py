@@ -11,22 +11,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from evaluation.in_llm.pruning import (
-    Budget,
-    Entrance,
-    Pruning,
-    check_after,
-    check_budget,
-    drop_once,
-    tokens_to_keep,
-)
+from evaluation.in_llm.pruning import DropOnce, Entrance
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.adaptprune import select
 
 
 @dataclass(frozen=True)
-class AdaptPrune(Pruning):
+class AdaptPrune(DropOnce):
     """The k tokens stay that soft suppression picks from the attention of the last token of the prompt.
 
     Attributes:
@@ -36,8 +28,6 @@ class AdaptPrune(Pruning):
         correction, distance, similarity, sigma_d, sigma_s, radius: as in the policy of the plugin.
     """
 
-    budget: Budget
-    after: int = 2
     correction: bool = True
     distance: bool = True
     similarity: bool = True
@@ -46,8 +36,7 @@ class AdaptPrune(Pruning):
     radius: float = 5.0
 
     def __post_init__(self) -> None:
-        check_budget(self.budget)
-        check_after(self.after)
+        super().__post_init__()
         self.policy  # noqa: B018  # checks the others
 
     @property
@@ -56,9 +45,6 @@ class AdaptPrune(Pruning):
         names = ("correction", "distance", "similarity", "sigma_d", "sigma_s", "radius")
         cues = {name: getattr(self, name) for name in names}
         return PruningPolicy.parse({"method": "adaptprune", "importance": "cls", **cues}, param="adaptprune")
-
-    def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
-        return drop_once(features.num_tokens, tokens_to_keep(self.budget, features), self.after, layers)
 
     def choose(self, entrance: Entrance, count: int) -> Tensor:
         cues = VisualFeatures(

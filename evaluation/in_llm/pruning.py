@@ -92,18 +92,26 @@ def check_budget(budget: object) -> None:
         raise ValueError(f"budget must be a TokensBudget, RatioBudget or EnergyBudget, got {budget!r}")
 
 
-def drop_once(n: int, k: int, after: int, layers: int) -> list[int]:
-    """The schedule of a method by which ``n - k`` tokens leave after ``after`` layers.
+@dataclass(frozen=True)
+class DropOnce(Pruning):
+    """A method by which all tokens that leave do so at one place.
 
-    Raises:
-        ValueError: when that is not between two layers.
+    Attributes:
+        budget: k, the tokens that stay.
+        after: layers that see all tokens, 1 or more and fewer than the model has.
     """
-    if not 1 <= after < layers:
-        raise ValueError(f"after must be from 1 to {layers - 1}, as the model has {layers} layers, got {after!r}")
-    return [n] * after + [k] * (layers - after)
 
+    budget: Budget
+    after: int = 2
 
-def check_after(after: object) -> None:
-    """Raise a ValueError unless it is a number of layers."""
-    if not isinstance(after, int) or isinstance(after, bool) or after < 1:
-        raise ValueError(f"after must be an integer, 1 or more, got {after!r}")
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        if not isinstance(self.after, int) or isinstance(self.after, bool) or self.after < 1:
+            raise ValueError(f"after must be an integer, 1 or more, got {self.after!r}")
+
+    def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
+        if self.after >= layers:
+            raise ValueError(
+                f"after must be from 1 to {layers - 1}, as the model has {layers} layers, got {self.after!r}"
+            )
+        return [features.num_tokens] * self.after + [tokens_to_keep(self.budget, features)] * (layers - self.after)

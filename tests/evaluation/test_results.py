@@ -60,12 +60,12 @@ def test_anything_else_is_wrong(answer: str) -> None:
 def test_every_method_at_every_budget_that_it_can_reach() -> None:
     arms = grid(METHODS, [128, 64], {64: 0.9}, FEATURES)
     check([UNPRUNED, *arms, *own_counts(METHODS), *presets(["fast", "balanced"])])
-    rows = {(arm.row, arm.keep) for arm in arms}
-    assert ("resprune", 128) in rows
-    assert ("resprune+E", 64) in rows
-    assert ("resprune+E", 128) not in rows, "no threshold is known"
-    assert ("random3x3", 64) in rows
-    assert ("random3x3", 128) not in rows, "a 24 x 24 grid has 64 cells of 3 x 3"
+    rows = {(arm.method, arm.adaptive, arm.keep) for arm in arms}
+    assert ("resprune", False, 128) in rows
+    assert ("resprune", True, 64) in rows
+    assert ("resprune", True, 128) not in rows, "no threshold is known"
+    assert ("random3x3", False, 64) in rows
+    assert ("random3x3", False, 128) not in rows, "a 24 x 24 grid has 64 cells of 3 x 3"
     assert {arm.method for arm in arms} == set(METHODS)
     assert [arm.name for arm in own_counts(METHODS)] == ["prumerge@own", "trim@own"]
 

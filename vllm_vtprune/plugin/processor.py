@@ -149,6 +149,10 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     # For images outside of any request
 
+    def encode_alone(self, media: MediaWithBytes[Image.Image]) -> VisualFeatures:
+        """What the vision encoder makes of one image."""
+        return self.runtime.encoder.submit("alone", self.preprocess(media, {})).result().features
+
     def plan_alone(
         self, media: MediaWithBytes[Image.Image], policy: PruningPolicy, query: str
     ) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
@@ -164,7 +168,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         report = RequestReport()
         if job.policy.conditions_on_text:
             self._read_text(job, query, report)
-        features = self.runtime.encoder.submit("alone", self.preprocess(media, {})).result().features
+        features = self.encode_alone(media)
         plan, _ = self._plan(job, features, report)
         assert job.report is not None
         return job.report, plan, features
