@@ -149,7 +149,8 @@ def test_large_matrices_of_low_rank(rank: int, threshold: float) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1100, rank, generator=generator) @ torch.randn(rank, 1024, generator=generator)
     exact = energy_rank(features, threshold, "exact")
-    assert abs(energy_rank(features, threshold) - exact) <= 0.01 * exact
+    off_by = 1 if threshold == 1.0 else 0.01 * exact  # all of the energy: where zero begins is a matter of rounding
+    assert abs(energy_rank(features, threshold) - exact) <= off_by
 
 
 def test_without_power_iterations_the_rank_is_overestimated() -> None:
