@@ -17,11 +17,10 @@ Box: TypeAlias = tuple[float, float, float, float]
 """A part of an image: top, left, bottom and right, as shares of its height and width."""
 
 
-def require_finite(name: str, rows: Tensor) -> None:
-    """Raise a ValueError unless ``rows (N, d)`` or ``(N,)`` is finite; reads it once, through the norms of its rows."""
-    precision = torch.promote_types(rows.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1, dtype=precision)
-    if not torch.isfinite(norms).all():
+def require_finite(name: str, values: Tensor) -> None:
+    """Raise a ValueError unless all ``values`` are finite; reads them once, through their sum."""
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    if not torch.isfinite(total) and not torch.isfinite(values).all():  # a sum of finite values may overflow
         raise ValueError(f"{name} must be finite")
 
 

@@ -108,7 +108,7 @@ def test_a_zero_seed_token_spans_nothing() -> None:
 
 
 def test_relevance_forms() -> None:
-    tokens, text = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    tokens, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
     half = 0.5**0.5
     torch.testing.assert_close(text_relevance(tokens, text, "max"), torch.tensor([1.0, half]))
     torch.testing.assert_close(text_relevance(tokens, text, "mean"), torch.tensor([(1 + half) / 2, half / 2]))
@@ -125,7 +125,7 @@ def test_seed_tokens() -> None:
         "cls": cls.argmax(),
         "auto": cls.argmax(),
         "norm": embeds.norm(dim=1).argmax(),
-        "relevance": text_relevance(embeds, text, "max").argmax(),
+        "relevance": text_relevance(normalize(embeds, dim=1), text, "max").argmax(),
         "mean": (normalize(embeds, dim=1) @ embeds.mean(dim=0)).argmax(),
         "center": 2 * 7 + 3,
     }
@@ -147,7 +147,7 @@ def test_rank_by_relevance_is_top_k_of_relevance() -> None:
     features = image(50, 16)
     text = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
     by_relevance = policy(9, rank_by="relevance")
-    relevance = text_relevance(features.embeds, text, "max")
+    relevance = text_relevance(normalize(features.embeds, dim=1), text, "max")
     assert plan_tokens(features, by_relevance, text).order.tolist() == relevance.argsort(descending=True)[:9].tolist()
     assert torch.equal(plan_tokens(features, by_relevance).order, plan_tokens(features, policy(9)).order)
 

@@ -25,8 +25,9 @@ NEGLIGIBLE = 1e-12  # the same, as a share of the largest token's energy
 LEAST_PANEL = 48  # picks drafted at once; a tenth of all where that is more, so that V is read ten times
 CANDIDATES = 2  # tokens among which a panel is drafted, as a multiple of its picks
 
-HEAD = 16  # picks whose directions hold what the tokens share
-CHUNK = 256  # tokens turned to float64 at once
+FIRST_PANEL = 16
+HEAD = 8  # picks, at least, whose directions hold what the tokens share
+CHUNK = 128  # tokens turned to float64 at once
 
 Floats = NDArray[np.float64]
 
@@ -77,7 +78,7 @@ class _Factorisation:
             if self.residual[pick] > self.spanned[pick]:
                 if len(self.head) == 0 and self.directions >= HEAD:
                     self._sharpen(energy)
-                panel = max(LEAST_PANEL, self.k // 10) if self.directions else HEAD
+                panel = max(LEAST_PANEL, self.k // 10) if len(self.head) else FIRST_PANEL
                 candidates = self._candidates(pick, CANDIDATES * panel)
                 self._accept(self._draft(candidates, pick, min(panel, self.k - len(self.order))))
             elif not self.order:  # a seed that is next to zero
@@ -143,9 +144,12 @@ class _Factorisation:
         """Compute anew, in float64, the first directions, every token's coefficients on them, and what they leave."""
         rows = self.tokens[self.pivots].double()
         self.head = torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.T), rows, upper=False)
-        coefficients = torch.cat([self.head @ chunk.double().T for chunk in torch.split(self.tokens, CHUNK)], dim=1)
-        self.factor[: len(self.head)] = coefficients
-        self.residual = energy - coefficients.square().sum(dim=0)
+        exact = self.tokens.new_empty(CHUNK, self.tokens.shape[1], dtype=torch.float64)  # fresh memory is slow
+        for first in range(0, len(self.tokens), CHUNK):
+            chunk = self.tokens[first : first + CHUNK]
+            coefficients = self.head @ exact[: len(chunk)].copy_(chunk).T
+            self.factor[: len(self.head), first : first + CHUNK] = coefficients
+            self.residual[first : first + CHUNK] = energy[first : first + CHUNK] - coefficients.square().sum(dim=0)
         self.residual[self.order] = 0.0
 
 
@@ -164,7 +168,7 @@ def _steps(gram: Floats, residual: Floats, gate: Floats, spanned: Floats, pick: 
         np.subtract(gram[pick], row, out=row)
         row /= np.sqrt(residual[pick])
         residual -= row * row
-        residual[order] = 0.0
+        residual[pick] = 0.0
         pick = int(np.argmax(np.where(residual > spanned, residual * gate, 0.0)))
         if residual[pick] <= spanned[pick]:
             break

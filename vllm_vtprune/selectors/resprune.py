@@ -37,7 +37,10 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
         tokens = tokens / energy.max().sqrt().clamp(min=TINY).float()
         energy = squared_lengths(tokens)
 
-    relevance = None if text_embeds is None else text_relevance(tokens, text_embeds.float(), policy.relevance)
+    relevance = None
+    if text_embeds is not None:
+        relevance = text_relevance(tokens, text_embeds.float(), policy.relevance)
+        relevance /= energy.sqrt().clamp(min=TINY).to(relevance.dtype)
     if relevance is not None and policy.rank_by == "relevance":
         return relevance.sort(descending=True, stable=True).indices[:k]
     gate = torch.ones_like(energy)
@@ -47,12 +50,13 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
 
 
 def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
-    """Cosine of each token ``(N, d)`` with the text ``(M, d)``, ``(N,)``: the best row's (Eq. 13), the mean over rows,
-    or the one with the mean row."""
+    """Cosine of each of the ``tokens (N, d)``, of length 1, with the text ``(M, d)``, ``(N,)``.
+
+    The best row's (Eq. 13), the mean over rows, or the one with the mean row. It grows with the length of a token.
+    """
     if form == "mean_token":
         text = text.mean(dim=0, keepdim=True)
-    lengths = torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp(min=TINY)
-    cosines = tokens @ normalize(text, dim=1, eps=TINY).T / lengths
+    cosines = tokens @ normalize(text, dim=1, eps=TINY).T
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
 
 
