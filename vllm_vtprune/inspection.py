@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from vllm.multimodal.media import MediaWithBytes
 
     from vllm_vtprune.features import VisualFeatures
+    from vllm_vtprune.plan import PruningPlan
     from vllm_vtprune.plugin.processor import PruningProcessor
+    from vllm_vtprune.report import ImageReport
 
 POLICY = "balanced"
 
@@ -116,10 +118,9 @@ def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPo
     Raises:
         PolicyError: the model's family lacks what the policy asks for.
     """
-    picture = picture.convert("RGB")
-    report, plan, features = processor.plan_alone(_media(picture), policy, query)
+    report, plan, features = plan_of(processor, picture, policy, query)
     view = processor.view(picture.height, picture.width)
-    return Inspection(report.to_json(), draw_kept(picture, features, plan.kept, view))
+    return Inspection(report.to_json(), draw_kept(picture.convert("RGB"), features, plan.kept, view))
 
 
 def pruning_processor(model: str, dtype: str = "auto") -> PruningProcessor:
@@ -147,6 +148,17 @@ def pruning_processor(model: str, dtype: str = "auto") -> PruningProcessor:
     if not isinstance(processor, PruningProcessor):
         raise InspectionFailed(f"{model} is of an architecture, or has a vision encoder, that cannot be pruned")
     return processor
+
+
+def plan_of(
+    processor: PruningProcessor, picture: Image.Image, policy: PruningPolicy, query: str
+) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
+    """The tokens of one image that the server would keep: its report, the plan, and what it was made from.
+
+    Raises:
+        PolicyError: the model's family lacks what the policy asks for.
+    """
+    return processor.plan_alone(_media(picture.convert("RGB")), policy, query)
 
 
 def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeatures:

@@ -1,0 +1,101 @@
+"""What of a scene the kept tokens show, method by method: why accuracies differ, without asking a language model.
+
+    python -m evaluation.coverage --questions 250 --keep 64
+
+Everything in a scene has a known place, so a token is on a thing, or on empty ground. For each method, means over the
+questions:
+
+- on things: the share of kept tokens whose patch shows a thing
+- things seen: the share of the scene's things of which a token is kept
+- asked, seen: the same of the things that the question is about
+- asked, kept: the share of their tokens that is kept
+
+A merged token counts where it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from evaluation.arms import Arm, grid
+from evaluation.options import count, embedded_model
+from evaluation.questions import Picture, pictures
+from evaluation.report import markdown
+from vllm_vtprune.demo.scenes import Question, Scene, patches_of
+from vllm_vtprune.inspection import features_of, plan_of, pruning_processor
+from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.selectors.registry import METHODS
+
+HEAD = ("", "on things", "things seen", "asked, seen", "asked, kept")
+
+
+class Coverage(NamedTuple):
+    """Shares, for one question."""
+
+    on_things: float
+    things_seen: float
+    asked_seen: float
+    asked_kept: float
+
+
+def coverage(scene: Scene, question: Question, kept: NDArray[np.int64]) -> Coverage | None:
+    """What the ``kept`` tokens show; None for a question about nothing that is in the scene."""
+    asked = {id(item): item for things in question.about for item in things}.values()
+    if not asked:
+        return None
+    things = [patches_of(scene, item) for item in scene.items]
+    about = [patches_of(scene, item) for item in asked]
+    return Coverage(
+        on_things=float(np.isin(kept, np.concatenate(things)).mean()),
+        things_seen=_seen(things, kept),
+        asked_seen=_seen(about, kept),
+        asked_kept=float(np.isin(np.concatenate(about), kept).mean()),
+    )
+
+
+def _seen(things: Sequence[NDArray[np.int64]], kept: NDArray[np.int64]) -> float:
+    return fmean(bool(np.isin(patches, kept).any()) for patches in things)
+
+
+def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict[str, Coverage]:
+    """The mean coverage of each method that can keep so many tokens of the embedded model's."""
+    processor = pruning_processor(embedded_model(), "float32")
+    arms: list[Arm] = grid(methods, [keep], {}, features_of(processor, asked[0].paint()))
+    found: dict[str, list[Coverage]] = defaultdict(list)
+    for picture in tqdm(asked, unit="picture", disable=None):
+        assert isinstance(picture.source, Scene)
+        image = picture.paint()
+        for arm in arms:
+            policy = PruningPolicy.parse(arm.policy)
+            for question in picture.questions:
+                _, plan, _ = plan_of(processor, image, policy, question.text)
+                shown = coverage(picture.source, question, plan.kept.numpy())
+                if shown is not None:
+                    found[arm.method].append(shown)
+    return {method: Coverage(*map(fmean, zip(*rows, strict=True))) for method, rows in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.coverage", description="What of held-out scenes each method keeps, on average."
+    )
+    parser.add_argument("--questions", type=count, default=250, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=count, default=64, metavar="K", help="tokens of a picture (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    rows = measure(list(pictures("test", args.questions)), METHODS, args.keep)
+    best_first = sorted(rows.items(), key=lambda row: -row[1].asked_kept)
+    print(markdown(HEAD, ([f"`{method}`", *(f"{100 * share:.0f} %" for share in row)] for method, row in best_first)))
+
+
+if __name__ == "__main__":
+    main()
