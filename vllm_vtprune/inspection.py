@@ -169,7 +169,7 @@ def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeat
 def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:
     from vllm.multimodal.media import MediaWithBytes
 
-    return MediaWithBytes(picture, picture.tobytes())
+    return MediaWithBytes(picture, repr(picture.size).encode() + picture.tobytes())  # what an image is told by
 
 
 def _checkpoint(family: str) -> str:

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.demo.families import FAMILIES
 from vllm_vtprune.demo.photo import photograph
-from vllm_vtprune.inspection import inspect
+from vllm_vtprune.inspection import features_of, inspect, pruning_processor
 
 KEEP = 0.25
 RATIO = json.dumps({"budget": {"type": "ratio", "keep": KEEP}})
@@ -86,3 +88,13 @@ def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
     for image in (text, tmp_path / "missing.png"):
         with pytest.raises(SystemExit, match=image.name):
             inspect([str(image), "--out", str(tmp_path / "a.png")])
+
+
+def test_each_image_is_encoded_for_itself() -> None:
+    """Also one whose pixels, written one after the other, are those of another."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    upright, lying = noise.reshape(60, 40, 3), noise
+    processor = pruning_processor(str(tiny_checkpoint()))
+    first, second, again = (features_of(processor, Image.fromarray(pixels)) for pixels in (upright, lying, upright))
+    assert torch.equal(first.encoder, again.encoder)
+    assert not torch.allclose(first.encoder, second.encoder)

@@ -151,7 +151,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def encode_alone(self, media: MediaWithBytes[Image.Image]) -> VisualFeatures:
         """What the vision encoder makes of one image."""
-        return self.runtime.encoder.submit("alone", self.preprocess(media, {})).result().features
+        key = self.feature_key(media, None, {}, {})
+        return self.runtime.encoder.submit(key, self.preprocess(media, {})).result().features
 
     def plan_alone(
         self, media: MediaWithBytes[Image.Image], policy: PruningPolicy, query: str
