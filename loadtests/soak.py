@@ -2,7 +2,7 @@
 
     python -m loadtests.soak --out build/soak --minutes 10 --rate 3 --users 16
 
-Starts our server with the checkpoint that comes with the package (random weights), and with the small caches of
+Starts our server with the model that comes with the package, and with the small caches of
 `benchmarks.memory`, so that they are full early. Every kind of user asks. Prints failed requests, percentiles, the rate
 that was reached, and the resident memory of each process after the first 200 requests and at the end. The exit status
 is 1 if a request failed, a promise (``--slo-...``) was broken, less than 95 % of the rate was reached, or a process

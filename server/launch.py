@@ -79,13 +79,16 @@ def serve(argv: list[str]) -> None:
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
     args = parser.parse_args(["serve", *_with_model(argv)])
     try:
-        Policies.of(args.pruning_default, args.pruning_presets)
+        policies = Policies.of(args.pruning_default, args.pruning_presets)
     except PolicyError as error:
         serve_parser.error(str(error))
     command.validate(args)
+    refuse_other_front_ends(args)
     os.environ.setdefault("VTPRUNE_LOAD_FORMAT", str(args.load_format))
+    if args.download_dir is not None:
+        os.environ.setdefault("VTPRUNE_DOWNLOAD_DIR", str(args.download_dir))
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", PLUGIN)  # server/media.py
-    refuse_unpruned(args)
+    refuse_unpruned(args, policies.default)
     command.cmd(args)
 
     from server.shutdown import engine_died
@@ -143,7 +146,17 @@ def refuse_without_routes() -> None:
         )
 
 
-def refuse_unpruned(args: argparse.Namespace) -> None:
+def refuse_other_front_ends(args: argparse.Namespace) -> None:
+    """Exit if vLLM would answer through a front end that loads no endpoint plugins, and so ignores ``pruning``."""
+    from vllm import envs
+
+    asked = {"--grpc": getattr(args, "grpc", False), "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
+    for name, given in asked.items():
+        if given:
+            sys.exit(f"vtprune serve: {name} cannot be combined with pruning: its front end has none of our routes.")
+
+
+def refuse_unpruned(args: argparse.Namespace, default: PruningPolicy) -> None:
     """Exit if the model should be pruned and would not be.
 
     vLLM logs a plugin that fails to load and goes on: without this check, a model could be served unpruned silently. A
@@ -161,8 +174,8 @@ def refuse_unpruned(args: argparse.Namespace) -> None:
     if expected is None:
         unpruned = f"{args.model} has the architecture {architecture}, which cannot be pruned yet"
         known = ", ".join(ARCHITECTURES)
-        if args.pruning_default is not False:
-            sys.exit(f"vtprune serve: {unpruned}, but --pruning-default is set; expected one of {known}.")
+        if default.enabled:
+            sys.exit(f"vtprune serve: {unpruned}, but --pruning-default asks for it; expected one of {known}.")
         print(f"vtprune serve: {unpruned}: it is served UNPRUNED. To prune, serve one of {known}.", file=sys.stderr)
     elif found != expected:
         sys.exit(

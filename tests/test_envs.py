@@ -1,5 +1,7 @@
 """Environment variables: defaults, values, and errors that name variable, value and what is accepted."""
 
+from pathlib import Path
+
 import pytest
 
 from vllm_vtprune import envs
@@ -26,6 +28,7 @@ def test_defaults_also_for_empty_values(monkeypatch):
         (envs.feature_cache_gb, "0", 0.0),
         (envs.feature_cache_gb, "0.5", 0.5),
         (envs.report_table_size, "10", 10),
+        (envs.download_dir, "/models", Path("/models")),
     ],
 )
 def test_values(variable, text, value, monkeypatch):

@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 __all__ = [
     "VARIABLES",
     "Variable",
     "device",
+    "download_dir",
     "feature_cache_gb",
     "fetch_private_addresses",
     "load_format",
@@ -119,6 +121,14 @@ load_format = Variable(
     doc="How the vision tower gets its weights: dummy for random ones, anything else reads safetensors. "
     "`vtprune serve` sets it to its own --load-format; set it yourself beside LLM(load_format='dummy').",
 )
+download_dir: Variable[Path | None] = Variable(
+    name="VTPRUNE_DOWNLOAD_DIR",
+    default=None,
+    parse=Path,
+    accepts="a directory",
+    doc="Where weights of a model on a hub are downloaded to, for the vision tower. Default: the hub's own cache. "
+    "`vtprune serve` sets it to its own --download-dir; set it yourself beside LLM(download_dir=...).",
+)
 tower_threads = Variable(
     name="VTPRUNE_TOWER_THREADS",
     default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -156,8 +166,9 @@ fetch_private_addresses = Variable(
     doc="1: images may also be fetched from allowed hosts at private, loopback and link-local addresses.",
 )
 
-VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool], ...] = (
+VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool] | Variable[Path | None], ...] = (
     device,
+    download_dir,
     feature_cache_gb,
     fetch_private_addresses,
     load_format,

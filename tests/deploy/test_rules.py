@@ -41,5 +41,5 @@ def test_every_alert_leads_to_its_lines_in_the_runbook() -> None:
         line.strip("# ") for line in (ROOT / "deploy" / "README.md").read_text().splitlines() if line[:1] == "#"
     ]
     for alert in alerts():
-        assert alert["annotations"]["runbook_url"] == f"deploy/README.md#{str(alert['alert']).lower()}"  # type: ignore[index]
+        assert alert["annotations"]["runbook"] == f"deploy/README.md#{str(alert['alert']).lower()}"  # type: ignore[index]
         assert alert["alert"] in headings

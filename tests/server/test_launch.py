@@ -119,6 +119,15 @@ def test_a_default_that_is_no_policy_is_refused(serve: Callable[[str], Run]) -> 
     assert leaks(done.stderr) == []
 
 
+@pytest.mark.parametrize("other", ["--grpc", "VLLM_USE_RUST_FRONTEND"])
+def test_a_front_end_without_our_routes_is_refused(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.refuse_other_front_ends(argparse.Namespace())
+    if other != "--grpc":
+        monkeypatch.setenv(other, "1")
+    with pytest.raises(SystemExit, match=f"{other} cannot be combined with pruning"):
+        launch.refuse_other_front_ends(argparse.Namespace(grpc=other == "--grpc"))
+
+
 def test_the_help_of_serve_shows_our_option_with_an_example(serve: Callable[[str], Run]) -> None:
     done = serve("help")
     assert done.returncode == 0

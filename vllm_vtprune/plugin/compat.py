@@ -60,7 +60,9 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             frontend tower has no adapters) or vLLM's own pruning of videos (it changes the embeddings of every image,
             and its positions, which are wrong for portrait images, replace ours) are on.
     """
-    remedy = "switch it off, or leave vtprune out of VLLM_PLUGINS to serve without pruning"
+    remedy = (
+        "switch it off, or run `vllm serve` with a VLLM_PLUGINS that does not name vtprune to serve without pruning"
+    )
     if getattr(vllm_config.compilation_config, "cudagraph_mm_encoder", False):
         raise ValueError(f"compilation_config.cudagraph_mm_encoder=True cannot be combined with vllm-vtprune: {remedy}")
     lora = vllm_config.lora_config
@@ -100,8 +102,9 @@ def pixel_norm(model_config: ModelConfig) -> PixelNorm | None:
 def load_tower_of(model_config: ModelConfig, architecture: str) -> VisionTower:
     """Load the frontend tower of a model as the engine loads the model itself.
 
-    The processor sees the model's config but not its ``load_format`` (vLLM 0.32.0, ``InputProcessingContext``), so that
-    comes from the environment, where `vtprune serve` puts it. Can go when the context carries the load config.
+    The processor sees the model's config but not its ``load_format`` or ``download_dir`` (vLLM 0.32.0,
+    ``InputProcessingContext``), so those come from the environment, where `vtprune serve` puts them. Can go when the
+    context carries the load config.
 
     Raises:
         TowerError: the weights are not there or do not fit.
@@ -131,6 +134,7 @@ def _model_directory(model_config: ModelConfig) -> Path:
         snapshot_download(
             model_config.model,
             revision=model_config.revision,
+            cache_dir=envs.download_dir(),
             allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json"],
         )
     )
