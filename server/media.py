@@ -61,7 +61,7 @@ class GuardedConnector(MediaConnector):
         self._check(image_url)
         try:
             return self.load_from_url(
-                image_url, self._intake(image_url, image_mode), fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT
+                _plain(image_url), self._intake(image_url, image_mode), fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT
             )
         except (ImageProblem, OSError, ValueError) as problem:
             raise _refused(image_url, problem) from None
@@ -70,7 +70,7 @@ class GuardedConnector(MediaConnector):
         self._check(image_url)
         try:
             return await self.load_from_url_async(
-                image_url, self._intake(image_url, image_mode), fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT
+                _plain(image_url), self._intake(image_url, image_mode), fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT
             )
         except (ImageProblem, OSError, ValueError) as problem:
             raise _refused(image_url, problem) from None
@@ -93,6 +93,12 @@ class GuardedConnector(MediaConnector):
             raise ImageRefused(url, ImageProblem("is on the web, from where this server does not fetch images"))
         elif scheme not in ("http", "https", "file"):
             raise ImageRefused(url, ImageProblem("is not a URL of an image"))
+
+
+def _plain(url: str) -> str:
+    """A data URL as vLLM reads it, which wants its ``base64`` in small letters."""
+    header, comma, data = url.partition(",")
+    return url if header == header.lower() or not header.lower().startswith("data:") else header.lower() + comma + data
 
 
 def _refused(url: str, problem: Exception) -> ImageRefused:

@@ -25,6 +25,7 @@ from server.shutdown import fail_unfinished_requests, notice_shutdown
 from server.trace import HEADER
 from server.validation import ReadableErrors
 from vllm_vtprune import __version__, metrics
+from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import runtime_without_tower
 from vllm_vtprune.text import text_pipeline_name
@@ -100,6 +101,7 @@ class ServerPlugin:
         if processor is not None:
             policies.refuse_impossible(processor.family)
             runtime = processor.runtime
+            runtime.api_process = compat.api_process(engine_client)
             runtime.warm_up()
             tower = runtime.tower
             built: tuple[str, str, str] = tower.weights, str(tower.device), str(tower.dtype).removeprefix("torch.")

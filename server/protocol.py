@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 
 from server.schema import describe
 from server.trace import Trace
-from server.validation import check_messages
+from server.validation import InvalidField, check_messages
 from vllm_vtprune.policy import PruningPolicy
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
@@ -78,6 +78,7 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         last_turn = ""
         if isinstance(data, Mapping) and isinstance(data.get("messages"), list):
             messages = [_without_iterators(message) for message in data["messages"]]
+            _refuse_misplaced(messages)
             images = [image for index, message in enumerate(messages) for image in _images(index, message)]
             turns = [_text(message) for message in messages if _get(message, "role") == "user"]
             last_turn = turns[-1] if turns else ""
@@ -160,6 +161,7 @@ def _image_key(part: Any) -> str | None:
 
 
 def _images(message_index: int, message: Any) -> Iterator[ImagePart]:
+    text = _text(message)
     for index, part in enumerate(_parts(message)):
         key = _image_key(part)
         if key is not None:
@@ -168,9 +170,29 @@ def _images(message_index: int, message: Any) -> Iterator[ImagePart]:
                 param=f"messages.{message_index}.content.{index}",
                 url=url if isinstance(url, str) else None,
                 uuid=uuid if isinstance(uuid := part.get("uuid"), str) else None,
-                message_text=_text(message),
+                message_text=text,
                 pruning=part.get("pruning"),
             )
+
+
+def _refuse_misplaced(messages: Sequence[Any]) -> None:
+    """Raise for a ``pruning`` that would not be read: beside what is no image, or inside of ``image_url``.
+
+    Raises:
+        InvalidField: naming the field.
+    """
+    for message_index, message in enumerate(messages):
+        for index, part in enumerate(_parts(message)):
+            key = _image_key(part)
+            inside = None if key is None else _get(part, key)
+            if key is None and isinstance(part, Mapping) and part.get("pruning") is not None:
+                where, accepted = "pruning", "it beside image_url, in a content part that holds an image"
+            elif isinstance(inside, Mapping) and "pruning" in inside:
+                where, accepted = f"{key}.pruning", f"it beside {key}, not inside"
+            else:
+                continue
+            param = f"messages.{message_index}.content.{index}.{where}"
+            raise InvalidField(f"{param}: a policy that would not be read; expected {accepted}.", parameter=param)
 
 
 def _without_pruning(message: Any) -> Any:

@@ -149,6 +149,29 @@ def test_an_error_reaches_those_who_asked_for_the_image_and_no_others(
     assert value_of(submit(encoder, 3)) == 6
 
 
+@pytest.mark.parametrize("broken", ["to_cache", "on_batch"])
+def test_an_error_after_the_encoder_reaches_them_too(tower: FakeTower, broken: str) -> None:
+    """On a GPU that is where those of the encoder itself surface."""
+
+    def fail(_: object) -> None:
+        if broken_now:
+            raise RuntimeError("too late")
+
+    def keep(features: VisualFeatures) -> VisualFeatures:
+        if broken == "to_cache":
+            fail(features)
+        return features
+
+    broken_now = True
+    on_batch = fail if broken == "on_batch" else lambda size: None
+    encoder = BatchingEncoder(tower.encode, FeatureCache(0), to_cache=keep, max_batch=MAX_BATCH, on_batch=on_batch)
+    tower.go_on()
+    with pytest.raises(RuntimeError, match="too late"):
+        submit(encoder, 1).result(LIMIT)
+    broken_now = False
+    assert value_of(submit(encoder, 1)) == 2, "the encoder goes on, and the image is asked for anew"
+
+
 def test_what_nobody_waits_for_any_more_is_not_encoded(tower: FakeTower, encoder: BatchingEncoder) -> None:
     first = submit(encoder, 0)
     tower.wait_until_busy()

@@ -78,7 +78,8 @@ class BatchingEncoder:
     Args:
         encode: B images -> B features. Called from one thread at a time, with images whose tensors have equal shapes.
         cache: where features are kept, and looked for.
-        to_cache: makes of features what is kept of them.
+        to_cache: makes of features what is kept of them, and handed out. What the encoder computes may still be under
+            way before (on a GPU), so errors and time of this call are the encoder's.
         max_batch: most images of one call.
         on_batch: told the size of each batch after it was encoded.
     """
@@ -154,7 +155,11 @@ class BatchingEncoder:
     def _encode_batch(self, batch: list[_Work]) -> None:
         began, started = time.time_ns(), time.perf_counter()
         try:
-            encoded = self._encode([work.image for work in batch])
+            encoded = [self._to_cache(features) for features in self._encode([work.image for work in batch])]
+            forward = Forward(began, time.perf_counter() - started)
+            for work, features in zip(batch, encoded, strict=True):
+                self.cache.put(work.key, features)
+            self._on_batch(len(batch))
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0], error)
@@ -162,10 +167,6 @@ class BatchingEncoder:
                 for work in batch:
                     self._encode_batch([work])
             return
-        forward = Forward(began, time.perf_counter() - started)
-        for work, features in zip(batch, encoded, strict=True):
-            self.cache.put(work.key, self._to_cache(features))
-        self._on_batch(len(batch))
         for work, features in zip(batch, encoded, strict=True):
             first, *others = self._leave(work)
             _resolve(first, Encoded(features, forward, fresh=True))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from hashlib import sha256
 
 import torch
 
@@ -47,11 +49,14 @@ class PruningRuntime:
             max_batch=ENCODE_BATCH,
             on_batch=self._count_batch,
         )
+        self.api_process = ""
+        """Which of several this is, as part of the hash of what it prunes. Each encodes for itself, in batches of its
+        own; features differ in their last bits between batches, and so, now and then, does what is kept."""
         self.image_reports: BoundedTable[str, ImageReport] = BoundedTable(envs.report_table_size())
         """What was done to an item, by the hash under which vLLM caches it."""
         self.request_reports: BoundedTable[str, RequestReport] = BoundedTable(envs.report_table_size())
         """Reports waiting for whoever sent the request, by request id."""
-        self._asked: BoundedTable[tuple[str, str, str], bool] = BoundedTable(envs.report_table_size())
+        self._asked: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
         self._load_tower = load_tower
         self._tower: VisionTower | None = None
         self._tower_lock = threading.Lock()
@@ -70,9 +75,13 @@ class PruningRuntime:
         return self._tower is not None
 
     def warm_up(self) -> None:
-        """Load the tower and the text pipeline, so that the first request does not wait for them."""
-        with cpu_threads(self.tower.device):
-            self.tower.warm_up()
+        """Load the tower and the text pipeline, and prune a blank image.
+
+        So the first request does not wait for them, nor for what PyTorch and Triton prepare on first use.
+        """
+        [features] = self._encode([self.tower.blank()])
+        policy = PruningPolicy.parse({"budget": {"type": "tokens", "keep": 1}}).resolve(self.family)
+        self.plan(features, policy, ())
         text.extract_nouns("What is in the image?")
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
@@ -93,7 +102,8 @@ class PruningRuntime:
 
     def first_asked(self, key: str, policy: PruningPolicy, text: str) -> bool:
         """Whether nobody has asked this before for an image under the policy and, where it looks at it, the text."""
-        question = (key, policy.selection_digest(), text if policy.conditions_on_text else "")
+        asked = (key, policy.selection_digest(), text if policy.conditions_on_text else "")
+        question = sha256(repr(asked).encode("utf-8", "surrogatepass")).hexdigest()  # texts may be long
         if self._asked.get(question):
             return False
         self._asked.put(question, True)
@@ -113,8 +123,11 @@ class PruningRuntime:
             return plan_tokens(features.to(tower.device), policy, text_embeds, family=self.family)
 
     def record_image(self, item_hash: str, report: ImageReport) -> None:
-        """Remember what was done to an item, for the requests that will find it in vLLM's processor cache."""
-        self.image_reports.put(item_hash, report)
+        """Remember what was done to an item, for the requests that will find it in vLLM's processor cache.
+
+        Those have read the text themselves, which may be long: its nouns are not remembered.
+        """
+        self.image_reports.put(item_hash, replace(report, nouns=()))
 
     def record_request(self, report: RequestReport, request_id: str | None) -> None:
         """Count a request in the metrics and hold its report until `take_report` asks for it."""

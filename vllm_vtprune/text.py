@@ -8,7 +8,7 @@ tokeniser, the parts of speech each word can have (lemminflect's tables), and ru
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -31,13 +31,21 @@ _lock = Lock()
 class Reading(NamedTuple):
     """What was found in a prompt: ``nouns``, or why there are none."""
 
-    nouns: list[str]
+    nouns: tuple[str, ...]
     fallback: TextFallback | None
 
 
 def read_prompt(prompt: str, clean: bool = True) -> Reading:
-    """As `extract_nouns`, with the reason where it finds nothing to condition on."""
-    nouns = extract_nouns(prompt, clean)
+    """As `extract_nouns`, with the reason where it finds nothing to condition on.
+
+    What was read last is remembered: several images of a message are conditioned on one text.
+    """
+    return _read(prompt[:MAX_CHARS], clean)
+
+
+@lru_cache(maxsize=64)
+def _read(prompt: str, clean: bool) -> Reading:
+    nouns = tuple(extract_nouns(prompt, clean))
     if nouns:
         return Reading(nouns, None)
     return Reading(nouns, "not_english" if clean and not is_english(prompt) else "no_nouns")

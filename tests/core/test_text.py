@@ -238,18 +238,18 @@ def test_nouns_in_order_once_and_as_written(prompt: str, nouns: list[str]) -> No
 )
 def test_other_languages_are_text_agnostic(prompt: str) -> None:
     assert extract_nouns(prompt) == []
-    assert read_prompt(prompt) == ([], "not_english")
+    assert read_prompt(prompt) == ((), "not_english")
 
 
 @pytest.mark.parametrize("prompt", ["", "?!", "What is it?", "Is it large or small?"])
 def test_no_nouns_are_told_from_another_language(prompt: str) -> None:
-    assert read_prompt(prompt) == ([], "no_nouns")
+    assert read_prompt(prompt) == ((), "no_nouns")
 
 
 def test_nouns_need_no_reason() -> None:
-    assert read_prompt("Where is the dog?") == (["dog"], None)
-    assert read_prompt("Wo ist der Hund?", clean=False) == (["Wo", "ist", "der", "Hund"], None)
-    assert read_prompt("", clean=False) == ([], "no_nouns")
+    assert read_prompt("Where is the dog?") == (("dog",), None)
+    assert read_prompt("Wo ist der Hund?", clean=False) == (("Wo", "ist", "der", "Hund"), None)
+    assert read_prompt("", clean=False) == ((), "no_nouns")
 
 
 def test_without_clean_up_every_word_counts() -> None:

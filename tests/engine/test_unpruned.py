@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from vllm.plugins import load_general_plugins
 
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.photo import photograph
-from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.plugin.unpruned import unpruned_images
+from vllm_vtprune.policy import PolicyError, PruningPolicy
 
 QUESTION = "USER: <image>\nWhere is the bus? ASSISTANT:"
 
@@ -53,6 +55,15 @@ def test_its_images_pass_and_the_report_says_why(processor: Any) -> None:
     process(processor, photograph(), pruning={"method": "none", "request_id": "two"})
     [image] = processor.runtime.take_report("two").images
     assert (image.method, image.bypass_reason) == ("none", None)
+
+
+def test_media_of_another_name_are_reported_as_they_stand() -> None:
+    """Some models make chunks of video of their images; others do not say where anything stands."""
+    policy = PruningPolicy.parse("balanced")
+    chunk = SimpleNamespace(offset=3, get_num_embeds=lambda: 64)
+    [image] = unpruned_images({"vision_chunk": [chunk]}, [policy], policy)
+    assert (image.visual_tokens, image.kept_tokens, image.bypass_reason) == (64, 64, "unsupported_model")
+    assert unpruned_images({}, [policy], policy) == []
 
 
 def test_a_wrong_policy_is_refused_all_the_same(processor: Any) -> None:

@@ -10,7 +10,8 @@ from PIL import ExifTags, Image
 from vllm.multimodal.media.image import ImageMediaIO
 
 from server.images import ImageIntake, ImageProblem
-from tests.support.chat import fresh_picture
+from server.media import GuardedConnector
+from tests.support.chat import fresh_picture, url_of
 from tests.support.images import sample_images
 from vllm_vtprune import envs
 
@@ -187,3 +188,12 @@ def test_a_file_over_the_limit_is_refused_before_its_base64_is_decoded(monkeypat
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(ImageProblem, match="holds"):
         decoded(data)
+
+
+def test_the_word_base64_may_be_in_capitals() -> None:
+    """As a media type may; vLLM's own reader would not know it, and the answer would be a 501."""
+    url = url_of(fresh_picture())
+    header, data = url.split(",", 1)
+    shouted = GuardedConnector().fetch_image(f"{header.upper().replace('DATA', 'data')},{data}")
+    plain = GuardedConnector().fetch_image(url)
+    assert np.array_equal(np.asarray(shouted.media), np.asarray(plain.media))

@@ -72,6 +72,16 @@ def refusal(body: Any) -> tuple[str, str | None]:
             "stream_options.include_usage: 5 is not accepted; expected a boolean.",
         ),
         ({"mm_processor_kwargs": 5}, "mm_processor_kwargs: 5 is not accepted; expected an object."),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello", "pruning": "fast"}]}]},
+            "messages.0.content.0.pruning: a policy that would not be read; expected it beside image_url, in a content "
+            "part that holds an image.",
+        ),
+        (
+            {"messages": [USER, {"role": "user", "content": [{"image_url": {"url": "data:", "pruning": "fast"}}]}]},
+            "messages.1.content.0.image_url.pruning: a policy that would not be read; expected it beside image_url, "
+            "not inside.",
+        ),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
@@ -131,3 +141,11 @@ def test_an_error_that_repeats_a_large_value_is_cut() -> None:
 def test_a_mistake_of_the_server_is_not_explained_away() -> None:
     assert explain(RuntimeError("the engine died")) is None
     assert explain(KeyError("x")) is None
+
+
+def test_the_text_of_a_message_is_read_once_for_all_its_images() -> None:
+    """Else the time for a message of many images grows with the square of their number."""
+    parts = [{"type": "text", "text": "Where?"}, *({"type": "image_url", "image_url": {"url": "data:"}} for _ in "ab")]
+    images = PruningChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": parts}]}).images
+    assert [image.message_text for image in images] == ["Where?", "Where?"]
+    assert images[0].message_text is images[1].message_text

@@ -16,8 +16,8 @@ class NoTower(VisionTower):
     def encode(self, pixel_values: torch.Tensor) -> list[VisualFeatures]:
         return []
 
-    def warm_up(self) -> None:
-        pass
+    def blank(self) -> dict[str, torch.Tensor]:
+        return {}
 
 
 @pytest.fixture

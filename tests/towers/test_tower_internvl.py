@@ -189,9 +189,9 @@ def test_pixels_that_do_not_fit_the_grid(tower: InternVLTower) -> None:
             tower.encode([{"pixel_values": torch.zeros(shape), "tile_grid": torch.tensor(grid)}])
 
 
-def test_warm_up_and_dummy_weights(model: Any) -> None:
+def test_a_blank_image_and_dummy_weights(model: Any) -> None:
     one, same, other = (load(Path("/nonexistent"), model.config, load_format="dummy", seed=seed) for seed in (0, 0, 1))
-    one.warm_up()
+    one.encode([one.blank()])
     embeds = [tower.encode([prepared(1, 1)])[0].embeds for tower in (one, same, other)]
     assert torch.equal(embeds[0], embeds[1])
     assert not torch.allclose(embeds[0], embeds[2])

@@ -256,9 +256,9 @@ def test_pixels_that_do_not_fit_the_size(tower: LlavaNextTower) -> None:
             tower.encode([{**image, "pixel_values": pixels}])
 
 
-def test_warm_up_and_dummy_weights(model: Any) -> None:
+def test_a_blank_image_and_dummy_weights(model: Any) -> None:
     one, same, other = (load(Path("/nonexistent"), model.config, load_format="dummy", seed=seed) for seed in (0, 0, 1))
-    one.warm_up()
+    one.encode([one.blank()])
     assert torch.equal(one.image_newline, same.image_newline)
     assert not torch.equal(one.image_newline, other.image_newline)
     assert one.weights == "dummy"

@@ -89,7 +89,7 @@ def test_raw_pixels_are_normalised_as_the_image_processor_would(checkpoint, mode
     assert raw[0]["pixel_values"].dtype == torch.uint8
     tower = load(checkpoint, model.config, pixel_norm=norm)
     assert_features(tower.encode(raw), expected, tolerance=1e-4)
-    tower.warm_up()
+    tower.encode([tower.blank()])
 
 
 def test_alone_in_batches_and_in_any_order(tower, images, expected, monkeypatch):

@@ -140,6 +140,15 @@ def _model_directory(model_config: ModelConfig) -> Path:
     )
 
 
+def api_process(engine_client: Any) -> str:
+    """Which of several API processes this one is; empty where it is the only one.
+
+    vLLM 0.32.0 numbers them in the parallel config alone.
+    """
+    parallel = engine_client.vllm_config.parallel_config
+    return str(parallel._api_process_rank) if parallel._api_process_count > 1 else ""
+
+
 def engine_client_is_stopped(app_state: Any) -> bool:
     """Whether a server that is shutting down has stopped its engine client, after which no more tokens come.
 

@@ -103,8 +103,11 @@ class EarlyEncoding:
             return media
         encoding = runtime.encoder.find(key)
         if encoding is None:
-            with set_default_torch_num_threads():
-                prepared = processor.preprocess(media, self._hf_kwargs)
+            try:
+                with set_default_torch_num_threads():
+                    prepared = processor.preprocess(media, self._hf_kwargs)
+            except Exception:  # what is wrong is told when the request is processed
+                return media
             encoding = runtime.encoder.submit(key, prepared)
         with self._lock:
             self._started.append(encoding)

@@ -45,7 +45,7 @@ from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
 from vllm_vtprune.runtime import PruningRuntime
 
-IDENTITY = "vtprune-1"
+IDENTITY = "vtprune-2"
 """Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
 
 
@@ -315,8 +315,14 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
                 job.policy = policy.resolve(self.family)
                 if job.policy.conditions_on_text:
                     self._read_text(job, pruning.texts[index], report)
-                identity = f"{IDENTITY}|{job.item_hash}|{job.policy.selection_digest()}|{job.noun_ids}"
-                job.item_hash = hashlib.sha256(identity.encode()).hexdigest()
+                identity = (
+                    IDENTITY,
+                    self.runtime.api_process,
+                    job.item_hash,
+                    job.policy.selection_digest(),
+                    job.noun_ids,
+                )
+                job.item_hash = hashlib.sha256(repr(identity).encode()).hexdigest()
                 data = images.data[index]
                 if isinstance(data, EncodingMedia):
                     job.encoding = data.encoding
@@ -327,8 +333,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def _read_text(self, job: ImageJob, prompt: str, report: RequestReport) -> None:
         started = time.perf_counter()
-        nouns, job.text_fallback = text.read_prompt(prompt, clean=job.policy.text.clean)
-        job.nouns = tuple(nouns)
+        job.nouns, job.text_fallback = text.read_prompt(prompt, clean=job.policy.text.clean)
         job.noun_ids = tuple(token for noun in job.nouns for token in noun_ids(noun, self.info.get_tokenizer()))
         report.text_pipeline = text.text_pipeline_name()
         report.add_timings({"text": time.perf_counter() - started})

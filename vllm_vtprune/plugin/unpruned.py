@@ -54,11 +54,14 @@ def unpruned_images(
 
     Args:
         placeholders: where the media of each modality stand in the prompt.
-        policies: of each image.
-        policy: of the request.
+        policies: of each image that the client sent.
+        policy: of the request; of every image, where the model makes other things than images of them.
     """
     images = []
-    for own, place in zip(policies, placeholders.get("image", ()), strict=True):
+    places = placeholders.get("image", ())
+    if len(places) != len(policies):
+        policies = [policy] * len(places)
+    for own, place in zip(policies, places, strict=True):
         count = place.get_num_embeds()
         images.append(ImageReport(own.method, count, count, bypass_reason="unsupported_model" if own.enabled else None))
     reports = in_prompt_order(images, placeholders, policy)

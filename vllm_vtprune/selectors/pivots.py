@@ -50,7 +50,8 @@ def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: 
         from vllm_vtprune.selectors.pivots_triton import pivots  # Triton comes with torch's CUDA builds
 
         seeds = torch.tensor([seed], device=tokens.device)
-        return pivots(tokens[None], energy[None], gate[None], spanned[None], seeds, k)[0]
+        with torch.cuda.device(tokens.device):  # Triton launches on the current device
+            return pivots(tokens[None], energy[None], gate[None], spanned[None], seeds, k)[0]
     return _Factorisation(tokens, energy, gate, spanned, k).run(seed)
 
 

@@ -143,8 +143,8 @@ class VisionTower(ABC):
         """
 
     @abstractmethod
-    def warm_up(self) -> None:
-        """Encode a blank image, so that the first real one does not pay for what PyTorch prepares on first use."""
+    def blank(self) -> PreparedImage:
+        """A preprocessed image of the smallest size on which nothing is to be seen."""
 
     def sequence(self, features: VisualFeatures, plan: "PruningPlan") -> Tensor:
         """(T, d): what the language model reads of an image, on `plan.embeds`'s device.

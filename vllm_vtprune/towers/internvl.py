@@ -136,9 +136,9 @@ class InternVLTower(VisionTower):
         self._side = self._image_size // hf_config.vision_config.patch_size[0] // self._across  # tokens
         super().__init__(module, table, weights="checkpoint" if seed is None else "dummy")
 
-    def warm_up(self) -> None:
+    def blank(self) -> PreparedImage:
         pixels = torch.zeros(1, 3, self._image_size, self._image_size)
-        self.encode([{"pixel_values": pixels, "tile_grid": torch.tensor([1, 1])}])
+        return {"pixel_values": pixels, "tile_grid": torch.tensor([1, 1])}
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:

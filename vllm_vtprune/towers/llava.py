@@ -27,8 +27,8 @@ class LlavaTower(ClipTower):
             model_dir, hf_config=hf_config, module=module, aliases=ALIASES, dtype=dtype, device=device, seed=seed
         )
 
-    def warm_up(self) -> None:
-        self.encode([{"pixel_values": torch.zeros(3, self._image_size, self._image_size)}])
+    def blank(self) -> PreparedImage:
+        return {"pixel_values": torch.zeros(3, self._image_size, self._image_size)}
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:

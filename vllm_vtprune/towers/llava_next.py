@@ -123,11 +123,10 @@ class LlavaNextTower(ClipTower):
         )
         self.image_newline = module.image_newline.detach()  # (d,)
 
-    def warm_up(self) -> None:
+    def blank(self) -> PreparedImage:
         size = self._image_size
         squares = self._layout(torch.tensor([size, size])).squares
-        blank = {"pixel_values": torch.zeros(squares, 3, size, size), "image_sizes": torch.tensor([size, size])}
-        self.encode([blank])
+        return {"pixel_values": torch.zeros(squares, 3, size, size), "image_sizes": torch.tensor([size, size])}
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:

@@ -128,11 +128,11 @@ class Qwen2_5_VLTower(VisionTower):
         self._patch = self._config.in_channels * self._config.temporal_patch_size * self._config.patch_size**2
         super().__init__(module, table, weights="checkpoint" if seed is None else "dummy")
 
-    def warm_up(self) -> None:
+    def blank(self) -> PreparedImage:
         side = 2 * self._config.window_size // self._config.patch_size
         dtype = torch.float32 if self._norm is None else torch.uint8
         pixels = torch.zeros(side * side, self._patch, dtype=dtype)
-        self.encode([{"pixel_values": pixels, "image_grid_thw": torch.tensor([1, side, side])}])
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([1, side, side])}
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
