@@ -42,7 +42,8 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 test: lint ## lint, then the tests (a fixed sample of every large grid)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not engine" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m engine
 
 verify: setup ## the tests with the whole grids; writes docs/verification.json
 	$(BIN)/python scripts/verify.py
