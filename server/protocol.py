@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 
 from server.schema import describe
 from server.trace import Trace
-from server.validation import InvalidField, check_messages
+from server.validation import InvalidField, check_messages, wrong_field
 from vllm_vtprune.policy import PruningPolicy
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
@@ -83,7 +83,10 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
             turns = [_text(message) for message in messages if _get(message, "role") == "user"]
             last_turn = turns[-1] if turns else ""
             data = {**data, "messages": [_without_pruning(message) for message in messages]}
-        request = handler(data)
+        try:
+            request = handler(data)
+        except (AttributeError, KeyError, TypeError) as error:  # of vLLM's checks, which precede validation
+            raise wrong_field(cls, data) from error
         request._images = images
         request._last_turn = last_turn
         return request

@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -159,6 +159,21 @@ def check_messages(data: object) -> None:
                 raise _wrong_shape(path, text, "whole characters, no halves of surrogate pairs")
 
 
+def wrong_field(model: type[BaseModel], data: object) -> InvalidField:
+    """The first field of a body that is not what the model takes, each looked at by itself."""
+    for name, value in data.items() if isinstance(data, Mapping) else ():
+        field = model.model_fields.get(name)
+        if field is None or field.annotation is None:
+            continue
+        try:
+            TypeAdapter[Any](field.annotation).validate_python(value)
+        except ValidationError as invalid:
+            located = [{**error, "loc": (name, *error["loc"])} for error in invalid.errors()]
+            message, param = explain_validation(located, data)
+            return InvalidField(message, parameter=param)
+    return InvalidField("The body: a part of it is not accepted.")
+
+
 def _encodes(text: str) -> bool:
     if text.isascii():
         return True
@@ -218,7 +233,8 @@ def _expectation(error: Mapping[str, Any]) -> str:
         return "a value"
     text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     text = text.partition(" or instance of ")[0].partition(" or object to ")[0].partition(", unable to ")[0]
-    return text.replace("a valid dictionary", "an object").replace("a valid ", "a ").replace("a integer", "an integer")
+    text = text.partition(" or an instance of ")[0].replace("a valid ", "a ")
+    return text.replace("a dictionary", "an object").replace("a integer", "an integer")
 
 
 def _cut(text: str, limit: int) -> str:

@@ -71,6 +71,7 @@ def refusal(body: Any) -> tuple[str, str | None]:
             {"stream": True, "stream_options": {"include_usage": 5}},
             "stream_options.include_usage: 5 is not accepted; expected a boolean.",
         ),
+        ({"structured_outputs": 5}, "structured_outputs: 5 is not accepted; expected an object."),
         ({"mm_processor_kwargs": 5}, "mm_processor_kwargs: 5 is not accepted; expected an object."),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello", "pruning": "fast"}]}]},
