@@ -185,9 +185,16 @@ def refuse_unpruned(args: argparse.Namespace, default: PruningPolicy) -> None:
 
 
 def _with_model(argv: list[str]) -> list[str]:
-    """The arguments, with the embedded checkpoint where they name no model."""
+    """The arguments, with the embedded checkpoint where they name no model.
+
+    On a CPU that is served in float32: CPUs without bfloat16 of their own take many times as long for it.
+    """
     options = {argument.split("=", 1)[0] for argument in argv if argument.startswith("-")}
     if argv and (not argv[0].startswith("-") or options & {"--model", "--config", "-h", "--help"}):
         return argv
+    from vllm.platforms import current_platform
+
     named = options & {"--served-model-name", "--served_model_name"}
-    return [str(embedded_checkpoint()), *([] if named else ["--served-model-name", EMBEDDED_NAME]), *argv]
+    name = [] if named else ["--served-model-name", EMBEDDED_NAME]
+    dtype = ["--dtype", "float32"] if current_platform.is_cpu() and "--dtype" not in options else []
+    return [str(embedded_checkpoint()), *name, *dtype, *argv]

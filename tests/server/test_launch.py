@@ -119,6 +119,12 @@ def test_a_default_that_is_no_policy_is_refused(serve: Callable[[str], Run]) -> 
     assert leaks(done.stderr) == []
 
 
+def test_the_embedded_model_is_served_in_float32_on_a_cpu() -> None:
+    assert launch._with_model([])[1:] == ["--served-model-name", "vtprune-demo", "--dtype", "float32"]
+    assert launch._with_model(["--dtype=bfloat16"])[1:] == ["--served-model-name", "vtprune-demo", "--dtype=bfloat16"]
+    assert launch._with_model(["some/model"]) == ["some/model"]
+
+
 @pytest.mark.parametrize("other", ["--grpc", "VLLM_USE_RUST_FRONTEND"])
 def test_a_front_end_without_our_routes_is_refused(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launch.refuse_other_front_ends(argparse.Namespace())
