@@ -4,7 +4,7 @@
     python -m benchmarks.families --families qwen2_5_vl --images 336 --rounds 1
     python -m benchmarks.families --size tiny --rounds 1            # to see that it works
 
-Weights are random (``--load-format dummy``), bfloat16. One machine may not hold both servers, so they take turns: each
+Weights are random (``--load-format dummy``). One machine may not hold both servers, so they take turns: each
 round starts stock vLLM, measures, stops it, then starts ours. Every picture is one that its server has never seen, and
 the i-th picture of a size is the same on both. Reported for each size and share of tokens kept:
 
@@ -25,7 +25,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ NAME = "model"
 QUESTION = "What is in the picture?"
 STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
 OPTIONS = (
-    "--served-model-name", NAME, "--dtype", "bfloat16", "--load-format", "dummy", "--max-num-seqs", "1",
+    "--served-model-name", NAME, "--load-format", "dummy", "--max-num-seqs", "1",
     "--no-enable-prefix-caching", "--enforce-eager", "--disable-uvicorn-access-log", "--skip-mm-profiling",
 )  # fmt: skip
 IMAGES = {"336": (336, 336), "megapixel": (1008, 1008), "document": (1240, 1754)}
@@ -73,19 +73,25 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="default: all")
     parser.add_argument("--images", nargs="+", choices=list(IMAGES), default=list(IMAGES), help="default: all")
     parser.add_argument("--size", help="of the checkpoints, instead of released shapes: tiny")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="of weights and arithmetic; a vision encoder in bfloat16 may take minutes on a CPU (default: bfloat16)",
+    )
     parser.add_argument("--rounds", type=int, default=2, help="how often the servers take turns (default: 2)")
     parser.add_argument("--out", type=Path, help="also write the result to this file, as JSON")
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
     for name in args.families:
-        family = FAMILIES[name]
+        family = replace(FAMILIES[name], options=("--dtype", args.dtype, *FAMILIES[name].options))
         with tempfile.TemporaryDirectory() as directory:
             write = pkgutil.resolve_name(WRITERS[name])
-            write(directory, size=args.size or family.size, weights=False, dtype="bfloat16")
+            write(directory, size=args.size or family.size, weights=False, dtype=args.dtype)
             samples = measure(Path(directory), family, args.images, args.rounds)
         for row in summary(samples):
-            rows.append({"family": name, "size": args.size or family.size, **row})
+            rows.append({"family": name, "size": args.size or family.size, "dtype": args.dtype, **row})
             print(line(rows[-1]), flush=True)
     if args.out is not None:
         result = {"machine": machine(), "rounds": args.rounds, "weights": "random", "rows": rows}
