@@ -42,6 +42,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VTPRUNE_FEATURE_CACHE_GB": str(FEATURE_CACHE_GB),
     "VTPRUNE_REPORT_TABLE_SIZE": "100",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # else a thousand: one for each weight and number of tokens in a batch
 }
 POLICIES: tuple[object, ...] = (
     "balanced",
