@@ -243,6 +243,7 @@ _ADJECTIVES = _set(
     "electric domestic wild native natural human medium clear plain curly straight solid broken tasty "
     "current recent final overall able well-known transparent following average fast slow quick"
 )
+_THINGS_TOO = _set("square orange human adult male female professional native")  # of those
 _VERBS = _set(
     "say see do go come wear hold eat drink look use play ride stand sit lie run walk fly catch throw hit "
     "kick jump read write show tell indicate mean make take give get put keep find know think want need "
@@ -294,7 +295,8 @@ def _part_of_speech(token: Token, verb_due: bool, first: bool, proper: bool) -> 
     after_noun = token.i > 0 and doc[token.i - 1].pos_ in ("NOUN", "PROPN")
     after_determiner = before in _DETERMINERS | _QUANTITIES | {"what", "which", "whose"}
     next_word = doc[token.i + 1].lower_ if token.i + 1 < len(doc) else ""
-    next_is_nominal = _may_be_noun(next_word)
+    beside = next_word in ("left", "right") and [t.lower_ for t in doc[token.i + 2 : token.i + 3]] == ["of"]
+    next_is_nominal = _may_be_noun(next_word) and not beside
 
     if proper and (token.is_title or token.is_upper):
         return "PROPN"
@@ -305,8 +307,9 @@ def _part_of_speech(token: Token, verb_due: bool, first: bool, proper: bool) -> 
         return "VERB" if "VERB" in possible else "ADJ"
 
     if word in _ADJECTIVES:
-        stands_alone = before in _DETERMINERS - {"'s", "that"} and not next_is_nominal
-        return "NOUN" if stands_alone else "ADJ"
+        after_adjective = token.i > 0 and doc[token.i - 1].pos_ == "ADJ" and word in _THINGS_TOO
+        stands_alone = before in _DETERMINERS - {"'s", "that"} or after_adjective
+        return "NOUN" if stands_alone and not next_is_nominal else "ADJ"
     if "ADJ" in possible and _ADJECTIVE_ENDING.search(word) and (next_is_nominal or not after_determiner):
         return "ADJ"
     if "VERB" not in possible:

@@ -281,3 +281,20 @@ def test_threads_agree() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("prompt", "nouns"),
+    [
+        ("What is in the blue square?", ["square"]),
+        ("Is there a blue triangle but no green square?", ["triangle", "square"]),
+        ("Is the green square left of the blue circle?", ["square", "circle"]),
+        ("Where is the orange square?", ["square"]),
+        ("Is there a big orange on the table?", ["orange", "table"]),
+        ("Is there an old human in the picture?", ["human", "picture"]),
+        ("Is the car orange?", ["car"]),
+        ("What is on the square table?", ["table"]),
+    ],
+)
+def test_a_thing_that_may_also_describe_is_told_by_its_place(prompt: str, nouns: list[str]) -> None:
+    assert extract_nouns(prompt) == nouns
