@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
 from evaluation.arms import Arm
+from evaluation.options import weights_digest
+from evaluation.questions import Picture
+from vllm_vtprune.text import text_pipeline_name
+
+CODE = (
+    "vllm_vtprune",
+    "vllm_vtprune.selectors",
+    "vllm_vtprune.towers",
+    "vllm_vtprune.demo.scenes",
+    "evaluation.in_llm",
+)
+"""Packages whose code decides on answers: what others of it gave is not gone on with."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,29 @@ class Answer:
     text: str
     right: bool
     tokens: float
+
+
+def subject(model: str, served_as: str, asked: Sequence[Picture]) -> dict[str, str]:
+    """What answers depend on, beside the question and the way of pruning.
+
+    Args:
+        model: a directory, or a name on the hub.
+        served_as: the arithmetic of the server: a dtype, or the address of a server of the user's.
+        asked: the pictures; of scenes, how many does not matter.
+    """
+    code = hashlib.sha256()
+    for package in CODE:
+        for file in sorted(Path(str(files(package))).glob("*.py")):
+            code.update(file.read_bytes())
+    for picture in asked:
+        if isinstance(picture.source, Path):
+            code.update(repr((picture.label, picture.questions)).encode() + picture.source.read_bytes())
+    return {
+        "model": weights_digest(model),
+        "served as": served_as,
+        "text pipeline": text_pipeline_name(),
+        "code": code.hexdigest()[:16],
+    }
 
 
 class AnswersError(Exception):

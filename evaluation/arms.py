@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import BUILTIN_PRESETS, PruningPolicy
@@ -33,6 +34,14 @@ class Arm:
     keep: int | None = None
     adaptive: bool = False
     inside: bool = False
+
+    def policy_for(self, picture: str) -> Mapping[str, Any] | bool:
+        """The policy for a picture of this label. What is random is drawn anew for each, else a lucky mask decides."""
+        if not isinstance(self.policy, Mapping):
+            return self.policy
+        method = self.policy.get("method", "resprune")
+        seeded = method in METHODS and "seed" in METHODS[method].parameters
+        return {**self.policy, "seed": crc32(picture.encode())} if seeded else self.policy
 
     def digest(self) -> str:
         """What its answers depend on beside model and questions."""

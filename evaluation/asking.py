@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-from zlib import crc32
 
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
@@ -15,7 +14,6 @@ from evaluation.arms import Arm
 from evaluation.options import weights_digest
 from evaluation.questions import Picture, is_right
 from vllm_vtprune.demo.command import data_url
-from vllm_vtprune.selectors.registry import METHODS
 
 ANSWER_TOKENS = 12
 TOGETHER = 16  # pictures that are asked about in every way before the next ones; their features stay in the cache
@@ -73,15 +71,6 @@ async def _ask_all(url: str, expected: str, pictures: Sequence[Picture], arms: S
                                 tasks.create_task(ask(arm, picture, index, images[picture.label]))
 
 
-def _policy(arm: Arm, picture: Picture) -> Mapping[str, Any] | bool:
-    """The arm's policy. What is random is drawn anew for each picture, else one lucky mask could decide."""
-    if not isinstance(arm.policy, Mapping):
-        return arm.policy
-    method = arm.policy.get("method", "resprune")
-    seeded = method in METHODS and "seed" in METHODS[method].parameters
-    return {**arm.policy, "seed": crc32(picture.label.encode())} if seeded else arm.policy
-
-
 async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, image: str) -> Answer:
     question = picture.questions[index]
     content: list[Any] = [
@@ -93,7 +82,7 @@ async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, inde
         messages=[{"role": "user", "content": content}],
         max_tokens=ANSWER_TOKENS,
         temperature=0,
-        extra_body={"pruning": _policy(arm, picture)},
+        extra_body={"pruning": arm.policy_for(picture.label)},
     )
     report = (completion.model_extra or {}).get("pruning")
     if report is None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.answers import Answer, Answers, AnswersError
+from evaluation.answers import Answer, Answers, AnswersError, subject
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
-from evaluation.options import add_model_arguments, count, embedded_model, served, weights_digest
+from evaluation.options import add_model_arguments, count, embedded_model, served
 from evaluation.questions import Picture, SampleError, pictures, plain, read_sample
 from evaluation.report import markdown
 from evaluation.spectra import Sample, sample_pictures
@@ -82,7 +81,7 @@ def calibrate(argv: list[str]) -> None:
         sys.exit("\nInterrupted; the same command goes on.")
     except (SampleError, InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError, _NoThreshold) as error:
         sys.exit(f"vtprune calibrate: {error}")
-    print(f"{args.out}: preset {args.name} keeps {chosen.mean_tokens:.1f} tokens of a picture on average.")
+    print(f"{args.out}: preset {args.name} keeps {chosen.mean_tokens:.1f} tokens on average over questions.")
 
 
 def choose(trials: Sequence[Trial], retain: float | None) -> Trial | None:
@@ -129,7 +128,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--sample", type=Path, metavar="FILE", help="JSON lines (default: scenes of our own)")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--tokens", type=count, metavar="K", help="to keep of a picture, on average; asks no server")
+    target.add_argument("--tokens", type=count, metavar="K", help="to keep, on average over questions; asks no server")
     target.add_argument(
         "--retain",
         type=_share,
@@ -193,8 +192,8 @@ def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], enco
     arms = [Arm(f"{trial.mean_tokens:.1f}", _policy(args, trial), args.method, adaptive=True) for trial in trials]
     PruningPolicy.parse(arms[0].policy)
     args.work.mkdir(parents=True, exist_ok=True)
-    subject = {"model": weights_digest(model), "sample": _digest(sample)}
-    with Answers(args.work / "answers.jsonl", subject) as answers, served(args.url, model) as url:
+    of = subject(model, args.url or "auto", sample)
+    with Answers(args.work / "answers.jsonl", of) as answers, served(args.url, model) as url:
         ask_all(url, model, sample, [UNPRUNED, *arms], answers)
         names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
         whole = [answers.of(UNPRUNED)[name] for name in names]
@@ -206,15 +205,6 @@ def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], enco
             )
             for trial, arm in zip(trials, arms, strict=True)
         ]
-
-
-def _digest(sample: Sequence[Picture]) -> str:
-    """What tells a sample from others: its questions, answers and files' contents."""
-    digest = hashlib.sha256()
-    for picture in sample:
-        digest.update(repr((picture.label, picture.questions)).encode())
-        digest.update(picture.source.read_bytes() if isinstance(picture.source, Path) else b"")
-    return digest.hexdigest()[:16]
 
 
 def _policy(args: argparse.Namespace, trial: Trial) -> dict[str, object]:
@@ -237,7 +227,7 @@ def _table(trials: Sequence[Trial], chosen: Trial | None) -> str:
 def _preset(args: argparse.Namespace, model: str, sample: Sequence[Picture], chosen: Trial) -> str:
     """The presets file."""
     questions = sum(len(picture.questions) for picture in sample)
-    about = f"{len(sample)} pictures, {chosen.mean_tokens:.1f} tokens of each on average"
+    about = f"{len(sample)} pictures, {chosen.mean_tokens:.1f} tokens on average over questions"
     if chosen.retained is not None:
         about += f", {questions} questions, {100 * chosen.retained:.1f} % retained"
     return (

@@ -12,12 +12,12 @@ from typing import Any
 
 from evaluation import arms as ways
 from evaluation.ablations import ABLATIONS, SOLVERS, solver_arms
-from evaluation.answers import Answers, AnswersError
+from evaluation.answers import Answers, AnswersError, subject
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
 from evaluation.gallery import draw_gallery
 from evaluation.in_llm import Pruning
-from evaluation.options import add_model_arguments, count, embedded_model, served, weights_digest
+from evaluation.options import add_model_arguments, count, embedded_model, served
 from evaluation.questions import Picture, pictures
 from evaluation.reference import answer_all, reference_arms, reference_model
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
@@ -58,7 +58,7 @@ def evaluate(argv: list[str]) -> None:
         arms, inside = _arms(args, model, dtype)
         ways.check(arms)
         reference = reference_model(model) if inside else None
-        with Answers(args.out / "answers.jsonl", {"model": weights_digest(model), "split": "test"}) as answers:
+        with Answers(args.out / "answers.jsonl", subject(model, args.url or dtype, asked)) as answers:
             with served(args.url, model, dtype) as url:
                 ask_all(url, model, asked, [UNPRUNED, *arms], answers)
             if reference is not None:

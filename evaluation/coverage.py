@@ -74,7 +74,7 @@ def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict
         assert isinstance(picture.source, Scene)
         image = picture.paint()
         for arm in arms:
-            policy = PruningPolicy.parse(arm.policy)
+            policy = PruningPolicy.parse(arm.policy_for(picture.label))
             for question in picture.questions:
                 _, plan, _ = plan_of(processor, image, policy, question.text)
                 shown = coverage(picture.source, question, plan.kept.numpy())

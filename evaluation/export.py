@@ -1,10 +1,13 @@
-"""Held-out scenes as files: a sample for `vtprune calibrate`, and a task for lmms-eval.
+"""Scenes as files: a task for lmms-eval, or a sample for `vtprune calibrate`.
 
     python -m evaluation.export --questions 250 --out build/scenes
     python -m lmms_eval --model async_openai --tasks vtprune_scenes --include_path build/scenes ...
+    python -m evaluation.export --split validation --out build/sample
+    vtprune calibrate --retain 0.95 --sample build/sample/questions.jsonl ...
 
 The folder holds one PNG for each picture, ``questions.jsonl``, and the task that lmms-eval finds by ``--include_path``.
-The questions are those of `vtprune eval` with the same number, so the two accuracies can be compared.
+The questions of the split ``test`` are those of `vtprune eval` with the same number, so that the two accuracies can be
+compared; a budget that is to be measured on them must not be calibrated on them.
 """
 
 from __future__ import annotations
@@ -80,14 +83,17 @@ def export(asked: Iterable[Picture], folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.export", description="Write held-out scenes and questions about them to files."
+        prog="python -m evaluation.export", description="Write scenes and questions about them to files."
+    )
+    parser.add_argument(
+        "--split", choices=["test", "validation"], default="test", help="neither was trained on (default: %(default)s)"
     )
     parser.add_argument("--questions", type=count, default=250, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("build/scenes"), metavar="DIR", help="folder (default: %(default)s)"
     )
     args = parser.parse_args()
-    written = export(pictures("test", args.questions), args.out)
+    written = export(pictures(args.split, args.questions), args.out)
     print(f"{args.out}: {written} questions, and the lmms-eval task {TASK}")
 
 

@@ -36,7 +36,7 @@ def draw_gallery(model: str, dtype: str, pictures: Sequence[Picture], arms: Sequ
         row[0].imshow(image)
         row[0].set_title(question.text, fontsize=6)
         for axis, arm in zip(row[1:], arms, strict=True):
-            found = examine(processor, image, PruningPolicy.parse(arm.policy), question.text)
+            found = examine(processor, image, PruningPolicy.parse(arm.policy_for(picture.label)), question.text)
             axis.imshow(found.drawn)
             axis.set_title(f"{arm.name}: {found.image['kept_tokens']}", fontsize=6)
         for axis in row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tqdm import tqdm
 
 from evaluation.questions import Picture
@@ -28,8 +29,9 @@ class Sample:
 
     @property
     def mean_tokens(self) -> float:
-        """Of a picture that is not pruned."""
-        return sum(picture.tokens for picture in self.pictures) / len(self.pictures)
+        """Of a picture that is not pruned, on average over questions."""
+        weights = [picture.weight for picture in self.pictures]
+        return float(np.average([picture.tokens for picture in self.pictures], weights=weights))
 
 
 def sample_pictures(model: str, pictures: Sequence[Picture], dtype: str) -> Sample:

@@ -222,9 +222,13 @@ def spectral_energy(F: Tensor, k: int) -> float:
 
 
 def token_budget(
-    budget: EnergyBudget | RatioBudget | TokensBudget, features: VisualFeatures, *, seed: int = 0
+    budget: EnergyBudget | RatioBudget | TokensBudget,
+    features: VisualFeatures,
+    *,
+    seed: int = 0,
+    most: int | None = None,
 ) -> tuple[int, float | None]:
-    """Tokens to keep of ``features``, from 1 to N, and the spectral energy at that count (None: not measured).
+    """Tokens to keep of ``features``, from 1 to ``most``, and the spectral energy at that count (None: not measured).
 
     Of an image of several tiles, energy is measured on the overview alone, and the share of its tokens that reaches the
     threshold is the share of all tokens to keep (E-AdaPrune on LLaVA-NeXT). ``min_tokens`` and ``max_tokens`` bound the
@@ -234,12 +238,13 @@ def token_budget(
         ValueError: when the encoder features are not finite.
     """
     n = features.num_tokens
+    most = n if most is None else min(most, n)
     if isinstance(budget, TokensBudget):
-        return min(budget.keep, n), None
+        return min(budget.keep, most), None
     if isinstance(budget, RatioBudget):
         # decimal, so that a half is what it is in the number the client wrote
         half_up = (Decimal(repr(budget.keep)) * n).quantize(Decimal(1), ROUND_HALF_UP)
-        return min(max(int(half_up), 1), n), None
+        return min(max(int(half_up), 1), most), None
     overview = features.overview
     measured_on = features.encoder if overview is None else features.encoder[overview]
     m = len(measured_on)
@@ -253,7 +258,7 @@ def token_budget(
     )
     wanted = measured.rank_at(budget.threshold)
     assert wanted is not None
-    k = min(max(share(wanted, n, m), budget.min_tokens), budget.max_tokens or n, n)
+    k = min(max(share(wanted, n, m), budget.min_tokens), budget.max_tokens or n, most)
     return k, measured.energy_at(max(share(k, m, n), 1))
 
 

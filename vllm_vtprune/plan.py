@@ -71,13 +71,13 @@ def plan_tokens(
         text_embeds = _checked_text(text_embeds, features) if policy.conditions_on_text else None
 
     started = perf_counter()
+    most = n if policy.spec.max_keep is None else policy.spec.max_keep(features)
     energy: float | None = None
     if isinstance(policy.budget, MethodBudget):
         k = policy.spec.load_own_count()(features, policy, text_embeds)
     else:
-        k, energy = token_budget(policy.budget, features, seed=policy.seed)
-    if policy.spec.max_keep is not None:
-        k = min(k, policy.spec.max_keep(features))
+        k, energy = token_budget(policy.budget, features, seed=policy.seed, most=most)
+    k = min(k, most)
     budgeted = perf_counter()
     chosen = policy.spec.load()(features, k, policy, text_embeds)
     order = chosen.order if isinstance(chosen, Merged) else chosen

@@ -20,7 +20,8 @@ from vllm_vtprune.budget import (
     token_budget,
 )
 from vllm_vtprune.features import Tiles, VisualFeatures
-from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+from vllm_vtprune.plan import plan_tokens
+from vllm_vtprune.policy import EnergyBudget, PruningPolicy, RatioBudget, TokensBudget
 
 THRESHOLDS = (0.5, 0.9, 0.99, 0.998, 0.9999)
 
@@ -280,3 +281,14 @@ def test_the_overview_sets_the_share_of_all_tiles(solver: str) -> None:
     assert budget(min_tokens=9999)[0] == 214
     unknown = replace(features, tiles=Tiles(ids, ((10, 10), (5, 10), (8, 8))))  # it is not known which is the overview
     assert token_budget(EnergyBudget(threshold=0.9, min_tokens=1), unknown)[0] == reference_rank(features.encoder, 0.9)
+
+
+@pytest.mark.parametrize("method", ["random3x3", "maxpool3x3", "skip"])
+def test_the_energy_is_that_of_what_a_method_keeps_at_most(method: str) -> None:
+    """Not that of what the budget would have kept."""
+    matrix = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    features = VisualFeatures(matrix, matrix, grid=(5, 6), cls_attention=torch.rand(30))
+    policy = PruningPolicy.parse({"method": method, "budget": {"type": "energy", "threshold": 0.999, "min_tokens": 1}})
+    plan = plan_tokens(features, policy)
+    assert plan.energy == pytest.approx(spectral_energy(matrix, plan.budget))
+    assert plan.energy < 0.999

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from evaluation.ablations import ABLATIONS, solver_arms
-from evaluation.answers import Answer, Answers, AnswersError
+from evaluation.answers import Answer, Answers, AnswersError, subject
 from evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, presets
-from evaluation.questions import is_right, pictures
+from evaluation.questions import Picture, is_right, pictures
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
 from evaluation.results import ranked_kinds, results
 from evaluation.thresholds import Measured, mean_kept, threshold_for
@@ -128,6 +128,27 @@ def test_answers_of_another_model_or_policy_are_not_mixed_in(tmp_path: Path) -> 
         assert not answers.has(other, "0#0")
     with pytest.raises(AnswersError, match="another folder"):
         Answers(file, {"model": "b"})
+
+
+def test_what_answers_depend_on_is_told_apart(tmp_path: Path) -> None:
+    """The arithmetic, the pictures of a user's, and the code that makes or asks."""
+    scenes, more = list(pictures("test", 3)), list(pictures("test", 9))
+    assert subject("m", "float32", scenes) == subject("m", "float32", more), "so that more can be asked later"
+    assert subject("m", "float32", scenes) != subject("m", "http://localhost:8000", scenes)
+    file = tmp_path / "one.png"
+    scenes[0].paint().save(file)
+    [own] = [Picture("one.png", file, scenes[0].questions)]
+    before = subject("m", "auto", [own])
+    more[1].paint().save(file)
+    assert subject("m", "auto", [own]) != before
+
+
+def test_what_is_random_is_drawn_anew_for_each_picture() -> None:
+    assert ARM.policy_for("1") != ARM.policy_for("2")
+    assert ARM.policy_for("1") == ARM.policy_for("1")
+    scope = Arm("scope@64", {"method": "scope", "budget": {"type": "tokens", "keep": 64}}, "scope", 64)
+    assert scope.policy_for("1") == scope.policy
+    assert UNPRUNED.policy_for("1") is False
 
 
 # --- accuracy -------------------------------------------------------------------------------------------------------
