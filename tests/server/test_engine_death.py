@@ -39,8 +39,8 @@ CLEAR = re.compile(
 )
 
 
-@pytest.fixture(scope="module", params=["1", "2"], ids=["one API process", "two API processes"])
-def supervised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that is started anew whenever it ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,7 +48,6 @@ def supervised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     log = tmp_path_factory.mktemp("supervised") / "server.log"
     address = ["--host", "127.0.0.1", "--port", str(port)]
     options = [*random_model(), "--max-model-len", "2048", "--enforce-eager", *address]
-    options += ["--api-server-count", request.param]
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", SUPERVISOR, "supervisor", sys.executable, "-m", "vllm_vtprune.cli", "serve", *options],
