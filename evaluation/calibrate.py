@@ -192,8 +192,8 @@ def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], enco
     arms = [Arm(f"{trial.mean_tokens:.1f}", _policy(args, trial), args.method, adaptive=True) for trial in trials]
     PruningPolicy.parse(arms[0].policy)
     args.work.mkdir(parents=True, exist_ok=True)
-    of = subject(model, args.url or "auto", sample)
-    with Answers(args.work / "answers.jsonl", of) as answers, served(args.url, model) as url:
+    depends_on = subject(model, args.url or "auto", sample)
+    with Answers(args.work / "answers.jsonl", depends_on) as answers, served(args.url, model) as url:
         ask_all(url, model, sample, [UNPRUNED, *arms], answers)
         names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
         whole = [answers.of(UNPRUNED)[name] for name in names]

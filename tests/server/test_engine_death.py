@@ -87,7 +87,7 @@ def process_called(server: Server, title: str) -> psutil.Process:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", ["EngineCore", *(["Worker"] if os.environ.get("VTPRUNE_VERIFY") else [])])
+@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
 def test_clients_are_told_health_goes_red_and_a_restart_recovers(
     supervised: Server, victim: str, record_property: Callable[[str, object], None]
 ) -> None:

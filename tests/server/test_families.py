@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.verify]
 WIDE = (640, 320)
 VISUAL_TOKENS = {"llava_next": 64 + 8 * 16 + 8, "internvl": 9 * 16}
 """Of a picture twice as wide as high, with squares of 112 pixels: newlines included, thumbnail included."""
-SERVED = list(VISUAL_TOKENS) if os.environ.get("VTPRUNE_VERIFY") else ["llava_next"]
 
 
 def serving(checkpoint: Path, log: Path) -> Iterator[Server]:
@@ -30,7 +29,7 @@ def serving(checkpoint: Path, log: Path) -> Iterator[Server]:
         yield Server(url, log, model="model")
 
 
-@pytest.fixture(scope="module", params=SERVED)
+@pytest.fixture(scope="module", params=VISUAL_TOKENS)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Server]]:
     folder = tmp_path_factory.mktemp(request.param)
     write = {"llava_next": write_llava_next_checkpoint, "internvl": write_internvl_checkpoint}[request.param]

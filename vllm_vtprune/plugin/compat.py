@@ -60,9 +60,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             frontend tower has no adapters) or vLLM's own pruning of videos (it changes the embeddings of every image,
             and its positions, which are wrong for portrait images, replace ours) are on.
     """
-    remedy = (
-        "switch it off, or run `vllm serve` with a VLLM_PLUGINS that does not name vtprune to serve without pruning"
-    )
+    remedy = "switch it off, or run `vllm serve` with VLLM_PLUGINS set to a list without vtprune"
     if getattr(vllm_config.compilation_config, "cudagraph_mm_encoder", False):
         raise ValueError(f"compilation_config.cudagraph_mm_encoder=True cannot be combined with vllm-vtprune: {remedy}")
     lora = vllm_config.lora_config
