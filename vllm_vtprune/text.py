@@ -243,7 +243,8 @@ _ADJECTIVES = _set(
     "electric domestic wild native natural human medium clear plain curly straight solid broken tasty "
     "current recent final overall able well-known transparent following average fast slow quick"
 )
-_THINGS_TOO = _set("square orange human adult male female professional native")  # those of the adjectives that name a thing too
+# of those adjectives, the ones that name a thing too
+_THINGS_TOO = _set("square orange human adult male female professional native")
 _VERBS = _set(
     "say see do go come wear hold eat drink look use play ride stand sit lie run walk fly catch throw hit "
     "kick jump read write show tell indicate mean make take give get put keep find know think want need "
