@@ -5,8 +5,9 @@
     python -m benchmarks.families --size tiny --rounds 1            # to see that it works
 
 Weights are random (``--load-format dummy``). One machine may not hold both servers, so they take turns: each
-round starts stock vLLM, measures, stops it, then starts ours. Every picture is one that its server has never seen, and
-the i-th picture of a size is the same on both. Reported for each size and share of tokens kept:
+round starts stock vLLM, measures, stops it, then starts ours. Each server answers one request of each size that is not
+counted. Every picture is one that its server has never seen, and stock is asked about the picture of the first share.
+Reported for each size and share of tokens kept:
 
 - stock and ours:  seconds until the first token, medians over rounds
 - plan:            of ours, what choosing the tokens took, by the report of each response
@@ -51,18 +52,26 @@ KEEPS = {"1/3": 1 / 3, "2/9": 2 / 9, "1/9": 1 / 9}
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: the size of its checkpoint that has released shapes, and vLLM's options beside `OPTIONS`."""
+    """A model family.
+
+    Attributes:
+        size: of its checkpoint that has released shapes.
+        kv_cache: GiB, enough for the longest prompt; of models of 7 B parameters in bfloat16 only.
+        options: vLLM's, beside `OPTIONS`.
+    """
 
     size: str
+    kv_cache: int
     options: tuple[str, ...]
 
 
 FAMILIES = {
-    "llava": Family("7b", ("--max-model-len", "1024")),
-    "llava_next": Family("7b", ("--max-model-len", "4096")),
-    "internvl": Family("1b", tuple("--max-model-len 4096 --limit-mm-per-prompt.video 0".split())),
+    "llava": Family("7b", 1, ("--max-model-len", "1024")),
+    "llava_next": Family("7b", 2, ("--max-model-len", "3072")),
+    "internvl": Family("1b", 1, tuple("--max-model-len 4096 --limit-mm-per-prompt.video 0".split())),
     "qwen2_5_vl": Family(
         "3b",
+        1,
         tuple("--max-model-len 4096 --limit-mm-per-prompt.video 0 --mm-processor-kwargs.max_pixels 2408448".split()),
     ),
 }
@@ -112,13 +121,13 @@ class Sample:
 
 
 def measure(model: Path, family: Family, images: list[str], rounds: int) -> list[Sample]:
-    """Every size and share, once a round; each server answers one request before, to warm up."""
+    """Every size and share, once a round, and before each size a request to warm up."""
     samples: list[Sample] = []
     for turn in range(rounds):
         for stock in (True, False):
             with server(model, family, stock=stock) as url:
-                ask(url, picture(0, IMAGES["336"]), None if stock else 1 / 3)
                 for name in images:
+                    ask(url, picture(0, IMAGES[name]), None if stock else min(KEEPS.values()))
                     for index, keep in enumerate([None] if stock else KEEPS):
                         seed = 1000 * turn + index + 1
                         ttft, report = ask(url, picture(seed, IMAGES[name]), None if keep is None else KEEPS[keep])
@@ -141,7 +150,7 @@ def _sample(image: str, keep: str | None, ttft: float, report: dict[str, Any] | 
 @contextmanager
 def server(model: Path, family: Family, *, stock: bool) -> Iterator[str]:
     options = [*OPTIONS, *family.options]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": str(family.kv_cache), "HF_HUB_OFFLINE": "1"}
     if stock:
         with running_server(
             ["--model", str(model), *options], command=STOCK_COMMAND, environment={**environment, "VLLM_PLUGINS": ""}

@@ -132,6 +132,11 @@ def user(text: str, *images: Body | str) -> Body:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
+def tokens(keep: int, **fields: Any) -> Body:
+    """A policy that keeps so many."""
+    return {"budget": {"type": "tokens", "keep": keep}, **fields}
+
+
 def kept(answer: Mapping[str, Any]) -> list[int]:
     """Tokens that each image kept."""
     return [image["kept_tokens"] for image in answer["pruning"]["images"]]

@@ -1,0 +1,103 @@
+"""What `/metrics` says of the requests that a real server answered."""
+
+import httpx
+import pytest
+
+from tests.support.chat import Server, fresh_url, tokens, user
+from vllm_vtprune import __version__
+from vllm_vtprune.text import text_pipeline_name
+
+pytestmark = pytest.mark.engine
+
+
+def test_metrics_count_what_was_served(server: Server) -> None:
+    url = fresh_url()
+    keys = [
+        "vtprune:visual_tokens_total|method=resprune",
+        "vtprune:visual_tokens_kept_total|method=resprune",
+        "vtprune:keep_ratio_count|method=resprune",
+        "vtprune:visual_tokens_total|method=none",
+        "vtprune:visual_tokens_kept_total|method=none",
+        "vtprune:feature_cache_misses_total",
+        "vtprune:feature_cache_hits_total",
+        "vtprune:stage_seconds_count|stage=text",
+        "vtprune:stage_seconds_count|stage=encode",
+        "vtprune:stage_seconds_count|stage=select",
+        "vtprune:bypass_total|reason=budget_not_below_tokens",
+        "vtprune:errors_total",
+    ]
+
+    def grown_by(pruning: object, *more_images: str) -> dict[str, float]:
+        before = server.metrics()
+        server.ask(messages=[user("Where is the dog?", url, *more_images)], pruning=pruning)
+        grown = server.metrics().since(before, *keys)
+        return {key.removeprefix("vtprune:"): value for key, value in zip(keys, grown, strict=True) if value}
+
+    pruned = {
+        "visual_tokens_total|method=resprune": 576,
+        "visual_tokens_kept_total|method=resprune": 72,
+        "keep_ratio_count|method=resprune": 1,
+        "stage_seconds_count|stage=text": 1,
+    }
+    selected = {"stage_seconds_count|stage=select": 1}
+    encoded = {"feature_cache_misses_total": 1, "stage_seconds_count|stage=encode": 1}
+    assert grown_by(tokens(72)) == {**pruned, **selected, **encoded}
+    assert grown_by(tokens(72)) == pruned, "all from vLLM's processor cache"
+    other = {**pruned, "visual_tokens_kept_total|method=resprune": 71, "feature_cache_hits_total": 1}
+    assert grown_by(tokens(71)) == {**other, **selected}, "features from our cache"
+    assert grown_by(False) == {"visual_tokens_total|method=none": 576, "visual_tokens_kept_total|method=none": 576}
+    twice = grown_by(tokens(70), fresh_url())
+    assert twice["visual_tokens_kept_total|method=resprune"] == 140
+    assert (twice["feature_cache_hits_total"], twice["feature_cache_misses_total"]) == (1, 1)
+    assert grown_by(tokens(576))["bypass_total|reason=budget_not_below_tokens"] == 1
+
+
+def test_the_time_to_the_first_token_is_counted_by_method_and_share(server: Server) -> None:
+    name = "vtprune:time_to_first_token_seconds"
+    labels = ["method=uniform", "method=none", "keep_ratio=0-0.125", "keep_ratio=0.25-0.5", "keep_ratio=unpruned"]
+    keys = [f"{name}_count", *(f"{name}_count|{label}" for label in labels)]
+    messages = [user("Where is the dog?", fresh_url())]
+    before = server.metrics()
+    sixteenth = server.ask(messages=messages, pruning=tokens(36, method="uniform"))
+    assert server.metrics().since(before, *keys) == (1, 1, 0, 1, 0, 0)
+    half = server.stream(messages=messages, pruning=tokens(288, method="uniform"))[-1]
+    assert server.metrics().since(before, *keys) == (2, 2, 0, 1, 1, 0)
+    off = server.ask(messages=messages, pruning=False)
+    assert server.metrics().since(before, *keys) == (3, 2, 1, 1, 1, 1)
+    server.ask(messages=[{"role": "user", "content": "Where is the dog?"}])
+    assert server.metrics().since(before, *keys) == (3, 2, 1, 1, 1, 1), "no image, nothing to compare"
+    (seconds,) = server.metrics().since(before, f"{name}_sum")
+    reported = sum(answer["pruning"]["timings_ms"]["ttft"] for answer in (sixteenth, half, off))
+    assert seconds == pytest.approx(reported / 1000, abs=1e-5)
+
+
+def test_stages_are_counted_from_a_tenth_of_a_millisecond(server: Server) -> None:
+    server.ask(messages=[user("Where is the dog?", fresh_url())])
+    assert 'le="0.0001"' in next(
+        line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "stage_seconds_bucket" in line
+    )
+
+
+def test_one_gauge_says_what_runs(server: Server) -> None:
+    [line] = [line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "vtprune:build_info{" in line]
+    assert line.endswith("} 1.0")
+    for label in (
+        f'version="{__version__}"',
+        'vllm_version="0.32',
+        f'text_pipeline="{text_pipeline_name()}"',
+        'tower_dtype="float32"',
+        'tower_device="',
+        'tower_weights="checkpoint"',
+    ):
+        assert label in line
+
+
+def test_metrics_carry_the_served_name_and_help(server: Server) -> None:
+    server.ask(messages=[user("Where is the dog?", fresh_url())])
+    text = httpx.get(f"{server.url}/metrics").text
+    ours = [line for line in text.splitlines() if line.startswith("vtprune:")]
+    assert ours
+    assert all(f'model_name="{server.model}"' in line for line in ours)
+    assert "# HELP vtprune:visual_tokens_kept_total " in text
+    assert server.metrics()["vtprune:feature_cache_bytes"] > 0
+    assert server.metrics()["vtprune:keep_ratio_sum"] < server.metrics()["vtprune:keep_ratio_count"]
