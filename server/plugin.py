@@ -20,10 +20,10 @@ from server.aliases import AliasedModels
 from server.information import PruningInformation, pruning_information
 from server.policies import Policies
 from server.protocol import PruningChatCompletionRequest
+from server.route import REACHED_HANDLER, PruningRoute
 from server.serving import PruningServingChat
 from server.shutdown import fail_unfinished_requests, notice_shutdown
 from server.trace import HEADER
-from server.validation import ReadableErrors
 from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -32,7 +32,7 @@ from vllm_vtprune.text import text_pipeline_name
 
 logger = init_logger("vllm.vtprune")
 
-router = APIRouter(route_class=ReadableErrors)
+router = APIRouter(route_class=PruningRoute)
 
 
 @router.post(
@@ -56,6 +56,7 @@ router = APIRouter(route_class=ReadableErrors)
 )
 async def create_chat_completion(request: PruningChatCompletionRequest, raw_request: Request) -> Any:
     """Chat completions as vLLM serves them, with the `pruning` field in requests and responses."""
+    setattr(raw_request.state, REACHED_HANDLER, True)
     response = await stock.create_chat_completion(request, raw_request)
     if isinstance(response, Response) and request.trace.report is not None:
         response.headers[HEADER] = request.trace.header()
@@ -111,7 +112,7 @@ class ServerPlugin:
             logger.warning("%s is served UNPRUNED: nothing of ours can prune it (%s)", args.model, type(found).__name__)
             runtime = runtime_without_tower(engine_client.model_config)
             built = "none", "none", "none"
-        metrics.start_at_zero(runtime.model_name)
+        metrics.start(runtime.model_name)
         metrics.BUILD_INFO.labels(runtime.model_name, __version__, vllm.__version__, *built, text_pipeline_name()).set(
             1
         )

@@ -27,7 +27,7 @@ from server.shutdown import ServerStopping, was_cut_short
 from server.stream import with_last_event_completed
 from server.trace import USAGE_KEY, Trace
 from server.tracing import record_stages, start_request_span
-from server.validation import InvalidField, bounded
+from server.validation import InvalidField, bounded, explain
 from vllm_vtprune import metrics
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
@@ -88,11 +88,14 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         try:
             with use_span(request.trace.span, record_exception=False):
                 response = await self._create(request, raw_request)
+        except Exception as error:
+            request.trace.finish(_outcome(explain(error)), self.runtime.model_name)
+            raise
         except BaseException:
-            request.trace.finish("refused")
+            request.trace.finish("aborted", self.runtime.model_name)
             raise
         if isinstance(response, ErrorResponse):
-            request.trace.finish("refused")
+            request.trace.finish(_outcome(response), self.runtime.model_name)
         return response
 
     async def _create(
@@ -101,6 +104,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         try:
             self._resolve_alias(request)
         except UnknownPreset as error:
+            metrics.ERRORS.labels(self.runtime.model_name, "policy").inc()
             return self.create_error_response(
                 str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"
             )
@@ -129,10 +133,14 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         try:
             policies = self._read_policies(request, trace)
             images = self._apply_policies(request, trace.policy, policies, report_id)
-            with nullcontext() if self.processor is None else EarlyEncoding(self.processor, images, client_kwargs):
+            with (
+                metrics.REQUESTS_WAITING.labels(self.runtime.model_name).track_inprogress()
+                if request.images
+                else nullcontext(),
+                nullcontext() if self.processor is None else EarlyEncoding(self.processor, images, client_kwargs),
+            ):
                 rendered = await super().render_chat_request(request)
         except PolicyError as error:
-            metrics.ERRORS.labels(self.runtime.model_name, "policy").inc()
             raise InvalidField(str(error), parameter=error.param) from error
         except Exception as error:
             if compat.says_shut_down(error):
@@ -140,7 +148,6 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             explained = explain_image_error(request.images, error)
             if explained is None:
                 raise
-            metrics.ERRORS.labels(self.runtime.model_name, "image").inc()
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
             trace.report = self._report(bool(images), report_id, rendered[1], trace.policy, policies)
@@ -272,7 +279,7 @@ async def _watch(results: Results, trace: Trace, model_name: str, *, stream: boo
     A stream shows its first token. Otherwise the one result comes at the end, and vLLM's own statistics tell, unless
     they are off.
     """
-    outcome = "aborted"
+    outcome: metrics.Outcome = "aborted"
     try:
         async with aclosing(results):
             async for result in results:
@@ -292,7 +299,12 @@ async def _watch(results: Results, trace: Trace, model_name: str, *, stream: boo
         outcome = "failed"
         raise
     finally:
-        trace.finish(outcome)
+        trace.finish(outcome, model_name)
+
+
+def _outcome(answer: ErrorResponse | None) -> metrics.Outcome:
+    """Of a request that was answered with this error; None where the client is not to blame."""
+    return "failed" if answer is None or answer.error.code >= 500 else "refused"
 
 
 def _complete(response: ChatCompletionResponse, trace: Trace) -> None:

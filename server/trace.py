@@ -75,15 +75,17 @@ class Trace:
             band = metrics.keep_ratio_band(self.report.kept_tokens, self.report.visual_tokens)
             metrics.TIME_TO_FIRST_TOKEN.labels(model_name, self.report.method, band).observe(seconds)
 
-    def finish(self, outcome: str) -> None:
-        """Log what became of the request and end its span; to be called once, later calls do nothing.
+    def finish(self, outcome: metrics.Outcome, model_name: str) -> None:
+        """Count and log what became of the request and end its span; later calls do nothing.
 
         Args:
-            outcome: ``finished``, ``refused`` before the engine saw it, ``failed`` there, or ``aborted`` by the client.
+            outcome: of the request.
+            model_name: label of the metric.
         """
         if self._finished:
             return
         self._finished = True
+        metrics.REQUESTS.labels(model_name, outcome).inc()
         if self.report is not None and self.report.pruned:
             self._log(self.report, outcome)
         if self.span.is_recording():

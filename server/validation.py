@@ -9,21 +9,15 @@ from __future__ import annotations
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.vtprune")
 
 MAX_MESSAGE = 1000  # characters
 MAX_PARAM = 200
@@ -37,26 +31,6 @@ class InvalidField(VLLMValidationError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-class ReadableErrors(APIRoute):
-    """A route whose errors of a client's making are answered readably and briefly."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_readably(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except Exception as error:
-                answer = explain(error)
-                if answer is None:
-                    raise
-                if request.app.state.args.log_error_stack:
-                    logger.exception("A request was refused")
-                return JSONResponse(answer.model_dump(), status_code=answer.error.code)
-
-        return handle_readably
 
 
 def explain(error: Exception) -> ErrorResponse | None:

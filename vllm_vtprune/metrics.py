@@ -7,12 +7,31 @@ Import this module only where requests are processed: prometheus_client fixes it
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from vllm_vtprune.report import BypassReason
 
+Outcome: TypeAlias = Literal["finished", "refused", "failed", "aborted"]
+"""Answered; not accepted (4xx); gone wrong here (5xx, or an error within a stream); left by the client."""
+RefusalReason: TypeAlias = Literal["policy", "image"]
+
+REQUESTS = Counter(
+    "vtprune:requests", "Chat completions that have ended, by what became of them.", ["model_name", "outcome"]
+)
+REQUESTS_WAITING = Gauge(
+    "vtprune:requests_waiting",
+    "Requests with images that the engine has not got yet: images are loaded, encoded and pruned, or wait for it.",
+    ["model_name"],
+    multiprocess_mode="livesum",
+)
+START_TIME = Gauge(
+    "vtprune:start_time_seconds",
+    "When this server began to answer, in seconds since 1970.",
+    ["model_name"],
+    multiprocess_mode="livemax",
+)
 VISUAL_TOKENS = Counter(
     "vtprune:visual_tokens", "Visual tokens of the images served, before pruning.", ["model_name", "method"]
 )
@@ -56,7 +75,7 @@ FEATURE_CACHE_BYTES = Gauge(
 BYPASS = Counter(
     "vtprune:bypass", "Images that a policy applied to but that were not pruned.", ["model_name", "reason"]
 )
-ERRORS = Counter("vtprune:errors", "Requests refused because of their pruning field.", ["model_name", "reason"])
+ERRORS = Counter("vtprune:errors", "Requests refused for their policy or an image.", ["model_name", "reason"])
 BUILD_INFO = Gauge(
     "vtprune:build_info",
     "1, with what serves as labels.",
@@ -83,12 +102,16 @@ def keep_ratio_band(kept: int, visual: int) -> str:
     return f"{lower:g}-1"
 
 
-def start_at_zero(model_name: str) -> None:
-    """Show the counters of what goes wrong before anything does.
+def start(model_name: str) -> None:
+    """Note when this process began, and show the counters of what goes wrong before anything does.
 
     Prometheus's ``rate`` does not see the event with which a series begins, and would miss the first of each kind.
     """
+    START_TIME.labels(model_name).set_to_current_time()
+    REQUESTS_WAITING.labels(model_name)
+    for outcome in get_args(Outcome):
+        REQUESTS.labels(model_name, outcome)
     for reason in get_args(BypassReason):
         BYPASS.labels(model_name, reason)
-    for reason in ("policy", "image"):
+    for reason in get_args(RefusalReason):
         ERRORS.labels(model_name, reason)

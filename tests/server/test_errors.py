@@ -340,3 +340,20 @@ def test_refusals_are_counted_and_images_of_theirs_are_not(server: Server) -> No
     assert server.metrics().since(before, *keys, "vtprune:visual_tokens_total") == (1, 0, 0)
     refusal(server.post({"messages": [user("Where?", fresh_url(), "nonsense")]}))
     assert server.metrics().since(before, *keys, "vtprune:visual_tokens_total") == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pruning": {"alpha": -1}},
+        {"model": "llava@blanced"},
+        {"mm_processor_kwargs": {"pruning": "fast"}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Where?", "pruning": "fast"}]}]},
+    ],
+    ids=json.dumps,
+)
+def test_a_policy_is_counted_wherever_it_was_refused(server: Server, fields: Body) -> None:
+    keys = ["vtprune:errors_total|reason=policy", "vtprune:errors_total", "vtprune:requests_total|outcome=refused"]
+    before = server.metrics()
+    assert server.post({"messages": [user("Where?", fresh_url())], **fields}).status_code in (400, 404)
+    assert server.metrics().since(before, *keys) == (1, 1, 1)

@@ -1,5 +1,9 @@
 """What `/metrics` says of the requests that a real server answered."""
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 
@@ -69,6 +73,47 @@ def test_the_time_to_the_first_token_is_counted_by_method_and_share(server: Serv
     (seconds,) = server.metrics().since(before, f"{name}_sum")
     reported = sum(answer["pruning"]["timings_ms"]["ttft"] for answer in (sixteenth, half, off))
     assert seconds == pytest.approx(reported / 1000, abs=1e-5)
+
+
+def test_requests_are_counted_by_what_became_of_them(server: Server) -> None:
+    outcomes = ("finished", "refused", "failed", "aborted")
+    keys = [f"vtprune:requests_total|outcome={outcome}" for outcome in outcomes]
+    assert all(key in server.metrics().values for key in keys), "at zero before the first of its kind"
+    before = server.metrics()
+    messages = [user("Where is the dog?", fresh_url())]
+    server.ask(messages=messages)
+    server.stream(messages=messages)
+    server.ask(messages=[{"role": "user", "content": "Where is the dog?"}])
+    assert server.metrics().since(before, *keys) == (3, 0, 0, 0)
+    for refused in (b"{", b'{"messages": 5}', b'{"messages": [], "model": "another"}'):
+        assert server.post(refused).status_code in (400, 404)
+    assert server.metrics().since(before, *keys) == (3, 3, 0, 0)
+    long = {**server.defaults, "messages": messages, "stream": True, "max_tokens": 1000, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long) as answer:
+        next(answer.iter_lines())
+    wait_for(lambda: server.metrics().since(before, *keys) == (3, 3, 0, 1))
+
+
+def test_requests_whose_images_are_not_ready_are_waiting(server: Server) -> None:
+    name = "vtprune:requests_waiting"
+    assert server.metrics()[name] == 0
+    with ThreadPoolExecutor(12) as threads:
+        asked = [threads.submit(server.ask, messages=[user("Where?", fresh_url())]) for _ in range(12)]
+        wait_for(lambda: server.metrics()[name] >= 2)
+        for one in asked:
+            one.result()
+    assert server.metrics()[name] == 0
+
+
+def test_a_gauge_says_since_when_it_answers(server: Server) -> None:
+    assert time.time() - 3600 < server.metrics()["vtprune:start_time_seconds"] < time.time()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_stages_are_counted_from_a_tenth_of_a_millisecond(server: Server) -> None:
