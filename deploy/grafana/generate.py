@@ -288,9 +288,17 @@ def trouble() -> list[Plot]:
         ),
         lines(
             "Refusals",
-            "Requests refused with a 400 for their policy or an image. Metric: `vtprune:errors_total`",
+            "Requests refused for their policy or an image. Metric: `vtprune:errors_total`",
             "requests/s",
             Query("sum by (reason) (rate(vtprune:errors_total{MODEL}[$__rate_interval]))", "{{reason}}"),
+            stacked=True,
+        ),
+        lines(
+            "Chat completions",
+            "By what became of them; `failed`: a 5xx or an error within the stream, `aborted`: left by the client. "
+            "Metric: `vtprune:requests_total`",
+            "requests/s",
+            Query("sum by (outcome) (rate(vtprune:requests_total{MODEL}[$__rate_interval]))", "{{outcome}}"),
             stacked=True,
         ),
         lines(
@@ -298,7 +306,15 @@ def trouble() -> list[Plot]:
             "All requests but those for health and metrics. Metric: `http_requests_total`",
             "requests/s",
             Query("sum by (status) (rate(http_requests_total{INSTANCES}[$__rate_interval]))", "{{status}}"),
+            width=12,
             stacked=True,
+        ),
+        lines(
+            "Starts",
+            "Time since each server began to answer. Metric: `vtprune:start_time_seconds`",
+            units.Seconds,
+            Query("time() - vtprune:start_time_seconds{MODEL}", "{{instance}}"),
+            width=12,
         ),
     ]
 
@@ -314,10 +330,12 @@ def engine() -> list[Plot]:
         ),
         lines(
             "Requests",
-            "Metrics: `vllm:num_requests_running`, `vllm:num_requests_waiting`",
+            "Before the engine, requests with images wait until these are loaded, encoded and pruned. "
+            "Metrics: `vtprune:requests_waiting`, `vllm:num_requests_waiting`, `vllm:num_requests_running`",
             units.Short,
+            Query("sum(vtprune:requests_waiting{MODEL})", "waiting for their images"),
+            Query("sum(vllm:num_requests_waiting{MODEL})", "waiting for the engine"),
             Query("sum(vllm:num_requests_running{MODEL})", "running"),
-            Query("sum(vllm:num_requests_waiting{MODEL})", "waiting"),
         ),
         lines(
             "Prefix cache",
