@@ -87,8 +87,9 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "adaptprune-strategies": Ablation("AdaptPrune, Table 5", ADAPTPRUNE_STRATEGIES, "adaptprune", TENTH),
     }
 )
-"""By name. E-AdaPrune's Table 1 is `vtprune eval --methods visionzip --in-llm --adaptive`, but for PyramidDrop "+E":
-PyramidDrop's mean over the layers, 47 % of the tokens, is beyond the rank of the demo model's features."""
+"""By name. E-AdaPrune's Table 1 is `vtprune eval --methods visionzip --in-llm --adaptive --keep 170,128,64`:
+PyramidDrop's own mean over the layers, 47 % of the tokens, is beyond the rank of the demo model's features, but it can
+have 170."""
 
 SOLVERS = "eadaprune-solver"  # E-AdaPrune, Table 4; its threshold has to be found first
 

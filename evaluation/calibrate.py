@@ -12,7 +12,7 @@ from pathlib import Path
 from evaluation.answers import Answer, Answers, AnswersError, subject
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
-from evaluation.options import add_model_arguments, count, embedded_model, served
+from evaluation.options import add_model_arguments, count, dtype_of, embedded_model, served
 from evaluation.questions import Picture, SampleError, pictures, plain, read_sample
 from evaluation.report import markdown
 from evaluation.spectra import Sample, sample_pictures
@@ -23,6 +23,7 @@ from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import PRESET_NAME
 from vllm_vtprune.selectors.registry import METHODS
 
+LARGEST = 0.9999  # threshold: beyond it, rounding decides
 SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of a picture's tokens, that are tried in turn
 SCENE_QUESTIONS = 300
 METHODS_OF_ANY_SIZE = [name for name, spec in METHODS.items() if spec.max_keep is None]
@@ -66,7 +67,7 @@ def calibrate(argv: list[str]) -> None:
     model = args.model or embedded_model()
     try:
         sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
-        encoded = sample_pictures(model, sample, "auto")
+        encoded = sample_pictures(model, sample, dtype_of(args))
         if args.tokens is not None:
             trials = [_trial(encoded, args.tokens)]
         else:
@@ -176,24 +177,23 @@ def _trial(encoded: Sample, tokens: float) -> Trial:
 
 
 def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], encoded: Sample) -> list[Trial]:
-    """Every budget of `SHARES` that an energy threshold leads to, asked about the whole sample."""
+    """Every budget of `SHARES` that an energy threshold leads to, and the largest that one does, asked about all."""
     told = {bool(question.answer) for picture in sample for question in picture.questions}
     if len(told) > 1:
         raise SampleError("some questions have an answer and others have none; expected all or none")
     known = told == {True}
-    trials = []
-    for share in SHARES:
-        try:
-            trials.append(_trial(encoded, share * encoded.mean_tokens))
-        except _NoThreshold as reason:
-            print(f"{reason}.", file=sys.stderr)
-    if not trials:
-        raise _NoThreshold("no energy threshold keeps a sixteenth of the tokens or more")
+    largest = mean_kept(encoded.pictures, LARGEST)
+    budgets = [share * encoded.mean_tokens for share in SHARES]
+    if budgets[0] > largest:
+        print(f"Energy budgets keep at most {largest:.1f} tokens on average here.", file=sys.stderr)
+    trials = [Trial(LARGEST, largest)] if budgets[0] > largest else []
+    trials += [_trial(encoded, tokens) for tokens in budgets if tokens < largest]
     arms = [Arm(f"{trial.mean_tokens:.1f}", _policy(args, trial), args.method, adaptive=True) for trial in trials]
     PruningPolicy.parse(arms[0].policy)
     args.work.mkdir(parents=True, exist_ok=True)
-    depends_on = subject(model, args.url or "auto", sample)
-    with Answers(args.work / "answers.jsonl", depends_on) as answers, served(args.url, model) as url:
+    dtype = dtype_of(args)
+    depends_on = subject(model, args.url or dtype, sample)
+    with Answers(args.work / "answers.jsonl", depends_on) as answers, served(args.url, model, dtype) as url:
         ask_all(url, model, sample, [UNPRUNED, *arms], answers)
         names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
         whole = [answers.of(UNPRUNED)[name] for name in names]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from evaluation.answers import Answers, AnswersError, subject
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
 from evaluation.gallery import draw_gallery
-from evaluation.in_llm import Pruning
-from evaluation.options import add_model_arguments, count, embedded_model, served
+from evaluation.in_llm import InLLM, Pruning
+from evaluation.options import add_model_arguments, count, dtype_of, embedded_model, served
 from evaluation.questions import Picture, pictures
-from evaluation.reference import answer_all, reference_arms, reference_model
+from evaluation.reference import answer_all, layers_of, reference_arms, reference_model
 from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
 from evaluation.results import Result, ranked_kinds, results
 from evaluation.spectra import Sample, sample_pictures
@@ -52,18 +53,20 @@ def evaluate(argv: list[str]) -> None:
     args = _parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     model = args.model or embedded_model()
-    dtype = "auto" if args.model or args.url else "float32"  # faster on a CPU than the embedded model's own
+    dtype = dtype_of(args)
     asked = list(pictures("test", args.questions, args.seed))
     try:
-        arms, inside = _arms(args, model, dtype)
+        reference = reference_model(model) if args.in_llm else None
+        arms, inside = _arms(args, model, dtype, reference)
         ways.check(arms)
-        reference = reference_model(model) if inside else None
-        with Answers(args.out / "answers.jsonl", subject(model, args.url or dtype, asked)) as answers:
+        depends_on = subject(model, args.url or dtype, asked)
+        with Answers(args.out / "answers.jsonl", depends_on) as answers:
             with served(args.url, model, dtype) as url:
                 ask_all(url, model, asked, [UNPRUNED, *arms], answers)
             if reference is not None:
                 answer_all(reference, asked, inside, answers)
-        found = _results([UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked)
+        about = {"command": shlex.join(["vtprune", "eval", *argv]), **depends_on, "pictures": len(asked)}
+        found = _results([UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the same command goes on.")
     except (InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError) as error:
@@ -150,7 +153,9 @@ def _names(text: str, known: Iterable[str]) -> list[str]:
     return names
 
 
-def _arms(args: argparse.Namespace, model: str, dtype: str) -> tuple[list[Arm], list[tuple[Arm, Pruning | None]]]:
+def _arms(
+    args: argparse.Namespace, model: str, dtype: str, reference: InLLM | None
+) -> tuple[list[Arm], list[tuple[Arm, Pruning | None]]]:
     """The ways of pruning that the options ask for: on the server, and inside the language model."""
     if args.ablation in ABLATIONS:
         return ABLATIONS[args.ablation].arms(), []
@@ -168,7 +173,9 @@ def _arms(args: argparse.Namespace, model: str, dtype: str) -> tuple[list[Arm], 
         *ways.own_counts(args.methods),
         *ways.presets(args.presets),
     ]
-    return arms, reference_arms(args.keep, thresholds) if args.in_llm else []
+    if reference is None:
+        return arms, []
+    return arms, reference_arms(args.keep, thresholds, sample.features.num_tokens, layers_of(reference))
 
 
 def _thresholds(sample: Sample, keeps: Sequence[int]) -> dict[int, float]:
@@ -189,11 +196,13 @@ class Evaluation:
     """Results over all questions, and over the kinds that are fit to rank by.
 
     Attributes:
+        about: the command, and what its answers depend on.
         all_kinds: one result for each arm, the unpruned model's first.
         ranked: the same over the kinds of question in `kinds`.
         kinds: those that the unpruned model answers well enough.
     """
 
+    about: Mapping[str, Any]
     all_kinds: Sequence[Result]
     ranked: Sequence[Result]
     kinds: Sequence[str]
@@ -201,6 +210,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return {
+            "about": dict(self.about),
             "results": [result.to_json() for result in self.all_kinds],
             "ranked_kinds": list(self.kinds),
             "ranked_results": [result.to_json() for result in self.ranked],
@@ -209,18 +219,26 @@ class Evaluation:
     def write(self, directory: Path) -> None:
         """``results.json``, ``results.md`` and ``accuracy.png``."""
         (directory / "results.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        unpruned, *others = self.ranked or self.all_kinds
+        ranking = "No kind of question is answered well enough to rank by. Over all of them:"
+        if self.kinds:
+            ranking = (
+                f"Ranking, over the {unpruned.questions} questions of the kinds that the unpruned model answers well "
+                f"enough ({', '.join(self.kinds)}), {unpruned.accuracy:.1%} unpruned:"
+            )
         parts = [
-            f"{self.all_kinds[0].questions} questions. 95 % intervals resample pictures.",
+            f"`{self.about['command']}`: {self.all_kinds[0].questions} questions about {self.about['pictures']} "
+            "pictures. 95 % intervals resample pictures.",
+            ranking,
+            budget_table(self.ranked or self.all_kinds),
+            "Every way, over all kinds:",
             accuracy_table(self.all_kinds),
             "By kind of question:",
             split_table(self.all_kinds, "kind"),
             "By density of the picture:",
             split_table(self.all_kinds, "density"),
         ]
-        if self.kinds:
-            parts += [f"Ranking, over the kinds {', '.join(self.kinds)}:", budget_table(self.ranked)]
         (directory / "results.md").write_text("\n\n".join(parts))
-        unpruned, *others = self.all_kinds
         plot_accuracy(others, unpruned, directory / "accuracy.png")
 
 
@@ -236,9 +254,10 @@ def _budgets(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) ->
     return tokens
 
 
-def _results(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) -> Evaluation:
+def _results(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture], about: Mapping[str, Any]) -> Evaluation:
     names = {picture.name(index) for picture in asked for index in range(len(picture.questions))}
     given = [(arm, {name: answers.of(arm)[name] for name in names}) for arm in arms]
     unpruned = given[0][1]
     kinds = ranked_kinds(unpruned.values())
-    return Evaluation(results(given, unpruned), results(given, unpruned, kinds) if kinds else [], kinds)
+    ranked = results(given, unpruned, kinds) if kinds else []
+    return Evaluation(about, results(given, unpruned), ranked, kinds)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from server.images import DATA_URL, ImageIntake, ImageProblem
 from vllm_vtprune.demo.scenes import Question, Scene, Split, ask, make_scene, paint
 
 
@@ -28,10 +29,7 @@ class Picture:
 
     def paint(self) -> Image.Image:
         """The picture; always the same."""
-        if isinstance(self.source, Scene):
-            return paint(self.source)
-        with Image.open(self.source) as image:
-            return image.convert("RGB")
+        return paint(self.source) if isinstance(self.source, Scene) else read_image(self.source)
 
     @property
     def density(self) -> str:
@@ -58,6 +56,16 @@ def pictures(split: Split, questions: int, first: int = 0) -> Iterator[Picture]:
             yield Picture(str(seed), scene, tuple(asked))
         questions -= len(asked)
         seed += 1
+
+
+def read_image(file: Path) -> Image.Image:
+    """An image file as the server sees it: upright, in RGB, on white.
+
+    Raises:
+        OSError: the file cannot be read.
+        ImageProblem: the server would not take it.
+    """
+    return ImageIntake().load_bytes(file.read_bytes()).media
 
 
 class SampleError(Exception):
@@ -91,10 +99,12 @@ def read_sample(file: Path) -> list[Picture]:
             raise SampleError(f"{file}:{number}: {line[:80]} given; expected {accepted}")
         image = file.parent / entry["image"]
         try:
-            with Image.open(image) as opened:
-                opened.verify()
+            read_image(image)
         except OSError as error:
             raise SampleError(f"{file}:{number}: image: {error}") from error
+        except ImageProblem as problem:
+            expected = problem.accepted if problem.accepted != DATA_URL else "a file that holds an image"
+            raise SampleError(f"{file}:{number}: image: {image} {problem}; expected {expected}") from problem
         asked.setdefault(entry["image"], []).append(Question("", entry["question"], entry.get("answer", "")))
     if not asked:
         raise SampleError(f"{file}: holds no question")

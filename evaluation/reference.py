@@ -11,7 +11,7 @@ from evaluation.answers import Answer, Answers
 from evaluation.arms import Arm, energy
 from evaluation.asking import ANSWER_TOKENS
 from evaluation.in_llm import VTW, AdaptPrune, Budget, FastV, InLLM, Pruning, PyramidDrop
-from evaluation.in_llm.pyramiddrop import quarters
+from evaluation.in_llm.pyramiddrop import least_mean, quarters
 from evaluation.questions import Picture, is_right
 from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
@@ -19,11 +19,20 @@ from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 Pairs = Sequence[tuple[Arm, Pruning | None]]
 
 
-def reference_arms(keeps: Sequence[int], thresholds: Mapping[int, float]) -> list[tuple[Arm, Pruning | None]]:
+def reference_arms(
+    keeps: Sequence[int], thresholds: Mapping[int, float], tokens: int, layers: int
+) -> list[tuple[Arm, Pruning | None]]:
     """Every method in the language model, with fixed budgets and, where ``thresholds`` has one, "+E".
 
-    FastV and AdaptPrune keep so many tokens from their layer on; PyramidDrop and VTW go their own way, and come once.
-    The first is the whole model, whose answers should be those of the engine.
+    FastV and AdaptPrune keep so many tokens from their layer on. PyramidDrop and VTW come with the fractions of their
+    papers, and with every budget that they can have as their mean over the layers. The first arm is the whole model,
+    whose answers should be those of the engine.
+
+    Args:
+        keeps: tokens.
+        thresholds: of energy, by the tokens that they keep on average.
+        tokens: of a picture.
+        layers: of the language model.
     """
     pairs: list[tuple[Arm, Pruning | None]] = [
         _pair("transformers", None),
@@ -37,6 +46,9 @@ def reference_arms(keeps: Sequence[int], thresholds: Mapping[int, float]) -> lis
         for budget, adaptive in budgets:
             pairs.append(_pair("fastv", FastV(budget), keep, adaptive))
             pairs.append(_pair("adaptprune in the LLM", AdaptPrune(budget), keep, adaptive))
+            if keep >= least_mean(tokens, layers):
+                pairs.append(_pair("pyramiddrop", PyramidDrop(budget), keep, adaptive))
+                pairs.append(_pair("vtw", VTW(budget), keep, adaptive))
     return pairs
 
 
@@ -55,10 +67,15 @@ def reference_model(checkpoint: str) -> InLLM:
     """
     try:
         model = InLLM(Path(checkpoint), add_special_tokens=False)
-        quarters(model.model.config.text_config.num_hidden_layers)
+        quarters(layers_of(model))
     except (OSError, ValueError) as error:
         raise InspectionFailed(f"--in-llm: {checkpoint}: {error}") from error
     return model
+
+
+def layers_of(model: InLLM) -> int:
+    """Of its language model."""
+    return int(model.model.config.text_config.num_hidden_layers)
 
 
 def answer_all(model: InLLM, pictures: Sequence[Picture], pairs: Pairs, answers: Answers) -> None:

@@ -55,7 +55,7 @@ class PyramidDrop(Pruning):
             scale = scale_for(Fraction(k * layers, n), widths)
             if scale < 0:
                 if not isinstance(self.budget, EnergyBudget):
-                    least = ceil(Fraction(widths[0] * n, layers))
+                    least = least_mean(n, layers)
                     raise ValueError(
                         f"budget must keep at least {least} of {n} tokens, because the first {widths[0]} of {layers} "
                         f"layers see all, got {k} from {self.budget!r}"
@@ -74,6 +74,11 @@ class PyramidDrop(Pruning):
 
     def choose(self, entrance: Entrance, count: int) -> Tensor:
         return strongest(entrance.attention_here, count)
+
+
+def least_mean(tokens: int, layers: int) -> int:
+    """The least mean over the layers that can be had: the first quarter of them sees all tokens."""
+    return ceil(Fraction(quarters(layers)[0] * tokens, layers))
 
 
 def quarters(layers: int) -> list[int]:

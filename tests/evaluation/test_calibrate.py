@@ -60,6 +60,18 @@ def test_a_sample_is_read_by_picture(tmp_path: Path) -> None:
     assert (picture.paint().mode, picture.paint().size) == ("RGB", (20, 10))
 
 
+def test_a_picture_is_seen_as_the_server_sees_it(tmp_path: Path) -> None:
+    """Upright, and on white where it is transparent."""
+    lying = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by a quarter
+    lying.save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "sample.jsonl").write_text('{"image": "a.png", "question": "What?"}')
+    [picture] = read_sample(tmp_path / "sample.jsonl")
+    assert picture.paint().size == (10, 20)
+    assert picture.paint().getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -69,7 +81,10 @@ def test_a_sample_is_read_by_picture(tmp_path: Path) -> None:
         ('{"image": "a.png", "question": "What?", "label": "x"}', "given; expected an object"),
         ('{"image": "a.png", "question": 3}', "given; expected an object"),
         ('{"image": "a.png", "question": "What?"}', ":1: image: [Errno 2] No such file"),
-        ('{"image": "sample.jsonl", "question": "What?"}', ":1: image: cannot identify image file"),
+        (
+            '{"image": "sample.jsonl", "question": "What?"}',
+            "that are no image in a known format; expected a file that holds an image",
+        ),
     ],
 )
 def test_a_file_that_is_no_sample_says_where_and_why(content: str, message: str, tmp_path: Path) -> None:

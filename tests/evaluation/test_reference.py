@@ -13,12 +13,19 @@ from vllm_vtprune.demo.checkpoint import TRAINED
 def test_every_method_in_the_language_model_is_a_row(tmp_path: Path) -> None:
     model = reference_model(str(TRAINED))
     asked = list(pictures("test", 2))
-    pairs = reference_arms([64], {64: 0.9})
+    pairs = reference_arms([64, 170], {64: 0.9, 170: 0.99}, tokens=576, layers=4)
     with Answers(tmp_path / "answers.jsonl", {"model": "m"}) as answers:
         answer_all(model, asked, pairs, answers)
         answer_all(model, asked, pairs, answers)  # which finds all of them answered
         tokens = {arm.name: {answer.tokens for answer in answers.of(arm).values()} for arm, _ in pairs}
     adaptive = [tokens.pop(name) for name in ("fastv+E@64", "adaptprune in the LLM+E@64")]
+    means = [tokens.pop(f"{method}@170") for method in ("fastv", "adaptprune in the LLM", "pyramiddrop")]
+    plus_e = [tokens.pop(f"{method}+E@170") for method in ("fastv", "adaptprune in the LLM", "pyramiddrop")]
+    assert means == [{(2 * 576 + 2 * 170) / 4}] * 2 + [{170}]
+    assert plus_e[0] == plus_e[1]
+    assert not plus_e[2] & {170, *plus_e[0]}
+    assert tokens.pop("vtw@170") == {144}, "the nearest mean of whole layers"
+    assert tokens.pop("vtw+E@170") <= {144, 288}
     assert tokens == {
         "transformers": {576},
         "pyramiddrop": {576 * (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4},
@@ -33,4 +40,4 @@ def test_every_method_in_the_language_model_is_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [64, 128])
 def test_a_budget_without_a_threshold_has_no_adaptive_row(keep: int) -> None:
-    assert not any(arm.adaptive for arm, _ in reference_arms([keep], {32: 0.9}))
+    assert not any(arm.adaptive for arm, _ in reference_arms([keep], {32: 0.9}, tokens=576, layers=4))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.ablations import ABLATIONS, SOLVERS
 from evaluation.calibrate import calibrate
 from evaluation.command import evaluate
 from tests.support.chat import VISUAL_TOKENS, Server, user
@@ -52,6 +53,53 @@ def test_every_question_is_asked_once_in_every_way(
     evaluate(options)
     capsys.readouterr()
     assert (tmp_path / "answers.jsonl").read_text() == answers, "the same command asks nothing again"
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+def test_adaptive_budgets_on_the_server_and_inside_the_language_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the model that comes with the package: the other is too shallow for pyramids."""
+    options = [
+        "--out",
+        str(tmp_path),
+        "--json",
+        "--questions",
+        "4",
+        "--methods",
+        "fastervlm",
+        "--keep",
+        "24",
+        "--adaptive",
+        "--in-llm",
+    ]
+    evaluate(options)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    by_arm = {result["arm"]: result for result in found["results"]}
+    assert {"unpruned", "fastervlm@24", "fastervlm+E@24", "transformers", "fastv@24", "fastv+E@24"} <= by_arm.keys()
+    assert by_arm["fastervlm@24"]["mean_tokens"] == 24
+    assert 12 < by_arm["fastervlm+E@24"]["mean_tokens"] < 48, "on other pictures its mean was 24"
+    assert by_arm["transformers"]["accuracy"] == by_arm["unpruned"]["accuracy"]
+    assert (tmp_path / "budgets.png").exists()
+    assert found["about"]["pictures"] == 1
+    assert "--adaptive" in found["about"]["command"]
+
+
+@pytest.mark.parametrize("table", [*ABLATIONS, pytest.param(SOLVERS, marks=pytest.mark.verify)])
+def test_every_table_of_the_papers_is_one_command(
+    table: str, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--url", server.url, "--model", str(tiny_checkpoint()), "--out", str(tmp_path), "--json"]
+    evaluate([*options, "--questions", "2", "--ablation", table])
+    unpruned, *rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    if table in ABLATIONS:
+        assert [row["arm"] for row in rows] == [arm.name for arm in ABLATIONS[table].arms()]
+        assert all(row["mean_tokens"] == row["keep"] for row in rows)
+    else:
+        assert next(row["arm"] for row in rows) == "exact"
+        assert len(rows) == 10
+        assert all(1 <= row["mean_tokens"] < unpruned["mean_tokens"] for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -106,3 +154,19 @@ def test_a_preset_is_written_that_the_server_reads(
         calibrate([*options, "--retain", "1"])
     shown = capsys.readouterr().out
     assert "| mean tokens | threshold | retained |" in shown
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+def test_the_smallest_budget_that_retains_enough_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the model that comes with the package, which knows something."""
+    monkeypatch.setattr("evaluation.calibrate.SCENE_QUESTIONS", 60)
+    calibrate(["--retain", "0.6", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "presets.toml")])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    shares = [float(line[4].strip(" %")) for line in lines]
+    chosen = [line[1].strip() for line in lines].index("chosen")
+    assert min(shares[: chosen + 1]) >= 60
+    assert chosen == len(shares) - 1 or shares[chosen + 1] < 60
+    assert isinstance(read_presets(tmp_path / "presets.toml")["calibrated"].budget, EnergyBudget)
