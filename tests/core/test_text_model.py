@@ -1,0 +1,57 @@
+"""Nouns by an installed spaCy model, which the image has: found, loaded without what nouns do not need, and named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.spacy_model import NOT_READY, wheel
+from vllm_vtprune.text import EMBEDDED, SPACY_MODEL, extract_nouns, text_pipeline_name
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a model of that name is installed."""
+    folder = tmp_path_factory.mktemp("model")
+    made, site = wheel(folder), folder / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, made], check=True)
+    return site
+
+
+def run(code: str, site: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` by a Python of its own, that has the model."""
+    path = {"PYTHONPATH": os.pathsep.join(map(str, (site, ROOT)))}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **path})
+
+
+def test_nouns_are_those_that_the_model_finds(site: Path) -> None:
+    question = "Is the bus red? Answer yes or no."
+    code = f"""
+import json
+from vllm_vtprune.text import read_prompt, text_pipeline_name
+print(json.dumps([text_pipeline_name(), *read_prompt({question!r}), *read_prompt("Wo ist der Hund?")]))
+"""
+    done = run(code, site)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [SPACY_MODEL, ["bus", "red"], None, [], "not_english"]
+    assert (text_pipeline_name(), extract_nouns(question)) == (EMBEDDED, ["bus"]), "without it, red is no noun"
+
+
+def test_the_model_would_fail_with_a_pipe_that_nouns_do_not_need(site: Path) -> None:
+    """Else the test above would not show that they are left out."""
+    code = f"""
+import spacy
+language = spacy.load({SPACY_MODEL!r})
+for name in {NOT_READY}:
+    try:
+        language.get_pipe(name)(language.make_doc("Is the bus red?"))
+    except KeyError:
+        print(name)
+"""
+    done = run(code, site)
+    assert tuple(done.stdout.split()) == NOT_READY, done.stderr
