@@ -1,75 +1,223 @@
-"""What Model Runner V2, vLLM's default on GPUs, asks of our model class: it does not run on a CPU, its parts do.
+"""What Model Runner V2, vLLM's default on GPUs, asks of our model classes: it does not run on a CPU, its parts do.
 
-Its positions come from Triton kernels, which run in Triton's interpreter; its batching of images is plain Python.
+Its positions come from Triton kernels, which run in Triton's interpreter; its batching of media is plain Python. The
+models are vLLM's own, with their own vision encoders for what is not pruned; transformers says what should come out.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
 from tests.engine.conftest import ROOT
 from tests.engine.qwen_stock_answers import video
-from tests.support.qwen2_5_vl_requests import requests_to
+from tests.support.images import sample_images
+from tests.support.qwen2_5_vl import IMAGE, VIDEO, QwenReference
+from tests.support.reference import InternVLReference, LlavaNextReference, Reference
+from tests.support.served import Served, served
+from tests.support.tiled import SMALL
+from vllm_vtprune import PruningPolicy, plan_tokens
+from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
+from vllm_vtprune.demo.internvl import write_internvl_checkpoint
+from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
+from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+
+ANSWERED = 5
+"""The first token of an answer."""
+
+CLOSE = 1e-4
+"""Of an embedding: the same computation in another order of additions."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """`image`, `video`: what stands for one in a prompt; no video where the family has none."""
+
+    write: Callable[..., Path]
+    reference: type[Reference]
+    image: str
+    video: str | None = None
+
+
+FAMILIES = {
+    "llava": Family(write_llava_checkpoint, Reference, "<image>"),
+    "llava_next": Family(partial(write_llava_next_checkpoint, image_size=SMALL), LlavaNextReference, "<image>"),
+    "internvl": Family(
+        partial(write_internvl_checkpoint, image_size=SMALL), InternVLReference, "<IMG_CONTEXT>", "<video>"
+    ),
+    "qwen2_5_vl": Family(write_qwen2_5_vl_checkpoint, QwenReference, IMAGE, VIDEO),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image or a video of a prompt: what the model gets of it, the places of its tokens, and what they should be."""
+
+    feature: MultiModalFeatureSpec
+    pruned: bool
+    places: Tensor
+    embeds: Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: list[int]
+    items: list[Item]
+
+
+class Requests:
+    """Makes requests as they reach a runner, and says what it should make of them."""
+
+    def __init__(self, family: Family, checkpoint: Path, served: Served) -> None:
+        self.family, self.served = family, served
+        self.reference: Any = family.reference(checkpoint)
+
+    def of(self, *media: tuple[Any, Any]) -> Request:
+        """A request with these media: an image with its policy (False: none), or None for the video."""
+        images = [(image, policy) for image, policy in media if image is not None]
+        names = [f"image {hash(image.tobytes())}" for image, _ in images]
+        data: dict[str, Any] = {"image": [image for image, _ in images]}
+        uuids: dict[str, Any] = {"image": names}
+        if len(images) < len(media):
+            data["video"], uuids["video"] = [video()], [None]
+        processor = self.served.processor
+        marks = [self.family.image if image is not None else self.family.video for image, _ in media]
+        pruning = {"images": [policy for _, policy in images], "texts": ["Where is the bus?"] * len(images)}
+        processed = processor(
+            "Look at " + " and ".join(marks) + ": where is the bus?",
+            processor.info.parse_mm_data(data),
+            mm_uuid_items=uuids,
+            hf_processor_mm_kwargs={"pruning": pruning},
+        )
+        items = []
+        for modality, places in processed["mm_placeholders"].items():
+            for index, place in enumerate(places):
+                feature = MultiModalFeatureSpec(
+                    processed["mm_kwargs"][modality][index],
+                    modality,
+                    processed["mm_hashes"][modality][index],
+                    mm_position=place,
+                )
+                within = torch.arange(place.length) if place.is_embed is None else place.is_embed.nonzero()[:, 0]
+                if modality == "video":
+                    policy, embeds = False, self.reference.video_embeds(video()[0])
+                else:
+                    image, policy = images[index]
+                    embeds = self._kept(image, policy, names[index])
+                items.append(Item(feature, policy is not False, place.offset + within, embeds))
+        items.sort(key=lambda item: item.feature.mm_position.offset)
+        return Request(processed["prompt_token_ids"], items)
+
+    def _kept(self, image: Any, policy: Any, name: str) -> Tensor:
+        whole: Tensor = self.reference.visual_embeds(image)
+        if policy is False:
+            return whole
+        processor = self.served.processor
+        features = processor.runtime.encoder.cache.get(name)
+        nouns = self.reference.noun_embeds(["bus"])
+        plan = plan_tokens(features, PruningPolicy.parse(policy), nouns, family=processor.family)
+        kept: Tensor = self.reference.kept_embeds(whole, plan.kept)
+        return kept
+
+    def embedded(self, ids: Tensor, items: list[Item]) -> Tensor:
+        """(L, d): what the language model should read of a prompt."""
+        table: Tensor = self.reference.model.get_input_embeddings()(ids).detach().clone()
+        for item in items:
+            table[item.places] = item.embeds
+        return table
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def requests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Requests]:
+    family = FAMILIES[request.param]
+    checkpoint = family.write(tmp_path_factory.mktemp(request.param), dtype="float32")
+    with served(checkpoint) as its:
+        yield Requests(family, checkpoint, its)
+
+
+@torch.inference_mode()
+def test_media_of_all_kinds_in_one_batch(requests: Requests) -> None:
+    model, reference = requests.served.model, requests.reference
+    few, many = ({"budget": {"type": "tokens", "keep": keep}} for keep in (24, 40))
+    everything = {"budget": {"type": "ratio", "keep": 1.0}}
+    tall, wide, square, other = (
+        image.resize(size)
+        for image, size in zip(sample_images(4), ((112, 448), (448, 112), (280, 280), (196, 252)), strict=True)
+    )
+    moving = [(None, None)] if requests.family.video else []
+    asked = [
+        requests.of((tall, few)),
+        requests.of((wide, few), (square, False)),
+        requests.of((square, False), *moving, (tall, many)),
+        requests.of((other, False)),
+        requests.of(*moving, (other, few), (wide, everything), (other, few)),
+    ]
+    cache = EncoderCache()
+    width = reference.model.config.get_text_config().hidden_size
+    runner = EncoderRunner(model, 4096, width, cache, torch.float32, torch.device("cpu"))
+    ids = [f"request-{number}" for number in range(len(asked))]
+    for its, request in zip(ids, asked, strict=True):
+        cache.add_request(its, [item.feature for item in request.items])
+    calls: list[set[int]] = []  # of each call of the model, the embeddings it returned
+
+    def embed(**batch: Any) -> Any:
+        found = type(model).embed_multimodal(model, **batch)
+        calls.append(set(map(id, found)))
+        return found
+
+    model.embed_multimodal = embed
+    hashes, inputs = runner.prepare_mm_inputs(
+        {its: list(range(len(request.items))) for its, request in zip(ids, asked, strict=True)}
+    )
+    found = runner.execute_mm_encoder(inputs)
+    items = [item for request in asked for item in request.items]
+    assert len(found) == len(items) == 9 + 2 * len(moving)
+    for item, embeds in zip(items, found, strict=True):
+        torch.testing.assert_close(embeds, item.embeds, rtol=0, atol=CLOSE)
+    shared = [{item.pruned for item, embeds in zip(items, found, strict=True) if id(embeds) in call} for call in calls]
+    assert {True, False} in shared, "what is pruned and what is not come in one call"
+
+    images = [index for index, (modality, _) in enumerate(inputs) if modality == "image"]
+    for chosen in [*((index,) for index in images), *pairwise(images)]:  # those of equal counts come stacked
+        again = runner.execute_mm_encoder([inputs[index] for index in chosen])
+        for index, embeds in zip(chosen, again, strict=True):
+            torch.testing.assert_close(embeds, items[index].embeds, rtol=0, atol=CLOSE)
+
+    # Two steps: every prompt but the first is cut inside of an image, the first has an answer's token by then.
+    cache.encoder_outputs.update(zip(hashes, found, strict=True))
+    lengths = np.array([len(request.prompt_ids) for request in asked])
+    cuts = np.array([lengths[0], *(int(request.items[-1].places[7]) for request in asked[1:])])
+    prompts = [torch.tensor([*request.prompt_ids, ANSWERED]) for request in asked]
+    whole = [requests.embedded(tokens, request.items) for tokens, request in zip(prompts, asked, strict=True)]
+    for computed, ends in ((np.zeros_like(lengths), cuts), (cuts, np.array([lengths[0] + 1, *lengths[1:]]))):
+        scheduled = ends - computed
+        starts = np.concatenate([[0], scheduled.cumsum()])
+        embeds, is_media = runner.gather_mm_embeddings(
+            ids, int(starts[-1]), scheduled, starts, prefill_lens=lengths, num_computed_tokens=computed
+        )
+        tokens = torch.cat([its[begin:end] for its, begin, end in zip(prompts, computed, ends, strict=True)])
+        read = runner.get_inputs_embeds(tokens, embeds, is_media)[: starts[-1]]
+        expected = torch.cat([its[begin:end] for its, begin, end in zip(whole, computed, ends, strict=True)])
+        torch.testing.assert_close(read, expected, rtol=0, atol=CLOSE)
 
 
 def test_positions_are_those_by_hand(qwen_checkpoint: Path) -> None:
-    pytest.importorskip("triton")
+    """Of Qwen2.5-VL, the one family whose positions are not those of its tokens in a row."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.support.interpreted_positions", str(qwen_checkpoint)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "positions agree" in done.stdout
-
-
-@torch.inference_mode()
-def test_images_of_all_kinds_are_encoded_in_one_batch(qwen_checkpoint: Path) -> None:
-    reference, model, requests = requests_to(qwen_checkpoint, video())
-    cache = EncoderCache()
-    runner = EncoderRunner(
-        model,
-        max_num_tokens=4096,
-        hidden_size=reference.model.config.text_config.hidden_size,
-        encoder_cache=cache,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    ids = [f"request-{index}" for index in range(len(requests))]
-    for request_id, request in zip(ids, requests, strict=True):
-        cache.add_request(request_id, request.features)
-    scheduled = {
-        request_id: list(range(len(request.features))) for request_id, request in zip(ids, requests, strict=True)
-    }
-    hashes, items = runner.prepare_mm_inputs(scheduled)
-    calls = []
-    embed = model.embed_multimodal
-    model.embed_multimodal = lambda **batch: calls.append(batch) or embed(**batch)
-    cache.encoder_outputs.update(zip(hashes, runner.execute_mm_encoder(items), strict=True))
-    sizes = [len(batch["num_kept"]) for batch in calls if "num_kept" in batch]
-    assert max(sizes) >= 5, "images that are pruned and images that are not share a batch"
-
-    computed = np.array([0, 30, 0, 0, 10])  # the beginning of a chunk may lie inside an image
-    lengths = np.array([len(request.prompt_ids) for request in requests])
-    scheduled_tokens = lengths - computed - np.array([0, 0, 40, 0, 0])
-    starts = np.concatenate([[0], scheduled_tokens.cumsum()])
-    embeds, is_media = runner.gather_mm_embeddings(
-        ids, int(starts[-1]), scheduled_tokens, starts, prefill_lens=lengths, num_computed_tokens=computed
-    )
-    expected = []
-    for request, begin, taken in zip(requests, computed, scheduled_tokens, strict=True):
-        whole = torch.cat([medium.embeds[medium.kept] for medium in request.media])
-        places = torch.cat(
-            [
-                torch.arange(feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
-                for feature in request.features
-            ]
-        )
-        expected.append(whole[(places >= begin) & (places < begin + taken)])
-    torch.testing.assert_close(torch.cat(embeds), torch.cat(expected), rtol=0, atol=1e-4)
-    assert int(is_media.sum()) == sum(map(len, expected))

@@ -48,6 +48,13 @@ class QwenReference(Reference):
         self.image_token = self.model.config.image_token_id
         self.video_token = self.model.config.video_token_id
 
+    def visual_embeds(self, image: Image.Image) -> torch.Tensor:
+        return self.image(image).embeds
+
+    def video_embeds(self, frames: Any) -> torch.Tensor:
+        """(N, d): a video (frames, height, width, 3)."""
+        return self.video(frames, 1.0).embeds
+
     @torch.inference_mode()
     def image(self, image: Image.Image, **options: Any) -> Medium:
         """An image of which every token is kept. `options`: of the image processor."""

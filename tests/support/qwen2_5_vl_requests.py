@@ -1,7 +1,6 @@
 """Requests as they reach a model runner of vLLM, without an engine: items of the real processor, a model of our class.
 
-The model's vision tower is transformers', its language model is left out: only what a runner asks of it before the
-first layer works.
+Neither the vision tower nor the language model is there: only positions can be asked for.
 """
 
 from collections.abc import Sequence
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoConfig
 from vllm.config import ModelConfig
@@ -19,7 +17,6 @@ from vllm.plugins import load_general_plugins
 
 from tests.support.images import sample_images
 from tests.support.qwen2_5_vl import IMAGE, VIDEO, Medium, QwenReference, ask_about
-from vllm_vtprune.plugin.compat import pixel_norm
 from vllm_vtprune.plugin.qwen2_5_vl import PrunedQwen2_5_VLForConditionalGeneration
 
 
@@ -32,28 +29,10 @@ class Request:
     media: list[Medium]
 
 
-class Vision(nn.Module):
-    """transformers' vision tower, called as vLLM's."""
-
-    dtype = torch.float32
-
-    def __init__(self, visual: Any, norm: Any) -> None:
-        super().__init__()
-        self.visual, self.norm = visual, norm
-        self.spatial_merge_size = visual.spatial_merge_size
-
-    def forward(self, pixels: torch.Tensor, grid_thw: list[list[int]]) -> torch.Tensor:
-        return self.visual(self.norm(pixels), grid_thw=torch.tensor(grid_thw)).pooler_output
-
-
-def model_of(reference: QwenReference, model_config: ModelConfig) -> PrunedQwen2_5_VLForConditionalGeneration:
+def model_of(reference: QwenReference) -> PrunedQwen2_5_VLForConditionalGeneration:
     model = PrunedQwen2_5_VLForConditionalGeneration.__new__(PrunedQwen2_5_VLForConditionalGeneration)
     nn.Module.__init__(model)
     model.config = reference.model.config
-    model.use_data_parallel = model.is_multimodal_pruning_enabled = False
-    norm = pixel_norm(model_config)
-    assert norm is not None, "vLLM has the model normalise pixels"
-    model.visual = Vision(reference.model.model.visual, norm.on(torch.device("cpu")))
     return model
 
 
@@ -90,7 +69,7 @@ def requests_to(
             hf_processor_mm_kwargs={"pruning": {"images": policies, "texts": [""] * len(images)}},
         )
         found.append(_request(processed, reference, images, video))
-    return reference, model_of(reference, config), found
+    return reference, model_of(reference), found
 
 
 def _request(processed: Any, reference: QwenReference, images: Sequence[Any], video: tuple[Any, Any]) -> Request:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    AutoVideoProcessor,
     InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
@@ -25,6 +27,7 @@ class Reference:
         )
         assert not any(loading.values()), f"not every weight of the checkpoint was used: {loading}"
         self.model.eval()
+        self.checkpoint = checkpoint
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         self._pixels = AutoImageProcessor.from_pretrained(checkpoint)
         self.image_token = self.model.config.image_token_id
@@ -111,6 +114,13 @@ class InternVLReference(Reference):
     def visual_embeds(self, image: Image.Image) -> torch.Tensor:
         pixels = self._pixels(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         return self.model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1)
+
+    @torch.inference_mode()
+    def video_embeds(self, frames: Any) -> torch.Tensor:
+        """(N, d): a video (frames, height, width, 3), one tile for each frame."""
+        processor = AutoVideoProcessor.from_pretrained(self.checkpoint)
+        pixels = processor(videos=[frames], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
+        return self.model.get_image_features(pixel_values=pixels.flatten(0, 1)).pooler_output.flatten(0, 1)
 
     def prompt_ids(self, prompt: str, kept: Sequence[int]) -> list[int]:
         before, after = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
