@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from evaluation.questions import is_right
 from tests.support.process_tree import command_of, family, kill, survivors
 from vllm_vtprune.demo.command import POLICY
 
@@ -79,11 +80,11 @@ def test_one_picture_unpruned_and_pruned(demo: Demo) -> None:
     assert demo.process.returncode == 0, demo.stderr.read_text()
     lines = demo.stdout.read_text().splitlines()
     result = json.loads(lines[-1])
-    assert list(result) == ["unpruned", "pruned"]
-    for arm in result.values():
+    assert list(result) == ["question", "right_answer", "unpruned", "pruned"]
+    for arm in (result["unpruned"], result["pruned"]):
         assert set(arm) == {"ttft_ms", "answer", "pruning"}
         assert arm["ttft_ms"] > 0
-        assert arm["answer"]
+        assert is_right(arm["answer"], result["right_answer"])
         assert arm["pruning"]["timings_ms"]["ttft"] <= arm["ttft_ms"], "seen by the client, later than by the server"
         [image] = arm["pruning"]["images"]
         assert image["visual_tokens"] == 576

@@ -79,7 +79,8 @@ def demo(argv: list[str]) -> None:
         sys.exit(130)
     except (ServerFailed, OpenAIError) as error:
         sys.exit(f"vtprune demo: {error}")
-    print(json.dumps(result) if args.json else f"{subject}\n{table(result)}")
+    asked = {"question": subject.question, "right_answer": subject.answer}
+    print(json.dumps({**asked, **result}) if args.json else f"{subject}\n{table(result)}")
 
 
 @dataclass(frozen=True)
