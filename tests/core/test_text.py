@@ -143,8 +143,9 @@ def test_f1_on_hand_labelled_questions(name: str) -> None:
 def test_f1_on_questions_labelled_by_someone_who_has_not_seen_the_rules() -> None:
     """Committed before they were first scored, on 2026-11-20: F1 0.930, by the embedded pipeline.
 
-    A rule was changed since, on 2026-11-25, after looking at questions about scenes: "square" and the like name a thing after
-    an adjective too. None of the 130 is read differently, so the score is the same; but it is no longer one on unseen data.
+    A rule was changed since, on 2026-11-25, after looking at questions about scenes: "square" and the like name a thing
+    after an adjective too. None of the 130 is read differently, so the score is the same; but it is no longer one on
+    unseen data.
     """
     questions = json.loads((Path(__file__).parent / "data" / "heldout_nouns.json").read_text())["questions"]
     assert len(questions) == 130
