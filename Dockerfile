@@ -33,11 +33,18 @@ LABEL org.opencontainers.image.title="vllm-vtprune" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 USER 0
-# Without dependencies, so that no version that vLLM was tested with changes. Both of vLLM's images bring uv.
+# Without dependencies, so that nothing is replaced that vLLM needs. A pin would still replace what the image holds in another
+# version, so what was there is listed before and looked for after: the build stops, and names what changed, if any is gone.
+# Both of vLLM's images bring uv.
 RUN --mount=type=bind,source=deploy/docker/requirements.txt,target=/requirements.txt \
-    uv pip install --python "$(command -v python3)" --no-cache --no-deps --require-hashes --requirement /requirements.txt
-RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    uv pip install --python "$(command -v python3)" --no-cache --no-deps /wheels/*.whl
+    --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    UV_PYTHON="$(command -v python3)" && export UV_PYTHON \
+    && uv pip freeze >/opt/before \
+    && uv pip install --no-cache --no-deps --require-hashes --requirement /requirements.txt \
+    && uv pip install --no-cache --no-deps /wheels/*.whl \
+    && uv pip freeze >/opt/after \
+    && ! grep -vxFf /opt/after /opt/before \
+    && rm /opt/before /opt/after
 # Stop the build, not the server, where the plugin or the model of the text pipeline does not load.
 RUN vtprune --version && python3 -c "from vllm_vtprune.plugin.register import register; register()"
 RUN python3 -c "import spacy; spacy.load('en_core_web_sm')"
@@ -46,7 +53,8 @@ ENV PATH=/opt/vtprune/bin:${PATH}
 # Recent images of vLLM have this user. Group 0 may write, for clusters that choose the user.
 RUN { id -u vllm >/dev/null 2>&1 || useradd --uid 2000 --gid 0 --create-home vllm; } \
     && mkdir -p /home/vllm/.cache && chown -R 2000:0 /home/vllm && chmod -R g=u /home/vllm
-ENV HOME=/home/vllm
+# Python asks for the user's name; a user that a cluster chose has none in /etc/passwd.
+ENV HOME=/home/vllm USER=vllm LOGNAME=vllm
 WORKDIR /home/vllm
 USER 2000:0
 EXPOSE 8000

@@ -13,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 from deploy.docker.lock import OUTPUT, closure, vllm_package
 from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, kept, user
-from tests.support.dockerfile import NOT_RUN, Image, instructions
+from tests.support.dockerfile import NOT_RUN, Image, build, instructions
+from vllm_vtprune.text import SPACY_MODEL
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -59,6 +60,8 @@ def test_the_text_pipeline_s_model_is_pinned_for_the_spacy_that_is_installed() -
     assert re.search(r"--checksum=sha256:[0-9a-f]{64}\b", added)
     (model,) = re.findall(r"en_core_web_sm-([\d.]+)-py3", added)
     assert model.split(".")[:2] == PINNED["spacy"].split(".")[:2]
+    digest, url = re.fullmatch(r"--checksum=sha256:(\w+)\s+(\S+)\s+\S+", added).groups()  # type: ignore[union-attr]
+    assert f"{url}#sha256={digest}" in (ROOT / "README.md").read_text(), "the README's command installs another"
 
 
 def test_nothing_that_vllm_brings_is_pinned_and_what_we_ask_for_is() -> None:
@@ -72,8 +75,8 @@ def test_nothing_that_vllm_brings_is_pinned_and_what_we_ask_for_is() -> None:
 
 def test_every_install_leaves_dependencies_alone() -> None:
     installs = [value for value in values("RUN") if "pip install" in value or "pip wheel" in value]
-    assert len(installs) == 3
-    assert all("--no-deps" in value for value in installs)
+    assert len(installs) == 2
+    assert all(value.count("--no-deps") == value.count("pip install") + value.count("pip wheel") for value in installs)
 
 
 def test_what_it_copies_is_not_ignored() -> None:
@@ -95,6 +98,26 @@ def test_every_line_runs_but_those_that_cannot_here(image: Image) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.verify
+def test_it_is_not_built_where_it_would_replace_what_vllm_holds(tmp_path: Path) -> None:
+    there = {"wrapt": "1.17.3", "wasabi": PINNED["wasabi"]}
+    with pytest.raises(AssertionError) as failure:
+        build(DOCKERFILE, tmp_path, there)
+    named = [line for line in str(failure.value).splitlines() if line in {f"{name}=={v}" for name, v in there.items()}]
+    assert named == ["wrapt==1.17.3"], failure.value
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_user_that_nobody_knows_has_a_name(named: bool) -> None:
+    """Clusters choose users that are not in /etc/passwd, and torch asks for the name."""
+    (setting,) = [value for value in values("ENV", "server") if "HOME=" in value]
+    environment = dict(one.split("=") for one in setting.split()) if named else {}
+    code = "import getpass, os; os.getuid = lambda: 1000540000; print(getpass.getuser())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == ("vllm\n" if named else ""), done.stderr
+
+
+@pytest.mark.engine
 def test_what_it_installs_is_complete_and_hides_nothing_of_vllm(image: Image) -> None:
     code = """
 from importlib.metadata import distributions, version
@@ -111,13 +134,15 @@ print(*names)
     done = subprocess.run([image.bin / "python", "-Ic", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     installed = {name.replace("_", "-") for name in done.stdout.split()}
-    assert installed == {*PINNED, "vllm-vtprune"}
+    assert installed == {*PINNED, "vllm-vtprune", "en-core-web-sm"}
 
 
 @pytest.mark.engine
 def test_its_server_prunes(image: Image, deployed: Server) -> None:
-    answer = deployed.ask(messages=[user("Where is the dog?", fresh_url())], pruning="fast")
+    answer = deployed.ask(messages=[user("Is the bus red?", fresh_url())], pruning="fast")
     assert kept(answer) == [VISUAL_TOKENS // 9]
+    assert answer["pruning"]["text_pipeline"] == SPACY_MODEL
+    assert answer["pruning"]["images"][0]["nouns"] == ["bus", "red"], "not by the model that is installed"
     code = "import server.plugin, vllm_vtprune; print(server.plugin.__file__, vllm_vtprune.__file__)"
     done = subprocess.run([image.bin / "python", "-Ic", code], capture_output=True, text=True, check=True)
     assert all(file.startswith(str(image.bin.parent)) for file in done.stdout.split()[-2:]), "not from this checkout"

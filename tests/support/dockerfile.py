@@ -6,17 +6,17 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from dockerfile_parse import DockerfileParser
 
 from deploy.docker.lock import closure, vllm_package
+from tests.support.spacy_model import wheel
 
-NOT_RUN = {
-    "useradd": "is for root, and would add a user to this machine",
-    "spacy.load": "needs spaCy's model, which is not in a package index",
-}
+NOT_RUN = {"useradd": "is for root, and would add a user to this machine"}
 """What a RUN line must not be executed for, where the Dockerfile is not run by Docker."""
 
 
@@ -58,8 +58,12 @@ def instructions(dockerfile: Path) -> list[Instruction]:
     return found
 
 
-def environment_with_only_vllm(folder: Path) -> Path:
-    """A virtual environment that imports vLLM and what it needs from this one, and nothing else. Returns its `bin`."""
+def environment_with_only_vllm(folder: Path, there: Mapping[str, str]) -> Path:
+    """A virtual environment that imports vLLM and what it needs from this one, and nothing else. Returns its `bin`.
+
+    Args:
+        there: versions of packages that it only seems to have.
+    """
     venv.create(folder / "venv", symlinks=True)
     only_vllm = folder / "only-vllm"
     only_vllm.mkdir()
@@ -75,17 +79,28 @@ def environment_with_only_vllm(folder: Path) -> Path:
     (Path(site.stdout.strip()) / "vllm.pth").write_text(f"{only_vllm}\n")
     repair = Path(__file__).parents[2] / "scripts" / "torchvision_cpu.py"  # what the set-up does to a CPU build
     subprocess.run([python, repair], check=True, capture_output=True)
+    for name, number in there.items():
+        about = Path(site.stdout.strip()) / f"{name}-{number}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        (about / "RECORD").write_text(f"{about.name}/METADATA,,\n{about.name}/RECORD,,\n")
     return python.parent
 
 
-def build(dockerfile: Path, folder: Path) -> Image:
+def build(dockerfile: Path, folder: Path, there: Mapping[str, str] = MappingProxyType({})) -> Image:
     """Execute what the Dockerfile copies and runs, in order, for one image made of all its stages.
+
+    What it adds from elsewhere is spaCy's model; one made here, of the same name and version, takes its place.
+
+    Args:
+        there: packages, with their versions, that the base image holds besides vLLM; empty ones.
 
     Raises:
         AssertionError: a RUN line fails; with its output.
     """
     context = dockerfile.parent
-    image = Image(folder / "root", environment_with_only_vllm(folder))
+    image = Image(folder / "root", environment_with_only_vllm(folder, there))
+    (image.root / "opt").mkdir(parents=True)
     workdir = image.root
     tools = Path(sys.executable).parent  # pip and uv, which the base images bring
     environment = {**os.environ, "PATH": f"{image.bin}:{tools}:{os.environ['PATH']}", "PYTHONPATH": ""}
@@ -99,6 +114,11 @@ def build(dockerfile: Path, folder: Path) -> Image:
             place = image.root / target[1:] if target.startswith("/") else workdir / target
             for source in sources:
                 copy(context / source, place)
+        elif instruction.name == "ADD":
+            *_, url, target = instruction.value.split()
+            model = wheel(folder / "model")
+            assert model.name == url.rsplit("/", 1)[-1]
+            copy(model, image.root / target.strip("/") / model.name)
         elif instruction.name == "RUN":
             if reason := next((why for what, why in NOT_RUN.items() if what in instruction.value), None):
                 image.left[instruction.value] = reason
