@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import httpx
@@ -26,7 +28,14 @@ def connect(url: str, *, timeout: float) -> httpx.Client:
         url: of the server, without a path.
         timeout: seconds to wait for the next bytes before a request counts as failed.
     """
-    return httpx.Client(base_url=url, timeout=timeout, limits=httpx.Limits(keepalive_expiry=IDLE))
+    limits = httpx.Limits(keepalive_expiry=IDLE)
+    return httpx.Client(base_url=url, timeout=timeout, limits=limits, verify=_authorities())
+
+
+@cache
+def _authorities() -> ssl.SSLContext:
+    """The certificates to trust: read once, which takes longer than many a request."""
+    return httpx.create_ssl_context()
 
 
 def served_model(url: str) -> str:
@@ -45,17 +54,19 @@ def served_model(url: str) -> str:
         raise ServerMissing(f"{url}/v1/models does not list a model, as an OpenAI-compatible server would") from error
 
 
-def ask(client: httpx.Client, name: str, body: Mapping[str, Any]) -> Record:
+def ask(client: httpx.Client, name: str, body: Mapping[str, Any], due: float | None = None) -> Record:
     """Send a chat completion and read its stream. Whatever goes wrong becomes the record's error.
 
     Args:
         client: from `connect`.
         name: the kind of request, for the record.
         body: the request without what makes it a stream with token counts, which is added.
+        due: the time from which its times count, by `time.perf_counter`; None: when it is sent.
     """
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    started, sent = time.time(), time.perf_counter()
-    reader = StreamReader(name, started=started, sent=sent)
+    sent = time.perf_counter()
+    due = sent if due is None else due
+    reader = StreamReader(name, started=wall_clock(due), due=due, sent=sent)
     error = None
     try:
         with client.stream("POST", "/v1/chat/completions", json=request) as answer:
@@ -67,6 +78,11 @@ def ask(client: httpx.Client, name: str, body: Mapping[str, Any]) -> Record:
     except httpx.HTTPError as failure:
         error = f"{type(failure).__name__}: {failure}"
     return reader.finish(time.perf_counter(), error)
+
+
+def wall_clock(moment: float) -> float:
+    """A time of `time.perf_counter` in seconds since the epoch."""
+    return time.time() - time.perf_counter() + moment
 
 
 def _refusal(status: int, body: bytes) -> str:

@@ -3,8 +3,11 @@
     locust -f loadtests/locustfile.py --host http://localhost:8000 --headless -u 8 -r 8 -t 2m --stop-timeout 2m \\
         --out build/load --pruning balanced --slo-ttft-p99-ms 800 FreshImages Conversations
 
-Users ask again as soon as they have their answer (closed loop), or together at a constant rate (``--rate``). The same
-``--seed`` gives the same pictures and questions. When the run ends, ``--out`` holds
+Users ask again as soon as they have their answer (closed loop), or together at a constant rate (``--rate``, open loop):
+requests are due at times that are fixed beforehand, whatever becomes of the earlier ones. Who has been idle for longest
+sends the next one; where all are busy it is sent late, and all its times count from when it was due. So ``--users`` is
+the most that can be in flight, and should be plenty. Requests that are due or in flight when the run is over count as
+failed. The same ``--seed`` gives the same pictures, questions and schedule. When the run ends, ``--out`` holds
 
 - ``requests.jsonl``: what was measured of each request (`loadtests.records`),
 - ``result.json``: the results under the names of ``vllm bench serve`` (`loadtests.results`),
@@ -19,20 +22,23 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
 import gevent
-from locust import User, constant, constant_throughput, events, task
+from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
-from locust.runners import LocalRunner
+from locust.exception import StopUser
+from locust.runners import STATE_CLEANUP, LocalRunner
 
-from loadtests.client import ServerMissing, ask, connect, served_model
+from loadtests.client import ServerMissing, ask, connect, served_model, wall_clock
 from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
+from loadtests.pace import ARRIVALS, Pulse, Schedule, moments
 from loadtests.records import Record, save_records
 from loadtests.report import write_report
 from loadtests.results import broken, result
@@ -49,7 +55,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     group = parser.add_argument_group("vllm-vtprune")
     group.add_argument("--out", type=Path, metavar="DIR", help="where the results go; without it, none are written")
     group.add_argument("--label", default="run", help="the name of this run in the results (default: run)")
-    group.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
+    group.add_argument("--seed", type=int, default=0, help="of pictures, questions and arrivals (default: 0)")
     group.add_argument(
         "--pruning",
         type=policy,
@@ -58,7 +64,13 @@ def add_options(parser: LocustArgumentParser) -> None:
         "sent)",
     )
     group.add_argument(
-        "--rate", type=positive, metavar="N", help="requests per second of all users (default: no pause)"
+        "--rate", type=positive, metavar="N", help="requests per second of all users, open loop (default: closed loop)"
+    )
+    group.add_argument(
+        "--arrivals",
+        choices=ARRIVALS,
+        default="poisson",
+        help="how requests are spread at a constant rate (default: poisson)",
     )
     group.add_argument("--max-tokens", type=count, default=16, metavar="N", help="tokens of every answer (default: 16)")
     group.add_argument(
@@ -74,6 +86,7 @@ def add_options(parser: LocustArgumentParser) -> None:
 @events.init.add_listener
 def look_at_server(environment: Environment, **_: Any) -> None:
     """Refuse to start without a server, and where results would be scattered over several processes."""
+    picture(0)  # so that what it imports is there: imports in several of gevent's threads at once may never end
     if not isinstance(environment.runner, LocalRunner):
         refuse("one process gathers the results: run without --processes, --master and --worker")
     if not environment.host:
@@ -92,10 +105,47 @@ def refuse(why: str) -> None:
 
 
 @events.test_start.add_listener
-def begin(**_: Any) -> None:
+def begin(environment: Environment, **_: Any) -> None:
     """Forget an earlier run, which there is where Locust's web interface starts them."""
+    options = environment.parsed_options
     records.clear()
     ChatUser.numbers.clear()
+    ChatUser.pulse = Pulse()
+    if options.rate is not None:
+        after = moments(options.rate, options.arrivals, options.seed)
+        ChatUser.schedule = Schedule(after, environment.runner.target_user_count)
+
+
+@events.test_stopping.add_listener
+def count_unsent(environment: Environment, **_: Any) -> None:
+    """Record the requests that were due and for which no user was idle."""
+    if environment.parsed_options.rate is not None:
+        for due in ChatUser.schedule.unsent(until=ChatUser.pulse.last):
+            keep(environment, broken_off("unsent", due, "not sent: all users were busy to the end", lag=None))
+
+
+@events.test_stop.add_listener
+def rest(**_: Any) -> None:
+    """Leave nothing running."""
+    ChatUser.pulse.stop()
+
+
+def broken_off(name: str, due: float, error: str, *, lag: float | None) -> Record:
+    """The record of a request that was due at this time (`time.perf_counter`) and comes to nothing now."""
+    return Record(name, wall_clock(due), time.perf_counter() - due, error=error, lag=lag)
+
+
+def keep(environment: Environment, record: Record) -> None:
+    """Take a request into our results and into Locust's."""
+    records.append(record)
+    environment.events.request.fire(
+        request_type="chat",
+        name=record.name,
+        response_time=1000 * record.elapsed,
+        response_length=len(record.text),
+        exception=None if record.error is None else RuntimeError(record.error),
+        context={},
+    )
 
 
 @events.quitting.add_listener
@@ -109,6 +159,7 @@ def conclude(environment: Environment, **_: Any) -> None:
             label=options.label,
             users=sum(ChatUser.numbers.values()),
             rate=options.rate,
+            arrivals=None if options.rate is None else options.arrivals,
             goodput=options.goodput,
         )
         options.out.mkdir(parents=True, exist_ok=True)
@@ -128,6 +179,8 @@ class ChatUser(User):
     abstract = True
     model: ClassVar[str]
     numbers: ClassVar[Counter[str]] = Counter()
+    pulse: ClassVar[Pulse]
+    schedule: ClassVar[Schedule]  # at a constant rate
 
     def __init__(self, environment: Environment) -> None:
         options = environment.parsed_options
@@ -137,14 +190,20 @@ class ChatUser(User):
         self.pruning = options.pruning
         self.max_tokens = options.max_tokens
         self.client = connect(environment.host, timeout=options.timeout)
-        self.pace: Callable[[User], float] = constant(0)
-        if options.rate is not None:
-            self.pace = constant_throughput(options.rate / environment.runner.target_user_count)
-            gevent.sleep(1 / options.rate)  # users are made one after the other, so they do not ask all at once
+        self.next: list[Message] = []
+        self.due: float | None = None
         super().__init__(environment)
 
+    def on_start(self) -> None:
+        self.wait()  # before the first request too
+
     def wait_time(self) -> float:
-        return self.pace(self)
+        """Make the next request, in a thread so that nobody's chunks are stamped late meanwhile; then take its time."""
+        self.next = gevent.get_hub().threadpool.apply(self.messages)
+        if self.environment.parsed_options.rate is None:
+            return 0.0
+        self.due = self.schedule.take()
+        return max(0.0, self.due - time.perf_counter())
 
     def on_stop(self) -> None:
         self.client.close()
@@ -158,23 +217,26 @@ class ChatUser(User):
 
     @task
     def ask(self) -> None:
+        if self.environment.runner.state == STATE_CLEANUP:
+            raise StopUser  # Locust stops users who wait, but some wake up before it has got to them
+        if self.due is not None:
+            self.schedule.sent(self.due)
         body: dict[str, Any] = {
-            "model": self.model, "messages": self.messages(), "max_tokens": self.max_tokens, "temperature": 0,
+            "model": self.model, "messages": self.next, "max_tokens": self.max_tokens, "temperature": 0,
             "ignore_eos": True,
         }  # fmt: skip
         if self.pruning is not None:
             body["pruning"] = self.pruning
-        record = ask(self.client, type(self).__name__, body)
-        records.append(record)
+        sent = time.perf_counter()
+        kind = type(self).__name__
+        try:
+            record = ask(self.client, kind, body, self.due)
+        except gevent.GreenletExit:
+            due = sent if self.due is None else self.due
+            keep(self.environment, broken_off(kind, due, "unfinished when the run was over", lag=sent - due))
+            raise
+        keep(self.environment, replace(record, stall=self.pulse.worst_since(sent)))
         self.answered(record)
-        self.environment.events.request.fire(
-            request_type="chat",
-            name=record.name,
-            response_time=1000 * record.elapsed,
-            response_length=len(record.text),
-            exception=None if record.error is None else RuntimeError(record.error),
-            context={},
-        )
 
 
 class FreshImages(ChatUser):
@@ -192,10 +254,10 @@ class RepeatedImages(ChatUser):
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         shared = Random(environment.parsed_options.seed)
-        self.pictures = [picture(shared.getrandbits(32)) for _ in range(8)]
+        self.seeds = [shared.getrandbits(32) for _ in range(8)]
 
     def messages(self) -> list[Message]:
-        return [message(question(self.random), [self.random.choice(self.pictures)])]
+        return [message(question(self.random), [picture(self.random.choice(self.seeds))])]
 
 
 class PolicyMix(ChatUser):

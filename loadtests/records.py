@@ -2,10 +2,12 @@
 
 Definitions, as in ``vllm bench serve`` except where it is said:
 
-- TTFT, time to first token: from sending the request, connecting included, to the first chunk with content. (vLLM takes
-  the first chunk with a choice, also where it holds only the role.)
+- A request is due when it is sent, or, at a constant rate, when the schedule says; all times count from then. (vLLM
+  counts from sending.)
+- TTFT, time to first token: from when the request is due, connecting included, to the first chunk with content. (vLLM
+  takes the first chunk with a choice, also where it holds only the role.)
 - ITL, inter-token latencies: the gaps between chunks with content. Chunks that came in one piece have a gap of 0.
-- E2E, end-to-end latency: from sending to the last chunk with a choice; the usage chunk and ``[DONE]`` do not count.
+- E2E, end-to-end latency: to the last chunk with a choice; the usage chunk and ``[DONE]`` do not count.
 - TPOT, time per output token: (E2E - TTFT) / (output tokens - 1), for answers of two tokens or more.
 - Token counts are those of ``usage``, so the request has to ask for it (``stream_options.include_usage``).
 
@@ -27,8 +29,8 @@ class Record:
 
     Attributes:
         name: the kind of request, for grouping.
-        started: when it was sent, in seconds since the epoch.
-        elapsed: from sending to the end of the stream, or to the failure.
+        started: when it was due, in seconds since the epoch.
+        elapsed: from then to the end of the stream, or to the failure.
         ttft: to the first chunk with content; None where none came.
         itls: gaps between chunks with content.
         e2e: to the last chunk with a choice; None where none came.
@@ -37,6 +39,8 @@ class Record:
         text: the answer.
         pruning: the server's report, None where there was none.
         error: why it failed; None where it did not.
+        lag: from when it was due to when it was sent, the client's part of the latency; None where it was not sent.
+        stall: the longest that the client was busy otherwise in the meantime: chunks may be stamped so much too late.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Record:
     text: str = ""
     pruning: Mapping[str, Any] | None = None
     error: str | None = None
+    lag: float | None = 0.0
+    stall: float = 0.0
 
     @property
     def tpot(self) -> float | None:

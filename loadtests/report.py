@@ -25,13 +25,20 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("request_goodput", "good requests per second", ".3f"),
     ("output_throughput", "output tokens per second", ".1f"),
     ("max_concurrent_requests", "requests in flight, at most", ".0f"),
+    ("offered_rate", "requests per second that were due", ".3f"),
+    ("achieved_rate", "requests per second that were sent", ".3f"),
+    ("unsent", "requests that were due and never sent", ".0f"),
+    ("p99_lag_ms", "sent after it was due, p99 (ms)", ".1f"),
+    ("max_lag_ms", "sent after it was due, at most (ms)", ".1f"),
+    ("p99_stall_ms", "client busy otherwise, p99 (ms)", ".1f"),
+    ("max_stall_ms", "client busy otherwise, at most (ms)", ".1f"),
     *(
         (f"{statistic}_{metric}_ms", f"{shown.upper()} {label} (ms)", ".1f")
         for metric, shown in (("ttft", "ttft"), ("itl", "itl"), ("tpot", "tpot"), ("e2el", "e2e"))
         for statistic, label in (("mean", "mean"), ("median", "median"), ("p95", "p95"), ("p99", "p99"))
     ),
 )
-"""Keys of a result, what they mean, and how they are written."""
+"""Keys of a result or of what is ours in it, what they mean, and how they are written."""
 
 KIND_COLUMNS = (
     ("requests", "requests", ".0f"),
@@ -80,7 +87,8 @@ def write_report(
 
 def table_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """What is measured and its value in every run, without the rows that no run has."""
-    rows = [(label, [written(one[key], style) for one in results.values()]) for key, label, style in ROWS]
+    known = [{**one, **one["vtprune"]} for one in results.values()]
+    rows = [(label, [written(one[key], style) for one in known]) for key, label, style in ROWS]
     return [(label, values) for label, values in rows if any(value != "-" for value in values)]
 
 

@@ -13,11 +13,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from loadtests.pace import Arrivals
 from loadtests.records import Record
 
 Metric = Literal["ttft", "tpot", "itl", "e2el"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 PERCENTILES = (50, 90, 95, 99)
+PUNCTUAL = 0.1  # seconds after it was due, in which a request is sent in time
 
 Limits = Mapping[str, float]  # milliseconds, by metric
 
@@ -64,6 +66,7 @@ def result(
     label: str,
     users: int,
     rate: float | None = None,
+    arrivals: Arrivals | None = None,
     goodput: Limits | None = None,
     duration: float | None = None,
 ) -> dict[str, Any]:
@@ -73,8 +76,9 @@ def result(
         records: all requests, failed ones included.
         model: its name, as served.
         label: of this run.
-        users: that asked at the same time.
+        users: that asked at the same time; with a rate, the most that could.
         rate: requests per second that were to be sent; None where users ask again as soon as they are answered.
+        arrivals: how those were spread.
         goodput: limits of a good request, in milliseconds.
         duration: seconds in which the requests were sent and answered; None: the `span` of the records.
     """
@@ -119,8 +123,7 @@ def result(
         "generated_texts": [record.text for record in records],
         "errors": [record.error or "" for record in records],
         "vtprune": {
-            "offered_rate": rate,
-            "achieved_rate": per_second(len(records)),
+            **pacing(records, rate, arrivals),
             "goodput_limits_ms": dict(goodput) if goodput else None,
             "without_content": sum(record.ttft is None for record in done),
             "without_usage": sum(record.output_tokens is None for record in done),
@@ -128,6 +131,32 @@ def result(
             "keep_ratio": mean([ratio for record in done if (ratio := record.keep_ratio) is not None]),
             "kinds": kinds(done),
         },
+    }
+
+
+def pacing(records: Sequence[Record], rate: float | None, arrivals: Arrivals | None) -> dict[str, Any]:
+    """How the client did what it should; lags and stalls are in milliseconds.
+
+    At a constant rate: `achieved_rate`, requests sent per second from when the first was due to when the last was sent;
+    `punctual`, the share of all that were sent within `PUNCTUAL` seconds after they were due; `unsent`, how many never
+    were; and the lag, from when a request was due to when it was sent. In any case the stall: the longest that the
+    client was busy otherwise during a request.
+    """
+    sent = [] if rate is None else [(record.started, record.lag) for record in records if record.lag is not None]
+    seconds = max(due + lag for due, lag in sent) - records[0].started if sent else 0.0
+    lags = [1000 * lag for _, lag in sent]
+    stalls = [1000 * record.stall for record in records]
+    return {
+        "offered_rate": rate,
+        "arrivals": arrivals,
+        "achieved_rate": (len(sent) - 1) / seconds if seconds else None,
+        "punctual": sum(lag <= 1000 * PUNCTUAL for lag in lags) / len(records) if sent else None,
+        "unsent": None if rate is None else len(records) - len(sent),
+        "median_lag_ms": percentile(lags, 50),
+        "p99_lag_ms": percentile(lags, 99),
+        "max_lag_ms": percentile(lags, 100),
+        "p99_stall_ms": percentile(stalls, 99),
+        "max_stall_ms": percentile(stalls, 100),
     }
 
 

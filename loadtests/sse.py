@@ -20,16 +20,18 @@ DONE = "[DONE]"
 class StreamReader:
     """Takes a stream's bytes as they come, however they are cut, and makes a record of them at the end."""
 
-    def __init__(self, name: str, *, started: float, sent: float) -> None:
+    def __init__(self, name: str, *, started: float, due: float, sent: float) -> None:
         """
         Args:
             name: the kind of request.
-            started: seconds since the epoch, for the record.
-            sent: the same moment on the clock that `feed` and `finish` are given.
+            started: when it was due, in seconds since the epoch, for the record.
+            due: the same moment on the clock that `feed` and `finish` are given.
+            sent: when it was sent, on that clock.
         """
         self._name = name
         self._started = started
-        self._sent = sent
+        self._due = due
+        self._lag = sent - due
         self._decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
         self._pending = ""
         self._content_at: list[float] = []
@@ -62,15 +64,16 @@ class StreamReader:
         return Record(
             name=self._name,
             started=self._started,
-            elapsed=at - self._sent,
-            ttft=moments[0] - self._sent if moments else None,
+            elapsed=at - self._due,
+            ttft=moments[0] - self._due if moments else None,
             itls=tuple(later - earlier for earlier, later in pairwise(moments)),
-            e2e=None if self._last_choice is None else self._last_choice - self._sent,
+            e2e=None if self._last_choice is None else self._last_choice - self._due,
             input_tokens=self._usage.get("prompt_tokens"),
             output_tokens=self._usage.get("completion_tokens"),
             text="".join(self._texts),
             pruning=self._pruning,
             error=self._error or error,
+            lag=self._lag,
         )
 
     def _take(self, event: str, at: float) -> None:

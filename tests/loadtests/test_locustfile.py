@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from loadtests.drive import KINDS, DriveFailed, drive
+from loadtests.pace import ARRIVALS, Arrivals, moments
 from loadtests.records import load_records
 from tests.support.fake_chat import DONE, ROLE, Reply, event, fake_chat, report, token, usage
 
@@ -104,14 +105,69 @@ def test_without_a_policy_the_field_is_not_sent() -> None:
     assert all("pruning" not in body for body in bodies_of("FreshImages", "Conversations"))
 
 
-def test_a_constant_rate_is_kept_and_spread(tmp_path: Path) -> None:
-    bodies_of("-u", "4", "-r", "4", "-t", "4s", "--rate", "5", "--out", str(tmp_path), "FreshImages")
-    starts = sorted(record.started for record in load_records(tmp_path / "requests.jsonl"))
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["request_rate"] == found["vtprune"]["offered_rate"] == 5
-    assert 10 <= len(starts) <= 21, "20 in four seconds"
-    gaps = [later - earlier for earlier, later in pairwise(starts)]
-    assert sorted(gaps)[len(gaps) // 2] > 0.1, "users do not ask all at once"
+def slow(body: Body) -> Reply:
+    return Reply((ROLE, 1.0, token("a"), token("b", "length"), usage(), DONE))
+
+
+@pytest.mark.parametrize("arrivals", ARRIVALS)
+def test_a_constant_rate_is_kept_whatever_the_server_does(arrivals: Arrivals, tmp_path: Path) -> None:
+    options = ["-u", "60", "-r", "60", "-t", "5s", "--rate", "20", "--arrivals", arrivals, "--seed", "3"]
+    bodies_of(*options, "--out", str(tmp_path), "FreshImages", "Conversations", reply=slow)
+    records = sorted(load_records(tmp_path / "requests.jsonl"), key=lambda record: record.started)
+    pacing = json.loads((tmp_path / "result.json").read_text())["vtprune"]
+    assert (pacing["offered_rate"], pacing["arrivals"], pacing["unsent"]) == (20, arrivals, 0)
+    assert pacing["achieved_rate"] == pytest.approx(20, rel=0.1)
+    due = list(islice(moments(20, arrivals, seed=3), len(records)))
+    assert due[-1] == pytest.approx(5, abs=1), "as many as the schedule has in five seconds"
+    for record, at in zip(records, due, strict=True):
+        assert record.started - records[0].started == pytest.approx(at - due[0], abs=0.01), "due by the schedule"
+    assert pacing["punctual"] > 0.9, "and sent then"
+
+
+def test_where_all_users_are_busy_times_count_from_when_a_request_was_due(tmp_path: Path) -> None:
+    with fake_chat(slow) as fake:
+        done = locust(fake.url, "-u", "2", "-r", "2", "-t", "4s", "--rate", "10", "--out", str(tmp_path))
+    records = sorted(load_records(tmp_path / "requests.jsonl"), key=lambda record: record.started)
+    sent = [record for record in records if record.lag is not None]
+    unsent = [record for record in records if record.lag is None]
+    assert len(sent) == len(fake.bodies) < 12
+    assert len(records) == pytest.approx(40, abs=20), "what was due and not sent is not forgotten"
+    assert sent[-1].e2e == pytest.approx(sent[-1].lag + 1, abs=0.4)
+    assert sent[-1].lag > sent[2].lag > 0.2, "each has waited longer than those before"
+    assert {record.error for record in unsent} == {"not sent: all users were busy to the end"}
+    pacing = json.loads((tmp_path / "result.json").read_text())["vtprune"]
+    assert (pacing["unsent"], pacing["max_lag_ms"]) == (len(unsent), pytest.approx(1000 * sent[-1].lag))
+    assert (pacing["punctual"], pacing["achieved_rate"]) < (0.2, 4)
+    assert "sent after it was due, p99 (ms)" in (tmp_path / "report.html").read_text()
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("rate", [[], ["--rate", "3"]], ids=["closed", "open"])
+def test_a_request_that_outlasts_the_run_is_a_failure(rate: list[str], tmp_path: Path) -> None:
+    with fake_chat(lambda _: Reply((ROLE, 20.0, DONE))) as fake:
+        done = locust(fake.url, "-u", "9", "-r", "9", "--stop-timeout", "1", *rate, "--out", str(tmp_path))
+    records = load_records(tmp_path / "requests.jsonl")
+    assert len(records) == len(fake.bodies) > 0
+    assert {record.error for record in records} == {"unfinished when the run was over"}
+    assert all(record.elapsed > 0.9 for record in records)
+    assert done.returncode == 1
+
+
+def test_the_others_do_not_wait_while_a_picture_is_made(tmp_path: Path) -> None:
+    """Here one takes half a second."""
+    locustfile = tmp_path / "locustfile.py"
+    locustfile.write_text(
+        "from gevent.monkey import get_original\n"
+        "from loadtests.locustfile import *\n\n"
+        "class SlowImages(FreshImages):\n"
+        "    def messages(self):\n"
+        "        get_original('time', 'sleep')(0.5)\n"
+        "        return super().messages()\n"
+    )
+    bodies_of("-f", str(locustfile), "-u", "4", "-r", "4", "--out", str(tmp_path), "SlowImages")
+    records = load_records(tmp_path / "requests.jsonl")
+    assert len(records) >= 8
+    assert json.loads((tmp_path / "result.json").read_text())["vtprune"]["p99_stall_ms"] < 400
 
 
 def test_a_broken_promise_is_status_1(tmp_path: Path) -> None:

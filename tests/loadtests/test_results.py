@@ -76,7 +76,18 @@ def test_sums_and_rates() -> None:
     assert found["request_rate"] == "inf"
     assert found["errors"] == ["", "", "ReadTimeout: "]
     assert found["vtprune"]["errors"] == {"ReadTimeout: ": 1}
-    assert found["vtprune"]["achieved_rate"] == 0.75
+    assert found["vtprune"]["achieved_rate"] is None, "users asked as they liked"
+
+
+def test_what_was_due_and_what_was_sent() -> None:
+    unsent = Record("unsent", 104.0, elapsed=1.0, error="not sent", lag=None)
+    found = of([one(100.0), one(101.0, lag=0.05), one(102.0, lag=1.0, stall=0.3), unsent], rate=1.0, arrivals="even")
+    pacing = found["vtprune"]
+    assert (pacing["offered_rate"], pacing["arrivals"]) == (1.0, "even")
+    assert pacing["achieved_rate"] == pytest.approx(2 / 3), "the third was sent three seconds after the first was due"
+    assert (pacing["punctual"], pacing["unsent"], found["failed"]) == (0.5, 1, 1)
+    assert (pacing["median_lag_ms"], pacing["max_lag_ms"]) == (pytest.approx(50), 1000)
+    assert pacing["max_stall_ms"] == 300
 
 
 def test_the_duration_can_be_given() -> None:

@@ -22,7 +22,7 @@ def asked(*parts: bytes | float, status: int = 200, cut: bool = False, timeout: 
 
 def read(arrivals: Iterable[tuple[float, bytes]]) -> Record:
     """The record of bytes that came at these times (seconds) after the request was sent."""
-    reader = StreamReader("kind", started=5.0, sent=1000.0)
+    reader = StreamReader("kind", started=5.0, due=1000.0, sent=1000.0)
     at = 0.0
     for at, data in arrivals:
         reader.feed(data, 1000.0 + at)

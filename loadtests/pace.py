@@ -1,0 +1,105 @@
+"""When requests are due at a constant rate, and how late this process is to look at what it measures."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import takewhile
+from random import Random
+from typing import Literal, get_args
+
+import gevent
+from gevent.event import AsyncResult
+
+Arrivals = Literal["poisson", "even"]
+ARRIVALS: tuple[Arrivals, ...] = get_args(Arrivals)
+
+BEAT = 0.01  # seconds
+BEATS_KEPT = 60_000  # ten minutes
+
+
+def moments(rate: float, arrivals: Arrivals, seed: int) -> Iterator[float]:
+    """Seconds after the start at which requests are due; without end, and the same for the same seed.
+
+    Args:
+        rate: per second, on average.
+        arrivals: poisson: the gaps are exponentially distributed, as in ``vllm bench serve`` with burstiness 1; even:
+            they are all equal.
+        seed: of the gaps.
+    """
+    random = Random(f"{seed} arrivals")
+    at = 0.0
+    while True:
+        at += random.expovariate(rate) if arrivals == "poisson" else 1 / rate
+        yield at
+
+
+class Schedule:
+    """Hands out the moments at which requests are due. Times are those of `time.perf_counter`."""
+
+    def __init__(self, after: Iterator[float], users: int) -> None:
+        """
+        Args:
+            after: seconds from the start on, in order.
+            users: it starts when so many have asked for a moment.
+        """
+        self._after = after
+        self._missing = users
+        self._start = AsyncResult()
+        self._taken: set[float] = set()
+
+    def take(self) -> float:
+        """Wait for the start; then the next moment that nobody has taken, which may have passed."""
+        if not self._start.ready():
+            self._missing -= 1
+            if self._missing == 0:
+                self._start.set(time.perf_counter())
+        start: float = self._start.get()
+        moment = start + next(self._after)
+        self._taken.add(moment)
+        return moment
+
+    def sent(self, moment: float) -> None:
+        """Note that the request of a moment that was taken is sent."""
+        self._taken.remove(moment)
+
+    def unsent(self, until: float) -> list[float]:
+        """All moments up to this time whose requests were not sent; asked at the end, for it uses the moments up."""
+        if not self._start.ready():
+            return []
+        start: float = self._start.get()
+        late = [moment for moment in self._taken if moment <= until]
+        return [*late, *takewhile(lambda moment: moment <= until, (start + after for after in self._after))]
+
+
+class Pulse:
+    """Notes how much later than it should this process's loop of events gets to a greenlet that wakes every 10 ms.
+
+    What is read from a connection is stamped as late as that at worst.
+    """
+
+    def __init__(self) -> None:
+        self._late: deque[tuple[float, float]] = deque(maxlen=BEATS_KEPT)  # when, and seconds
+        self.last = time.perf_counter()
+        """When it woke last."""
+        self._greenlet = gevent.spawn(self._beat)
+
+    def _beat(self) -> None:
+        while True:
+            gevent.sleep(BEAT)
+            now = time.perf_counter()
+            self._late.append((now, now - self.last - BEAT))
+            self.last = now
+
+    def worst_since(self, moment: float) -> float:
+        """The most seconds that it was late, from this time (`time.perf_counter`) until now."""
+        worst = max(0.0, time.perf_counter() - self.last - BEAT)
+        for at, late in reversed(self._late):
+            if at < moment:
+                break
+            worst = max(worst, late)
+        return worst
+
+    def stop(self) -> None:
+        self._greenlet.kill()
