@@ -18,8 +18,8 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     The first is the token whose nearest neighbour is farthest.
     """
     unit = unit_rows(features.embeds)
-    cosines = unit @ unit.T
-    pick = int(cosines.clone().fill_diagonal_(-torch.inf).amax(dim=1).argmin())
+    cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
+    pick = int(cosines.amax(dim=1).argmin())
     nearest = torch.full_like(cosines[0], -torch.inf)  # largest cosine with a chosen token
     chosen = torch.zeros_like(nearest, dtype=torch.bool)
     order = [pick]
