@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("request_throughput", "requests per second", ".3f"),
     ("request_goodput", "good requests per second", ".3f"),
     ("output_throughput", "output tokens per second", ".1f"),
-    ("max_concurrent_requests", "requests in flight, at most", ".0f"),
+    ("max_concurrent_requests", "requests due and not answered, at most", ".0f"),
     ("offered_rate", "requests per second that were due", ".3f"),
     ("achieved_rate", "requests per second that were sent", ".3f"),
     ("unsent", "requests that were due and never sent", ".0f"),
