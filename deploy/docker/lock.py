@@ -1,7 +1,7 @@
 """Write requirements.txt: what this project needs and vLLM does not bring, as installed here, with hashes.
 
 ``.venv/bin/python deploy/docker/lock.py`` rewrites the file beside this one. The image installs it without
-dependencies, so nothing that vLLM pins can change.
+dependencies, and is not built if that changes anything that vLLM's image holds.
 """
 
 from __future__ import annotations
