@@ -7,6 +7,15 @@ from pathlib import Path
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+Scheme = tuple[tuple[str, str], ...]
+"""Of names: the prefixes of the modules of transformers 5 and those of the files. What has none is called alike."""
+
+
+def under(scheme: Scheme, released: Scheme, name: str) -> str:
+    """The name under a scheme of the tensor that is called `name` under the released one."""
+    module = next((old + name.removeprefix(new) for old, new in released if name.startswith(new)), name)
+    return next((new + module.removeprefix(old) for old, new in scheme if module.startswith(old)), module)
+
 
 def released_clip(text: int = 4096, vocabulary: int = 32064) -> dict[str, tuple[int, ...]]:
     """What LLaVA-1.5 and LLaVA-NeXT checkpoints store of CLIP-L/336, the projector and the token table."""

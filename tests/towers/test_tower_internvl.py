@@ -10,7 +10,7 @@ import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration as Served
 
-from tests.support.released import write_sparse_shards
+from tests.support.released import under, write_sparse_shards
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.demo.internvl import write_internvl_checkpoint
 from vllm_vtprune.policy import INTERNVL
@@ -239,8 +239,9 @@ def released(qk_norm: bool, d: int, ff: int, layers: int, text: int, vocabulary:
     return shapes
 
 
+@pytest.mark.parametrize("naming", RENAMES)
 @pytest.mark.parametrize("large", [False, True], ids=["1B", "38B"])
-def test_the_released_layout_is_consumed_exactly_once(large: bool, tmp_path: Path) -> None:
+def test_the_released_layout_is_consumed_exactly_once(large: bool, naming: str, tmp_path: Path) -> None:
     if large:
         stored = released(True, d=3200, ff=12800, layers=45, text=5120, vocabulary=151674)
         vision = dict(hidden_size=3200, intermediate_size=12800, num_hidden_layers=45, num_attention_heads=25)
@@ -251,6 +252,7 @@ def test_the_released_layout_is_consumed_exactly_once(large: bool, tmp_path: Pat
         vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
         vision |= dict(attention_bias=True)
         text = dict(hidden_size=896)
+    stored = {under(RENAMES[naming], RENAMES["released"], name): shape for name, shape in stored.items()}
     write_sparse_shards(tmp_path, stored, shards=3)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(**vision), text_config=Qwen2Config(vocab_size=151674, **text)
@@ -263,9 +265,19 @@ def test_the_released_layout_is_consumed_exactly_once(large: bool, tmp_path: Pat
     assert Counter(plan.values()) == Counter(stored.keys())
 
 
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["1B", "38B"])
+@pytest.mark.parametrize("naming", RENAMES)
+def test_vllms_mapper_knows_the_released_tensors(naming: str, qk_norm: bool) -> None:
+    """vLLM's modules are called as the released tensors are: its mapper leaves those alone, and knows the others."""
+    names = list(released(qk_norm, d=1024, ff=4096, layers=24, text=896, vocabulary=151674))
+    assert (
+        Served.hf_to_vllm_mapper.apply_list([under(RENAMES[naming], RENAMES["released"], name) for name in names])
+        == names
+    )
+
+
 @pytest.mark.parametrize("naming", ["vllm", "module"])
-def test_vllms_mapper_calls_our_tensors_what_the_released_checkpoint_does(naming: Any, tmp_path: Path) -> None:
-    """vLLM maps both namings to its modules, whose names are the released ones."""
+def test_the_demos_checkpoints_are_called_as_the_released_ones(naming: Any, tmp_path: Path) -> None:
     directory = write_internvl_checkpoint(tmp_path, image_size=112, naming=naming, shards=2)
     names = list(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"])
     mapped = set(Served.hf_to_vllm_mapper.apply_list(names))

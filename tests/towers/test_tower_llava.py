@@ -1,16 +1,19 @@
 """The LLaVA tower computes what transformers computes, from any naming scheme, and loads only what it needs."""
 
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
+from tests.support.released import released_clip, under, write_sparse_shards
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.towers import TowerError, VisionTower, load_tower
-from vllm_vtprune.towers.clip import attend, build_module, feature_depths
+from vllm_vtprune.towers.clip import ALIASES, TOKEN_TABLE, attend, build_module, feature_depths
+from vllm_vtprune.towers.weights import CheckpointReader
 
 RELEASED = (
     ("model.vision_tower.", "vision_tower.vision_model."),
@@ -277,3 +280,21 @@ def test_the_tower_holds_copies_not_the_mapped_file(model, config, save, tmp_pat
         file.seek(path.stat().st_size // 4)
         file.write(bytes(path.stat().st_size // 2))
     assert torch.equal(encode(tower, pixels)[0].embeds, before)
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("width", [4096, 5120], ids=["7b", "13b"])
+def test_the_released_layout_is_consumed_exactly_once(width, naming, tmp_path):
+    """Names and shapes of llava-1.5-7b-hf's and 13b-hf's vision tower, projector and token table."""
+    stored = {under(NAMINGS[naming], RELEASED, name): shape for name, shape in released_clip(width).items()}
+    assert len(stored) == 24 * 16 + 12
+    write_sparse_shards(tmp_path, stored, shards=3)
+
+    config = LlavaConfig(text_config=LlamaConfig(hidden_size=width, vocab_size=32064))
+    expected = {name: tuple(p.shape) for name, p in build_module(config).named_parameters()}
+    plan = CheckpointReader(tmp_path, ALIASES).plan(expected | {TOKEN_TABLE: (32064, width)})
+    assert set(plan) == {*expected, TOKEN_TABLE}
+    assert max(Counter(plan.values()).values()) == 1
+    unread = set(stored) - set(plan.values())
+    assert len(unread) == 16 + 2
+    assert all(".layers.23." in name or ".post_layernorm." in name for name in unread)

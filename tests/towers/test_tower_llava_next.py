@@ -10,12 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+)
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration as Served
 from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
 
-from tests.support.released import released_clip, write_sparse_shards
+from tests.support.released import released_clip, under, write_sparse_shards
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
 from vllm_vtprune.policy import LLAVA_NEXT
@@ -264,11 +270,31 @@ def test_a_blank_image_and_dummy_weights(model: Any) -> None:
     assert one.weights == "dummy"
 
 
-def test_the_released_7b_layout_is_consumed_exactly_once(tmp_path: Path) -> None:
-    """Names and shapes of llava-v1.6-vicuna-7b-hf's tower, projector, newline and token table, in three shards."""
-    stored = released_clip() | {"image_newline": (4096,)}
+RELEASED = {  # of the language models: their configs, their widths, and the rows of their token tables
+    "vicuna-7b": (LlamaConfig, 4096, 32_064),
+    "vicuna-13b": (LlamaConfig, 5120, 32_064),
+    "mistral-7b": (MistralConfig, 4096, 32_064),
+    "llama3-8b": (LlamaConfig, 4096, 128_320),
+    "34b": (LlamaConfig, 7168, 64_064),
+}
+
+
+def released(language_model: str) -> dict[str, tuple[int, ...]]:
+    """What a release stores of its tower, projector, newline and token table."""
+    _, width, vocabulary = RELEASED[language_model]
+    return released_clip(width, vocabulary) | {"image_newline": (width,)}
+
+
+@pytest.mark.parametrize("naming", RENAMES)
+@pytest.mark.parametrize("language_model", RELEASED)
+def test_the_released_layout_is_consumed_exactly_once(language_model: str, naming: str, tmp_path: Path) -> None:
+    """In three shards: the projector's, the newline's and the table's shapes follow the language model."""
+    stored = {
+        under(RENAMES[naming], RENAMES["released"], name): shape for name, shape in released(language_model).items()
+    }
     assert len(stored) == 24 * 16 + 13
     write_sparse_shards(tmp_path, stored, shards=3)
+    text_class, width, vocabulary = RELEASED[language_model]
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=1024,
@@ -278,10 +304,10 @@ def test_the_released_7b_layout_is_consumed_exactly_once(tmp_path: Path) -> None
             image_size=336,
             patch_size=14,
         ),
-        text_config=LlamaConfig(hidden_size=4096, vocab_size=32064),
+        text_config=text_class(hidden_size=width, vocab_size=vocabulary),
     )
     module = build_module(config)
-    expected = {name: tuple(p.shape) for name, p in module.named_parameters()} | {TOKEN_TABLE: (32064, 4096)}
+    expected = {name: tuple(p.shape) for name, p in module.named_parameters()} | {TOKEN_TABLE: (vocabulary, width)}
     plan = CheckpointReader(tmp_path, ALIASES).plan(expected)
     assert set(plan) == set(expected)
     assert max(Counter(plan.values()).values()) == 1
@@ -290,20 +316,31 @@ def test_the_released_7b_layout_is_consumed_exactly_once(tmp_path: Path) -> None
     assert all(".layers.23." in name or ".post_layernorm." in name for name in unread)
 
 
-@pytest.mark.parametrize("naming", ["vllm", "module"])
-def test_vllms_mapper_calls_our_tensors_what_the_released_checkpoint_does(naming: Any, tmp_path: Path) -> None:
-    """vLLM maps both namings to its modules, whose names are the released ones."""
-    directory = write_llava_next_checkpoint(tmp_path, image_size=112, naming=naming, shards=2)
-    names = list(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"])
-    mapped = Served.hf_to_vllm_mapper.apply_list(names)
-    released = {
-        "image_newline",
-        "multi_modal_projector.linear_1.weight",
-        "language_model.model.embed_tokens.weight",
-        "language_model.lm_head.weight",
-    }
-    assert released <= set(mapped)
-    if naming == "vllm":
+def test_vllms_mapper_knows_the_released_tensors() -> None:
+    """vLLM's modules are called as the released tensors are: its mapper leaves those alone, and knows the others.
+
+    But for the encoder as transformers 5 has it in memory: that has no `vision_model`, which vLLM's has.
+    """
+    names = list(released("vicuna-7b"))
+    for naming in RENAMES:
+        mapped = Served.hf_to_vllm_mapper.apply_list(
+            [under(RENAMES[naming], RENAMES["released"], name) for name in names]
+        )
+        if naming == "in memory, transformers 5":
+            mapped = [name.replace("vision_tower.", "vision_tower.vision_model.") for name in mapped]
         assert mapped == names
-        vision = {name for name in released_clip() if name.startswith("vision_tower.") and ".layers." not in name}
-        assert vision <= set(mapped)
+
+
+@pytest.mark.parametrize("naming", ["vllm", "module"])
+def test_the_demos_checkpoints_are_called_as_the_released_ones(naming: Any, tmp_path: Path) -> None:
+    directory = write_llava_next_checkpoint(tmp_path, image_size=112, naming=naming, shards=2)
+    written = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    schemes = {"vllm": "released", "module": "in memory, transformers 5"}
+    layers = CLIPVisionConfig.from_pretrained(directory).num_hidden_layers
+    expected = {
+        under(RENAMES[schemes[naming]], RENAMES["released"], name)
+        for name in released("vicuna-7b")
+        if not any(f".layers.{layer}." in name for layer in range(layers, 24))
+    }
+    assert expected <= set(written)
+    assert not [name for name in set(written) - expected if "language_model." not in name and "lm_head" not in name]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Served
 
 from tests.support.images import sample_images
 from tests.support.released import write_sparse_shards
@@ -272,8 +273,7 @@ def test_the_listed_names_are_all_that_transformers_and_vllm_have(size):
     held = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
     assert listed == {name: shape for name, shape in held.items() if ".visual." in name or ".embed_tokens." in name}
 
-    vllm = pytest.importorskip("vllm.model_executor.models.qwen2_5_vl")
-    mapper = vllm.Qwen2_5_VLForConditionalGeneration.hf_to_vllm_mapper
+    mapper = Served.hf_to_vllm_mapper
     for name in released_shapes(size):
         mapped = mapper._map_name(name)
         assert mapped == mapper._map_name(in_memory(name))
