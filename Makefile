@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 # GiB for the KV cache of CPU engines.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 # Of the load tests: the users who ask at once, the seconds of a turn, the turns; of the soak: its length and requests per
-# second. ARGS goes to either; `python -m loadtests.compare --help` and `python -m loadtests.soak --help` list what it may be.
+# second. ARGS goes to each; `python -m loadtests.compare --help` and `python -m loadtests.soak --help` list what it may be.
 USERS ?= 2
 SECONDS_EACH ?= 8
 ROUNDS ?= 3
@@ -17,7 +17,7 @@ RATE ?= 3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo test verify lint format loadtest soak clean
+.PHONY: help setup demo train-demo test verify lint format loadtest soak observe clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ loadtest: setup ## stock vLLM and ours under load, compared; USERS, SECONDS_EACH
 
 soak: setup ## ours at a constant rate for long; MINUTES, RATE, ARGS
 	@$(BIN)/python -m loadtests.soak --out build/soak --minutes $(MINUTES) --rate $(RATE) $(ARGS)
+
+observe: MINUTES = 1
+observe: USERS = 9
+observe: setup ## ours under load, watched by a real Prometheus: dashboard and report as pictures; MINUTES, USERS, ARGS
+	@$(BIN)/python -m loadtests.observe --out build/observe --minutes $(MINUTES) --users $(USERS) $(ARGS)
 
 clean: ## remove .venv and everything generated
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,28 +93,31 @@ def legend_of(template: str, labels: Mapping[str, str]) -> str:
 
 
 def plot(answers: Sequence[tuple[Panel, list[tuple[str, Series]]]], out: Path) -> None:
-    """One picture with all panels; heatmaps as one line for each bucket."""
+    """One picture with all panels, over the same time; heatmaps as one line for each bucket."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    seconds = [second for _, series in answers for _, one in series for second, _ in one.values]
+    start, end = min(seconds, default=0.0), max(seconds, default=1.0)
     rows = math.ceil(len(answers) / COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(6 * COLUMNS, 3 * rows), squeeze=False)
     for axis in axes.flat[len(answers) :]:
         axis.set_visible(False)
     for axis, (panel, series) in zip(axes.flat, answers, strict=False):
-        if panel.kind == "heatmap":
-            draw_heatmap(axis, series)
+        if not series:
+            axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes)
+        elif panel.kind == "heatmap":
+            draw_heatmap(axis, series, start)
         else:
             for legend, one in series:
-                start = one.values[0][0]
-                axis.plot(
-                    [second - start for second, _ in one.values], [value for _, value in one.values], label=legend
-                )
+                line = with_gaps(one.values)
+                axis.plot([second - start for second, _ in line], [value for _, value in line], label=legend)
             if any(legend for legend, _ in series):
                 axis.legend(fontsize=6)
             axis.set_ylim(bottom=0)
+        axis.set_xlim(0, end - start)
         axis.set_title(f"{panel.title} [{panel.unit}]" if panel.unit else panel.title, fontsize=9)
         axis.tick_params(labelsize=7)
     figure.supxlabel("seconds")
@@ -122,8 +126,19 @@ def plot(answers: Sequence[tuple[Panel, list[tuple[str, Series]]]], out: Path) -
     pyplot.close(figure)
 
 
-def draw_heatmap(axis: Any, series: Sequence[tuple[str, Series]]) -> None:
-    """Cumulative buckets as what falls into each of them."""
+def with_gaps(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Values by second, with one that is no number where some are left out, so that no line is drawn across."""
+    step = min((later - earlier for (earlier, _), (later, _) in pairwise(values)), default=0.0)
+    line = list(values[:1])
+    for (earlier, _), (later, value) in pairwise(values):
+        if later - earlier > 1.5 * step:
+            line.append((earlier, math.nan))
+        line.append((later, value))
+    return line
+
+
+def draw_heatmap(axis: Any, series: Sequence[tuple[str, Series]], start: float) -> None:
+    """Cumulative buckets as what falls into each of them, by seconds since the start."""
     ordered = sorted(series, key=lambda one: float(one[1].labels["le"]))
     seconds = sorted({second for _, one in ordered for second, _ in one.values})
     below = [0.0] * len(seconds)
@@ -133,7 +148,8 @@ def draw_heatmap(axis: Any, series: Sequence[tuple[str, Series]]) -> None:
         counts = [at.get(second, 0.0) for second in seconds]
         rows.append([max(count - lower, 0.0) for count, lower in zip(counts, below, strict=True)])
         below = counts
-    axis.imshow(rows, aspect="auto", origin="lower", cmap="viridis", extent=(0, seconds[-1] - seconds[0], 0, len(rows)))
+    extent = (seconds[0] - start, seconds[-1] - start, 0, len(rows))
+    axis.imshow(rows, aspect="auto", origin="lower", cmap="viridis", extent=extent)
     axis.set_yticks([index + 1 for index in range(len(ordered))], [one.labels["le"] for _, one in ordered])
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -11,17 +10,15 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import yaml
 
 from deploy.grafana.plot import Prometheus
+from loadtests.observe import running_prometheus
 from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, user
 from tests.support.dockerfile import Image, build
-from tests.support.programs import program
-from vllm_vtprune.demo.server import free_port, running_server, stop
+from vllm_vtprune.demo.server import running_server
 
 ROOT = Path(__file__).parents[2]
 LOAD_SECONDS = 20
-ATTEMPTS = 60
 
 
 @pytest.fixture(scope="session")
@@ -54,38 +51,11 @@ class Watched:
 @pytest.fixture(scope="session")
 def watched(deployed: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """Prometheus with our configuration and rules, but faster, after a load in which everything happened."""
-    folder = tmp_path_factory.mktemp("prometheus")
-    configuration = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
-    configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    configuration["rule_files"] = [str(ROOT / "deploy/prometheus" / rules) for rules in configuration["rule_files"]]
-    (scrape,) = configuration["scrape_configs"]
-    (targets,) = scrape["static_configs"]
-    targets["targets"] = [deployed.url.removeprefix("http://")]
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
-    url = f"http://127.0.0.1:{free_port()}"
-    command = [program("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
-    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={url.removeprefix('http://')}"]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        prometheus = Prometheus(url)
-        wait_for(prometheus, "up == 1")
+    log = tmp_path_factory.mktemp("prometheus") / "prometheus.log"
+    with running_prometheus(deployed.url, log=log) as prometheus:
         start = time.time()
         load(deployed, LOAD_SECONDS)
         yield Watched(prometheus, start, time.time())
-    finally:
-        stop(process)
-
-
-def wait_for(prometheus: Prometheus, expr: str) -> None:
-    for _ in range(ATTEMPTS):
-        try:
-            if prometheus.get("query", query=expr)["result"]:
-                return
-        except OSError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"Prometheus did not get to see {expr}")
 
 
 def load(server: Server, seconds: float) -> None:

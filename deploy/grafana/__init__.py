@@ -1,0 +1,1 @@
+"""The dashboard: its generator, and a plotter for where there is no Grafana."""

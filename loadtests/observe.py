@@ -1,0 +1,205 @@
+"""Our server under load, watched by a real Prometheus, without Docker: ``make observe``.
+
+    python -m loadtests.observe --out build/observe --minutes 1 --users 9
+
+Starts our server with the model that comes with the package, and a Prometheus with the configuration and the rules of
+``deploy/prometheus`` that looks at it every second. After some seconds of requests without pruning, which count in the
+dashboard alone, every kind of user asks, again as soon as it is answered. Prints a table, the alerts that fire, and the
+panels of the dashboard that had nothing to show, and leaves in ``--out``:
+
+- ``report.html``, ``requests.jsonl`` and ``result.json``, as after every load test (`loadtests.locustfile`),
+- ``dashboard.png``: what the dashboard's queries give (`deploy.grafana.plot`),
+- ``report.png``: the report in a browser, if there is one on the PATH,
+- the logs of server, Prometheus and Locust.
+
+The exit status is 1 if a request failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image, ImageChops
+
+from deploy.grafana.plot import Prometheus, answers, plot
+from loadtests.client import served_model
+from loadtests.drive import DriveFailed, drive
+from loadtests.options import count, positive
+from loadtests.report import table, table_rows
+from loadtests.results import broken, result
+from vllm_vtprune.demo.server import ServerFailed, free_port, running_server, stop
+
+CONFIGURATION = Path(__file__).parent.parent / "deploy" / "prometheus" / "prometheus.yml"
+EVERY = "1s"
+INTERVAL = "10s"  # of the rates in the dashboard
+SERVE_OPTIONS = ("--max-model-len", "2048", "--enforce-eager", "--disable-uvicorn-access-log")
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+LABEL = "ours"
+WARM_UP = 5.0  # seconds without pruning, so that the panels that compare have something to compare with
+PROMETHEUS_PATIENCE = 30.0  # seconds
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "firefox")
+BROWSER_PATIENCE = 120.0  # seconds
+PAGE = (1280, 6000)  # pixels; what is empty below the report is cut off
+
+
+class PrometheusFailed(RuntimeError):
+    """There is no Prometheus, or it sees no server; the message says what to do, or holds the end of its log."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.observe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument("--minutes", type=positive, default=1, help="how long (default: 1)")
+    parser.add_argument("--users", type=count, default=9, help="who ask at the same time (default: 9)")
+    options = parser.parse_args()
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
+    try:
+        print("Starting our server and Prometheus ...", file=sys.stderr)
+        with (
+            running_server(SERVE_OPTIONS, environment=ENVIRONMENT, log=out / "server.log") as url,
+            running_prometheus(url, log=out / "prometheus.log") as prometheus,
+        ):
+            model = served_model(url)
+            start = time.time()
+            drive(url, out / "warm-up", users=2, seconds=WARM_UP, kinds=["FreshImages"], options=["--pruning", "false"])
+            records = drive(
+                url,
+                out,
+                users=options.users,
+                seconds=60 * options.minutes,
+                kinds=(),
+                options=["--label", LABEL, "--pruning", "balanced"],
+            )
+            shown = answers(prometheus, start, time.time(), interval=INTERVAL, step=1)
+            alerts = prometheus.get("alerts")["alerts"]
+    except KeyboardInterrupt:
+        print("\nInterrupted; the servers are stopped.", file=sys.stderr)
+        sys.exit(130)
+    except (ServerFailed, PrometheusFailed, DriveFailed) as error:
+        sys.exit(f"loadtests: {error}")
+    plot(shown, out / "dashboard.png")
+    print(table(table_rows({LABEL: result(records, model=model, label=LABEL, users=options.users)}), [LABEL]))
+    print(f"alerts that fire: {names(alerts, 'firing')}; that will if it goes on like this: {names(alerts, 'pending')}")
+    print(f"panels without data: {', '.join(panel.title for panel, series in shown if not series) or 'none'}")
+    complaint = screenshot(out / "report.html", out / "report.png")
+    if complaint:
+        print(f"no report.png: {complaint}")
+    for file in ("report.html", "requests.jsonl", "result.json", "dashboard.png", "report.png"):
+        if (out / file).exists():
+            print(out / file)
+    complaints = broken(records, {})
+    if complaints:
+        sys.exit("\n".join(f"loadtests: {complaint}" for complaint in complaints))
+
+
+def names(alerts: Sequence[dict[str, Any]], state: str) -> str:
+    """The alerts in a state of Prometheus's, for people."""
+    return ", ".join(sorted({alert["labels"]["alertname"] for alert in alerts if alert["state"] == state})) or "none"
+
+
+@contextmanager
+def running_prometheus(url: str, *, log: Path) -> Iterator[Prometheus]:
+    """Run a Prometheus with our configuration and rules, but faster, that sees a server.
+
+    Args:
+        url: of the server.
+        log: where its output goes.
+
+    Raises:
+        PrometheusFailed: there is none beside this Python or on the PATH, or it does not get to see the server.
+    """
+    beside = Path(sys.executable).with_name("prometheus")
+    program = str(beside) if beside.exists() else shutil.which("prometheus")
+    if program is None:
+        raise PrometheusFailed("prometheus is missing: `make setup` brings it; see CONTRIBUTING.md for what that needs")
+    address = f"127.0.0.1:{free_port()}"
+    with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
+        configuration = Path(folder) / "prometheus.yml"
+        configuration.write_text(yaml.safe_dump(fast(yaml.safe_load(CONFIGURATION.read_text()), url)))
+        command = [program, f"--config.file={configuration}", f"--storage.tsdb.path={folder}/data"]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, f"--web.listen-address={address}"],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            prometheus = Prometheus(f"http://{address}")
+            wait_until_seen(prometheus, log)
+            yield prometheus
+        finally:
+            stop(process)
+
+
+def fast(configuration: dict[str, Any], url: str) -> dict[str, Any]:
+    """Our configuration with one server to look at, and no time between looks to speak of."""
+    [scrape] = configuration["scrape_configs"]
+    return {
+        "global": {"scrape_interval": EVERY, "evaluation_interval": EVERY},
+        "rule_files": [str(CONFIGURATION.parent / rules) for rules in configuration["rule_files"]],
+        "scrape_configs": [{**scrape, "static_configs": [{"targets": [url.removeprefix("http://")]}]}],
+    }
+
+
+def wait_until_seen(prometheus: Prometheus, log: Path) -> None:
+    deadline = time.monotonic() + PROMETHEUS_PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            if prometheus.get("query", query="up == 1")["result"]:
+                return
+        except (OSError, RuntimeError):
+            pass  # it does not listen yet, or is not ready
+        time.sleep(0.5)
+    raise PrometheusFailed(f"Prometheus did not get to see the server:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def screenshot(page: Path, out: Path) -> str | None:
+    """Take a picture of a whole page in the first browser of `BROWSERS` that is there. Returns why there is none."""
+    out.unlink(missing_ok=True)
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        return f"found none of {', '.join(BROWSERS)} on the PATH (on Debian: apt-get install chromium)"
+    width, height = PAGE
+    with tempfile.TemporaryDirectory(prefix="vtprune-") as profile:
+        if Path(browser).name == "firefox":
+            command = [browser, "--headless", "--profile", profile, f"--window-size={width},{height}"]
+            command += ["--screenshot", str(out.resolve())]
+        else:
+            command = [browser, "--headless", f"--user-data-dir={profile}", f"--window-size={width},{height}"]
+            command += ["--disable-gpu", "--hide-scrollbars", f"--screenshot={out.resolve()}"]
+            if os.geteuid() == 0:
+                command.append("--no-sandbox")  # Chromium's does not work for root
+        command.append(page.resolve().as_uri())
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_PATIENCE)
+        except subprocess.TimeoutExpired:
+            return f"{browser} did not finish within {BROWSER_PATIENCE:.0f} s"
+    if not out.exists():
+        return f"{browser} ended with status {done.returncode}: {done.stderr[-500:]}"
+    with Image.open(out) as taken:
+        picture = taken.convert("RGB")
+    *_, bottom = ImageChops.difference(picture, Image.new("RGB", picture.size, "white")).getbbox() or (*PAGE, height)
+    picture.crop((0, 0, picture.width, min(bottom + 32, picture.height))).save(out)
+    return None
+
+
+if __name__ == "__main__":
+    main()
