@@ -2,27 +2,101 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
 
+from deploy.grafana import plot
+from deploy.grafana.plot import Prometheus
 from tests.support.chat import VISUAL_TOKENS, fresh_url, user
+from tests.support.dockerfile import instructions
+from tests.support.programs import program
+from vllm_vtprune import __version__
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune.demo.server import free_port, stop
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "ray" / "serve.yaml"
-RAY = "ray[serve]==2.60.0"
-NEEDED = (
-    "fsspec",
-    "jsonref",
-    "pandas",
-    "pyarrow",
-)  # of ray[llm], which asks for another vLLM than the one that is here
+DOCKERFILE = ROOT / "deploy" / "ray" / "Dockerfile"
 DIRECT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
+
+
+ATTEMPTS = 60
+NOT_UNDER_RAY = {"http_requests_total"}
+"""What the dashboard asks for and Ray's way to a replica does not count."""
+NOTHING_HAPPENED: set[str] = set()
+"""What appears with the first event, of which there is none in the test below."""
+
+
+def rules() -> list[dict[str, str]]:
+    files = (ROOT / "deploy" / "prometheus" / "rules").glob("*.yml")
+    return [rule for file in files for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
+
+
+def asked_for() -> set[str]:
+    """The metrics that rules, alerts and dashboard ask for, without those that rules record."""
+    panels = plot.panels(json.loads(plot.DASHBOARD.read_text()))
+    queries = [rule["expr"] for rule in rules()] + [expr for panel in panels for expr, _ in panel.queries]
+    return {name for query in queries for name in re.findall(r"\b(?:vllm:|vtprune:|http_)\w+", query)}
+
+
+def names(page: str, prefix: str) -> set[str]:
+    """The metrics on a page whose names begin like this."""
+    return {line.split("{")[0] for line in page.splitlines() if line.startswith(prefix)}
+
+
+@contextmanager
+def scraped(folder: Path) -> Iterator[Prometheus]:
+    """Prometheus with the configuration for Ray, but faster, after it has seen the pages that are in the folder."""
+    configuration = yaml.safe_load((ROOT / "deploy" / "ray" / "prometheus.yml").read_text())
+    configuration["global"] = {"scrape_interval": "1s"}
+    del configuration["rule_files"]
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever).start()
+        for scrape, page in zip(configuration["scrape_configs"], ("replica", "node"), strict=True):
+            (discovery,) = scrape["file_sd_configs"]
+            discovery["files"] = [str(folder / f"{page}.json")]
+            targets = [{"targets": [f"127.0.0.1:{server.server_port}"]}]
+            (folder / f"{page}.json").write_text(json.dumps(targets))
+            scrape["metrics_path"] = f"/{page}.txt"
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+        url = f"127.0.0.1:{free_port()}"
+        command = [program("prometheus"), f"--config.file={folder / 'prometheus.yml'}"]
+        command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={url}"]
+        with (folder / "prometheus.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            prometheus = Prometheus(f"http://{url}")
+            for _ in range(ATTEMPTS):
+                with suppress(OSError):
+                    if prometheus.get("query", query="count(up == 1) == 2")["result"]:
+                        break
+                time.sleep(0.5)
+            else:
+                pytest.fail((folder / "prometheus.log").read_text())
+            yield prometheus
+        finally:
+            stop(process)
+            server.shutdown()
+
+
+def test_the_configuration_of_prometheus_for_ray_is_valid() -> None:
+    done = subprocess.run(
+        [program("promtool"), "check", "config", ROOT / "deploy/ray/prometheus.yml"], capture_output=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_plugin_is_named_in_every_replica() -> None:
@@ -32,9 +106,24 @@ def test_the_plugin_is_named_in_every_replica() -> None:
         assert variables["VLLM_PLUGINS"] == variables["VLLM_MEDIA_CONNECTOR"] == "vtprune"
 
 
-def test_it_says_what_ray_must_be_started_with() -> None:
+def test_it_says_what_ray_must_be_started_with_and_the_image_does_so() -> None:
     comment = FILE.read_text().partition("\napplications:")[0]
     assert all(f"{name}={value}" in comment for name, value in DIRECT.items())
+    (setting,) = [one.value for one in instructions(DOCKERFILE) if one.name == "ENV"]
+    assert dict(one.split("=") for one in setting.split()) == DIRECT
+
+
+def test_the_image_with_ray_is_made_of_ours() -> None:
+    done = subprocess.run([Path(sys.executable).with_name("hadolint"), DOCKERFILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert f"IMAGE=vllm-vtprune:{__version__}" in [one.value for one in instructions(DOCKERFILE)]
+
+
+def installed_with_ray() -> list[str]:
+    """What the image with Ray installs."""
+    (command,) = [one.value for one in instructions(DOCKERFILE) if one.name == "RUN"]
+    (packages,) = re.findall(r"--constraint \S+ (.*?) &&", command)
+    return [package.strip('"') for package in packages.split()]
 
 
 @pytest.fixture
@@ -46,7 +135,7 @@ def ray_python(tmp_path: Path) -> Path:
     site = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
     here = sysconfig.get_path("purelib")
     Path(site, "here.pth").write_text(f"import site; site.addsitedir({here!r})\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", RAY, *NEEDED], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *installed_with_ray()], check=True)
     return python
 
 
@@ -61,6 +150,7 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
     script = ROOT / "tests" / "support" / "ray_serve.py"
     environment = {**os.environ, **DIRECT, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # Ray gives up on a busy machine after 15 seconds
     done = subprocess.run(
         [ray_python, script, FILE, str(tiny_checkpoint()), tmp_path / "requests.json"],
         capture_output=True,
@@ -79,9 +169,25 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
             assert status == 200, answer
             assert [image["kept_tokens"] for image in answer["pruning"]["images"]] == [tokens]
             assert f"kept={tokens}" in header
-    counted = {line.split("{")[0]: 0.0 for line in found["metrics"]}
-    for line in found["metrics"]:
-        counted[line.split("{")[0]] += float(line.rsplit(" ", 1)[1])
-    assert counted["vtprune:visual_tokens_total"] == 4 * VISUAL_TOKENS
-    assert counted["vtprune:visual_tokens_kept_total"] == sum(tokens for tokens in kept if tokens is not None)
-    assert counted["vtprune:errors_total"] == 1
+    (tmp_path / "replica.txt").write_text(found["replica"])
+    (tmp_path / "node.txt").write_text(found["node"])
+    assert names(found["replica"], "vllm") == set(), "vLLM's are where they are without Ray"
+    assert names(found["node"], "vtprune") == names(found["node"], "vllm:") == set()
+    with scraped(tmp_path) as prometheus:
+        for metric, count in {
+            "vtprune:visual_tokens_total": 4 * VISUAL_TOKENS,
+            "vtprune:visual_tokens_kept_total": sum(tokens for tokens in kept if tokens is not None),
+            "vtprune:errors_total": 1,
+            "vllm:request_success_total": 4,
+        }.items():
+            ((_, value),) = [one["value"] for one in prometheus.get("query", query=f"sum({metric})")["result"]]
+            assert float(value) == count, metric
+        there = set(prometheus.get("label/__name__/values"))
+        assert {"ray_serve_deployment_replica_healthy", "ray_serve_deployment_replica_starts_total"} <= there
+        assert asked_for() - there == NOT_UNDER_RAY | NOTHING_HAPPENED
+        (inactive,) = [rule["expr"] for rule in rules() if rule.get("alert") == "VtpruneInactive"]
+        assert prometheus.get("query", query=inactive)["result"] == []
+        unpruned = inactive.replace('tower_weights!="none"', 'tower_weights="none"')
+        assert prometheus.get("query", query=unpruned)["result"] != [], (
+            "would not be raised either where nothing is pruned"
+        )

@@ -1,13 +1,15 @@
 """Run by Ray's own Python: serve a configuration of Ray Serve LLM on this machine's CPUs, ask it, say what it answered.
 
 ``python ray_serve.py CONFIG CHECKPOINT REQUESTS`` puts the checkpoint in the place of the configuration's model, sends
-each of the requests (a JSON list of bodies), and prints one JSON object: the answers, and our lines of ``/metrics``.
+each of the requests (a JSON list of bodies), and prints one JSON object: the answers, ``/metrics`` of the replica, and
+what Ray exports for its node.
 """
 
 import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from ray.serve.config import HTTPOptions
 from ray.serve.llm import LLMServingArgs, build_openai_app
 from ray.serve.schema import ServeDeploySchema
 
+from deploy.ray.replicas import replicas
+
+ATTEMPTS = 60
 PASSED_ON = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH", "VLLM_CPU_KVCACHE_SPACE")
 
 
@@ -33,6 +38,18 @@ def on_cpus(arguments: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     model["engine_kwargs"] = {"max_model_len": 2048, "enforce_eager": True}
     model["runtime_env"]["env_vars"] |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return arguments
+
+
+def exported() -> str:
+    """What Ray exports for this node, as soon as vLLM's requests are in it: Ray collects every ten seconds."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    for _ in range(ATTEMPTS):
+        text = httpx.get(url, timeout=60).text
+        if "vllm_request_success_total{" in text:
+            return text
+        time.sleep(1)
+    raise TimeoutError(f"no requests of vLLM at {url}")
 
 
 def main(config: Path, checkpoint: str, requests: Path) -> None:
@@ -50,10 +67,11 @@ def main(config: Path, checkpoint: str, requests: Path) -> None:
         answers = [
             httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60) for body in json.loads(requests.read_text())
         ]
-        metrics = httpx.get(f"{url}/metrics", timeout=60).text
+        (replica,) = replicas()
         found = {
             "answers": [[answer.status_code, answer.json(), answer.headers.get("x-vtprune")] for answer in answers],
-            "metrics": [line for line in metrics.splitlines() if line.startswith("vtprune:")],
+            "replica": httpx.get(f"http://{replica}/metrics", timeout=60).text,
+            "node": exported(),
         }
         print(json.dumps(found))
     finally:
