@@ -1,7 +1,7 @@
-"""One chat request to a server of each family with tiles, and one to a server whose model cannot be pruned."""
+"""Chat requests to a server of each family with tiles, and to servers whose models cannot be pruned."""
 
 import json
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +9,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.support.chat import Server, image_part, kept, url_of, user
+from tests.support.chat import Server, image_part, kept, text_of, url_of, user
+from tests.support.foreign import write_foreign_checkpoint
 from vllm_vtprune.demo.internvl import write_internvl_checkpoint
 from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
 from vllm_vtprune.demo.photo import photograph
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune.demo.server import ServerFailed, running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
@@ -22,8 +23,17 @@ VISUAL_TOKENS = {"llava_next": 64 + 8 * 16 + 8, "internvl": 9 * 16}
 """Of a picture twice as wide as high, with squares of 112 pixels: newlines included, thumbnail included."""
 
 
-def serving(checkpoint: Path, log: Path) -> Iterator[Server]:
-    options = ["--served-model-name", "model", "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
+def serving(checkpoint: Path, log: Path, *more: str) -> Iterator[Server]:
+    options = [
+        *more,
+        "--served-model-name",
+        "model",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "2048",
+        "--enforce-eager",
+    ]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with running_server([str(checkpoint), *options], environment=environment, log=log) as url:
         yield Server(url, log, model="model")
@@ -63,14 +73,22 @@ def test_a_request_with_a_pruned_and_an_unpruned_image(server: tuple[str, Server
 
 
 def test_a_stream(server: tuple[str, Server], picture: Image.Image) -> None:
-    _, served = server
-    events = served.stream(messages=[user("Where is the flag?", url_of(picture))], pruning="balanced")
+    family, served = server
+    asked = {
+        "messages": [user("Where is the flag?", url_of(picture))],
+        "pruning": {"budget": {"type": "energy", "threshold": 0.9, "min_tokens": 1}},
+    }
+    events = served.stream(**asked)
     [image] = events[-1]["pruning"]["images"]
-    assert 0 < image["kept_tokens"] <= image["visual_tokens"]
-    assert image["energy"] >= 0.99 or image["kept_tokens"] == image["visual_tokens"]
+    assert image["visual_tokens"] == VISUAL_TOKENS[family]
+    assert 0 < image["kept_tokens"] < image["visual_tokens"]
+    assert 0.9 <= image["energy"] < 1
+    assert image["bypass_reason"] is None
+    whole = served.ask(**asked)
+    assert whole["pruning"]["images"] == [{**image, "cached": True}]
+    assert text_of(events) == whole["choices"][0]["message"]["content"]
 
 
-@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="another server; runs in make verify")
 def test_a_model_that_cannot_be_pruned_is_served_with_the_reason(tmp_path: Path, picture: Image.Image) -> None:
     checkpoint = write_internvl_checkpoint(tmp_path / "model", image_size=112)
     config = json.loads((checkpoint / "config.json").read_text())
@@ -91,3 +109,43 @@ def test_a_model_that_cannot_be_pruned_is_served_with_the_reason(tmp_path: Path,
         assert information["tower"] is None
         assert not any(method["available"] for method in information["methods"])
         assert "served UNPRUNED" in server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_foreign_checkpoint(tmp_path_factory.mktemp("foreign") / "model")
+
+
+def test_a_foreign_model_is_served_unpruned(foreign: Path, tmp_path: Path) -> None:
+    """Qwen2-VL, no class of which is ours: vLLM's own processor serves it, and its images and videos are counted."""
+    first, second = (url_of(photograph().resize(size)) for size in ((224, 280), (336, 112)))
+    for server in serving(foreign, tmp_path / "log", "--pruning-default", "off"):
+        message = user("Where is the flag?", first, image_part(second, pruning=False))
+        answer = server.ask(messages=[message], pruning="fast")
+        found = [(image["visual_tokens"], image["bypass_reason"]) for image in answer["pruning"]["images"]]
+        assert found == [(8 * 10, "unsupported_model"), (12 * 4, None)]
+        assert kept(answer) == [8 * 10, 12 * 4]
+        plain = server.ask(messages=[message])
+        assert plain["choices"][0]["message"] == answer["choices"][0]["message"]
+        assert plain["usage"]["prompt_tokens"] == answer["usage"]["prompt_tokens"] > 8 * 10 + 12 * 4
+        assert [image["bypass_reason"] for image in plain["pruning"]["images"]] == [None, None]
+        events = server.stream(messages=[message], pruning="fast")
+        assert events[-1]["pruning"]["images"] == answer["pruning"]["images"]
+        text = server.ask(messages=[user("Why?")], pruning="fast")
+        assert text["pruning"]["images"] == []
+        refused = server.post({"messages": [message], "pruning": {"method": "no such"}})
+        assert refused.status_code == 400
+        assert httpx.get(f"{server.url}/v1/pruning").json()["tower"] is None
+        log = server.log.read_text()
+        assert "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned yet: it is served" in log
+        assert "is served UNPRUNED" in log
+
+
+def test_a_foreign_model_is_refused_where_the_default_prunes(foreign: Path, tmp_path: Path) -> None:
+    expected = (
+        "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned yet, but --pruning-default asks "
+        "for it; expected one of Llava"
+    )
+    with pytest.raises(ServerFailed, match=re.escape(expected)):
+        next(serving(foreign, tmp_path / "log", "--pruning-default", "balanced"))
+    assert "Traceback" not in (tmp_path / "log").read_text()
