@@ -310,7 +310,7 @@ def trouble() -> list[Plot]:
             stacked=True,
         ),
         lines(
-            "Starts",
+            "Uptime",
             "Time since each server began to answer. Metric: `vtprune:start_time_seconds`",
             units.Seconds,
             Query("time() - vtprune:start_time_seconds{MODEL}", "{{instance}}"),
