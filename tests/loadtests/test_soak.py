@@ -29,12 +29,14 @@ def requests(count: int, error: str | None = None, lag: float = 0.0) -> list[Rec
     return [Record("FreshImages", i / 2, elapsed=0.4, ttft=0.2, e2e=0.3, error=error, lag=lag) for i in range(count)]
 
 
-def complaints(records: list[Record], processes: list[Process], out: Path, *arguments: str) -> list[str]:
-    """What a soak of a minute at two requests per second says."""
+def complaints(
+    records: list[Record], processes: list[Process], out: Path, *arguments: str, minutes: float = 10
+) -> list[str]:
+    """What a soak at two requests per second says."""
     parser = argparse.ArgumentParser()
     add_slo_arguments(parser)
     given = vars(parser.parse_args(arguments))
-    return conclude(records, processes, "m", argparse.Namespace(out=out, users=4, minutes=1, rate=2.0, **given))
+    return conclude(records, processes, "m", argparse.Namespace(out=out, users=4, minutes=minutes, rate=2.0, **given))
 
 
 def test_a_flat_soak_has_nothing_to_complain_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,16 @@ def test_growth_is_a_complaint(tmp_path: Path) -> None:
     assert complaints(requests(119), [FLAT, grown], tmp_path) == [
         "engine grew by 6.0% from the third quarter of the run to the last"
     ]
+
+
+def test_growth_while_caches_fill_is_no_complaint_and_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grown = Process("engine", [100.0, 100.0, 100.0, 106.0])
+    assert complaints(requests(119), [grown], tmp_path, minutes=2) == []
+    shown = capsys.readouterr().out
+    assert "106 MiB in the last (+6.0%)" in shown
+    assert "growth is not judged in a run of less than 8 minutes" in shown
 
 
 def test_what_saturates_is_told_from_what_leaks() -> None:
@@ -113,18 +125,18 @@ def test_memory_of_a_process_that_has_ended_is_not_made_up() -> None:
 def test_a_soak_of_a_real_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loadtests.soak", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--minutes", "1", "--rate", "3", "--users", "16"],
+        [*command, "--minutes", "1", "--rate", "1", "--users", "16"],
         cwd=ROOT, capture_output=True, text=True, timeout=550, stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["failed"] == 0
-    assert found["completed"] >= 140
-    assert found["vtprune"]["offered_rate"] == 3
+    assert found["completed"] >= 40
+    assert found["vtprune"]["offered_rate"] == 1
     memory = found["vtprune"]["memory"]
     assert len(memory) >= 2, "the API process and the engine"
     for process in memory:
         assert min(process["mib"]) > 1
-        assert Process(**process).grown <= TOLERANCE
+        assert Process(**process).grown <= 0.2, "caches fill, but the run is short"
         assert f"({Process(**process).grown:+.1%})" in done.stdout
