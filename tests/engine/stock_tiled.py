@@ -5,9 +5,11 @@ python -m tests.engine.stock_tiled FAMILY CHECKPOINT OUTPUT
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.engine.qwen_stock_answers import video
 from tests.support.engines import Ask, Engine, running_engine
 from tests.support.tiled import ASPECTS, FAMILIES, Family, picture, pictures
 
@@ -21,7 +23,12 @@ def questions(family: Family, pruning: object) -> list[Ask]:
         Ask(family.ask_about("Compare them.", images=len(shapes)), pictures(range(len(shapes)), shapes), pruning)
         for shapes in (ASPECTS[:2], ASPECTS[2:6])
     ]
-    return [*single, *several, Ask(family.ask_about("Count from one to ten.", images=0), (), pruning)]
+    moving = [
+        Ask(family.ask_about(f"{family.video}\nWhat moves?", images=images), pictures([2] * images, ASPECTS[:images]))
+        for images in (0, 1)
+    ]
+    videos = [replace(asked, pruning=pruning, videos=[video()]) for asked in moving] if family.video else []
+    return [*single, *several, *videos, Ask(family.ask_about("Count from one to ten.", images=0), (), pruning)]
 
 
 def answers(engine: Engine, family: Family, pruning: object) -> list[Any]:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engine.qwen_stock_answers import video
 from tests.support.engines import TOLERANCE, Answer, Ask, Engine, running_engine
 from tests.support.process_tree import family as family_of
 from tests.support.process_tree import kill
@@ -102,10 +103,15 @@ class Checker:
         pruning = {"images": list(policies), "texts": list(texts)}
         answer = self.engine.ask(Ask(prompt, images, pruning, list(names)))
         assert answer.images is not None
-        read = [self._reads(*each) for each in zip(images, names, policies, texts, answer.images, strict=True)]
+        read = [self.reads(*each) for each in zip(images, names, policies, texts, answer.images, strict=True)]
         prompt_ids = self.reference.prompt_ids(prompt, [len(embeds) for embeds in read])
         assert answer.prompt_ids == prompt_ids
-        logprobs = self.reference.logprobs(prompt_ids, read, answer.token_ids)
+        self.compare(answer, read)
+        return answer
+
+    def compare(self, answer: Answer, read: Sequence[torch.Tensor]) -> None:
+        """vLLM's answer with what the reference says to the same prompt, in which it reads these embeddings."""
+        logprobs = self.reference.logprobs(answer.prompt_ids, read, answer.token_ids)
         behind = logprobs.max(dim=1).values - logprobs[range(len(logprobs)), answer.token_ids]
         assert behind.max() < TIE, f"{answer.token_ids} is not {logprobs.argmax(dim=1).tolist()}"
         self.ties += int((behind > 0).sum())
@@ -117,9 +123,8 @@ class Checker:
             )
         )
         assert self.differences[-1] < TOLERANCE
-        return answer
 
-    def _reads(self, image: Image.Image, name: str, policy: Any, text: str, report: ImageReport) -> torch.Tensor:
+    def reads(self, image: Image.Image, name: str, policy: Any, text: str, report: ImageReport) -> torch.Tensor:
         """(T, d): what the reference's language model reads of an image."""
         if name not in self._embeds:
             self._embeds[name] = self.reference.visual_embeds(image)
@@ -236,6 +241,29 @@ def test_a_client_may_ask_for_fewer_tiles(engine: Engine, family: Family) -> Non
         assert features.tiles is not None
         tops = {box[0] for box in features.tiles.boxes if box is not None}
         assert (len(tops), features.tiles.overview) == (rows, tiles - 1)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("family", ["internvl"], indirect=True, scope="module")
+def test_videos_pass_unpruned_in_either_order(checker: Checker, family: Family) -> None:
+    frames, metadata = video()
+    reference: Any = checker.reference
+    moving = reference.video_embeds(frames)
+    policy = {"budget": {"type": "tokens", "keep": 20}}
+    for number, order in enumerate((f"{family.image}\n{family.video}", f"{family.video}\n{family.image}")):
+        shown, name = picture(number, (3, 2), "video"), f"video-{number}"
+        prompt = family.ask_about(f"{order}\nWhat moves before the bus?", images=0)
+        pruning = {**policy, "texts": ["the bus"]}
+        answer = checker.engine.ask(Ask(prompt, [shown], pruning, [name], videos=[(frames, metadata)]))
+        reports = list(answer.images or ())
+        assert [report.bypass_reason for report in reports][:: 1 - 2 * number] == [None, "unsupported_modality"]
+        still, unpruned = reports[:: 1 - 2 * number]
+        assert unpruned.kept_tokens == unpruned.visual_tokens == len(moving)
+        kept = checker.reads(shown, name, policy, "the bus", still)
+        assert len(kept) == 20
+        prompt_ids = reference.prompt_ids(prompt, [len(kept)], len(frames))
+        assert answer.prompt_ids == prompt_ids
+        checker.compare(answer, [kept, moving][:: 1 - 2 * number])
 
 
 def test_one_image_under_two_policies_in_one_prompt(checker: Checker) -> None:

@@ -31,6 +31,7 @@ class Reference:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         self._pixels = AutoImageProcessor.from_pretrained(checkpoint)
         self.image_token = self.model.config.image_token_id
+        self.media_tokens = [self.image_token]
 
     @torch.inference_mode()
     def visual_embeds(self, image: Image.Image) -> torch.Tensor:
@@ -68,7 +69,7 @@ class Reference:
         table = self.model.get_input_embeddings()
         ids = torch.tensor(prompt_ids)
         prompt = table(ids)
-        prompt[ids == self.image_token] = torch.cat(list(images))
+        prompt[torch.isin(ids, torch.tensor(self.media_tokens))] = torch.cat(list(images))
         embeds = torch.cat([prompt, table(torch.tensor(answer[:-1], dtype=torch.long))])
         logits = self.model(inputs_embeds=embeds[None], position_ids=torch.arange(len(embeds))[None]).logits[0]
         return logits[len(prompt_ids) - 1 :].float().log_softmax(dim=-1)
@@ -110,6 +111,11 @@ class InternVLReference(Reference):
 
     model_class = InternVLForConditionalGeneration
 
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint)
+        self.video_token = self.tokenizer.convert_tokens_to_ids("<video>")
+        self.media_tokens.append(self.video_token)
+
     @torch.inference_mode()
     def visual_embeds(self, image: Image.Image) -> torch.Tensor:
         pixels = self._pixels(image.convert("RGB"), return_tensors="pt")["pixel_values"]
@@ -122,10 +128,18 @@ class InternVLReference(Reference):
         pixels = processor(videos=[frames], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
         return self.model.get_image_features(pixel_values=pixels.flatten(0, 1)).pooler_output.flatten(0, 1)
 
-    def prompt_ids(self, prompt: str, kept: Sequence[int]) -> list[int]:
+    def prompt_ids(self, prompt: str, kept: Sequence[int], frames: int = 0) -> list[int]:
+        """As `Reference.prompt_ids`. `frames`: of a video, to each of which belong as many tokens as to a tile."""
         before, after = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
         counts = iter(kept)
+        tile = "<video>" * self.model.config.image_seq_length
+        video = "\n".join(f"Frame{number + 1}: <img>{tile}</img>" for number in range(frames))
         ids: list[int] = []
         for token in self.tokenizer(prompt)["input_ids"]:
-            ids += [before, *[token] * next(counts), after] if token == self.image_token else [token]
+            if token == self.image_token:
+                ids += [before, *[token] * next(counts), after]
+            elif token == self.video_token:
+                ids += self.tokenizer(video, add_special_tokens=False)["input_ids"]
+            else:
+                ids.append(token)
         return ids

@@ -18,7 +18,7 @@ class Family:
     """A family as the tests see it.
 
     Attributes:
-        image: what stands for an image in a prompt.
+        image, video: what stands for one in a prompt; no video where the family has none.
         chat_forms: in which its checkpoints are asked about ``{image}`` and ``{text}``.
         modalities: what its prompts may hold, beside text.
         write: writes its checkpoint, into a directory and with an `image_size` of its tiles.
@@ -37,6 +37,7 @@ class Family:
     model: str
     stock_processor: str
     stock_model: str
+    video: str = ""
 
     def ask_about(self, question: str, images: int = 1, before: str = "") -> str:
         """A prompt in the form of the family's checkpoint."""
@@ -84,6 +85,7 @@ FAMILIES = {
             model="vllm_vtprune.plugin.internvl.PrunedInternVLForConditionalGeneration",
             stock_processor="InternS1MultiModalProcessor",
             stock_model="vllm.model_executor.models.interns1.InternS1ForConditionalGeneration",
+            video="<video>",
         ),
     )
 }
