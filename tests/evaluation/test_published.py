@@ -1,0 +1,33 @@
+"""The accuracies in the documentation are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = json.loads((ROOT / "docs/benchmarks/eval-demo.json").read_text())
+PAGE = (ROOT / "docs/evaluation.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_ranking_is_that_of_the_results() -> None:
+    fixed = [r for r in PUBLISHED["ranked_results"] if r["keep"] and not (r["inside"] or r["adaptive"])]
+    kept = sorted({result["keep"] for result in fixed}, reverse=True)
+    assert f"| method | {' | '.join(f'{keep} tokens' for keep in kept)} |" in PAGE
+    for method in {result["method"] for result in fixed}:
+        cells = {
+            r["keep"]: f"{r['accuracy']:.1%} ({100 * r['difference']:+.1f})" for r in fixed if r["method"] == method
+        }
+        row = " | ".join(cells.get(keep, "").replace("%", " %") for keep in kept)
+        assert f"| `{method}` | {row} |" in PAGE
+
+
+def test_the_readme_tells_the_same() -> None:
+    at_64 = {r["method"]: r["accuracy"] for r in PUBLISHED["ranked_results"] if r["arm"] == f"{r['method']}@64"}
+    section = README[README.index("## Accuracy") : README.index("## Speed")]
+    told = re.findall(r"`(\w+)` ([\d.]+) %", section)
+    assert len(told) >= 5
+    assert [(method, f"{100 * at_64[method]:.1f}") for method, _ in told] == told
+    whole = PUBLISHED["unpruned_2000_questions"]["accuracy"]
+    assert f"{100 * whole:.1f} % of\n2,000 questions" in section
+    assert f"**{100 * whole:.1f} %**" in PAGE
