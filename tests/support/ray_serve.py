@@ -61,7 +61,8 @@ def main(config: Path, checkpoint: str, requests: Path) -> None:
         port = probe.getsockname()[1]
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20)
     try:
-        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        host = read.http_options.host  # replicas listen there too, and are scraped at the node's address
+        serve.start(http_options=HTTPOptions(host=host, port=port))
         serve.run(build_openai_app(on_cpus(application.args, checkpoint)))
         url = f"http://127.0.0.1:{port}"
         answers = [
