@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 from pythonjsonlogger.json import JsonFormatter
 from vllm.logging_utils.formatter import JSON_FORMAT
 
@@ -68,7 +69,7 @@ def logged() -> Iterator[StringIO]:
 
 
 def test_a_pruned_request_is_one_line_with_its_id_and_none_of_its_text(logged: StringIO) -> None:
-    trace_of(PRUNED, PRUNED.as_cached(), WHOLE, preset="fast").finish("finished")
+    trace_of(PRUNED, PRUNED.as_cached(), WHOLE, preset="fast").finish("finished", "model")
     [line] = logged.getvalue().splitlines()
     entry = json.loads(line)
     assert (entry["levelname"], entry["name"]) == ("INFO", "vllm.vtprune.requests")
@@ -92,9 +93,22 @@ def test_a_pruned_request_is_one_line_with_its_id_and_none_of_its_text(logged: S
 
 
 def test_a_request_that_was_not_pruned_is_not_logged(logged: StringIO) -> None:
-    trace_of(WHOLE).finish("finished")
-    trace_of().finish("finished")
+    trace_of(WHOLE).finish("finished", "model")
+    trace_of().finish("finished", "model")
     assert logged.getvalue() == ""
+
+
+def test_a_request_ends_once() -> None:
+    def counted(outcome: str) -> float:
+        return (
+            REGISTRY.get_sample_value("vtprune:requests_total", {"model_name": "of-this-test", "outcome": outcome})
+            or 0.0
+        )
+
+    trace = trace_of()
+    trace.finish("failed", "of-this-test")
+    trace.finish("finished", "of-this-test")
+    assert (counted("failed"), counted("finished")) == (1, 0)
 
 
 def lines_about(log: Path, request_id: str) -> list[str]:
