@@ -11,6 +11,8 @@ import pytest
 from tests.support.spacy_model import NOT_READY, wheel
 from vllm_vtprune.text import EMBEDDED, SPACY_MODEL, extract_nouns, text_pipeline_name
 
+pytestmark = pytest.mark.verify
+
 ROOT = Path(__file__).parents[2]
 
 

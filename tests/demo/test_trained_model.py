@@ -2,9 +2,13 @@
 
 from collections import Counter
 
+import pytest
+
 from evaluation.in_llm import InLLM
 from evaluation.questions import is_right, pictures
 from vllm_vtprune.demo.checkpoint import TRAINED
+
+pytestmark = pytest.mark.verify  # make test has the demo's two answers
 
 QUESTIONS = 60
 FLOOR = 0.65  # served, it answers 82 % of 2,000; chance gives a third at best
