@@ -31,3 +31,11 @@ def test_the_readme_tells_the_same() -> None:
     whole = PUBLISHED["unpruned_2000_questions"]["accuracy"]
     assert f"{100 * whole:.1f} % of\n2,000 questions" in section
     assert f"**{100 * whole:.1f} %**" in PAGE
+
+
+def test_the_presets_keep_what_the_readme_says() -> None:
+    found = json.loads((ROOT / "docs/benchmarks/eval-presets.json").read_text())["results"]
+    for result in found:
+        name = {"unpruned": "off"}.get(result["arm"], result["arm"])
+        accuracy, reading = (f"{100 * share:.1f} %" for share in (result["accuracy"], result["by_kind"]["reading"]))
+        assert f"| `{name}` | {result['mean_tokens']:.1f} | {accuracy} | {reading} |" in README
