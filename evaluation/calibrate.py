@@ -187,7 +187,7 @@ def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], enco
     if budgets[0] > largest:
         print(f"Energy budgets keep at most {largest:.1f} tokens on average here.", file=sys.stderr)
     trials = [Trial(LARGEST, largest)] if budgets[0] > largest else []
-    trials += [_trial(encoded, tokens) for tokens in budgets if tokens < largest]
+    trials += [_trial(encoded, tokens) for tokens in budgets if tokens <= largest]
     arms = [Arm(f"{trial.mean_tokens:.1f}", _policy(args, trial), args.method, adaptive=True) for trial in trials]
     PruningPolicy.parse(arms[0].policy)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -133,12 +133,9 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         try:
             policies = self._read_policies(request, trace)
             images = self._apply_policies(request, trace.policy, policies, report_id)
-            with (
-                metrics.REQUESTS_WAITING.labels(self.runtime.model_name).track_inprogress()
-                if request.images
-                else nullcontext(),
-                nullcontext() if self.processor is None else EarlyEncoding(self.processor, images, client_kwargs),
-            ):
+            waiting = metrics.REQUESTS_WAITING.labels(self.runtime.model_name).track_inprogress()
+            early = None if self.processor is None else EarlyEncoding(self.processor, images, client_kwargs)
+            with waiting if request.images else nullcontext(), early or nullcontext():
                 rendered = await super().render_chat_request(request)
         except PolicyError as error:
             raise InvalidField(str(error), parameter=error.param) from error
