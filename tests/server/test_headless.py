@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, kept, random_model, user
+from tests.support.chat import SMALL_KV_CACHE, VISUAL_TOKENS, Server, fresh_url, kept, random_model, user
 from vllm_vtprune.demo.server import free_port, running_server, stop
 
 pytestmark = [
@@ -30,6 +30,7 @@ def head(node_log: Path) -> Iterator[Server]:
         *("--data-parallel-size", "2", "--data-parallel-size-local", "1"),
         *("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(free_port())),
         *("--max-model-len", "2048"),
+        *SMALL_KV_CACHE,
         "--enforce-eager",
     ]
     serve = [

@@ -13,7 +13,19 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.chat import DONE, VISUAL_TOKENS, Body, Server, data_of, fresh_url, kept, random_model, text_of, user
+from tests.support.chat import (
+    DONE,
+    SMALL_KV_CACHE,
+    VISUAL_TOKENS,
+    Body,
+    Server,
+    data_of,
+    fresh_url,
+    kept,
+    random_model,
+    text_of,
+    user,
+)
 from tests.support.collector import Collector, running_collector
 from tests.support.process_tree import family, kill, survivors
 from vllm_vtprune.demo.server import running_server
@@ -41,11 +53,10 @@ def operated(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> 
         *("--logging-config.formatter", "json"),
         *("--shutdown-timeout", str(SHUTDOWN_TIMEOUT)),
         *("--max-model-len", "4096"),
+        *SMALL_KV_CACHE,
         "--enforce-eager",
     ]
     environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "200",  # milliseconds between exports
     }

@@ -19,6 +19,8 @@ DONE = "[DONE]"
 VISUAL_TOKENS = 576
 """Of an image, in a checkpoint of LLaVA's family."""
 
+SMALL_KV_CACHE = ("--kv-cache-memory-bytes", str(2**28))  # several servers run at the same time
+
 _seeds = count()
 # Requests do not share connections, so that several processes behind one address all get some.
 _http = httpx.Client(timeout=120, verify=False, limits=httpx.Limits(max_keepalive_connections=0))

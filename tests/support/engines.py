@@ -22,6 +22,9 @@ TOLERANCE = 1e-3
 BLOCK = 32
 """Tokens of a KV-cache block, the least that the CPU kernels take: the prefix cache works in whole blocks."""
 
+KV_CACHE_BYTES = 2**28
+"""Of each engine: several run at the same time."""
+
 _request_ids = count()
 
 
@@ -127,8 +130,8 @@ def running_engine(
         environment: variables that are set while the engine starts.
         options: of `LLM`, beside or instead of those that all engines of the tests share.
     """
-    shared = {"max_model_len": 2560, "limit_mm_per_prompt": {"image": 3}}
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
+    shared = {"max_model_len": 2560, "limit_mm_per_prompt": {"image": 3}, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+    environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
     before = {variable: os.environ.get(variable) for variable in environment}
     os.environ.update(environment)
     try:
