@@ -376,17 +376,19 @@ class PruningPolicy(_Strict):
 BUILTIN_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "off": {"method": NONE},
-        "quality": {"budget": {"type": "energy", "threshold": 0.998}},
-        "balanced": {"budget": {"type": "energy", "threshold": 0.99}},
+        "quality": {"budget": {"type": "energy", "threshold": 0.998, "min_tokens": 192}},
+        "balanced": {"budget": {"type": "energy", "threshold": 0.99, "min_tokens": 128}},
         "fast": {"budget": {"type": "ratio", "keep": 1 / 9}},
         "document": {"budget": {"type": "energy", "threshold": 0.998, "min_tokens": 192}, "alpha": 0.3},
     }
 )
 """The presets that come with the package.
 
-``quality`` and ``balanced`` are E-AdaPrune's two thresholds (284 and 150 of 576 tokens on average in its paper),
-``fast`` is the smallest budget of ResPrune's tables (64 of 576). ``document`` keeps more of dense pages and follows the
-question less, since text is read from everywhere on a page; its numbers are a guess, not calibrated.
+The thresholds of ``quality`` and ``balanced`` are E-AdaPrune's two (284 and 150 of 576 tokens on average in its paper).
+Energy alone is no safe budget, since features of few directions hold all of it in few tokens, so each has a floor: the
+fewest tokens at which the demo model keeps 95 and 90 % of its right answers (docs/evaluation.md). ``fast`` is the
+smallest budget of ResPrune's tables (64 of 576). ``document`` follows the question less, since text is read from
+everywhere on a page.
 """
 
 OFF = PruningPolicy(method=NONE)
