@@ -13,7 +13,7 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # several engines run at a time:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more crawl where engines keep the cores busy
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM binds every engine to the same core
 
-LONG_FIXTURES = {"deployed", "watched"}  # the image's server, and a Prometheus that watches it
+LONG_FIXTURES = {"image", "deployed", "watched"}  # what the Dockerfile makes, its server, a Prometheus that watches it
 SHARED = {"server": "server", **dict.fromkeys(("cached", "uncached", "chunked", "stock_runs"), "llava")}
 """The fixtures that several files share, and the name of those who share them."""
 

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from evaluation.ablations import ABLATIONS, SOLVERS
+
 ROOT = Path(__file__).parents[2]
 PUBLISHED = json.loads((ROOT / "docs/benchmarks/eval-demo.json").read_text())
 PAGE = (ROOT / "docs/evaluation.md").read_text()
@@ -39,3 +41,18 @@ def test_the_presets_keep_what_the_readme_says() -> None:
         name = {"unpruned": "off"}.get(result["arm"], result["arm"])
         accuracy, reading = (f"{100 * share:.1f} %" for share in (result["accuracy"], result["by_kind"]["reading"]))
         assert f"| `{name}` | {result['mean_tokens']:.1f} | {accuracy} | {reading} |" in README
+
+
+def test_the_ablations_are_those_of_the_results() -> None:
+    tables = json.loads((ROOT / "docs/benchmarks/eval-ablations.json").read_text())
+    assert set(tables) == {*ABLATIONS, SOLVERS}
+    for name, table in tables.items():
+        assert f"`{name}`" in PAGE
+        rows: dict[str, list[str]] = {}
+        for result in table["ranked_results"]:
+            if result["keep"]:
+                tokens = f"{result['mean_tokens']:.1f} | " if result["adaptive"] else ""
+                cell = f"{100 * result['accuracy']:.1f} % ({100 * result['difference']:+.1f})"
+                rows.setdefault(result["method"], []).append(f"{tokens}{cell}")
+        for row, cells in rows.items():
+            assert f"| {row} | {' | '.join(cells)} |" in PAGE, name
