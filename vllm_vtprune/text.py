@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from functools import cache, lru_cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -92,7 +92,11 @@ def clean_instruction(prompt: str) -> str:
 
 def text_pipeline_name() -> str:
     """Which pipeline finds the nouns: ``en_core_web_sm`` where it is installed, else ``embedded``."""
-    return SPACY_MODEL if find_spec(SPACY_MODEL) is not None else EMBEDDED
+    try:
+        distribution(SPACY_MODEL)  # as spaCy looks for it: a folder of that name is no model
+    except PackageNotFoundError:
+        return EMBEDDED
+    return SPACY_MODEL
 
 
 @cache

@@ -57,3 +57,13 @@ for name in {NOT_READY}:
 """
     done = run(code, site)
     assert tuple(done.stdout.split()) == NOT_READY, done.stderr
+
+
+def test_a_folder_of_the_model_s_name_is_not_the_model(tmp_path: Path) -> None:
+    (tmp_path / SPACY_MODEL).mkdir()
+    done = run(
+        "from vllm_vtprune.text import read_prompt, text_pipeline_name\n"
+        "print(text_pipeline_name(), *read_prompt('Is the bus red?').nouns)",
+        tmp_path,
+    )
+    assert done.stdout.split() == [EMBEDDED, "bus"], done.stderr
