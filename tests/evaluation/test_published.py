@@ -56,3 +56,10 @@ def test_the_ablations_are_those_of_the_results() -> None:
                 rows.setdefault(result["method"], []).append(f"{tokens}{cell}")
         for row, cells in rows.items():
             assert f"| {row} | {' | '.join(cells)} |" in PAGE, name
+
+
+def test_inside_the_language_model_it_is_as_the_page_says() -> None:
+    for result in json.loads((ROOT / "docs/benchmarks/eval-in-llm.json").read_text())["results"]:
+        low, high = (f"{100 * end:.1f}" for end in result["ci95"])
+        tokens, accuracy = f"{result['mean_tokens']:.1f}", f"{100 * result['accuracy']:.1f} %"
+        assert f"| `{result['arm']}` | {tokens} | {accuracy} | {low} to {high} |" in PAGE
