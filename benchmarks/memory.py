@@ -133,7 +133,9 @@ def server_process(url: str) -> psutil.Process:
 
 
 def role(process: psutil.Process) -> str:
-    return " ".join(process.cmdline())[:32]
+    """Its command line, cut, without the folder of its program."""
+    program, *arguments = process.cmdline()
+    return " ".join([program.rpartition("/")[2], *arguments])[:32]
 
 
 def body(index: int) -> dict[str, Any]:

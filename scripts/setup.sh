@@ -49,7 +49,7 @@ install_project() {
 
 # On every core, where pip uses one. Some packages ship templates that are not Python.
 compile_packages() {
-    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
+    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >"$log" 2>&1 || true
 }
 
 # PyPI's torchvision, torchaudio and torchcodec are CUDA builds. vLLM needs the first and can do without the others,
@@ -99,10 +99,10 @@ fi
 rm -f "$stamp"
 echo "setup: installing vLLM ($device) and the project into $venv; the first time takes some minutes"
 install_project
-compile_packages
 if [ "$device" = cpu ]; then
     repair_for_cpu
 fi
+compile_packages
 "$venv/bin/python" -c "from vllm.model_executor.models.llava import LlavaForConditionalGeneration" >"$log" 2>&1 || {
     cat "$log" >&2
     echo "setup: vLLM is installed but does not import" >&2

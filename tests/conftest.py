@@ -1,7 +1,7 @@
 """Settings of every test: no model hub, small KV caches, one thread for small tensors; and who runs what.
 
-Tests run on as many processes as there are cores (Makefile). What is started once for many tests must not be started
-in each of those processes, so the tests of an engine or a server go to one of them together, and so do those of a file.
+`make test` runs them in two processes. What is started once for many tests must not be started in each of those, so the
+tests of an engine or a server go to one of them together, and so do the other tests of a file.
 """
 
 import os
@@ -14,7 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more crawl where engines keep t
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM binds every engine to the same core
 
 LONG_FIXTURES = {"image", "deployed", "watched"}  # what the Dockerfile makes, its server, a Prometheus that watches it
-SHARED = {"server": "server", **dict.fromkeys(("cached", "uncached", "chunked", "stock_runs"), "llava")}
+SHARED = {
+    "server": "server",
+    **dict.fromkeys(("cached", "uncached", "chunked", "stock_runs"), "llava"),
+    **dict.fromkeys(LONG_FIXTURES, "image"),
+}
 """The fixtures that several files share, and the name of those who share them."""
 
 
@@ -24,8 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not os.environ.get("VTPRUNE_VERIFY"):
             leave_to_verify(item)
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    # Engines run until the last test ends, and take time from the others, so they come last: those of most tests first.
-    items.sort(key=lambda item: (item.get_closest_marker("engine") is not None, group_of(item) not in SHARED.values()))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=turn)
+
+
+def turn(item: pytest.Item) -> tuple[bool, bool]:
+    """Engines run until the last test ends and take time from others, so they come last: those of most tests first."""
+    return item.get_closest_marker("engine") is not None, group_of(item) not in SHARED.values()
 
 
 def leave_to_verify(item: pytest.Item) -> None:

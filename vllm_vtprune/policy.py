@@ -386,9 +386,9 @@ BUILTIN_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 The thresholds of ``quality`` and ``balanced`` are E-AdaPrune's two (284 and 150 of 576 tokens on average in its paper).
 Energy alone is no safe budget, since features of few directions hold all of it in few tokens, so each has a floor: the
-fewest tokens at which the demo model keeps 95 and 90 % of its right answers (docs/evaluation.md). ``fast`` is the
-smallest budget of ResPrune's tables (64 of 576). ``document`` follows the question less, since text is read from
-everywhere on a page.
+fewest of 32, 64, 128 and 192 tokens at which ResPrune keeps 95 and 90 % of the demo model's right answers
+(docs/evaluation.md). ``fast`` is the smallest budget of ResPrune's tables (64 of 576). ``document`` follows the
+question less, since text is read from everywhere on a page; its alpha is a guess.
 """
 
 OFF = PruningPolicy(method=NONE)

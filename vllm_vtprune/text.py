@@ -90,6 +90,7 @@ def clean_instruction(prompt: str) -> str:
     return _single_spaced(prompt).strip(" \t\n,;:")
 
 
+@cache
 def text_pipeline_name() -> str:
     """Which pipeline finds the nouns: ``en_core_web_sm`` where it is installed, else ``embedded``."""
     try:

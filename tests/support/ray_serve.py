@@ -24,7 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 from deploy.ray.replicas import replicas
 
 ATTEMPTS = 60
-PASSED_ON = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH", "VLLM_CPU_KVCACHE_SPACE")
+PASSED_ON = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 
 
 def on_cpus(arguments: dict[str, Any], checkpoint: str) -> dict[str, Any]:
