@@ -101,6 +101,7 @@ def test_one_picture_unpruned_and_pruned(demo: Demo) -> None:
     assert survivors(list(demo.seen), within=GONE_WITHIN) == []
 
 
+@pytest.mark.verify  # another start; test_demo_server.py interrupts a stand-in for the server
 def test_interrupted_while_the_engine_starts_it_stops_the_server(demo: Demo) -> None:
     demo.wait(lambda demo: demo.has_started("EngineCore"))
     assert demo.process.poll() is None, demo.stderr.read_text()

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +80,8 @@ def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def qwen_stock_run(qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Any]]:
-    """Has `qwen_stock_answers.py` run without the plugin; gives a function that waits for what it wrote."""
-    folder = tmp_path_factory.mktemp("qwen-stock")
-    command = [sys.executable, "-m", "tests.engine.qwen_stock_answers", str(qwen_checkpoint), str(folder / "answers")]
-    with (folder / "log").open("w") as log:
-        environment = {**os.environ, "VLLM_PLUGINS": ""}
-        run = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-
-    def answers() -> Any:
-        assert run.wait() == 0, (folder / "log").read_text()[-4000:]
-        return json.loads((folder / "answers").read_text())
-
-    yield answers
-    run.wait()
-
-
-@pytest.fixture(scope="session")
-def qwen(qwen_checkpoint: Path, qwen_stock_run: object) -> Iterator[Engine]:
-    """Qwen2.5-VL, every cache on, prefill in chunks smaller than an image. Starts together with the stock run."""
+def qwen(qwen_checkpoint: Path) -> Iterator[Engine]:
+    """Qwen2.5-VL, every cache on, prefill in chunks smaller than an image."""
     with running_engine(qwen_checkpoint, "qwen", **QWEN_OPTIONS) as engine:
         yield engine
 

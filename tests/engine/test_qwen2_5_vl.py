@@ -4,10 +4,12 @@ The engine has every cache on and prefills in chunks smaller than an image. The 
 their number, conversations of one and two turns, and budgets.
 """
 
+import json
 import os
 import random
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.engine.qwen_stock_answers import answers, questions, video
-from tests.support.engines import BLOCK, TOLERANCE, Answer, Ask, Engine, uncached
+from tests.support.engines import BLOCK, TOLERANCE, Answer, Ask, Engine, run_without_plugin, uncached
 from tests.support.images import sample_images
 from tests.support.qwen2_5_vl import IMAGE, SYSTEM, VIDEO, Medium, QwenReference, answered, ask_about
 from vllm_vtprune import PruningPolicy, plan_tokens
@@ -325,9 +327,11 @@ def test_the_text_of_a_prompt_is_what_its_turns_say(qwen: Engine) -> None:
     assert SYSTEM in prompt
 
 
-def test_off_is_stock(qwen: Engine, qwen_stock_run: Callable[[], Any]) -> None:
+@pytest.mark.verify  # starts another engine; `make test` compares LLaVA-1.5's with stock vLLM's
+def test_off_is_stock(qwen: Engine, qwen_checkpoint: Path, tmp_path: Path) -> None:
     """Bit for bit."""
-    stock = qwen_stock_run()
+    run_without_plugin("tests.engine.qwen_stock_answers", qwen_checkpoint, tmp_path / "answers.json")
+    stock = json.loads((tmp_path / "answers.json").read_text())
     assert stock["processor"] == "Qwen2_5_VLMultiModalProcessor"
     assert stock["worker"]["model_class"] == (
         "vllm.model_executor.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration"

@@ -7,8 +7,6 @@ and reads what `plan_tokens` keeps, at positions from 0 without gaps.
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations, product
 from pathlib import Path
@@ -20,9 +18,7 @@ import torch
 from PIL import Image
 
 from tests.engine.qwen_stock_answers import video
-from tests.support.engines import TOLERANCE, Answer, Ask, Engine, running_engine
-from tests.support.process_tree import family as family_of
-from tests.support.process_tree import kill
+from tests.support.engines import TOLERANCE, Answer, Ask, Engine, run_without_plugin, running_engine
 from tests.support.processes import state
 from tests.support.reference import Reference
 from tests.support.tiled import ASPECTS, FAMILIES, SMALL, Family, picture, pictures
@@ -32,7 +28,6 @@ from vllm_vtprune.text import extract_nouns
 
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ("What does the astronaut wear?", "Where is the cat, and where is the cup?", "What is it?")
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID = list(product(range(len(ASPECTS)), (1, 2, 3, 4), BUDGETS))
@@ -52,27 +47,15 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def stock(family: Family, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Any]]:
-    """What an engine without the plugin answers. It starts at once, and the call waits until it is done."""
+def stock(family: Family, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What an engine without the plugin answers."""
     output = tmp_path_factory.mktemp("stock") / "answers.json"
-    command = [sys.executable, "-m", "tests.engine.stock_tiled", family.name, str(checkpoint), str(output)]
-    with output.with_suffix(".log").open("w") as log:
-        run = subprocess.Popen(
-            command, env={**os.environ, "VLLM_PLUGINS": ""}, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-        )
-
-    def answers() -> Any:
-        assert run.wait() == 0, output.with_suffix(".log").read_text()[-4000:]
-        return json.loads(output.read_text())
-
-    yield answers
-    if run.poll() is None:
-        kill(family_of(run.pid))  # its engine would outlive it
-    run.wait()
+    run_without_plugin("tests.engine.stock_tiled", family.name, checkpoint, output)
+    return json.loads(output.read_text())
 
 
 @pytest.fixture(scope="module")
-def engine(family: Family, checkpoint: Path, stock: Any) -> Iterator[Engine]:
+def engine(family: Family, checkpoint: Path) -> Iterator[Engine]:
     with running_engine(checkpoint, family.name, **family.engine_options) as engine:
         yield engine
 
@@ -290,14 +273,14 @@ def test_images_at_the_same_time(checker: Checker, family: Family) -> None:
         assert got.token_ids == expected.token_ids
 
 
-def test_off_is_stock(family: Family, engine: Engine, stock: Callable[[], Any]) -> None:
+@pytest.mark.verify  # starts another engine; `make test` compares LLaVA-1.5's with stock vLLM's
+def test_off_is_stock(family: Family, engine: Engine, stock: Any) -> None:
     """The prompts, tokens and log-probabilities of an engine without the plugin: not a bit may differ."""
     from tests.engine.stock_tiled import answers
 
-    expected = stock()
-    assert expected["processor"] == family.stock_processor
-    assert expected["worker"]["model_class"] == family.stock_model
-    assert not [name for name in expected["worker"]["modules"] if name.startswith("vllm_vtprune.plugin")]
+    assert stock["processor"] == family.stock_processor
+    assert stock["worker"]["model_class"] == family.stock_model
+    assert not [name for name in stock["worker"]["modules"] if name.startswith("vllm_vtprune.plugin")]
     assert type(engine.processor).__name__ == family.processor
     worker = engine.llm.collective_rpc("worker_state")[0]
     assert worker["model_class"] == family.model
@@ -306,8 +289,8 @@ def test_off_is_stock(family: Family, engine: Engine, stock: Callable[[], Any]) 
     assert f"vllm_vtprune.towers.{family.name}" not in worker["modules"]
     for pruning in (None, False):
         got = json.loads(json.dumps(answers(engine, family, pruning)))
-        assert len(got) == len(expected["answers"]) > 10
-        for ours, theirs in zip(got, expected["answers"], strict=True):
+        assert len(got) == len(stock["answers"]) > 10
+        for ours, theirs in zip(got, stock["answers"], strict=True):
             assert all(math.isfinite(value) for step in theirs[2] for _, value in step)
             assert ours == theirs
         assert len({tuple(token_ids) for _, token_ids, _ in got}) > len(got) // 2, "answers depend on what was asked"

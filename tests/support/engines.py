@@ -1,11 +1,14 @@
 """A real vLLM engine on a tiny checkpoint, and what a test asks it."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from PIL import Image
@@ -15,6 +18,8 @@ from vllm import LLM, SamplingParams
 
 from vllm_vtprune.report import ImageReport
 from vllm_vtprune.runtime import PruningRuntime
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TOLERANCE = 1e-3
 """Of a log-probability: the same computation in another order of additions."""
@@ -154,6 +159,16 @@ def running_engine(
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown(timeout=60)
+
+
+def run_without_plugin(module: str, *arguments: object) -> None:
+    """Run a module of the tests in a process where vLLM is stock, and wait for it."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    with TemporaryFile("w+") as log:
+        status = subprocess.run(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+        log.seek(0)
+        assert status == 0, log.read()[-4000:]
 
 
 def assert_same(answer: Answer, expected: Answer) -> float:
