@@ -134,8 +134,8 @@ def server_process(url: str) -> psutil.Process:
 
 def role(process: psutil.Process) -> str:
     """Its command line, cut, without the folder of its program."""
-    program, *arguments = process.cmdline()
-    return " ".join([program.rpartition("/")[2], *arguments])[:32]
+    command = process.cmdline()
+    return " ".join([Path(program).name for program in command[:1]] + command[1:])[:32]
 
 
 def body(index: int) -> dict[str, Any]:

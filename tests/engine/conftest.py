@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from tests.engine.qwen_stock_answers import QWEN_OPTIONS
-from tests.support.engines import Engine, running_engine
+from tests.support.engines import ROOT, Engine, running_engine
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from evaluation.ablations import ABLATIONS, SOLVERS
+from vllm_vtprune.policy import BUILTIN_PRESETS
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = json.loads((ROOT / "docs/benchmarks/eval-demo.json").read_text())
@@ -37,6 +38,7 @@ def test_the_readme_tells_the_same() -> None:
 
 def test_the_presets_keep_what_the_readme_says() -> None:
     found = json.loads((ROOT / "docs/benchmarks/eval-presets.json").read_text())["results"]
+    assert {result["arm"] for result in found} == {"unpruned", *BUILTIN_PRESETS} - {"off"}
     for result in found:
         name = {"unpruned": "off"}.get(result["arm"], result["arm"])
         accuracy, reading = (f"{100 * share:.1f} %" for share in (result["accuracy"], result["by_kind"]["reading"]))
@@ -59,7 +61,9 @@ def test_the_ablations_are_those_of_the_results() -> None:
 
 
 def test_inside_the_language_model_it_is_as_the_page_says() -> None:
-    for result in json.loads((ROOT / "docs/benchmarks/eval-in-llm.json").read_text())["results"]:
+    found = json.loads((ROOT / "docs/benchmarks/eval-in-llm.json").read_text())["results"]
+    assert {result["method"] for result in found} >= {"fastv", "pyramiddrop", "vtw"}
+    for result in found:
         low, high = (f"{100 * end:.1f}" for end in result["ci95"])
         tokens, accuracy = f"{result['mean_tokens']:.1f}", f"{100 * result['accuracy']:.1f} %"
         assert f"| `{result['arm']}` | {tokens} | {accuracy} | {low} to {high} |" in PAGE
