@@ -67,7 +67,8 @@ def first_largest(candidates: list[int], score: Callable[[int], float]) -> int:
 
 
 def divprune(features: VisualFeatures, k: int, text: Tensor | None) -> list[int]:
-    distance = 1 - unit(features.embeds) @ unit(features.embeds).T
+    cosines = unit(features.embeds) @ unit(features.embeds).T
+    distance = 1 - (cosines + cosines.T) / 2  # to the last bit: two tokens that are nearest to each other are equal
     n = len(distance)
     everyone = list(range(n))
     chosen = [first_largest(everyone, lambda i: min((float(distance[i, j]) for j in everyone if j != i), default=0))]

@@ -19,7 +19,9 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     """
     unit = unit_rows(features.embeds)
     cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
-    pick = int(cosines.amax(dim=1).argmin())
+    # Both ways, since a matrix product need not be symmetric to the last bit: two tokens that are nearest to each other
+    # are equally far from the rest, and the first of them is taken.
+    pick = int(torch.maximum(cosines.amax(dim=0), cosines.amax(dim=1)).argmin())
     nearest = torch.full_like(cosines[0], -torch.inf)  # largest cosine with a chosen token
     chosen = torch.zeros_like(nearest, dtype=torch.bool)
     order = [pick]
