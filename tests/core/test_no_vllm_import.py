@@ -12,7 +12,7 @@ LOADED = (
 
 def loaded_after(code: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{LOADED}"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", f"{code}\n{LOADED}"], capture_output=True, text=True, check=True, timeout=300
     )
     return set(done.stdout.split()[-1].split(",")) if done.stdout.strip() else set()
 

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -187,6 +187,7 @@ ORDERS: dict[str, Reference] = {
 @pytest.mark.parametrize("method", ORDERS)
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(1, 8), columns=st.integers(1, 8), share=st.floats(0, 1), seed=st.integers(0, 9999))
+@example(rows=1, columns=5, share=0.0, seed=1)  # two are nearest to each other, and a matrix product is not symmetric
 def test_same_order_as_the_rule(method: str, rows: int, columns: int, share: float, seed: int) -> None:
     features, text = image(rows, columns, seed), text_of(seed)
     k = max(1, round(share * rows * columns))

@@ -252,7 +252,7 @@ def test_concurrent_first_uses_of_the_tiny_checkpoint_agree(tmp_path: Path) -> N
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    paths = {process.communicate(timeout=120)[0].strip() for process in processes}
+    paths = {process.communicate(timeout=500)[0].strip() for process in processes}
     assert len(paths) == 1
     built = Path(paths.pop())
     assert built.parent.parent == tmp_path

@@ -46,9 +46,9 @@ class Stubborn:
         return {"arguments": [behaviour], "command": ["-c", STUBBORN], "environment": environment, "log": self.log}
 
     def left(self) -> list[psutil.Process]:
-        """Those of its two processes that still exist."""
+        """Those of its two processes that still exist; none before it has said which they are."""
         left = []
-        for pid in json.loads(self.log.read_text().splitlines()[0]):
+        for pid in json.loads((self.log.read_text().splitlines() or ["[]"])[0]):
             with suppress(psutil.NoSuchProcess):
                 left.append(psutil.Process(pid))
         return left
@@ -69,7 +69,7 @@ def test_it_serves_and_is_forced_to_end_where_it_does_not_want_to(
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
         assert urllib.request.urlopen(url).status == 200
         assert len(stubborn.left()) == 2
-    assert survivors(stubborn.left(), within=5) == []
+    assert survivors(stubborn.left(), within=30) == []
 
 
 def test_an_error_while_it_is_used_ends_it_and_comes_through(
@@ -78,7 +78,7 @@ def test_an_error_while_it_is_used_ends_it_and_comes_through(
     monkeypatch.setattr(server, "STOP_TIMEOUT", 0.5)
     with pytest.raises(ZeroDivisionError), running_server(**stubborn.options("healthy")):
         raise ZeroDivisionError
-    assert survivors(stubborn.left(), within=5) == []
+    assert survivors(stubborn.left(), within=30) == []
 
 
 def test_interrupted_while_it_starts_it_is_gone_at_once(stubborn: Stubborn) -> None:
@@ -92,8 +92,8 @@ def test_interrupted_while_it_starts_it_is_gone_at_once(stubborn: Stubborn) -> N
 
     with pytest.raises(KeyboardInterrupt), running_server(**stubborn.options("never healthy"), on_wait=interrupt):
         pytest.fail("it was never healthy")
-    assert survivors(stubborn.left(), within=5) == []
-    assert time.monotonic() - interrupted[0] < 5
+    assert survivors(stubborn.left(), within=30) == []
+    assert time.monotonic() - interrupted[0] < server.STOP_TIMEOUT / 2
 
 
 def test_an_interrupt_while_it_stops_does_not_leave_it_running(stubborn: Stubborn) -> None:
@@ -103,7 +103,7 @@ def test_an_interrupt_while_it_stops_does_not_leave_it_running(stubborn: Stubbor
             signal.setitimer(signal.ITIMER_REAL, 0.5)  # from now: by then it has been asked to stop
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert survivors(stubborn.left(), within=5) == []
+    assert survivors(stubborn.left(), within=30) == []
 
 
 def test_a_server_that_ends_by_itself_has_failed_and_its_last_words_are_told() -> None:
@@ -114,10 +114,13 @@ def test_a_server_that_ends_by_itself_has_failed_and_its_last_words_are_told() -
 
 
 def test_a_server_that_does_not_answer_in_time_has_failed(stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "START_TIMEOUT", 1.5)
+    def time_is_up(waited: float) -> None:
+        if stubborn.log.read_text():
+            monkeypatch.setattr(server, "START_TIMEOUT", 0.0)
+
     with (
         pytest.raises(ServerFailed, match="did not answer within"),
-        running_server(**stubborn.options("never healthy")),
+        running_server(**stubborn.options("never healthy"), on_wait=time_is_up),
     ):
         pytest.fail("it was never healthy")
-    assert survivors(stubborn.left(), within=5) == []
+    assert survivors(stubborn.left(), within=30) == []

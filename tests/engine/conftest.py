@@ -22,9 +22,7 @@ def one_thread() -> Iterator[None]:
     """Leave the cores to the engines: small kernels on several threads crawl where other processes are busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VTPRUNE_TOWER_THREADS", "1")
-        yield
+    yield
     torch.set_num_threads(threads)
 
 

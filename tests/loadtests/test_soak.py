@@ -102,7 +102,10 @@ def test_failures_and_broken_promises_are_complaints(tmp_path: Path) -> None:
 def test_memory_is_that_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadtests.soak.LOOK_EVERY", 0.01)
     with Memory([psutil.Process()]) as memory:
-        time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while not memory.processes():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     [process] = memory.processes()
     assert len(process.mib) >= 4
     assert process.mib[0] == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)

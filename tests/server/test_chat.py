@@ -141,7 +141,7 @@ def test_an_image_that_the_server_remembers_under_a_uuid(server: Server) -> None
 
 
 def test_the_schema_describes_the_field(server: Server) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
+    document = server.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     operation = document["paths"]["/v1/chat/completions"]["post"]
     body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
@@ -192,14 +192,15 @@ def test_the_report_is_complete(server: Server, default_keep: int) -> None:
 @pytest.mark.parametrize("options", OPTIONS_OF_STREAMS, ids=["plain", "usage"])
 def test_in_a_stream_the_last_event_has_the_report_and_no_other(server: Server, options: Body) -> None:
     url = fresh_url()
-    chunks = server.stream(messages=[user("Where is the dog?", url)], **options)
+    request: Body = {"messages": [user("Where is the dog?", url)], "max_tokens": 48, "ignore_eos": True}
+    chunks = server.stream(**request, **options)
     assert [i for i, chunk in enumerate(chunks) if "pruning" in chunk] == [len(chunks) - 1]
     assert set(chunks[-1]["pruning"]) == REPORT_KEYS
     assert ("usage" in chunks[-1]) == bool(options), "the last event is the one that a client expects"
     assert (chunks[-1]["choices"] == []) == bool(options)
     assert len(chunks) > 3, "tokens come one by one"
 
-    whole = server.ask(messages=[user("Where is the dog?", url)])
+    whole = server.ask(**request)
     assert text_of(chunks) == whole["choices"][0]["message"]["content"]
     [streamed], [image] = chunks[-1]["pruning"]["images"], whole["pruning"]["images"]
     assert image == {**streamed, "cached": True}
@@ -271,7 +272,7 @@ def check_timings(timings: Body) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_timings_are_those_of_the_request(server: Server, stream: bool) -> None:
-    request = {"messages": [user("Where is the dog?", fresh_url())], "max_tokens": 40, "ignore_eos": True}
+    request = {"messages": [user("Where is the dog?", fresh_url())], "max_tokens": 200, "ignore_eos": True}
     started = time.perf_counter()
     report = server.stream(**request)[-1]["pruning"] if stream else server.ask(**request)["pruning"]
     elapsed = (time.perf_counter() - started) * 1000
@@ -281,7 +282,7 @@ def test_timings_are_those_of_the_request(server: Server, stream: bool) -> None:
     assert timings["encode"] > 0
     assert timings["total"] <= elapsed
     assert timings["total"] > elapsed / 10, "in milliseconds, like the others"
-    assert timings["ttft"] < 0.9 * timings["total"], "39 of the 40 tokens come after the first"
+    assert timings["ttft"] < 0.9 * timings["total"], "199 of the 200 tokens come after the first"
 
 
 def test_stages_that_did_not_run_have_no_time(server: Server) -> None:
@@ -355,9 +356,9 @@ def test_a_client_that_hangs_up_ends_its_request(server: Server) -> None:
     messages = [user("Where is the dog?", fresh_url())]
     body = {**server.defaults, "messages": messages, "stream": True, "max_tokens": 1800, "ignore_eos": True}
     before = server.metrics()
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as answer:
         assert next(answer.iter_lines()).startswith("data: ")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     generated = "vllm:generation_tokens_total"
     earlier = now = server.metrics()
     while now.since(before, generated) == (0,) or now.since(earlier, generated) != (0,):

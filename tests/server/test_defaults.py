@@ -69,7 +69,7 @@ def test_an_unknown_preset_is_answered_with_all_that_exist(server: Server) -> No
 
 
 def test_every_served_name_has_every_preset(server: Server, served_names: tuple[str, ...]) -> None:
-    listed = {card["id"]: card for card in httpx.get(f"{server.url}/v1/models").json()["data"]}
+    listed = {card["id"]: card for card in server.get("/v1/models").json()["data"]}
     presets = ["off", "quality", "balanced", "fast", "document", "thumbnail"]
     aliases = [f"{name}@{preset}" for name in served_names for preset in presets]
     assert list(listed) == [*served_names, *aliases], "models before their aliases"

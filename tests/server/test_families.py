@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from PIL import Image
 
@@ -105,7 +104,7 @@ def test_a_model_that_cannot_be_pruned_is_served_with_the_reason(tmp_path: Path,
         assert plain["pruning"]["images"][0]["bypass_reason"] is None
         refused = server.post({"messages": [user("Why?", url_of(picture))], "pruning": {"method": "no such"}})
         assert refused.status_code == 400
-        information = httpx.get(f"{server.url}/v1/pruning").json()
+        information = server.get("/v1/pruning").json()
         assert information["tower"] is None
         assert not any(method["available"] for method in information["methods"])
         assert "served UNPRUNED" in server.log.read_text()
@@ -135,7 +134,7 @@ def test_a_foreign_model_is_served_unpruned(foreign: Path, tmp_path: Path) -> No
         assert text["pruning"]["images"] == []
         refused = server.post({"messages": [message], "pruning": {"method": "no such"}})
         assert refused.status_code == 400
-        assert httpx.get(f"{server.url}/v1/pruning").json()["tower"] is None
+        assert server.get("/v1/pruning").json()["tower"] is None
         log = server.log.read_text()
         assert "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned yet: it is served" in log
         assert "is served UNPRUNED" in log

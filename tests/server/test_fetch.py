@@ -55,7 +55,7 @@ class Pages(BaseHTTPRequestHandler):
             except OSError:
                 self.seen.append(("", "cut off"))
         elif self.path == "/slow":
-            threading.Event().wait(2)
+            threading.Event().wait(30)
         elif self.path == "/page":
             self._send(b"<html>")
         else:
@@ -255,8 +255,8 @@ def test_a_closed_port_is_a_problem_of_the_image(private: None) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
-    with pytest.raises(ImageProblem, match="could not be fetched"):
-        asyncio.run(GuardedConnection(["127.0.0.1"]).async_get_bytes(url, timeout=20))
+        with pytest.raises(ImageProblem, match="could not be fetched"):
+            asyncio.run(GuardedConnection(["127.0.0.1"]).async_get_bytes(url, timeout=20))
 
 
 # --- the connector --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from importlib.metadata import version
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.support.chat import Server, fresh_url, kept, user
@@ -17,9 +16,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def information(server: Server) -> dict[str, Any]:
-    response = httpx.get(f"{server.url}/v1/pruning")
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
+    answer: dict[str, Any] = server.get("/v1/pruning").json()
     return answer
 
 
@@ -49,7 +46,7 @@ def test_it_tells_the_default(server: Server, information: dict[str, Any], defau
 
 
 def test_its_aliases_are_models(server: Server, information: dict[str, Any], served_names: tuple[str, ...]) -> None:
-    listed = [card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]]
+    listed = [card["id"] for card in server.get("/v1/models").json()["data"]]
     assert information["models"] == list(served_names)
     assert listed == [*information["models"], *information["aliases"]]
     assert information["aliases"]["llava@thumbnail"] == "thumbnail"
@@ -67,7 +64,7 @@ def test_it_tells_what_runs(information: dict[str, Any]) -> None:
 
 
 def test_its_schema_is_typed(server: Server) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
+    document = server.get("/openapi.json").json()
     answer = document["paths"]["/v1/pruning"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert answer == {"$ref": "#/components/schemas/PruningInformation"}
     assert {"Method", "Tower", "Versions"} <= set(document["components"]["schemas"])

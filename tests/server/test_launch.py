@@ -226,7 +226,8 @@ def test_where_none_is_named_all_that_are_installed_stay_on(monkeypatch: pytest.
     """vLLM loads every plugin while the variable is unset, and only those it names once it is set."""
     groups = [group for group in entry_points().groups if group.startswith("vllm.")]
     installed = {point.name for group in groups for point in entry_points(group=group)}
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # so that it is put back even where it is not set
+    monkeypatch.delenv("VLLM_PLUGINS")
     launch.enable_plugin()
     named = os.environ["VLLM_PLUGINS"].split(",")
     assert set(named) == installed | {"vtprune"}
@@ -238,7 +239,8 @@ def test_plugins_of_every_kind_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
         return [EntryPoint(f"a-{group.removeprefix('vllm.')}", "a:b", group), EntryPoint("in-all", "a:b", group)]
 
     monkeypatch.setattr(launch, "entry_points", points)
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # so that it is put back even where it is not set
+    monkeypatch.delenv("VLLM_PLUGINS")
     launch.enable_plugin()
     kinds = ("general_plugins", "endpoint_plugins", "io_processor_plugins", "platform_plugins", "stat_logger_plugins")
     expected = [*(f"a-{kind}" for kind in kinds), "in-all", "vtprune"]

@@ -1,5 +1,6 @@
 """What `/metrics` says of the requests that a real server answered."""
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ def test_requests_are_counted_by_what_became_of_them(server: Server) -> None:
         assert server.post(refused).status_code in (400, 404)
     assert server.metrics().since(before, *keys) == (3, 3, 0, 0)
     long = {**server.defaults, "messages": messages, "stream": True, "max_tokens": 1000, "ignore_eos": True}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long, timeout=120) as answer:
         next(answer.iter_lines())
     wait_for(lambda: server.metrics().since(before, *keys) == (3, 3, 0, 1))
 
@@ -97,20 +98,29 @@ def test_requests_are_counted_by_what_became_of_them(server: Server) -> None:
 def test_requests_whose_images_are_not_ready_are_waiting(server: Server) -> None:
     name = "vtprune:requests_waiting"
     assert server.metrics()[name] == 0
+    seen = threading.Event()
+
+    def ask_on() -> None:
+        while not seen.is_set():
+            server.ask(messages=[user("Where?", fresh_url())])
+
     with ThreadPoolExecutor(12) as threads:
-        asked = [threads.submit(server.ask, messages=[user("Where?", fresh_url())]) for _ in range(12)]
-        wait_for(lambda: server.metrics()[name] >= 2)
+        asked = [threads.submit(ask_on) for _ in range(12)]
+        try:
+            wait_for(lambda: server.metrics()[name] >= 2)
+        finally:
+            seen.set()
         for one in asked:
             one.result()
     assert server.metrics()[name] == 0
 
 
 def test_a_gauge_says_since_when_it_answers(server: Server) -> None:
-    assert time.time() - 3600 < server.metrics()["vtprune:start_time_seconds"] < time.time()
+    assert time.time() - 24 * 3600 < server.metrics()["vtprune:start_time_seconds"] < time.time()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -119,12 +129,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_stages_are_counted_from_a_tenth_of_a_millisecond(server: Server) -> None:
     server.ask(messages=[user("Where is the dog?", fresh_url())])
     assert 'le="0.0001"' in next(
-        line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "stage_seconds_bucket" in line
+        line for line in server.get("/metrics").text.splitlines() if "stage_seconds_bucket" in line
     )
 
 
 def test_one_gauge_says_what_runs(server: Server) -> None:
-    [line] = [line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "vtprune:build_info{" in line]
+    [line] = [line for line in server.get("/metrics").text.splitlines() if "vtprune:build_info{" in line]
     assert line.endswith("} 1.0")
     for label in (
         f'version="{__version__}"',
@@ -139,7 +149,7 @@ def test_one_gauge_says_what_runs(server: Server) -> None:
 
 def test_metrics_carry_the_served_name_and_help(server: Server) -> None:
     server.ask(messages=[user("Where is the dog?", fresh_url())])
-    text = httpx.get(f"{server.url}/metrics").text
+    text = server.get("/metrics").text
     ours = [line for line in text.splitlines() if line.startswith("vtprune:")]
     assert ours
     assert all(f'model_name="{server.model}"' in line for line in ours)

@@ -22,7 +22,7 @@ from tests.support.chat import (
     random_model,
     user,
 )
-from tests.support.process_tree import family, kill, survivors
+from tests.support.process_tree import command_of, family, kill, survivors
 from vllm_vtprune.demo.server import running_server
 
 pytestmark = pytest.mark.engine
@@ -43,6 +43,7 @@ def two_of_each(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--max-model-len", "2048"),
         *SMALL_KV_CACHE,
         "--enforce-eager",
+        *("--dtype", "float32"),  # answers do not depend on what they are computed beside
     ]
     with running_server(options, log=log) as url:
         yield Server(url, log)
@@ -140,13 +141,13 @@ def test_both_engines_answer(two_of_each: Server) -> None:
 def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_of_each: Server) -> None:
     """The last test of this file: it ends the server. With several API processes, vLLM stops the engines at once."""
     port = str(urlsplit(two_of_each.url).port)
-    [root] = [child for child in psutil.Process().children() if port in child.cmdline()]
+    [root] = [child for child in psutil.Process().children() if port in command_of(child).split()]
     processes = family(root.pid)
     try:
         assert len(processes) >= 5, "itself, two API processes, two engines"
-        body = {**two_of_each.defaults, "messages": [user("Where is the dog?", fresh_url())], "max_tokens": 600}
+        body = {**two_of_each.defaults, "messages": [user("Where is the dog?", fresh_url())], "max_tokens": 1800}
         body |= {"stream": True, "ignore_eos": True}
-        with httpx.stream("POST", f"{two_of_each.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{two_of_each.url}/v1/chat/completions", json=body, timeout=120) as answer:
             parts = answer.iter_text()
             first = next(parts)
             root.terminate()

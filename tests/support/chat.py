@@ -23,7 +23,7 @@ SMALL_KV_CACHE = ("--kv-cache-memory-bytes", str(2**28))  # several servers run 
 
 _seeds = count()
 # Requests do not share connections, so that several processes behind one address all get some.
-_http = httpx.Client(timeout=120, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
+_http = httpx.Client(timeout=500, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 Body = dict[str, Any]
 
@@ -54,6 +54,11 @@ class Server:
         headers = {"content-type": "application/json", **(headers or {})}
         return _http.post(f"{self.url}{path}", content=content, headers=headers)
 
+    def get(self, path: str) -> httpx.Response:
+        response = _http.get(f"{self.url}{path}")
+        assert response.status_code == 200, response.text
+        return response
+
     def ask(self, **body: Any) -> Body:
         """The answer to a request that has to succeed."""
         response = self.post(body)
@@ -74,7 +79,7 @@ class Server:
         return {"model": self.model, "max_tokens": 4, "temperature": 0}
 
     def metrics(self) -> "Metrics":
-        text = _http.get(f"{self.url}/metrics").text
+        text = self.get("/metrics").text
         values: dict[str, float] = {}
         for metric in text_string_to_metric_families(text):
             for sample in metric.samples:

@@ -26,9 +26,8 @@ def running_collector() -> Iterator[Collector]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             message = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
-            for resource in message.resource_spans:
-                for scope in resource.scope_spans:
-                    collector.spans.extend(scope.spans)
+            scopes = [scope for resource in message.resource_spans for scope in resource.scope_spans]
+            collector.spans.extend(span for scope in scopes for span in scope.spans)
             self.send_response(200)
             self.send_header("content-type", "application/x-protobuf")
             self.end_headers()

@@ -70,8 +70,11 @@ def fake_chat(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[FakeChat]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
+    class FakeServer(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # connections at the same moment, none of which has to try again
+
+    with FakeServer(("127.0.0.1", 0), Handler) as server:
         fake = FakeChat(f"http://127.0.0.1:{server.server_address[1]}")
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

@@ -161,7 +161,7 @@ def test_layers_past_the_selected_one_are_neither_built_nor_read(model, config, 
 
 def test_attend_also_gives_the_keys_and_the_layer_output(model):
     layer = model.model.vision_tower.encoder.layers[1]
-    hidden = torch.randn(2, 26, 32)
+    hidden = torch.randn(2, 26, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out, attention, keys = attend(layer, hidden)
         torch.testing.assert_close(out, layer(hidden, attention_mask=None), rtol=1e-5, atol=1e-5)
