@@ -97,8 +97,8 @@ def randomized_spectrum(
     E-AdaPrune's Algorithm 2, re-orthonormalised between power steps. The values are never above the true ones, so a
     rank read from them is never too small, and the total is exact. Without power steps they are too low to be of use.
     """
-    matrix = features.float()
-    probes = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix.device)
+    matrix = features.double() if features.is_cuda else features.float()  # float32 may be TF32 there
+    probes = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ probes).Q
     for _ in range(power_iterations):
         basis = torch.linalg.qr(matrix.T @ basis).Q
@@ -127,16 +127,18 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
     side, length = matrix.shape
     widest = int(KRYLOV_SHARE * side)
     basis, projected = matrix.new_empty(widest, side), matrix.new_empty(widest, length)
-    block = matrix @ torch.randn(length, KRYLOV_BLOCK, generator=generator).to(matrix.device)
+    block = matrix @ torch.randn(length, KRYLOV_BLOCK, generator=generator).to(matrix)
     outside, tail, rounding = total, (1 - threshold) * total, ROUNDING * total
     for width in range(0, widest - KRYLOV_BLOCK + 1, KRYLOV_BLOCK):
         known = basis[:width]
-        for _ in range(2):  # once is not enough in float32
-            block = block - known.T @ (known @ block)
-        directions = torch.linalg.qr(block).Q.T
+        for _ in range(2):  # once is not enough in float32, nor where a block has fewer directions than columns
+            block = torch.linalg.qr(block - known.T @ (known @ block)).Q
+        directions = block.T
         basis[width : width + KRYLOV_BLOCK] = directions
         rows = torch.mm(directions, matrix, out=projected[width : width + KRYLOV_BLOCK])
         was_outside, outside = outside, outside - float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
+        if outside < -rounding:  # some of it was counted twice
+            return None
         if outside <= tail / 4:  # else no use to look
             inside = projected[: width + KRYLOV_BLOCK]
             energies = torch.linalg.eigvalsh((inside @ inside.T).double()).flip(0).clamp(min=0).cpu()
@@ -150,6 +152,7 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
     return None
 
 
+@torch.no_grad()
 def spectrum(
     features: Tensor,
     threshold: float,
@@ -176,7 +179,7 @@ def spectrum(
     require_finite("features", features)
     smaller_side = min(features.shape)
     if solver == "rsvd":
-        while rank < smaller_side:
+        while rank < smaller_side and threshold < 1 - ROUNDING:
             found = randomized_spectrum(features, rank, power_iterations, generator)
             if found.rank_at(threshold) is not None:
                 return found

@@ -168,6 +168,34 @@ def test_large_matrices_of_low_rank(rank: int, threshold: float) -> None:
     assert abs(energy_rank(features, threshold) - exact) <= off_by
 
 
+@pytest.mark.parametrize("threshold", [0.9, 0.99, 0.998, 0.9999])
+@pytest.mark.parametrize(("rank", "decay"), [(64, 0.05), (80, 0.05), (90, 0.05), (100, 0.04), (200, 0.02)])
+def test_large_matrices_of_low_rank_whose_energies_fall(rank: int, decay: float, threshold: float) -> None:
+    """What no direction is left for must not be counted again."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.exp(-decay * torch.arange(rank))
+    features = (torch.randn(1100, rank, generator=generator) * weights) @ torch.randn(rank, 1024, generator=generator)
+    exact = energy_rank(features, threshold, "exact")
+    for seed in range(3):
+        found = energy_rank(features, threshold, generator=torch.Generator().manual_seed(seed))
+        assert abs(found - exact) <= 0.01 * exact
+
+
+def test_rsvd_is_exact_where_the_threshold_is_within_rounding_of_all_energy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 4, generator=generator)).Q for n in (64, 80))
+    features = left * torch.tensor([3.0, 1.0, 1e-3, 1e-3]) @ right.T
+    for seed in range(6):
+        assert energy_rank(features, 1.0, "rsvd", 8, generator=torch.Generator().manual_seed(seed)) == energy_rank(
+            features, 1.0, "exact"
+        )
+
+
+def test_features_that_are_being_trained_have_a_rank_too() -> None:
+    features = encoder_like(1100, 1024)
+    assert energy_rank(features.clone().requires_grad_(), 0.99) == energy_rank(features, 0.99)
+
+
 def test_without_power_iterations_the_rank_is_overestimated() -> None:
     features = with_energies(torch.arange(1, 301).pow(-1.4), 300, 400)
     exact = reference_rank(features, 0.9)
