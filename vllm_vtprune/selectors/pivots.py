@@ -10,8 +10,8 @@ as each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks
 3. follow the scores of all tokens through the draft, and accept its picks as far as they are the best of all.
 
 The picks are those of the step-by-step form. Products are in float32, and decisions in float64. What tokens share (real
-ones share most of their energy) would drown in rounding what tells them apart: so after the first few picks their part
-is computed again in float64, and later picks enter the products without it. The GPU's form is in
+ones share most of their energy) would drown in rounding what tells them apart: so after the first pick, and again after
+the first few, their part is computed in float64, and later picks enter the products without it. The GPU's form is in
 :mod:`~vllm_vtprune.selectors.pivots_triton`.
 """
 
@@ -69,7 +69,7 @@ class _Factorisation:
         self.directions = 0
         self.head = tokens.new_empty(0, tokens.shape[1], dtype=torch.float64)  # (h, d) the first directions themselves
         self.residual = energy.clone()
-        self.late = gate - 2.0  # score of a spanned token: below every other, since those are positive
+        self.late = -1 / gate  # score of a spanned token: below every other, since those are positive
         self.order: list[int] = []
         self.pivots: list[int] = []  # those of `order` that brought a direction
 
@@ -77,9 +77,10 @@ class _Factorisation:
         energy, pick = self.residual, seed
         while len(self.order) < self.k:
             if self.residual[pick] > self.spanned[pick]:
-                if len(self.head) == 0 and self.directions >= HEAD:
+                sharpened = len(self.head)
+                if self.directions and (sharpened == 0 or sharpened < HEAD <= self.directions):
                     self._sharpen(energy)
-                panel = max(LEAST_PANEL, self.k // 10) if len(self.head) else FIRST_PANEL
+                panel = self._panel()
                 candidates = self._candidates(pick, CANDIDATES * panel)
                 self._accept(self._draft(candidates, pick, min(panel, self.k - len(self.order))))
             elif not self.order:  # a seed that is next to zero
@@ -89,6 +90,12 @@ class _Factorisation:
                 self.order += rest[: self.k - len(self.order)].tolist()
             pick = int(self._scores(self.residual).argmax())
         return torch.tensor(self.order, device=self.tokens.device)
+
+    def _panel(self) -> int:
+        """How many picks to draft next: one, then a few, and many once what all tokens share is known exactly."""
+        if self.directions == 0:
+            return 1
+        return FIRST_PANEL if len(self.head) < HEAD else max(LEAST_PANEL, self.k // 10)
 
     def _scores(self, residual: Tensor) -> Tensor:
         """Scores ``(N,)`` at residuals ``(N,)``, or ``(b, N)`` at ``(b, N)``."""

@@ -46,7 +46,7 @@ def pivots(
             gram, energy, gate, spanned, seeds, factor, order, n, k, triton.next_power_of_2(n), TILE, num_warps=8
         )
         return order
-    residual, late = energy.clone(), gate - 2.0
+    residual, late = energy.clone(), -1 / gate
     slices = triton.cdiv(n, slice_tokens)
     best = seeds.new_empty(2, images, slices)  # of each slice, after even and after odd steps
     score, left = (gram.new_empty(best.shape) for _ in range(2))
@@ -84,7 +84,7 @@ def _all_picks(  # type: ignore[no-untyped-def]
     residual = tl.load(energy + image * n + columns, mask=valid, other=0.0)
     gates = tl.load(gate + image * n + columns, mask=valid, other=0.0)
     floor = tl.load(spanned + image * n + columns, mask=valid, other=0.0)
-    late = tl.where(valid, gates - 2.0, -float("inf"))
+    late = tl.where(valid, -1.0 / gates, -float("inf"))
     pick = tl.load(seeds + image).to(tl.int32)
     for step in range(0, k):
         tl.store(order + image * k + step, pick)

@@ -8,12 +8,11 @@ Gram matrix ``V V^T``: a pivoted Cholesky factorisation with a weighted pivot, O
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.pivots import weighted_pivots
-from vllm_vtprune.selectors.similarity import squared_lengths
+from vllm_vtprune.selectors.similarity import squared_lengths, unit_rows
 
 TINY = torch.finfo(torch.float32).tiny
 LEAST_RELEVANCE = 1e-6  # a token no noun points at is not excluded, only last
@@ -46,7 +45,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     gate = torch.ones_like(energy)
     if relevance is not None:
         gate = relevance.double().clamp(LEAST_RELEVANCE, 1.0).pow(policy.alpha or 0.0)
-    return weighted_pivots(tokens, energy, gate, _seed_token(features, policy, energy, relevance), k)
+    return weighted_pivots(tokens, energy, gate, _seed_token(features, policy, tokens, energy, relevance), k)
 
 
 def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
@@ -56,19 +55,21 @@ def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
     """
     if form == "mean_token":
         text = text.mean(dim=0, keepdim=True)
-    cosines = tokens @ normalize(text, dim=1, eps=TINY).T
+    text = unit_rows(text)
+    cosines = tokens.to(text.dtype) @ text.T
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
 
 
-def _seed_token(features: VisualFeatures, policy: PruningPolicy, energy: Tensor, relevance: Tensor | None) -> int:
+def _seed_token(
+    features: VisualFeatures, policy: PruningPolicy, tokens: Tensor, energy: Tensor, relevance: Tensor | None
+) -> int:
     seed_token = policy.seed_token
     if seed_token == "cls" and features.cls_attention is not None:
         return int(features.cls_attention.argmax())
     if seed_token == "relevance" and relevance is not None:
         return int(relevance.argmax())
     if seed_token == "mean":
-        tokens = features.embeds.float()
-        return int(cosine_similarity(tokens, tokens.mean(dim=0, keepdim=True), eps=TINY).argmax())
+        return int((text_relevance(tokens, tokens, "mean_token") / energy.sqrt().clamp(min=TINY)).argmax())
     if seed_token == "center" and features.grid is not None:
         rows, columns = features.grid
         return (rows - 1) // 2 * columns + (columns - 1) // 2
