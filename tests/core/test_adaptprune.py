@@ -56,7 +56,7 @@ def reference_order(
     places = []  # tile, row, column, centre weight
     for tile, (rows, columns) in enumerate(features.grids):
         for row, column in product(range(rows), range(columns)):
-            y, x = (-1 + 2 * i / (size - 1) if size > 1 else 0 for i, size in ((row, rows), (column, columns)))
+            y, x = ((i - (size - 1) / 2) / (size / 2) for i, size in ((row, rows), (column, columns)))
             places.append((tile, row, column, math.exp(-(y * y + x * x) / 2)))
     if correction:
         for tile in range(len(features.grids)):
@@ -170,9 +170,11 @@ def test_centre_mask_is_the_papers() -> None:
     mask = centre_mask(24, 24)
     assert mask.max() == 1
     assert torch.equal(mask, mask.flip(0, 1))
-    assert mask[0, 0].item() == pytest.approx(math.exp(-1) / math.exp(-((1 / 23) ** 2)))  # the corners weigh 0.37
+    assert mask[0, 0].item() == pytest.approx(
+        math.exp(-(11.5**2) / 12**2) / math.exp(-(0.5**2) / 12**2)
+    )  # 12 cells: sigma
     assert centre_mask(1, 1).tolist() == [[1.0]]
-    assert centre_mask(1, 3)[0].tolist() == pytest.approx([math.exp(-0.5), 1, math.exp(-0.5)])
+    assert centre_mask(1, 3)[0].tolist() == pytest.approx([math.exp(-2 / 9), 1, math.exp(-2 / 9)])
 
 
 def test_the_published_constants_are_the_defaults() -> None:
@@ -182,6 +184,15 @@ def test_the_published_constants_are_the_defaults() -> None:
         assert not torch.equal(
             plan_tokens(features, policy(57)).order, plan_tokens(features, policy(57, **{name: value})).order
         )
+
+
+@pytest.mark.parametrize("value", [1e-200, 1e200])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_any_positive_constant_has_its_limit(name: str, value: float) -> None:
+    """Too small for anything to be near or alike, or so large that everything is: none overflows."""
+    twice = VisualFeatures(*(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1),) * 2, (3, 4))
+    order = plan_tokens(twice, policy(12, importance="norm", **{name: value})).order.tolist()
+    assert sorted(order) == list(range(12))
 
 
 def test_importance() -> None:

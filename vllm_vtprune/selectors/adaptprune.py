@@ -51,14 +51,14 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
         near = left & (tile == tile[pick])
         squared = (row - row[pick]).square_().add_((column - column[pick]).square_())
         if policy.distance:
-            near &= squared <= policy.radius**2
+            near &= squared <= policy.radius * policy.radius
         suppressed = near.nonzero()[:, 0]
         decay = torch.ones_like(scores[suppressed])
         if policy.distance:
-            decay *= torch.exp(-squared[suppressed] / (2 * policy.sigma_d**2))
+            decay *= torch.exp(-squared[suppressed] / policy.sigma_d / policy.sigma_d / 2)
         if policy.similarity:
             unlike = 1 - (unit[suppressed] @ unit[pick]).double()
-            decay *= torch.exp(-unlike.square() / (2 * policy.sigma_s**2))
+            decay *= torch.exp(-(unlike / policy.sigma_s).square() / 2)
         scores[suppressed] *= 1 - decay
     return torch.tensor(order, device=scores.device)
 
@@ -66,6 +66,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
 def centre_mask(rows: int, columns: int) -> Tensor:
     """``(rows, columns)`` in float64: a Gaussian of half the grid's height and width, largest value 1."""
     down, across = (
-        torch.exp(-torch.linspace(-1, 1, cells, dtype=torch.float64).square() / 2) for cells in (rows, columns)
+        torch.exp(-((2 * torch.arange(cells, dtype=torch.float64) - cells + 1) / cells).square() / 2)
+        for cells in (rows, columns)
     )
     return torch.outer(down / down.max(), across / across.max())
