@@ -18,7 +18,8 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raise a ValueError unless all ``values`` are finite; reads them once, through their sum."""
+    """Raise a ValueError unless all ``values`` are finite in float32; reads them once, through their sum."""
+    values = values.float() if values.dtype == torch.float64 else values
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
     if not torch.isfinite(total) and not torch.isfinite(values).all():  # a sum of finite values may overflow
         raise ValueError(f"{name} must be finite")

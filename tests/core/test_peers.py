@@ -392,7 +392,67 @@ def test_outliers_are_the_count_of_methods_that_have_their_own(method: str) -> N
     assert plan_tokens(flat, own, text).budget == 1
 
 
+# ---- ties that are exact in mathematics, and so must not be left to rounding
+
+
+def test_means_of_the_same_relevances_are_equal() -> None:
+    embeds = torch.tensor([[-1.0, 1.0]]).repeat(49, 1)
+    embeds[24] = torch.tensor([0.7, 1.0])
+    features = VisualFeatures(embeds, embeds, (7, 7))
+    order = plan("avgpool", features, 9, torch.tensor([[1.0, 0.0]]), importance="relevance").order.tolist()
+    assert order == [16, 17, 18, 23, 24, 25, 30, 31, 32]
+
+
+def test_two_tokens_differ_from_their_mean_by_the_same() -> None:
+    for seed in range(50):
+        embeds = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
+        order = plan("skip", VisualFeatures(embeds, embeds, (1, 2)), 1, importance="residual").order.tolist()
+        assert order == [0], seed
+
+
+def test_the_first_of_two_that_would_cover_the_same() -> None:
+    for seed in range(40):
+        encoder = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
+        features = VisualFeatures(encoder, encoder, cls_attention=torch.tensor([0.5, 0.5]))
+        assert plan("scope", features, 2).order.tolist() == [0, 1], seed
+
+
+def test_the_first_where_every_token_is_there_twice() -> None:
+    for seed in range(40):
+        once = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
+        twice = once.repeat(2, 1)
+        order = plan("divprune", VisualFeatures(twice, twice), 12).order.tolist()
+        assert order[0] == 0
+        assert order[6:] == sorted(order[6:]), seed
+
+
+def test_equal_tokens_are_no_outliers() -> None:
+    embeds = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).repeat(50, 1)
+    own = PruningPolicy.parse({"method": "trim", "budget": {"type": "method"}})
+    text = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    assert plan_tokens(VisualFeatures(embeds, embeds), own, text).budget == 1
+
+
+def test_equal_fractions_go_to_the_first() -> None:
+    assert shares(4, [1, 4, 7], [9, 9, 9]) == [1, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["dart", "divprune", "scope", "cdpruner", "resprune"])
+def test_numbers_that_float32_cannot_hold_are_refused(method: str) -> None:
+    embeds = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e200
+    with pytest.raises(ValueError, match="must be finite"):
+        plan(method, VisualFeatures(embeds, embeds, (2, 3), cls_attention=torch.ones(6)), 3)
+
+
 # ---- HiRED's budgets
+
+
+def test_tiles_of_another_size_than_they_say_are_an_error() -> None:
+    tiles = Tiles(torch.tensor([0] * 10 + [1] * 2), ((1, 2), (2, 5)))
+    embeds = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="tile 0 has 10 tokens, but its grid"):
+        plan("hired", VisualFeatures(embeds, embeds, tiles=tiles, cls_attention=torch.ones(12)), 6)
+
 
 OVERVIEW_AND_FOUR = Tiles(
     torch.arange(5).repeat_interleave(16),

@@ -11,6 +11,8 @@ from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.similarity import unit_rows
 
+SAME = 1 - 1e-6  # cosine of two tokens whose difference may be rounding
+
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
     """Positions ``(k,)`` in order of selection, by cosine of ``embeds (N, d)``.
@@ -18,7 +20,8 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     The first is the token whose nearest neighbour is farthest.
     """
     unit = unit_rows(features.embeds)
-    cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
+    cosines = unit @ unit.T
+    cosines.masked_fill_(cosines > SAME, 1.0).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
     # Both ways, since a matrix product need not be symmetric to the last bit: two tokens that are nearest to each other
     # are equally far from the rest, and the first of them is taken.
     pick = int(torch.maximum(cosines.amax(dim=0), cosines.amax(dim=1)).argmin())

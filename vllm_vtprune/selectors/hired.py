@@ -4,6 +4,7 @@
 one tile keeps the tokens with the most CLS attention.
 """
 
+from fractions import Fraction
 from math import floor, isqrt, prod
 
 import torch
@@ -24,6 +25,8 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     ranking = features.cls_attention.sort(descending=True, stable=True).indices
     if features.tiles is None:
         return ranking[:k]
+    if features.tiles.canvas is None:
+        features.planes()  # an error where the tiles are not of the sizes that they say
     tile_of = features.tiles.ids[ranking]
     stays = torch.zeros_like(ranking, dtype=torch.bool)
     for i, count in enumerate(tile_budgets(features.tiles, features.overview_attention, k)):
@@ -66,8 +69,8 @@ def shares(total: int, weights: list[float], rooms: list[int]) -> list[int]:
     while open_:
         weight = sum(weights[i] for i in open_)
         by = weights if weight > 0 else [float(room) for room in rooms]
-        whole = sum(by[i] for i in open_) or 1.0
-        quotas = {i: left * by[i] / whole for i in open_}
+        whole = sum(Fraction(by[i]) for i in open_) or Fraction(1)
+        quotas = {i: left * Fraction(by[i]) / whole for i in open_}
         full = [i for i in open_ if quotas[i] >= rooms[i]]
         if not full:
             break

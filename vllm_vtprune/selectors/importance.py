@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.resprune import LEAST_RELEVANCE, text_relevance
-from vllm_vtprune.selectors.similarity import squared_lengths, unit_rows
+from vllm_vtprune.selectors.similarity import CHUNK, TINY, squared_lengths, unit_rows
 
 
 def importance_map(features: VisualFeatures, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
@@ -24,12 +24,23 @@ def importance_map(features: VisualFeatures, policy: PruningPolicy, text_embeds:
     if kind == "relevance" and text_embeds is not None:
         unit = unit_rows(features.embeds)
         relevance = text_relevance(unit, text_embeds.to(unit.dtype), policy.relevance)
-        return relevance.double().clamp(LEAST_RELEVANCE, 1.0)
+        return relevance.float().clamp(LEAST_RELEVANCE, 1.0).double()  # of few digits: sums of them are exact
     if kind in ("cls", "relevance") and features.cls_attention is not None:
         return features.cls_attention.to(torch.float64, copy=True)
-    energies = squared_lengths(features.embeds)
     if kind == "residual":
-        unit = unit_rows(features.embeds)
-        explained = (unit @ unit_rows(features.embeds.float().mean(dim=0, keepdim=True))[0]).double().square()
-        return energies * (1 - explained).clamp(min=0)
-    return energies.sqrt()
+        return unlike_the_mean(features.embeds)
+    return squared_lengths(features.embeds).sqrt()
+
+
+def unlike_the_mean(rows: Tensor) -> Tensor:
+    """``(N,)`` energy, in float64, of what each of the ``rows (N, d)`` has across the direction of their mean.
+
+    Of their differences from the mean, which are small where rows are alike.
+    """
+    mean = rows.sum(dim=0, dtype=torch.float64) / len(rows)
+    direction = mean / torch.linalg.vector_norm(mean).clamp(min=TINY)
+    energies = []
+    for chunk in torch.split(rows, CHUNK):
+        apart = chunk.double() - mean
+        energies.append(apart.square().sum(dim=1) - (apart * direction).sum(dim=1).square())
+    return torch.cat(energies).clamp(min=0)

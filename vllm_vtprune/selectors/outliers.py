@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def upper_outliers(scores: Tensor) -> int:
-    """How many of ``scores (N,)`` lie more than 1.5 interquartile ranges above the third quartile."""
+def upper_outliers(scores: Tensor, rounding: float = 0.0) -> int:
+    """How many of ``scores (N,)`` lie 1.5 interquartile ranges and over ``rounding`` above the third quartile."""
     first, third = torch.quantile(scores.double(), torch.tensor([0.25, 0.75], dtype=torch.float64).to(scores.device))
-    return int((scores.double() > third + 1.5 * (third - first)).sum())
+    return int((scores.double() > third + 1.5 * (third - first) + rounding).sum())

@@ -13,6 +13,8 @@ from vllm_vtprune.selectors.outliers import upper_outliers
 from vllm_vtprune.selectors.resprune import text_relevance
 from vllm_vtprune.selectors.similarity import unit_rows
 
+ROUNDING = 1e-6  # of cosines: so little does not make an outlier of one among equals
+
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Merged:
     """The ``k - 1`` tokens of ``embeds (N, d)`` nearest to the text, and one for all others.
@@ -27,7 +29,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
 
 def own_count(features: VisualFeatures, policy: PruningPolicy, text_embeds: Tensor | None) -> int:
     """The outliers of the likeness to the text, and the one for all others."""
-    return upper_outliers(likeness(features, text_embeds)) + 1
+    return upper_outliers(likeness(features, text_embeds), ROUNDING) + 1
 
 
 def likeness(features: VisualFeatures, text_embeds: Tensor | None) -> Tensor:
