@@ -10,8 +10,9 @@ as each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks
 3. follow the scores of all tokens through the draft, and accept its picks as far as they are the best of all.
 
 The picks are those of the step-by-step form. Products are in float32, and decisions in float64. What tokens share (real
-ones share most of their energy) would drown in rounding what tells them apart: so after the first pick, and again after
-the first few, their part is computed in float64, and later picks enter the products without it. The GPU's form is in
+ones share most of their energy) would drown in rounding what tells them apart: so after the first few picks their part
+is computed again in float64, and later picks enter the products without it. Where they share nearly all of it, that
+happens after the first pick already. The GPU's form is in
 :mod:`~vllm_vtprune.selectors.pivots_triton`.
 """
 
@@ -27,6 +28,7 @@ CANDIDATES = 2  # tokens among which a panel is drafted, as a multiple of its pi
 
 FIRST_PANEL = 16
 HEAD = 8  # picks, at least, whose directions hold what the tokens share
+NEARLY_ALL = 0.99  # share of all energy on the first direction, from which on the next picks cannot wait for that
 CHUNK = 128  # tokens turned to float64 at once
 
 Floats = NDArray[np.float64]
@@ -68,6 +70,7 @@ class _Factorisation:
         self.factor = tokens.new_empty(k, len(tokens))  # row j: every token's coefficient on the j-th direction
         self.directions = 0
         self.head = tokens.new_empty(0, tokens.shape[1], dtype=torch.float64)  # (h, d) the first directions themselves
+        self.sharpen_at = HEAD  # directions
         self.residual = energy.clone()
         self.late = -1 / gate  # score of a spanned token: below every other, since those are positive
         self.order: list[int] = []
@@ -77,12 +80,11 @@ class _Factorisation:
         energy, pick = self.residual, seed
         while len(self.order) < self.k:
             if self.residual[pick] > self.spanned[pick]:
-                sharpened = len(self.head)
-                if self.directions and (sharpened == 0 or sharpened < HEAD <= self.directions):
-                    self._sharpen(energy)
-                panel = self._panel()
+                panel = max(LEAST_PANEL, self.k // 10) if len(self.head) >= HEAD else FIRST_PANEL
                 candidates = self._candidates(pick, CANDIDATES * panel)
                 self._accept(self._draft(candidates, pick, min(panel, self.k - len(self.order))))
+                if self.directions >= self.sharpen_at:
+                    self._sharpen(energy)
             elif not self.order:  # a seed that is next to zero
                 self._take([pick])
             else:
@@ -90,12 +92,6 @@ class _Factorisation:
                 self.order += rest[: self.k - len(self.order)].tolist()
             pick = int(self._scores(self.residual).argmax())
         return torch.tensor(self.order, device=self.tokens.device)
-
-    def _panel(self) -> int:
-        """How many picks to draft next: one, then a few, and many once what all tokens share is known exactly."""
-        if self.directions == 0:
-            return 1
-        return FIRST_PANEL if len(self.head) < HEAD else max(LEAST_PANEL, self.k // 10)
 
     def _scores(self, residual: Tensor) -> Tensor:
         """Scores ``(N,)`` at residuals ``(N,)``, or ``(b, N)`` at ``(b, N)``."""
@@ -142,6 +138,8 @@ class _Factorisation:
         scores[:, draft[:usable]] = scores[:, draft[:usable]].masked_fill(chosen, -torch.inf)
         agrees = scores[:-1].argmax(dim=1) == draft[1:usable]
         accepted = 1 + int(agrees.cumprod(dim=0).sum())
+        if self.directions == 0 and residual[0].sum() < (1 - NEARLY_ALL) * self.residual.sum():
+            accepted = self.sharpen_at = 1
         self.factor[self.directions : self.directions + accepted] = rows[:accepted]
         self.directions += accepted
         self.pivots += draft[:accepted].tolist()
@@ -159,6 +157,7 @@ class _Factorisation:
             self.factor[: len(self.head), first : first + CHUNK] = coefficients
             self.residual[first : first + CHUNK] = energy[first : first + CHUNK] - coefficients.square().sum(dim=0)
         self.residual[self.order] = 0.0
+        self.sharpen_at = HEAD if len(self.head) < HEAD else self.k
 
 
 def _steps(gram: Floats, residual: Floats, gate: Floats, spanned: Floats, pick: int, count: int) -> list[int]:

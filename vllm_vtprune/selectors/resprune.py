@@ -8,11 +8,12 @@ Gram matrix ``V V^T``: a pivoted Cholesky factorisation with a weighted pivot, O
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.pivots import weighted_pivots
-from vllm_vtprune.selectors.similarity import squared_lengths, unit_rows
+from vllm_vtprune.selectors.similarity import squared_lengths
 
 TINY = torch.finfo(torch.float32).tiny
 LEAST_RELEVANCE = 1e-6  # a token no noun points at is not excluded, only last
@@ -55,8 +56,10 @@ def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
     """
     if form == "mean_token":
         text = text.mean(dim=0, keepdim=True)
-    text = unit_rows(text)
-    cosines = tokens.to(text.dtype) @ text.T
+    text = torch.ldexp(text, -torch.frexp(text.abs().amax()).exponent)  # squares stay in the range of float32
+    if tokens.is_cuda:  # where float32 products may be set to TF32, which is too coarse
+        tokens, text = tokens.double(), text.double()
+    cosines = tokens @ normalize(text, dim=1, eps=TINY).T
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
 
 
@@ -69,7 +72,7 @@ def _seed_token(
     if seed_token == "relevance" and relevance is not None:
         return int(relevance.argmax())
     if seed_token == "mean":
-        return int((text_relevance(tokens, tokens, "mean_token") / energy.sqrt().clamp(min=TINY)).argmax())
+        return int(cosine_similarity(tokens, tokens.mean(dim=0, keepdim=True), eps=TINY).argmax())
     if seed_token == "center" and features.grid is not None:
         rows, columns = features.grid
         return (rows - 1) // 2 * columns + (columns - 1) // 2
