@@ -410,13 +410,6 @@ def test_two_tokens_differ_from_their_mean_by_the_same() -> None:
         assert order == [0], seed
 
 
-def test_the_first_of_two_that_would_cover_the_same() -> None:
-    for seed in range(40):
-        encoder = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
-        features = VisualFeatures(encoder, encoder, cls_attention=torch.tensor([0.5, 0.5]))
-        assert plan("scope", features, 2).order.tolist() == [0, 1], seed
-
-
 def test_the_first_where_every_token_is_there_twice() -> None:
     for seed in range(40):
         once = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))

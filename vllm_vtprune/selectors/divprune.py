@@ -11,7 +11,7 @@ from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.similarity import unit_rows
 
-SAME = 1 - 1e-6  # cosine of two tokens whose difference may be rounding
+SAME = 1 - 1e-6  # cosine from which on two tokens differ by what may be rounding
 
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
@@ -21,10 +21,11 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     """
     unit = unit_rows(features.embeds)
     cosines = unit @ unit.T
-    cosines.masked_fill_(cosines > SAME, 1.0).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
-    # Both ways, since a matrix product need not be symmetric to the last bit: two tokens that are nearest to each other
-    # are equally far from the rest, and the first of them is taken.
-    pick = int(torch.maximum(cosines.amax(dim=0), cosines.amax(dim=1)).argmin())
+    cosines.clamp_(max=SAME).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
+    pick = int(cosines.amax(dim=1).argmin())
+    twin = int(cosines[pick].argmax())
+    if int(cosines[twin].argmax()) == pick:  # as far from all others; a matrix product need not be symmetric to the bit
+        pick = min(pick, twin)
     nearest = torch.full_like(cosines[0], -torch.inf)  # largest cosine with a chosen token
     chosen = torch.zeros_like(nearest, dtype=torch.bool)
     order = [pick]

@@ -157,7 +157,7 @@ class _Factorisation:
             self.factor[: len(self.head), first : first + CHUNK] = coefficients
             self.residual[first : first + CHUNK] = energy[first : first + CHUNK] - coefficients.square().sum(dim=0)
         self.residual[self.order] = 0.0
-        self.sharpen_at = HEAD if len(self.head) < HEAD else self.k
+        self.sharpen_at = HEAD if len(self.head) < HEAD else self.k + 1  # not again
 
 
 def _steps(gram: Floats, residual: Floats, gate: Floats, spanned: Floats, pick: int, count: int) -> list[int]:

@@ -31,8 +31,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     tokens, weights = features.embeds.float(), features.cls_attention.float()
     rest = weights[others] @ tokens[others]
     keys = unit_rows(features.keys)
-    like = (keys[kept] @ keys[others].T).sort(dim=1, descending=True, stable=True).indices
-    nearest = others[like[:, :TAKEN_IN]]
+    nearest = others[(keys[kept] @ keys[others].T).topk(min(TAKEN_IN, len(others))).indices]
     taken_in = embedding_bag(nearest, tokens, mode="sum", per_sample_weights=weights[nearest])
     embeds = torch.cat([tokens[kept] + taken_in, rest[None]])
     return Merged(ranking[:k], embeds.to(features.embeds.dtype))

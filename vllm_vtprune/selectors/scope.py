@@ -19,9 +19,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     """Positions ``(k,)`` in order of selection, by cosine of ``encoder (N, d_v)`` and ``cls_attention (N,)``."""
     assert features.cls_attention is not None
     unit = unit_rows(features.encoder)
-    cosines = unit @ unit.T
-    cosines = torch.maximum(cosines, cosines.T).clamp_(min=0)  # a matrix product need not be symmetric to the last bit
-    cosines.diagonal().copy_(unit.any(dim=1))
+    cosines = (unit @ unit.T).clamp_(min=0)
     saliency = features.cls_attention.double()
     covered = torch.zeros_like(cosines[0])
     bounds = cosines.sum(dim=1, dtype=torch.float64) * saliency
@@ -31,7 +29,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
         best = bounds.argmax()
         if not (known[best] or bounds[best] <= 0):
             block = torch.cat([best[None], bounds.topk(min(BLOCK, len(bounds))).indices])
-            gains = (cosines[block].double() - covered).clamp_(min=0).sum(dim=1)
+            gains = (cosines[block] - covered).clamp_(min=0).sum(dim=1, dtype=torch.float64)
             bounds[block] = torch.where(bounds[block] > -torch.inf, gains * saliency[block], -torch.inf)
             known[block] = True
             continue
