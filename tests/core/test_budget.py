@@ -168,7 +168,7 @@ def test_large_matrices_of_low_rank(rank: int, threshold: float) -> None:
     assert abs(energy_rank(features, threshold) - exact) <= off_by
 
 
-@pytest.mark.parametrize("threshold", [0.9, 0.99, 0.998, 0.9999])
+@pytest.mark.parametrize("threshold", [0.998, 0.9999])
 @pytest.mark.parametrize(("rank", "decay"), [(64, 0.05), (80, 0.05), (90, 0.05), (100, 0.04), (200, 0.02)])
 def test_large_matrices_of_low_rank_whose_energies_fall(rank: int, decay: float, threshold: float) -> None:
     """What no direction is left for must not be counted again."""
