@@ -98,7 +98,7 @@ def test_same_order_at_the_papers_size() -> None:
     assert plan_tokens(features, policy(57)).order.tolist() == reference_order(features, 57, cls_scores(features))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),

@@ -59,7 +59,7 @@ def test_exact_rank_is_that_of_the_full_svd(n: int, d: int) -> None:
     assert energy_rank(features, 0.99, "exact") == rank_of(energies, 0.99)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 24),
     d=st.integers(1, 24),

@@ -185,7 +185,7 @@ ORDERS: dict[str, Reference] = {
 
 
 @pytest.mark.parametrize("method", ORDERS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(rows=st.integers(1, 8), columns=st.integers(1, 8), share=st.floats(0, 1), seed=st.integers(0, 9999))
 @example(rows=1, columns=5, share=0.0, seed=1)  # two are nearest to each other, and a matrix product is not symmetric
 def test_same_order_as_the_rule(method: str, rows: int, columns: int, share: float, seed: int) -> None:
@@ -196,7 +196,7 @@ def test_same_order_as_the_rule(method: str, rows: int, columns: int, share: flo
 
 
 @pytest.mark.parametrize("method", sorted(set(ORDERS) - {"cdpruner"}))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(kinds=st.lists(st.integers(0, 6), min_size=1, max_size=60), share=st.floats(0, 1), level=st.booleans())
 def test_ties_go_to_the_smallest_index(method: str, kinds: list[int], share: float, level: bool) -> None:
     """Tokens that are equal or orthogonal, whose cosines are exact, under few levels of attention."""
@@ -344,7 +344,7 @@ MERGES: dict[str, ReferenceTokens] = {f.__name__: f for f in (visionzip, prumerg
 
 
 @pytest.mark.parametrize("method", MERGES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     rows=st.integers(1, 8),
     columns=st.integers(1, 8),

@@ -153,7 +153,7 @@ JSON = st.recursive(
 FIELDS = st.sampled_from([*PruningPolicy.model_fields, *EnergyBudget.model_fields, "keep", "scope", "query"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     value=st.dictionaries(FIELDS, JSON, max_size=3)
     | st.fixed_dictionaries({"budget": st.dictionaries(FIELDS, JSON, max_size=3)})

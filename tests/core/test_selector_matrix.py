@@ -282,7 +282,7 @@ def test_takes_the_count_from_the_energy_budget(case: str) -> None:
 
 
 @METHOD_CASES
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),

@@ -169,7 +169,7 @@ def test_a_flat_picture_has_fewer_directions_than_a_photograph(
     assert directions(photo) > 48
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = tokenizer_of(tiny_checkpoint())

@@ -171,7 +171,7 @@ def test_features_lie_where_transformers_puts_them(size: tuple[int, int], tower:
     assert not areas or sum(areas) == pytest.approx(1)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000))
 def test_layouts_have_as_many_tokens_and_rows_as_vllm_counts(height: int, width: int) -> None:
     its = layout(height, width, pinpoints=RELEASED_PINPOINTS, image_size=336, side=24)
@@ -210,7 +210,7 @@ def test_the_papers_2880_tokens() -> None:
     assert its.tiles.boxes == (None, (0, 0, 0.5, 0.5), (0, 0.5, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.sampled_from(SIZES), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_a_row_keeps_its_newline_as_long_as_it_keeps_a_token(
     tower: LlavaNextTower, size: tuple[int, int], share: float, seed: int
