@@ -94,8 +94,9 @@ def randomized_spectrum(
 ) -> Spectrum:
     """The leading ``rank`` squared singular values of ``F (N, d_v)``, by a randomised range finder.
 
-    E-AdaPrune's Algorithm 2, re-orthonormalised between power steps. The values are never above the true ones, so a
-    rank read from them is never too small, and the total is exact. Without power steps they are too low to be of use.
+    E-AdaPrune's Algorithm 2, re-orthonormalised between power steps. But for rounding the values are never above the
+    true ones, so a rank read from them is not too small, and the total is exact. Without power steps they are too low
+    to be of use.
     """
     matrix = features.double() if features.is_cuda else features.float()  # float32 may be TF32 there
     probes = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix)
@@ -164,8 +165,9 @@ def spectrum(
     """A spectrum of ``F (N, d_v)`` that reaches ``threshold``: ``rank_at(threshold)`` is never None.
 
     ``exact``: all singular values in float64. ``rsvd``: the paper's solver, with ``rank`` doubled until the threshold
-    is reached; exact once that takes all components. ``auto``: the cheapest that settles the rank to 1 %, of a Krylov
-    subspace (where ``F`` is large), all eigenvalues in float32 (on a CPU), and ``exact``.
+    is reached; exact once that takes all components, or the threshold is within rounding of all energy. ``auto``: the
+    cheapest that settles the rank to 1 %, of a Krylov subspace (where ``F`` is large), all eigenvalues in float32 (on a
+    CPU), and ``exact``.
 
     Raises:
         ValueError: when ``F`` is not a non-empty matrix of finite numbers, or ``threshold`` not in (0, 1].

@@ -64,7 +64,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
 
 
 def centre_mask(rows: int, columns: int) -> Tensor:
-    """``(rows, columns)`` in float64: a Gaussian of half the grid's height and width, largest value 1."""
+    """``(rows, columns)`` in float64: a Gaussian about the centre, its sigma half the grid's height and width."""
     down, across = (
         torch.exp(-((2 * torch.arange(cells, dtype=torch.float64) - cells + 1) / cells).square() / 2)
         for cells in (rows, columns)

@@ -33,9 +33,9 @@ def importance_map(features: VisualFeatures, policy: PruningPolicy, text_embeds:
 
 
 def unlike_the_mean(rows: Tensor) -> Tensor:
-    """``(N,)`` energy, in float64, of what each of the ``rows (N, d)`` has across the direction of their mean.
+    """``(N,)`` energy, in float64, of each of the ``rows (N, d)`` outside the direction of their mean.
 
-    Of their differences from the mean, which are small where rows are alike.
+    Computed from their differences from the mean: where rows are alike, their own lengths would cancel.
     """
     mean = rows.sum(dim=0, dtype=torch.float64) / len(rows)
     direction = mean / torch.linalg.vector_norm(mean).clamp(min=TINY)
