@@ -15,6 +15,7 @@ import torch
 
 from training.batches import Batches
 from training.gate import ALLOWED, position_gate
+from training.growth import begin_with
 from training.loop import curve, run_stage
 from training.schedule import stages
 from training.stages import Stage, Trainee, answer_accuracy
@@ -42,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--begin-with", type=Path, metavar="DIR", help="an earlier checkpoint, to go on from its weights")
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="by which the learning rates are multiplied (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fainter", type=float, default=1.0, help="scale of the code of position, by the earlier one's (default: 1)"
+    )
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes at the end (default: %(default)s)")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * args.stop_after
@@ -50,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    plan = stages(args.hours)
+    plan = stages(args.hours, args.rate)
     if args.stage == "all":
         together = [plan["language"], plan["tower"]]
         if args.device == "cpu" and torch.get_num_threads() > 1:
@@ -68,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _side_by_side(together: Sequence[Stage], args: argparse.Namespace) -> bool:
     """The first two stages know nothing of each other, and one thread each is better used than two for one."""
     options = ["--out", str(args.out), "--hours", str(args.hours), "--seed", str(args.seed), "--device", "cpu"]
+    options += ["--rate", str(args.rate)]
+    if args.begin_with:
+        options += ["--begin-with", str(args.begin_with), "--fainter", str(args.fainter)]
     options += ["--threads", str(max(1, torch.get_num_threads() // 2)), "--stop-after", str(args.stop_after)]
     running = [subprocess.Popen([sys.executable, "-m", "training", stage.name, *options]) for stage in together]
     try:
@@ -87,8 +98,10 @@ def _finished(directory: Path, stage: Stage) -> bool:
 
 def _run(stage: Stage, args: argparse.Namespace, deadline: float) -> bool:
     device = torch.device(args.device)
-    tokenizer = scene_tokenizer()
+    tokenizer = scene_tokenizer(args.begin_with)
     trainee = Trainee(args.seed, tokenizer).to(device)
+    if args.begin_with:
+        begin_with(trainee.model, args.begin_with, args.fainter)
     if stage.name == "joint":
         for part in ("language", "tower"):
             trained = torch.load(args.out / f"{part}.pt", map_location=device)["trainee"]
@@ -106,7 +119,7 @@ def _run(stage: Stage, args: argparse.Namespace, deadline: float) -> bool:
 def _finish(args: argparse.Namespace) -> None:
     """Score the model on the test scenes, and write it as a checkpoint that vLLM loads."""
     device = torch.device(args.device)
-    tokenizer = scene_tokenizer()
+    tokenizer = scene_tokenizer(args.begin_with)
     trainee = Trainee(args.seed, tokenizer).to(device)
     trainee.load_state_dict(torch.load(args.out / "joint.pt", map_location=device)["trainee"])
     save_llava_checkpoint(args.out / "checkpoint", trainee.model, tokenizer)

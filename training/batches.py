@@ -38,6 +38,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 BEFORE = "USER: "
 CENTRE, INDEX = list(FIELDS).index("centre"), list(FIELDS).index("index")
 READING, COUNTING = 2, 3  # heads that look at letters, and at all that is counted; 0 and 1 look at things
+COUNTING_WEIGHT = 4.0  # of a look at all that is counted: it must be even, and one question in eight has one
 LONGEST, SHORTEST = 720.0, 24.0  # positions that a picture's tokens may be spread over
 
 
@@ -163,10 +164,16 @@ class Batches:
                     elif question.kind == "count":
                         found.append((row, start, COUNTING, (target * centre / (2 * MOST_COUNTED)).astype(np.float32)))
                     else:
+                        if question.kind in ("relation", "position"):  # whose patches may reach into the same column
+                            target = target * centre
                         found += [(row, start + step, head, target) for step in range(steps)]
         rows_, tokens, heads, targets = zip(*found, strict=True)
         return Looks(
-            torch.tensor(rows_), torch.tensor(tokens), torch.tensor(heads), torch.from_numpy(np.stack(targets))
+            torch.tensor(rows_),
+            torch.tensor(tokens),
+            torch.tensor(heads),
+            torch.from_numpy(np.stack(targets)),
+            torch.tensor([COUNTING_WEIGHT if head == COUNTING else 1.0 for head in heads]),
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from training.batches import Batches
-from training.optimizer import Muon
+from training.optimizer import Muon, bfloat16_is_fast
 from training.stages import Stage, Trainee, answer_accuracy, loss_of, patch_accuracy
 
 LOG_EVERY = 10  # steps; a checkpoint is always at such a step
@@ -107,7 +107,8 @@ def backward(
     parameters = [parameter for _, parameter in trainee.part(stage.name)]
 
     def differentiate(part: int) -> tuple[float, dict[str, float], tuple[Tensor, ...]]:
-        loss, notes = loss_of(stage, trainee, batches, step, device, part)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device.type)):
+            loss, notes = loss_of(stage, trainee, batches, step, device, part)
         return loss.item(), notes, torch.autograd.grad(loss, parameters)
 
     losses, notes, gradients = zip(*workers.map(differentiate, range(stage.parts)), strict=True)

@@ -1,7 +1,7 @@
 """The demo model, the vectors that patch codes become, and a forward pass for many questions about one picture.
 
 The architecture is LLaVA's, with transformers' own modules: CLIP with a CLS token at 336 pixels, of whose 7 layers the
-last is not used (`vision_feature_layer` -2, as in LLaVA-1.5), the two-layer projector, a LLaMA. 7.1 million parameters.
+last is not used (`vision_feature_layer` -2, as in LLaVA-1.5), the two-layer projector, a LLaMA. 8.7 million parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ GRID = 24
 WIDTH = 256  # of the language model
 
 
-def model_config(layers: int = 4) -> LlavaConfig:
+LAYERS = 6  # of the language model
+
+
+def model_config(layers: int = LAYERS) -> LlavaConfig:
     """`layers`: of the language model, at least two; tests take fewer."""
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
@@ -78,7 +81,7 @@ def code_columns() -> dict[str, int]:
     return {name: column for column, name in enumerate(names)}
 
 
-def new_model(seed: int, tokenizer: object, layers: int = 4) -> LlavaForConditionalGeneration:
+def new_model(seed: int, tokenizer: object, layers: int = LAYERS) -> LlavaForConditionalGeneration:
     """Random weights, but that words which name what a patch can show, or where, start as its code.
 
     A projector trained on captions ends up near the embeddings of the words that describe a patch; here that is where
@@ -143,13 +146,14 @@ class Looks:
     tokens: Tensor  # of the text
     heads: Tensor
     targets: Tensor
+    weights: Tensor  # in the loss
 
     def to(self, device: torch.device) -> Looks:
         """The same on another device."""
         return Looks(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-LOOKING = -2  # the layer: those before it put a thing's words together, the last one uses what was seen
+LOOKING = -3  # the layer: those before it put a thing's words together, those after it use what was seen
 
 
 def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +234,7 @@ def answer_logits(
 def _astray(looks: Looks, query: Tensor, key: Tensor, mask: Tensor, before: int) -> Tensor:
     """(L,), from queries (B, heads, T, h) of the texts, keys (B, heads, S, h) and the mask (B, T, S)."""
     asking = query[looks.rows, looks.heads, looks.tokens]  # (L, h)
-    scores = torch.einsum("lh,lsh->ls", asking, key[looks.rows, looks.heads]) / math.sqrt(asking.shape[-1])
+    scores = torch.einsum("lh,lsh->ls", asking, key[looks.rows, looks.heads]).float() / math.sqrt(asking.shape[-1])
     log_share = scores.masked_fill(~mask[looks.rows, looks.tokens], -math.inf).log_softmax(-1)
     visual = log_share[:, before : before + looks.targets.shape[1]]
     any_of = torch.logsumexp(visual.masked_fill(looks.targets == 0, -math.inf), -1)

@@ -19,25 +19,30 @@ class Part(NamedTuple):
 
 PARTS: dict[str, tuple[Part, ...]] = {
     "language": (
-        Part(8, 8, 0.4, 1.6),
-        Part(12, 8, 0.2, 1.8),
-        Part(16, 8, 0.15, 2.2),
-        Part(GRID, 4, 0.25, 1.9),
+        Part(8, 8, 0.25, 1.6),
+        Part(12, 8, 0.25, 1.75),
+        Part(16, 8, 0.2, 2.2),
+        Part(GRID, 4, 0.3, 1.7),
     ),
-    "tower": (Part(GRID, 4, 1.0, 1.55),),
-    "joint": (Part(GRID, 8, 1.0, 3.6),),
+    "tower": (Part(GRID, 4, 1.0, 0.92),),
+    "joint": (Part(GRID, 8, 1.0, 2.7),),
 }
 RATES = {"language": 3e-3, "tower": 3e-3, "joint": 6e-4}  # peaks
 JOINT = 0.35  # of the time
 
 
-def stages(hours: float) -> dict[str, Stage]:
-    """The plan for so many hours on two cores. It fixes the steps, so elsewhere they take longer or shorter."""
+def stages(hours: float, rate: float = 1.0) -> dict[str, Stage]:
+    """The plan for so many hours on two cores. It fixes the steps, so elsewhere they take longer or shorter.
+
+    Args:
+        hours: of all stages.
+        rate: by which the learning rates are multiplied; less than 1 to go on from an earlier model.
+    """
     plan = {}
     for name, parts in PARTS.items():
         seconds = 3600 * hours * (JOINT if name == "joint" else 1 - JOINT)
         phases = tuple(
             Phase(part.grid, max(10, round(seconds * part.share / part.seconds / 10) * 10), part.size) for part in parts
         )
-        plan[name] = Stage(name, phases, RATES[name], parts=2 if name == "joint" else 1)
+        plan[name] = Stage(name, phases, rate * RATES[name], parts=2 if name == "joint" else 1)
     return plan

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from training.batches import Batch, Batches, random_positions, usual_positions
-from training.model import GRID, Codebook, answer_logits, encode, new_model
+from training.model import GRID, LAYERS, Codebook, answer_logits, encode, new_model
 from vllm_vtprune.demo.scenes import FIELDS, code_size
 
 SHARPNESS = 12.0  # of the softmax that reads a value from a code
@@ -34,7 +34,7 @@ class Trainee(nn.Module):
     choose, would be left to chance.
     """
 
-    def __init__(self, seed: int, tokenizer: Any, layers: int = 4) -> None:
+    def __init__(self, seed: int, tokenizer: Any, layers: int = LAYERS) -> None:
         super().__init__()
         self.model: LlavaForConditionalGeneration = new_model(seed, tokenizer, layers)
         self.codebook = Codebook()
@@ -115,7 +115,9 @@ def blurred(codes: Tensor, generator: torch.Generator) -> Tensor:
     """Codes as a tower might emit them: none quite certain."""
     certainty = 0.6 + 0.5 * torch.rand(codes.shape[:2], generator=generator)[..., None]
     known = codes[..., :KNOWN] * certainty
-    noise = 0.08 * torch.randn(codes.shape, generator=generator)
+    noise = torch.randn(codes.shape, generator=generator)
+    noise[..., :KNOWN] *= 0.08
+    noise[..., KNOWN:] *= 0.02  # a tower's patches have an embedding of their place
     return torch.cat([known, codes[..., KNOWN:]], dim=-1) + noise
 
 
@@ -129,7 +131,8 @@ def answer_loss(trainee: Trainee, batches: Batches, batch: Batch, visual: Tensor
     looks = batch.looks.to(visual.device)
     logits, astray = answer_logits(trainee.model, prefix, visual, positions, text, looks)
     assert astray is not None
-    answer, look = functional.cross_entropy(logits, text.targets), astray.mean()
+    answer = functional.cross_entropy(logits.float(), text.targets)
+    look = (astray * looks.weights).sum() / looks.weights.sum()
     return answer + LOOK_WEIGHT * look, {"answer": answer.item(), "look": look.item()}
 
 

@@ -3,6 +3,8 @@
 Words in the pictures are in capitals, so the model spells what it reads and can spell words that it never saw.
 """
 
+from pathlib import Path
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,8 +19,14 @@ BOS_ID, EOS_ID = 1, 2
 CAPITALS = r"[A-Z](?=[A-Z])|(?<=[A-Z])[A-Z]"  # "What" stays whole
 
 
-def scene_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, so any text survives the round trip; trained on questions about scenes, then on common words."""
+def scene_tokenizer(earlier: Path | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level, so any text survives the round trip; trained on questions about scenes, then on common words.
+
+    That of an `earlier` checkpoint is taken as it is, where there is one.
+    """
+    if earlier is not None:
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(earlier)
+        return loaded
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -29,7 +29,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "centre": ("none", "centre"),  # of a shape, a digit or a character
 }
 WAVES = (1, 2, 4, 8)  # half waves of a code of position across the picture
-POSITION_SCALE = 0.5  # so that tokens differ by what they show more than by where they are
+POSITION_SCALE = 0.25  # so that tokens differ by what they show more than by where they are
 POSITION_SIZE = 2 * (1 + 2 * len(WAVES))
 
 
