@@ -1,22 +1,27 @@
 """The words of a prompt that point at something in the image (ResPrune, sections III-E and IV-A).
 
-Two steps: drop answer-format instructions by patterns, then keep the nouns. The paper reads nouns off spaCy's
-``en_core_web_sm``; it is used when it is installed (it is never downloaded), else an embedded pipeline: spaCy's
-tokeniser, the parts of speech each word can have (lemminflect's tables), and rules that look at its neighbours.
+Two steps: drop answer-format instructions by patterns, then keep the nouns, and where they are wanted what describes
+them. The paper reads nouns off spaCy's ``en_core_web_sm``; it is used when it is installed (it is never downloaded),
+else an embedded pipeline: spaCy's tokeniser and the rules of `vllm_vtprune.tagger`.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from vllm_vtprune.chunks import pointing_words
+from vllm_vtprune.fields import IDENTIFIER, NAMED_FIELDS, Span, find_instructions, quote_keys, tag_fields
+from vllm_vtprune.tagger import FUNCTION_WORDS, readings, tag_words, word_set
 
-    from spacy.tokens import Doc, Token
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from spacy.tokens import Doc
 
 SPACY_MODEL = "en_core_web_sm"
 EMBEDDED = "embedded"
@@ -35,30 +40,35 @@ class Reading(NamedTuple):
     fallback: TextFallback | None
 
 
-def read_prompt(prompt: str, clean: bool = True) -> Reading:
+def read_prompt(prompt: str, clean: bool = True, modifiers: bool = False) -> Reading:
     """As `extract_nouns`, with the reason where it finds nothing to condition on.
 
     What was read last is remembered: several images of a message are conditioned on one text.
     """
-    return _read(prompt[:MAX_CHARS], clean)
+    return _read(prompt[:MAX_CHARS], clean, modifiers)
 
 
 @lru_cache(maxsize=64)
-def _read(prompt: str, clean: bool) -> Reading:
-    nouns = tuple(extract_nouns(prompt, clean))
+def _read(prompt: str, clean: bool, modifiers: bool) -> Reading:
+    nouns = tuple(extract_nouns(prompt, clean, modifiers))
     if nouns:
         return Reading(nouns, None)
     return Reading(nouns, "not_english" if clean and not is_english(prompt) else "no_nouns")
 
 
-def extract_nouns(prompt: str, clean: bool = True) -> list[str]:
+def extract_nouns(prompt: str, clean: bool = True, modifiers: bool = False) -> list[str]:
     """The nouns of ``prompt``, in order, as written there, each once (letter case aside).
 
     Answer-format instructions are dropped first. A quoted string counts as one noun, whole: it is what a question about
-    text in the image asks for. Compounds come word by word. A prompt that is not English gives ``[]``, which means
-    text-agnostic pruning. Only the first 8,000 characters are looked at.
+    text in the image asks for. So does a name in snake_case or camelCase, and each key of a JSON template. Compounds
+    come word by word. A prompt that is not English gives ``[]``, which means text-agnostic pruning. Only the first
+    8,000 characters are looked at.
 
-    With ``clean=False`` every word is returned, in any language (setting 1 of the paper's ablation).
+    With ``modifiers`` the adjectives and numbers of the same chunks come too, and adjectives after a form of "be":
+    what a question points with ("the red circle", "two dogs"). See `vllm_vtprune.chunks.pointing_words`.
+
+    With ``clean=False`` every word is returned, in any language (setting 1 of the paper's ablation), and ``modifiers``
+    changes nothing.
     """
     if not clean:
         return _once(re.findall(r"\w+(?:['’-]\w+)*", prompt[:MAX_CHARS]))
@@ -67,13 +77,32 @@ def extract_nouns(prompt: str, clean: bool = True) -> list[str]:
         doc = _pipeline()(prompt)
         if not _is_english(doc):
             return []
-        found = [
-            (token.idx, token.text) for token in doc if token.pos_ in ("NOUN", "PROPN") and token.text[0].isalnum()
-        ]
-    quotes = [(match.start(), match.end(), match[match.lastindex or 0]) for match in _QUOTED.finditer(prompt)]
-    found = [noun for noun in found if not any(start <= noun[0] < end for start, end, _ in quotes)]
-    found += [(start, text.strip()) for start, _, text in quotes if text.strip()]
+        starts, words = [token.idx for token in doc], [(token.text, token.pos_) for token in doc]
+    instructions = find_instructions(prompt)
+    silent = _covered(instructions.silent, len(prompt))
+    names = [(*match.span(), match[match.lastindex or 0].strip()) for match in _QUOTED.finditer(prompt)]
+    quoted = _covered([(start, end) for start, end, _ in names], len(prompt))
+    names += [(*match.span(), match[0]) for match in IDENTIFIER.finditer(prompt) if not quoted[match.start()]]
+    names = [name for name in names if name[2] and not silent[name[0]]]
+    named = _covered([(start, end) for start, end, _ in names], len(prompt))
+    words = [
+        ("", "X") if silent[start] else (text, "PROPN" if named[start] else tag)
+        for start, (text, tag) in zip(starts, words, strict=True)
+    ]
+    for start, end in instructions.lists:
+        within = slice(bisect_left(starts, start), bisect_left(starts, end))
+        words[within] = tag_fields(words[within])
+    found = [(starts[place], words[place][0]) for place in pointing_words(words, modifiers)]
+    found = [word for word in found if not named[word[0]]] + [(start, text) for start, _, text in names]
     return _once([text for _, text in sorted(found)])
+
+
+def _covered(spans: Iterable[Span], length: int) -> bytearray:
+    """For each of ``length`` characters, whether a span covers it."""
+    covered = bytearray(length)
+    for start, end in spans:
+        covered[start:end] = b"\1" * (end - start)
+    return covered
 
 
 def is_english(prompt: str) -> bool:
@@ -107,7 +136,7 @@ def _pipeline() -> Callable[[str], Doc]:
 
     if text_pipeline_name() == SPACY_MODEL:
         return spacy.load(SPACY_MODEL, exclude=["parser", "ner", "lemmatizer"])
-    Language.component("vtprune_nouns", func=_tag_nouns)
+    Language.component("vtprune_nouns", func=tag_words)
     embedded = spacy.blank("en")
     embedded.add_pipe("vtprune_nouns")
     return embedded
@@ -118,7 +147,7 @@ def _readable(prompt: str) -> str:
 
     spaCy's tokeniser takes quadratic time in the length of what stands between two spaces, so long strings are cut.
     """
-    return re.sub(r"(\S{64})(?=\S)", r"\1 ", clean_instruction(prompt[:MAX_CHARS]))
+    return re.sub(r"(\S{64})(?=\S)", r"\1 ", clean_instruction(quote_keys(prompt[:MAX_CHARS])))
 
 
 def _single_spaced(text: str) -> str:
@@ -135,7 +164,7 @@ def _once(words: list[str]) -> list[str]:
 # --- answer-format instructions -------------------------------------------------------------------------------------
 
 _START = r"(?:^|(?<=[\n.?!:;,]))[ \t]*(?:please[ \t]+|just[ \t]+|then[ \t]+)*"
-_REST = r"[^.?!:\n]*[.?!:]*"
+_REST = rf"(?:(?!{NAMED_FIELDS}|(?<=json )with\b|(?<=json object )with\b)[^.?!:\n])*[.?!:]*"
 _FORMAT = (
     r"(?=[^.?!:\n]*\b(?:words?|phrases?|letters?|options?|choices?|yes|sentences?|numbers?|digits?|short|brief|single|"
     r"json|format|unanswerable|paragraphs?|briefly|concisely|directly|only|step)\b)"
@@ -174,7 +203,10 @@ _INSTRUCTIONS = tuple(
         + _REST,
         _START + r"(?:your|the|final) (?:final )?(?:answer|response) (?:should|must|needs?)\b" + _REST,
         _START + r"(?:provide|give|write|return|output)[ \t]+(?:me[ \t]+)?(?:only |just )?(?:an?|the|your)?[ \t]*"
-        r"(?:[\w-]+[ \t]+){0,3}(?:answers?|explanation|reasoning|letter|json)\b" + _REST,
+        r"(?:[\w-]+[ \t]+){0,3}(?:answers?|explanation|reasoning|letter)\b" + _REST,
+        _START
+        + r"(?:provide|give|write|return|output)[ \t]+(?:me[ \t]+)?(?:(?:only|just|an?|the|valid|raw|strict)[ \t]+)*"
+        r"json\b(?:[ \t]+(?:objects?|format|only))*[ \t]*(?=[.,!:\n]|$)[.!:]*",
         # captions
         _START + r"(?:(?:provide|give|write|generate|create)[ \t]+)?(?:me[ \t]+)?an?[ \t]+(?:[\w-]+[ \t]+){0,3}"
         r"(?:caption|description|summary)(?:[ \t]+(?:of|for|about)[ \t]+"
@@ -195,176 +227,17 @@ _INSTRUCTIONS = tuple(
 )
 
 _QUOTED = re.compile(
-    r'"([^"\n]{1,200})"|“([^”\n]{1,200})”|‘([^’\n]{1,200})’(?!\w)|(?<![\w\'])\'(?!\s)([^\'\n]{0,200}[^\'\s])\'(?!\w)'
+    r'"([^"\n]{1,200})"|“([^”\n]{1,200})”|‘([^’\n]{1,200})’(?!\w)|`([^`\n]{1,200})`|'
+    r"(?<![\w'])'(?!\s)([^'\n]{0,200}[^'\s])'(?!\w)"
 )
 
-# --- the embedded pipeline ------------------------------------------------------------------------------------------
+# --- English --------------------------------------------------------------------------------------------------------
 
-
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-_DETERMINERS = _set(
-    "the a an this that these those my your his her its our their 's any some each every no another both"
-)
-_DO = _set("do does did")
-_MODALS = _set("can could will would shall should may might must to ca wo")
-_BE_HAVE = _set("is are was were be been being am 's 're 'm has have had having 've")
-_SUBJECTS = _set("i you he she it we they who that")
-_WH = _set("what which who whom whose where when why how what's")
-_QUANTITIES = _set(
-    "many much more most few several all other same such one two three four five six seven eight nine ten"
-)
-_FUNCTION_WORDS = (
-    _DETERMINERS | _DO | _MODALS | _BE_HAVE | _SUBJECTS | _WH | _QUANTITIES
-    | _set(
-        "me him us them mine yours hers ours theirs myself yourself himself herself itself ourselves "
-        "themselves in on at of for from by with without within to into onto upon over under below above "
-        "beneath beside besides behind between among across through throughout during before after against "
-        "along around near off out up down about as than like per via toward towards inside outside next and "
-        "or but nor so yet if then because while whether though although until since unless not n't there "
-        "here now just only also too very quite really still ever never always often already again else even "
-        "maybe perhaps rather almost yes ok okay please something anything nothing everything someone anyone "
-        "everyone nobody anybody somebody everybody least less enough either neither own first second third "
-        "last ago away together apart well got getting get gets doing done let lets 'll 'd etc"
-    )
-)  # fmt: skip
-_STRICTLY_ENGLISH = _set(
+_STRICTLY_ENGLISH = word_set(
     "the this that these those is are was were does did what which who where when why how many of there and with "
-    "any can could would should please you your it its from by for describe read find count show list name"
+    "any can could would should please you your it its from by for describe read find count show list name extract "
+    "return output provide retrieve"
 )
-
-# words with a noun reading in the tables that questions use as adjectives, and as verbs
-_ADJECTIVES = _set(
-    "red orange yellow green blue purple pink brown black white gray grey beige tan silver golden violet "
-    "turquoise young old new small little big large huge tiny tall short long high low wide narrow thick "
-    "thin deep fat slim heavy left right upper lower main different similar visible empty full open "
-    "closed hot cold warm cool wet dry dark bright clean dirty round square flat sharp smooth rough hard "
-    "soft loud quiet happy sad angry real fake good bad better best worse worst nice pretty fresh sweet "
-    "raw ripe correct wrong possible likely available total entire whole modern ancient professional male "
-    "female live dead free busy safe alive asleep present public private formal casual famous elderly "
-    "adult blond blonde bald major minor average normal regular special common favorite favourite "
-    "electric domestic wild native natural human medium clear plain curly straight solid broken tasty "
-    "current recent final overall able well-known transparent following average fast slow quick"
-)
-# of those adjectives, the ones that name a thing too
-_THINGS_TOO = _set("square orange human adult male female professional native")
-_VERBS = _set(
-    "say see do go come wear hold eat drink look use play ride stand sit lie run walk fly catch throw hit "
-    "kick jump read write show tell indicate mean make take give get put keep find know think want need "
-    "seem appear become happen contain cover carry pull push drive travel watch feed reach touch describe "
-    "identify list count name explain state provide determine estimate compare locate translate "
-    "transcribe believe expect guess suggest depict represent face point belong exist occur work live fit "
-    "move stop sell buy cost spell advertise celebrate grow swim sleep smile talk speak call hang lean "
-    "face cook cut prepare wait pose perform visit enjoy like love help try start begin end answer"
-)
-_IMPERATIVES = _VERBS | _set("answer tell detect point zoom summarize caption focus check verify complete note")
-_ING_NOUNS = _set(
-    "building buildings painting paintings clothing ceiling ceilings wedding morning evening railing "
-    "railings awning lightning string king ring thing things wing wings swing spring sling sibling "
-    "earring earrings writing drawing parking dining swimming living shopping skiing surfing snowboarding "
-    "skateboarding bowling fishing boxing wrestling washing vending landing lettering wording siding "
-    "stuffing frosting icing topping toppings dressing pudding dumpling flooring lighting seating housing "
-    "crossing meeting training racing sewing cutting rating opening ending"
-)
-_KNOWN_NOUNS = _set("top bottom front back side end color colour kind type sort way people")
-_ADJECTIVE_ENDING = re.compile(r"(?:al|ic|ous|ive|ful|less|able|ible|ern|ary|ish|ian)$")
-_SENTENCE_END = frozenset(".?!:;\n")
-
-
-def _tag_nouns(doc: Doc) -> Doc:
-    """Set ``pos_`` to NOUN, PROPN, VERB, ADJ or X for each token of ``doc``."""
-    shouting = sum(t.is_upper for t in doc if t.is_alpha) * 2 > sum(t.is_alpha for t in doc)
-    verb_due = False  # "does the sign ...", "can the dog ...": a bare verb is still to come
-    first = True  # in its sentence
-    for token in doc:
-        if not token.is_alpha and not _is_compound(token):
-            token.pos_ = "X"
-            if token.text[0] in _SENTENCE_END:
-                first, verb_due = True, False
-            continue
-        word = token.lower_
-        if word in _FUNCTION_WORDS or len(word) == 1:
-            token.pos_ = "X"
-            verb_due = (verb_due or word in _DO | _MODALS - {"to"}) and word not in _BE_HAVE - {"'s"}
-        else:
-            token.pos_ = _part_of_speech(token, verb_due, first, proper=not (shouting or first))
-            verb_due = verb_due and token.pos_ != "VERB"
-        first = False
-    return doc
-
-
-def _part_of_speech(token: Token, verb_due: bool, first: bool, proper: bool) -> str:
-    word, doc = token.lower_, token.doc
-    before = doc[token.i - 1].lower_ if token.i else ""
-    after_noun = token.i > 0 and doc[token.i - 1].pos_ in ("NOUN", "PROPN")
-    after_determiner = before in _DETERMINERS | _QUANTITIES | {"what", "which", "whose"}
-    next_word = doc[token.i + 1].lower_ if token.i + 1 < len(doc) else ""
-    beside = next_word in ("left", "right") and [t.lower_ for t in doc[token.i + 2 : token.i + 3]] == ["of"]
-    next_is_nominal = _may_be_noun(next_word) and not beside
-
-    if proper and (token.is_title or token.is_upper):
-        return "PROPN"
-    possible = _possible(word) | ({"NOUN"} if word in _ING_NOUNS else set())
-    if not possible or possible == {"NOUN"}:
-        return "ADJ" if word in _ADJECTIVES else "ADV" if word.endswith("ly") and not possible else "NOUN"
-    if "NOUN" not in possible and word not in _ADJECTIVES:
-        return "VERB" if "VERB" in possible else "ADJ"
-
-    if word in _ADJECTIVES:
-        after_adjective = token.i > 0 and doc[token.i - 1].pos_ == "ADJ" and word in _THINGS_TOO
-        stands_alone = before in _DETERMINERS - {"'s", "that"} or after_adjective
-        return "NOUN" if stands_alone and not next_is_nominal else "ADJ"
-    if "ADJ" in possible and _ADJECTIVE_ENDING.search(word) and (next_is_nominal or not after_determiner):
-        return "ADJ"
-    if "VERB" not in possible:
-        return "NOUN"
-
-    if word.endswith("ing"):
-        stands_alone = after_determiner and not next_is_nominal
-        return "NOUN" if stands_alone or (word in _ING_NOUNS and (not after_noun or next_is_nominal)) else "VERB"
-    lemma = _verb_lemma(word)
-    inverted = token.i < 2 or doc[token.i - 2].lower_ in _WH or not doc[token.i - 2].is_alpha  # "can dogs sleep"
-    if before == "to" or (before in _MODALS and not inverted) or (before in _SUBJECTS and before != "that"):
-        return "VERB"
-    if first and word in _IMPERATIVES and next_word and (next_word in _FUNCTION_WORDS or next_is_nominal):
-        return "VERB"
-    if verb_due and after_noun and (lemma in _VERBS or not (next_is_nominal or next_word in _VERBS)):
-        return "VERB"
-    if before in ("who", "that") and next_word in _FUNCTION_WORDS and lemma in _VERBS:
-        return "VERB"
-    if lemma in _VERBS and not after_determiner and word not in _KNOWN_NOUNS:
-        previous_describes = token.i > 0 and doc[token.i - 1].pos_ == "ADJ"
-        return "NOUN" if previous_describes or before in ("of", "for", "in", "on", "at", "by", "with") else "VERB"
-    return "NOUN"
-
-
-def _is_compound(token: Token) -> bool:
-    return len(token.text) > 1 and token.text[0].isalpha() and all(c.isalnum() or c in "-'’&." for c in token.text)
-
-
-def _possible(word: str) -> frozenset[str]:
-    """The parts of speech that ``word`` can have; empty for a word that is not in the tables."""
-    from lemminflect import getAllLemmas
-
-    if word in _KNOWN_NOUNS:
-        return frozenset({"NOUN"})
-    return frozenset(getAllLemmas(word)) - {"AUX"}
-
-
-def _verb_lemma(word: str) -> str:
-    from lemminflect import getAllLemmas
-
-    lemmas: tuple[str, ...] = getAllLemmas(word, upos="VERB").get("VERB", (word,))
-    return lemmas[0]
-
-
-def _may_be_noun(word: str) -> bool:
-    if not word or not word[0].isalpha() or word in _FUNCTION_WORDS or word in _VERBS:
-        return False
-    possible = _possible(word)
-    return not possible or "NOUN" in possible or word in _ADJECTIVES
 
 
 def _is_english(doc: Doc) -> bool:
@@ -373,5 +246,5 @@ def _is_english(doc: Doc) -> bool:
     if sum(c < "\u0250" for c in letters) * 2 < len(letters):
         return False
     words = [t.lower_ for t in doc if t.is_alpha and not t.is_upper]
-    known = sum(word in _FUNCTION_WORDS or bool(_possible(word)) for word in words)
+    known = sum(word in FUNCTION_WORDS or bool(readings(word)) for word in words)
     return known * 2 >= len(words) and (len(words) < 4 or any(word in _STRICTLY_ENGLISH for word in words))

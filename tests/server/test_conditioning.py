@@ -13,9 +13,11 @@ pytestmark = pytest.mark.engine
         ({}, ["dog"]),
         ({"scope": "message"}, ["dog"]),
         ({"scope": "last_turn"}, ["bus"]),
-        ({"query": "a red kite"}, ["kite"]),
-        ({"query": "a red kite", "scope": "last_turn"}, ["kite"]),
+        ({"query": "a red kite", "modifiers": False}, ["kite"]),
+        ({"query": "a red kite", "modifiers": True}, ["red", "kite"]),
+        ({"query": "a red kite", "modifiers": False, "scope": "last_turn"}, ["kite"]),
         ({"clean": False}, ["Where", "is", "the", "dog"]),
+        ({"clean": False, "modifiers": True}, ["Where", "is", "the", "dog"]),
         ({"query": ""}, []),
     ],
 )

@@ -1,0 +1,221 @@
+"""Instructions to read something off a document: which words name its fields, and which only say how to answer.
+
+"Extract the due date and total as JSON" asks for a date and a total. The verb, the format, and the likes of "the
+following fields" point at nothing in the image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vllm_vtprune.chunks import Tagged
+from vllm_vtprune.tagger import COLOURS, FUNCTION_WORDS, readings, word_set
+
+Span = tuple[int, int]
+"""Where something begins and ends in a prompt, in characters."""
+
+
+class Instructions(NamedTuple):
+    """What was found in a prompt.
+
+    Attributes:
+        silent: what says how to answer.
+        lists: instructions that name fields of a document.
+    """
+
+    silent: list[Span]
+    lists: list[Span]
+
+
+IDENTIFIER = re.compile(r"(?<!\w)(?:[A-Za-z][^\W_]*(?:_[^\W_]+)+|[a-z]{2,}\d*(?:[A-Z][a-z0-9]*)+)(?!\w)")
+"""A name in snake_case or camelCase."""
+
+# --- templates ------------------------------------------------------------------------------------------------------
+
+_PIECE = re.compile(
+    r'"(?P<double>[^"\\\n]{1,200})"(?=\s{0,8}:)'
+    r"|'(?P<single>[^'\\\n]{1,200})'(?=\s{0,8}:)"
+    r"|(?<!\w)(?P<bare>[A-Za-z_]\w{1,63})(?=[ \t]{0,8}:)"
+    r'|"(?:[^"\\\n]|\\.){0,1000}"'
+    r"|[{}]"
+)
+
+
+def quote_keys(prompt: str) -> str:
+    """``prompt`` with every JSON template replaced by its keys, in quotes; a JSON schema by those of its properties.
+
+    ``{"total": "", "items": [{"price": 0}]}`` becomes ``"total", "items", "price"``. A template need not be valid JSON.
+    Braces that hold no key stay as they are.
+    """
+    text, done = "", 0
+    start, open_under, last = 0, list[str](), ""  # open_under: the keys whose values the open braces are in
+    keys: list[tuple[str, str]] = []  # and what each is under
+    for piece in _PIECE.finditer(prompt):
+        if piece[0] == "{":
+            if not open_under:
+                start, keys = piece.start(), []
+            open_under.append(last)
+            last = ""
+        elif piece[0] == "}" and open_under:
+            open_under.pop()
+            last = ""
+            if not open_under and keys:
+                properties = [key for under, key in keys if under == "properties"]
+                quoted = [f'"{key}"' for key in properties or [key for _, key in keys]]
+                text += prompt[done:start] + ", ".join(quoted)
+                done = piece.end()
+        elif piece.lastgroup and open_under:
+            last = piece[piece.lastgroup]
+            keys.append((open_under[-1], last))
+    return text + prompt[done:]
+
+
+# --- what says how to answer ----------------------------------------------------------------------------------------
+
+_POLITE = (
+    r"(?:(?:please|kindly|now|next|just|then|first|finally|also|carefully|only|your task is to|help me(?: to)?|let'?s|"
+    r"(?:i|we) (?:want|need|would like|'d like) (?:you )?to|you (?:must|should|need to|have to|will|are to)|"
+    r"(?:can|could|would|will) you),?[ \t]+){0,4}"
+)
+_OFF_DOCUMENTS = r"(?:extract|return|output|parse|retrieve|capture|fetch|convert|fill(?: in| out)?)"
+_ASK = rf"(?:{_OFF_DOCUMENTS}|give|list|read|provide|report|print|get|collect)"
+_NAMES = r"(?:fields?|keys?|attributes?|properties|columns?)"
+_HAVING = r"(?:with|containing|including|having|that (?:has|have|contains?|includes?))"
+_WHICH = r"(?:the|these|only|exactly|all|following|required|requested)"
+
+NAMED_FIELDS = rf"\b{_HAVING}(?:[ \t]+{_WHICH})*[ \t]+{_NAMES}\b"
+"""Where the fields that an answer should have begin: "with the following keys"."""
+
+_SENTENCE = r"(?:\A|(?<=[^\W\d][.?!])\s|(?<=[)\]\"'][.?!])\s)[ \t]*"
+_LINE = r"^[ \t]*(?:(?:[-*•]|\d{1,3}[.)])[ \t]+)?"
+_REQUEST = re.compile(
+    rf"{_SENTENCE}{_POLITE}{_ASK}\b(?![ \t]+(?:is|are|was|were|of)\b)"
+    # elsewhere, "list" and "return" may be nouns
+    rf"|(?:{_LINE}|(?<=[,:;])[ \t]*|\b(?:and|then|to)[ \t]+){_POLITE}(?:(?:extract|give|provide|retrieve|parse)\b|"
+    rf"{_ASK}(?=[ \t]+(?:the|an?|all|only|it|them|me|each|every|any|this|that|these|those|its|their|your|just|json|as|"
+    r"in|out|from)\b))"
+    # the rest of an instruction whose beginning was dropped
+    rf"|{_SENTENCE}(?:{NAMED_FIELDS}|{_HAVING}\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ASKS_POLITELY = re.compile(r"\b(?:can|could|would|will) you\b", re.IGNORECASE)
+_ITEM = r"\n(?=[ \t]*(?:[-*•]|\(?\d{1,3}[.)])[ \t])"  # the line break before an item of a list
+_TO_THE_END = re.compile(
+    rf"(?:[^.?!\n]|[.?!](?=\S)|{_ITEM}|(?<=\n\d)[.]|(?<=\n\d\d)[.]|(?<=,)\n)*(?:(?<=:)\n(?:[^.?!]|[.?!](?=\S)|(?<=\n\d)[.])*)?"
+)
+_ABOUT_DOCUMENTS = re.compile(
+    rf"{_OFF_DOCUMENTS}\b|\b(?:json|fields?|invoices?|receipts?|forms?|documents?|statements?|contracts?|passports?|pages?|"
+    r"bills?|totals?|amounts?|currency|tax)\b|\w_\w",
+    re.IGNORECASE,
+)
+
+_AS = r"(?:as|in|into|to|using|with|via)"
+_SUCH = (
+    r"(?:(?:an?|the|this|one|single|valid|strict|raw|plain|pure|flat|nested|structured|proper|well-formed|only|just|"
+    r"following|given|requested|required|specified|expected)[ \t]+){0,5}"
+)
+_SHAPE = (
+    r"(?:[ \t]+(?:objects?|formats?|arrays?|lists?|strings?|schemas?|templates?|dictionar(?:y|ies)|structures?|output|"
+    r"code|blocks?|tables?|files?|only))*"
+)
+_CONTENTS = rf"(?:{_NAMES}|values?|information|info|details?|data|entit(?:y|ies)|items?|elements?|entries)"
+_IN_REQUESTS = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"\b(?:{_AS}[ \t]+)?{_SUCH}json\b{_SHAPE}(?:[ \t]+{_HAVING}\b(?:[ \t]+{_WHICH}\b)*(?:[ \t]+{_NAMES}\b)?)?",
+        rf"\b{_AS}[ \t]+{_SUCH}(?:xml|yaml|csv|tsv|html|markdown|latex)\b{_SHAPE}",
+        rf"\bas[ \t]+{_SUCH}(?:(?:numbered|bulleted|bullet|comma-separated|key-value|python)[ \t]+)?(?:objects?|lists?|"
+        r"tables?|arrays?|dictionar(?:y|ies)|strings?|tuples?|pairs?|points?|text|rows?)\b",
+        rf"\b{_AS}[ \t]+{_SUCH}(?:[\w/-]{{1,24}}[ \t]+)?(?:formats?|schemas?|templates?|order|structures?)\b",
+        r"\bformat(?:s|ted)?\b",
+        rf"\b(?:outputs?|results?|responses?)(?=[ \t]+(?:only[ \t]+)?{_AS}[ \t]+{_SUCH}(?:json|xml|yaml|csv|format)\b)",
+        rf"\b(?:{_HAVING}[ \t]+)?(?:{_WHICH}[ \t]+)*(?:(?:key|main|data|form)[ \t]+)?fields?\b",
+        rf"\bfollowing[ \t]+(?:(?:key|main|important|data|structured)[ \t]+)?{_CONTENTS}\b",
+        rf"\b(?:{_NAMES}|values?|information|info|details?|data|schemas?|templates?)(?=[ \t]*:)",
+        r"```\w*",
+    )
+]
+_COORDINATE = r"[\[(]?(?:[xy][ _]?(?:\d|min|max|c|center|centre|left|right|top|bottom)?|c[xy]|[wh]|width|height)[\])]?"
+_ANYWHERE = [
+    re.compile(pattern, re.IGNORECASE | re.MULTILINE)
+    for pattern in (
+        rf"[\[({{](?=[\[(]?c?[xy]){_COORDINATE}(?:[ \t]*,[ \t]*{_COORDINATE}){{1,7}}[ \t]*[\])}}]",
+        r"^[ \t]*(?:[-*•][ \t]|\(?\d{1,3}[.)](?=\s))",  # what an item of a list begins with
+    )
+]
+
+
+def find_instructions(prompt: str) -> Instructions:
+    """The instructions in ``prompt``, which is single-spaced; a sentence that ends in "?" is one only if it is polite.
+
+    Where nothing in it speaks of documents ("Read the sign."), an instruction has silent words but lists no fields.
+    """
+    found = Instructions([match.span() for pattern in _ANYWHERE for match in pattern.finditer(prompt)], [])
+    end = question = 0  # where the last instruction ends, and the last question
+    for request in _REQUEST.finditer(prompt):
+        start = request.start()
+        if start >= end:
+            polite = _ASKS_POLITELY.search(request[0])
+            if start < question and not polite:
+                continue
+            rest = _TO_THE_END.match(prompt, request.end())
+            end = rest.end() if rest else request.end()
+            if prompt[end : end + 1] == "?" and not polite:
+                question = end
+                end = prompt.rfind("\n", request.end(), end)  # what is asked may be on a line of its own
+                if end < 0:
+                    continue
+            for pattern in _IN_REQUESTS:
+                found.silent.extend(match.span() for match in pattern.finditer(prompt, start, end))
+            if _ABOUT_DOCUMENTS.search(prompt, start, end):
+                found.lists.append((start, end))
+        found.silent.append(request.span())
+    return found
+
+
+# --- the names in a list of fields ----------------------------------------------------------------------------------
+
+_OPENS = word_set(", : ; ( [ { / - * • & and or of the a an this these all each every any both first last next me only")
+_CLOSES = word_set(", : ; . ! ) ] } / & and or of from in as for on with at by per to into using")
+_DESCRIBING = COLOURS | word_set("present visible available possible readable legible")
+
+
+def tag_fields(words: Sequence[Tagged]) -> list[Tagged]:
+    """The words of a list of fields, with those that name a field tagged as nouns.
+
+    Between two separators ("and", a comma, a preposition, a silent word, whose text is empty) that which may be a noun
+    is one: "total" and "name" in "name, date, total". An adjective before it stays one ("total amount").
+    """
+    tagged = list(words)
+    start = 0
+    for end in range(len(words) + 1):
+        if end < len(words) and _is_content(words[end][0]):
+            continue
+        opened = start == 0 or _separates(words[start - 1][0], _OPENS)
+        closed = end == len(words) or _separates(words[end][0], _CLOSES)
+        if opened and closed:
+            for place in range(start, end):
+                text, tag = words[place]
+                compound = text.endswith("ing") and place < end - 1  # "billing address"
+                may_name = tag not in ("ADV", "PROPN") and (compound or _may_name(text.lower()))
+                if may_name and (tag == "VERB" or place == end - 1):
+                    tagged[place] = (text, "NOUN")
+            if 0 < start < end and words[start - 1][0].lower() in ("first", "last"):
+                tagged[start - 1] = (words[start - 1][0], "ADJ")
+        start = end + 1
+    return tagged
+
+
+def _is_content(text: str) -> bool:
+    return text[:1].isalpha() and text.lower() not in FUNCTION_WORDS
+
+
+def _separates(text: str, marks: frozenset[str]) -> bool:
+    return not text.strip() or text.lower() in marks
+
+
+def _may_name(word: str) -> bool:
+    possible = readings(word)
+    return word not in _DESCRIBING and ("NOUN" in possible or not possible)
