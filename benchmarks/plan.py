@@ -36,8 +36,8 @@ from torch.nn.functional import gelu, normalize
 from benchmarks.machine import machine
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import gram_spectrum, krylov_spectrum, spectrum
-from vllm_vtprune.policy import LLAVA
-from vllm_vtprune.selectors import METHODS
+from vllm_vtprune.policy import GATE_ALPHAS
+from vllm_vtprune.selectors import SELECTORS
 
 THRESHOLD = 0.99
 SHAPES = {  # (tokens, encoder's width, language model's width): kept
@@ -143,7 +143,7 @@ def methods(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     threads = args.threads[-1]
     torch.set_num_threads(threads)
-    for name, spec in METHODS.items():
+    for name, spec in SELECTORS.items():
         keep = min(128, spec.max_keep(features)) if spec.max_keep else 128
         policy = PruningPolicy.parse({"method": name, "budget": {"type": "tokens", "keep": keep}})
         times = []
@@ -197,7 +197,8 @@ def literal_rank(F: Tensor, generator: torch.Generator, components: int = 300, p
 def literal_picks(V: Tensor, text: Tensor, seed: int, k: int) -> Tensor:
     """ResPrune, Eq. 10-16: each pick adds one orthonormal vector, onto which all tokens are projected."""
     cosines = normalize(V, dim=1) @ normalize(text, dim=1).T
-    gate = cosines.amax(dim=1).clamp(1e-6, 1.0) ** LLAVA.alpha
+    below = cosines.amax() - cosines.amax(dim=1)
+    gate = (1 - 0.9 * below / below.amax().clamp(min=0.05)) ** GATE_ALPHAS["minmax"]
     energy = V.square().sum(dim=1)
     basis = V.new_empty(k, V.shape[1])
     order = [seed]

@@ -23,7 +23,7 @@ class Method(BaseModel):
     name: str
     idea: str = Field(description="What it keeps, in a few words.")
     paper: str
-    available: bool = Field(description="Whether this model's vision encoder gives what the method needs.")
+    available: bool = Field(description="Whether this model has what the method needs.")
     needs: list[str] = Field(description="Inputs without which the method cannot run.")
     uses: list[str] = Field(description="Inputs that it takes when they are there.")
     parameters: list[str] = Field(description="Fields of the policy, beside method and budget, that it reads.")
@@ -108,7 +108,7 @@ def _method(spec: MethodSpec, family: FamilyDefaults | None) -> Method:
         name=spec.name,
         idea=spec.idea,
         paper=spec.paper,
-        available=family is not None and spec.needs <= family.provides | {"text", "encoder"},
+        available=family is not None and family.supports(spec),
         needs=sorted(spec.needs),
         uses=sorted(spec.uses),
         parameters=sorted(spec.parameters),

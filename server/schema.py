@@ -14,11 +14,12 @@ MEANINGS: dict[str, dict[str, str]] = {
         "method": "How tokens are chosen; GET /v1/pruning describes the methods",
         "budget": "How many tokens stay",
         "text": "The text that an image is conditioned on",
-        "alpha": "Strength of the text's influence, 0 for none; null: the model family's",
+        "gate": "How likeness to the text becomes a weight; auto: minmax; clip all but drops what is unlike the text",
+        "alpha": "Strength of the text's influence, 0 for none; null: the gate's own",
         "relevance": "How a token's likeness to several nouns becomes one number",
         "seed_token": "The token that resprune begins with",
         "rank_by": "What resprune ranks by: energy not yet explained, or likeness to the text alone",
-        "importance": "What adaptprune and its baselines take for a token's importance; auto: cls where there is one",
+        "importance": "What adaptprune, its baselines and cover take for importance; auto: cls where there is one",
         "sigma_d": "Reach of adaptprune's suppression by distance, in tokens; null: the published code's",
         "sigma_s": "Reach of adaptprune's suppression by likeness; null: the published code's",
         "radius": "Distance up to which adaptprune suppresses, in tokens; null: the published code's",
@@ -43,6 +44,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "scope": "Whose text counts: of the message that carries the image, or of the last user message",
         "query": "A text that counts instead",
         "clean": "Whether the nouns of a question count, rather than every word",
+        "modifiers": "Whether adjectives and numbers count beside the nouns; of no effect where every word counts",
     },
 }
 """By model and field; the schema adds what is accepted."""

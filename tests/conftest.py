@@ -30,6 +30,7 @@ LONG_FIXTURES = {"image", "deployed", "watched"}  # what the Dockerfile makes, i
 SHARED = {
     "server": "server",
     **dict.fromkeys(("cached", "uncached", "chunked", "stock_runs"), "llava"),
+    "qwen": "qwen",
     **dict.fromkeys(LONG_FIXTURES, "image"),
 }
 """The fixtures that several files share, and the name of those who share them."""

@@ -226,6 +226,15 @@ def spectral_energy(F: Tensor, k: int) -> float:
     return spectrum(F, 1.0, "exact").energy_at(k)
 
 
+def fixed_count(budget: RatioBudget | TokensBudget, n: int) -> int:
+    """Tokens that a budget asks for, at least 1, of an image that has ``n`` or, with ``tokens``, fewer."""
+    if isinstance(budget, TokensBudget):
+        return budget.keep
+    # decimal, so that a half is what it is in the number the client wrote
+    half_up = (Decimal(repr(budget.keep)) * n).quantize(Decimal(1), ROUND_HALF_UP)
+    return max(int(half_up), 1)
+
+
 def token_budget(
     budget: EnergyBudget | RatioBudget | TokensBudget,
     features: VisualFeatures,
@@ -244,12 +253,8 @@ def token_budget(
     """
     n = features.num_tokens
     most = n if most is None else min(most, n)
-    if isinstance(budget, TokensBudget):
-        return min(budget.keep, most), None
-    if isinstance(budget, RatioBudget):
-        # decimal, so that a half is what it is in the number the client wrote
-        half_up = (Decimal(repr(budget.keep)) * n).quantize(Decimal(1), ROUND_HALF_UP)
-        return min(max(int(half_up), 1), most), None
+    if not isinstance(budget, EnergyBudget):
+        return min(fixed_count(budget, n), most), None
     overview = features.overview
     measured_on = features.encoder if overview is None else features.encoder[overview]
     m = len(measured_on)

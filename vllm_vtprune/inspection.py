@@ -91,6 +91,11 @@ def inspect(argv: list[str]) -> None:
         parser.error(str(error))
     if not policy.enabled:
         parser.error(f"--pruning: {args.pruning} keeps every token; expected a policy that prunes")
+    if not policy.selects:
+        parser.error(
+            f"--pruning: method {policy.method} scales the picture and chooses no tokens, so that there is nothing to "
+            "draw; expected a policy that chooses tokens"
+        )
     try:
         with Image.open(args.image) as picture:
             picture.load()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures, require_finite
-from vllm_vtprune.policy import LLAVA, FamilyDefaults, MethodBudget, PruningPolicy
+from vllm_vtprune.policy import LLAVA, FamilyDefaults, MethodBudget, PolicyError, PruningPolicy
 from vllm_vtprune.selectors.merged import Merged
-from vllm_vtprune.selectors.registry import Input
+from vllm_vtprune.selectors.registry import SELECTORS, Input
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,15 @@ def plan_tokens(
 
     Raises:
         ValueError: when features or text are not finite or do not fit together, or lack what the policy asks for
-            (then a :class:`~vllm_vtprune.policy.PolicyError`).
+            (then a :class:`~vllm_vtprune.policy.PolicyError`); PolicyError for a method that chooses no tokens.
     """
     n = features.num_tokens
     if not policy.enabled:
         everything = torch.arange(n, device=features.embeds.device)
         return PruningPlan(everything, everything, n, None, features.embeds, {"budget": 0.0, "select": 0.0})
+    if not policy.selects:
+        problem = f"method {policy.method} scales the picture before it is encoded, and chooses no tokens of features"
+        raise PolicyError("pruning.method", policy.method, "one of " + ", ".join(SELECTORS), problem)
     policy = policy.resolve(replace(family, provides=_provided(features)))
     require_finite("embeds", features.embeds)
     for name in ("encoder", "cls_attention", "overview_attention", "keys"):

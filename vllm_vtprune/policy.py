@@ -128,7 +128,8 @@ class TextOptions(_Strict):
     """Where the text that an image is conditioned on comes from.
 
     ``message``: the message that carries the image. ``last_turn``: the conversation's last user message. ``query``
-    overrides both. ``clean=False`` uses every word instead of the nouns of the question.
+    overrides both. ``clean=False`` uses every word instead of the nouns of the question; ``modifiers=True``, the nouns
+    with their adjectives and numbers, and changes nothing beside ``clean=False``.
     """
 
     scope: Literal["message", "last_turn"] = Field(default="message", description='"message" or "last_turn"')
@@ -138,6 +139,7 @@ class TextOptions(_Strict):
         description=f"null or a string of at most {MAX_QUERY_CHARS} characters",
     )
     clean: bool = Field(default=True, description="true or false")
+    modifiers: bool = Field(default=False, description="true or false")
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,22 @@ class FamilyDefaults:
     """What a model family puts in the place of ``null`` and ``auto``.
 
     Attributes:
-        alpha: strength of the text's guidance.
-        provides: the inputs, beside the two feature matrices, that the family's tower gives.
+        clip_alpha: strength of the text's guidance under the gate ``clip``, the paper's; others declare their own.
+        provides: what methods may need that the family has: the inputs, beside the two feature matrices, that its
+            tower gives, and dynamic resolution.
     """
 
-    alpha: float
+    clip_alpha: float
     provides: frozenset[Input]
+
+    @property
+    def inputs(self) -> frozenset[Input]:
+        """All that methods may need, and that there is."""
+        return self.provides | {"text", "encoder"}
+
+    def supports(self, method: MethodSpec) -> bool:
+        """Whether the family has what a method needs."""
+        return method.needs <= self.inputs
 
 
 _CHOICES_THAT_NEED: dict[tuple[str, str], Input] = {
@@ -159,14 +171,18 @@ _CHOICES_THAT_NEED: dict[tuple[str, str], Input] = {
     ("importance", "cls"): "cls_attention",
 }
 
-LLAVA = FamilyDefaults(alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid", "positions"}))
+LLAVA = FamilyDefaults(clip_alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid", "positions"}))
 LLAVA_NEXT = FamilyDefaults(
-    alpha=0.75, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
+    clip_alpha=0.75, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
 )
-INTERNVL = FamilyDefaults(  # alpha: that of Qwen2.5-VL, whose language model InternVL3 has; not calibrated
-    alpha=0.3, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
+INTERNVL = FamilyDefaults(  # clip_alpha: that of Qwen2.5-VL, whose language model InternVL3 has; not calibrated
+    clip_alpha=0.3, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
 )
-QWEN2_5_VL = FamilyDefaults(alpha=0.3, provides=frozenset({"grid", "positions"}))
+QWEN2_5_VL = FamilyDefaults(clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"}))
+
+DEFAULT_GATE = "minmax"
+GATE_ALPHAS: Mapping[str, float] = MappingProxyType({"minmax": 0.5})
+"""Strength of the text's guidance by gate; that of ``clip`` is the family's."""
 
 _POSITIVE = "null or a number above 0"
 _SWITCH = "true or false"
@@ -185,6 +201,7 @@ class PruningPolicy(_Strict):
     text: TextOptions = Field(
         default=TextOptions(), description="an object with any of " + ", ".join(TextOptions.model_fields)
     )
+    gate: Literal["auto", "minmax", "clip"] = Field(default="auto", description='"auto", "minmax" or "clip"')
     alpha: float | None = Field(default=None, ge=0, le=16, description="null or a number from 0 to 16")
     relevance: Literal["max", "mean", "mean_token"] = Field(default="max", description='"max", "mean" or "mean_token"')
     seed_token: Literal["auto", "cls", "norm", "relevance", "mean", "center"] = Field(
@@ -245,6 +262,13 @@ class PruningPolicy(_Strict):
                 value,
                 f"{others} beside this method",
                 f"{_show(value)} given, but method {self.method} does not use {name}",
+            )
+        if self.enabled and self.spec.preprocesses and not isinstance(self.budget, TokensBudget | RatioBudget):
+            raise PolicyError(
+                "budget.type",
+                self.budget.type,
+                "one of tokens, ratio",
+                f'"{self.budget.type}" needs features, before which method {self.method} scales the picture',
             )
         if self.budget.type == "method" and not METHODS[self.method].own_count:
             own = ", ".join(name for name, spec in METHODS.items() if spec.own_count) or "no method so far"
@@ -307,6 +331,11 @@ class PruningPolicy(_Strict):
         return self.method != NONE
 
     @property
+    def selects(self) -> bool:
+        """Whether tokens are chosen among those of the encoded image."""
+        return self.enabled and not self.spec.preprocesses
+
+    @property
     def spec(self) -> MethodSpec:
         """The method's row in the registry; only for an enabled policy."""
         return METHODS[self.method]
@@ -334,16 +363,17 @@ class PruningPolicy(_Strict):
         if not self.enabled:
             return self
         auto = "cls" if "cls_attention" in family.provides else "norm"
-        fallback = {"alpha": family.alpha, "seed_token": auto, "importance": auto, **self.spec.defaults}
+        gate = DEFAULT_GATE if self.gate == "auto" else self.gate
+        alpha = GATE_ALPHAS.get(gate, family.clip_alpha)
+        fallback = {"gate": gate, "alpha": alpha, "seed_token": auto, "importance": auto, **self.spec.defaults}
         filled = {
             name: value
             for name, value in fallback.items()
             if name in self.spec.parameters and getattr(self, name) in (None, "auto")
         }
-        given = family.provides | {"text", "encoder"}
-        for source in sorted(self.spec.needs - given):
-            problem = f"method {self.method} needs {source}, which this model's vision tower does not give"
-            accepted = "one of " + ", ".join([NONE, *(name for name, spec in METHODS.items() if spec.needs <= given)])
+        for source in sorted(self.spec.needs - family.inputs):
+            problem = f"method {self.method} needs {source}, which this model does not have"
+            accepted = "one of " + ", ".join([NONE, *(name for name, spec in METHODS.items() if family.supports(spec))])
             raise PolicyError(f"{param}.method", self.method, accepted, problem)
         for (name, value), source in _CHOICES_THAT_NEED.items():
             if getattr(self, name) == value and source not in family.provides:

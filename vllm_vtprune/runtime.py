@@ -54,6 +54,8 @@ class PruningRuntime:
         own; features differ in their last bits between batches, and so, now and then, does what is kept."""
         self.image_reports: BoundedTable[str, ImageReport] = BoundedTable(envs.report_table_size())
         """What was done to an item, by the hash under which vLLM caches it."""
+        self.image_sizes: BoundedTable[str, tuple[int, int]] = BoundedTable(envs.report_table_size())
+        """Height and width in pixels of images that may be scaled, by the key of their features."""
         self.request_reports: BoundedTable[str, RequestReport] = BoundedTable(envs.report_table_size())
         """Reports waiting for whoever sent the request, by request id."""
         self._asked: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())

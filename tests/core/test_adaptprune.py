@@ -201,18 +201,23 @@ def test_importance() -> None:
     embeds = features.embeds.double()
     cosines = normalize(embeds, dim=1) @ normalize(text.double(), dim=1).T
     mean = normalize(embeds.mean(dim=0), dim=0)
+
+    def scaled(relevance: Tensor) -> Tensor:
+        below = relevance.max() - relevance
+        return 1 - 0.9 * below / max(0.05, float(below.max()))
+
     maps = {
         "cls": cls_like(features).double(),
         "auto": cls_like(features).double(),
         "norm": embeds.norm(dim=1),
-        "relevance": cosines.amax(dim=1).clamp(min=1e-6),
+        "relevance": scaled(cosines.amax(dim=1)),
         "residual": (embeds - torch.outer(embeds @ mean, mean)).square().sum(dim=1),
     }
     for name, scores in maps.items():
         order = plan_tokens(features, policy(20, importance=name), text).order.tolist()
         assert order == reference_order(features, 20, scores.tolist()), name
     averaged = policy(20, importance="relevance", relevance="mean")
-    expected = reference_order(features, 20, cosines.mean(dim=1).clamp(min=1e-6).tolist())
+    expected = reference_order(features, 20, scaled(cosines.mean(dim=1)).tolist())
     assert plan_tokens(features, averaged, text).order.tolist() == expected
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_vtprune.policy import (
     BUILTIN_PRESETS,
+    GATE_ALPHAS,
     LLAVA,
     MAX_QUERY_CHARS,
     OFF,
@@ -20,12 +21,13 @@ from vllm_vtprune.policy import (
     PruningPolicy,
 )
 
+ALPHA = GATE_ALPHAS["minmax"]
 DOCUMENTED = json.loads("""
 {"method": "resprune",
  "budget": {"type": "energy", "threshold": 0.99, "min_tokens": 32, "max_tokens": null, "solver": "auto", "rank": 300,
             "power_iterations": 2},
- "text": {"scope": "message", "query": null, "clean": true},
- "alpha": null, "relevance": "max", "seed_token": "auto", "rank_by": "residual",
+ "text": {"scope": "message", "query": null, "clean": true, "modifiers": false},
+ "gate": "auto", "alpha": null, "relevance": "max", "seed_token": "auto", "rank_by": "residual",
  "importance": "auto", "sigma_d": null, "sigma_s": null, "radius": null, "correction": true, "distance": true,
  "similarity": true, "seed": 0}
 """)
@@ -111,6 +113,7 @@ WRONG: list[tuple[object, str, str]] = [
     ({"text": {"query": "x" * (MAX_QUERY_CHARS + 1)}}, "text.query", "at most 4096 characters"),
     ({"text": {"query": 5}}, "text.query", "null or a string"),
     ({"text": {"budget": 5}}, "text.budget", "unknown field; expected one of scope"),
+    ({"gate": "sigmoid"}, "gate", '"sigmoid" is not accepted; expected "auto", "minmax" or "clip"'),
     *(({"alpha": bad}, "alpha", "null or a number from 0 to 16") for bad in (-1, 17, True, "1", float("nan"))),
     ({"relevance": "sum"}, "relevance", '"max", "mean" or "mean_token"'),
     ({"seed_token": 3}, "seed_token", "3 is not accepted"),
@@ -205,9 +208,11 @@ def test_conditions_on_text(fields: dict[str, object], conditions: bool) -> None
 
 def test_resolve_fills_what_the_method_reads() -> None:
     llava = PruningPolicy().resolve(LLAVA)
-    assert (llava.alpha, llava.seed_token, llava.importance) == (0.75, "cls", "auto")
+    assert (llava.gate, llava.alpha, llava.seed_token, llava.importance) == ("minmax", ALPHA, "cls", "auto")
     qwen = PruningPolicy().resolve(QWEN2_5_VL)
-    assert (qwen.alpha, qwen.seed_token) == (0.3, "norm")
+    assert (qwen.gate, qwen.alpha, qwen.seed_token) == ("minmax", ALPHA, "norm")
+    for family, alpha in ((LLAVA, 0.75), (QWEN2_5_VL, 0.3)):
+        assert PruningPolicy.parse({"gate": "clip"}).resolve(family).alpha == alpha
     asked = PruningPolicy.parse({"alpha": 0.5, "seed_token": "mean"}).resolve(LLAVA)
     assert (asked.alpha, asked.seed_token) == (0.5, "mean")
     assert OFF.resolve(LLAVA) is OFF
@@ -251,7 +256,10 @@ def test_digest_is_stable_hex() -> None:
     ("one", "other"),
     [
         ({}, DOCUMENTED),
-        ({}, {"alpha": 0.75}),
+        ({}, {"alpha": ALPHA}),
+        ({}, {"gate": "minmax"}),
+        ({"gate": "clip"}, {"gate": "clip", "alpha": 0.75}),
+        ({"alpha": 0}, {"alpha": 0, "gate": "clip"}),
         ({}, {"seed_token": "cls"}),
         ({}, {"text": {"query": "dog", "clean": False, "scope": "last_turn"}}),
         ({"budget": {"threshold": 1}}, {"budget": {"threshold": 1.0, "type": "energy"}}),
@@ -271,8 +279,10 @@ def test_equal_selections_have_equal_digests(one: dict[str, object], other: dict
 def test_different_selections_have_different_digests() -> None:
     policies: list[dict[str, object]] = [
         {},
-        {"alpha": 0.5},
+        {"alpha": 0.4},
         {"alpha": 0},
+        {"gate": "clip"},
+        {"gate": "clip", "alpha": ALPHA},
         {"relevance": "mean"},
         {"seed_token": "norm"},
         {"rank_by": "relevance"},
@@ -306,8 +316,9 @@ def test_dump_is_what_a_client_would_write() -> None:
     assert fast.dump() == {
         "method": "resprune",
         "budget": {"type": "ratio", "keep": 1 / 9},
-        "text": {"scope": "message", "query": None, "clean": True},
-        "alpha": 0.75,
+        "text": DOCUMENTED["text"],
+        "gate": "minmax",
+        "alpha": ALPHA,
         "relevance": "max",
         "seed_token": "cls",
         "rank_by": "residual",

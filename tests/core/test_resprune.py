@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
-from vllm_vtprune.policy import LLAVA, QWEN2_5_VL
+from vllm_vtprune.policy import GATE_ALPHAS, LLAVA, QWEN2_5_VL
 from vllm_vtprune.selectors.resprune import text_relevance
 
 
@@ -29,9 +29,14 @@ def reference_order(tokens: Tensor, gate: Tensor, seed: int, k: int) -> list[int
     return chosen
 
 
-def reference_gate(tokens: Tensor, text: Tensor, alpha: float) -> Tensor:
-    cosines = normalize(tokens.double(), dim=1) @ normalize(text.double(), dim=1).T
-    return cosines.amax(dim=1).clamp(1e-6, 1.0) ** alpha
+def reference_gate(tokens: Tensor, text: Tensor, alpha: float = GATE_ALPHAS["minmax"], form: str = "minmax") -> Tensor:
+    """Each token's cosine with the noun nearest to it, then as the gate's docstring has it, one token at a time."""
+    cosines = (normalize(tokens.double(), dim=1) @ normalize(text.double(), dim=1).T).amax(dim=1).tolist()
+    if form == "clip":
+        return torch.tensor([min(max(cosine, 1e-6), 1.0) ** alpha for cosine in cosines], dtype=torch.float64)
+    spread = max(0.05, max(cosines) - min(cosines))
+    weights = [(1 - 0.9 * (max(cosines) - cosine) / spread) ** alpha for cosine in cosines]
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def policy(k: int, **fields: object) -> PruningPolicy:
@@ -48,16 +53,21 @@ def image(n: int, d: int, seed: int = 0, correlated: bool = False, **fields: obj
     return VisualFeatures(embeds=embeds, **given)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("with_text", [False, True])
+@pytest.mark.parametrize("gate_form", [None, "minmax", "clip"])
 @pytest.mark.parametrize("correlated", [False, True])
 @pytest.mark.parametrize(("n", "d", "k"), [(576, 4096, 128), (144, 512, 64), (100, 40, 30), (64, 2048, 64), (7, 3, 3)])
-def test_same_order_as_gram_schmidt(n: int, d: int, k: int, correlated: bool, with_text: bool) -> None:
+def test_same_order_as_gram_schmidt(n: int, d: int, k: int, correlated: bool, gate_form: str | None) -> None:
+    """The literal form in float64: without a text, with the default gate, with the paper's alpha on clipped ones."""
     features = image(n, d, correlated=correlated)
-    text = torch.randn(3, d, generator=torch.Generator().manual_seed(1)) if with_text else None
-    gate = torch.ones(n) if text is None else reference_gate(features.embeds, text, 0.75)
+    text = None if gate_form is None else torch.randn(3, d, generator=torch.Generator().manual_seed(1))
+    asked, gate = policy(k), torch.ones(n)
+    if text is not None and gate_form == "clip":
+        asked, gate = policy(k, gate="clip"), reference_gate(features.embeds, text, 0.75, "clip")
+    elif text is not None:
+        gate = reference_gate(features.embeds, text)
     assert features.cls_attention is not None
     expected = reference_order(features.embeds, gate, int(features.cls_attention.argmax()), k)
-    assert plan_tokens(features, policy(k), text).order.tolist() == expected
+    assert plan_tokens(features, asked, text).order.tolist() == expected
 
 
 @pytest.mark.parametrize("shared", [30, 55, 100, 160])
@@ -113,7 +123,7 @@ def test_rank_deficient_tokens_follow_by_gate_then_index(rank: int) -> None:
     embeds = torch.randn(60, rank, generator=generator) @ torch.randn(rank, 128, generator=generator)
     features = VisualFeatures(embeds, embeds)
     text = torch.randn(2, 128, generator=generator)
-    gate = reference_gate(embeds, text, 0.75)
+    gate = reference_gate(embeds, text)
     seed = int(embeds.norm(dim=1).argmax())
     order = plan_tokens(features, policy(60), text).order.tolist()
     assert order == reference_order(embeds, gate, seed, 60)
@@ -181,15 +191,16 @@ def test_rank_by_relevance_is_top_k_of_relevance() -> None:
     assert torch.equal(plan_tokens(features, by_relevance).order, plan_tokens(features, policy(9)).order)
 
 
-def test_alpha_zero_ignores_the_text_and_the_family_sets_its_default() -> None:
+def test_alpha_zero_ignores_the_text_and_each_gate_sets_its_default() -> None:
     features, text = image(80, 32), torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
     plain = plan_tokens(features, policy(40)).order
     assert torch.equal(plan_tokens(features, policy(40, alpha=0), text).order, plain)
     assert torch.equal(plan_tokens(features, policy(40), text[:0]).order, plain)
-    for family, alpha in ((LLAVA, 0.75), (QWEN2_5_VL, 0.3)):
-        default = plan_tokens(features, policy(40), text, family=family).order
-        assert torch.equal(default, plan_tokens(features, policy(40, alpha=alpha), text).order)
-        assert not torch.equal(default, plain)
+    for family, clip_alpha in ((LLAVA, 0.75), (QWEN2_5_VL, 0.3)):
+        for form, alpha in (("auto", GATE_ALPHAS["minmax"]), ("minmax", GATE_ALPHAS["minmax"]), ("clip", clip_alpha)):
+            default = plan_tokens(features, policy(40, gate=form), text, family=family).order
+            assert torch.equal(default, plan_tokens(features, policy(40, gate=form, alpha=alpha), text).order)
+            assert not torch.equal(default, plain)
 
 
 def test_a_noun_brings_its_tokens_forward() -> None:
@@ -214,11 +225,12 @@ def test_every_combination_of_options_keeps_k() -> None:
         ("max", "mean", "mean_token"),
         ("auto", "cls", "norm", "relevance", "mean", "center"),
         ("residual", "relevance"),
+        ("auto", "clip"),
         (None, 0.0, 0.3),
         (None, text),
     )
-    for relevance, seed_token, rank_by, alpha, embeds in options:
-        chosen = policy(12, relevance=relevance, seed_token=seed_token, rank_by=rank_by, alpha=alpha)
+    for relevance, seed_token, rank_by, gate, alpha, embeds in options:
+        chosen = policy(12, relevance=relevance, seed_token=seed_token, rank_by=rank_by, gate=gate, alpha=alpha)
         kept = plan_tokens(features, chosen, embeds).kept.tolist()
         assert len(set(kept)) == 12
         assert kept == sorted(kept)

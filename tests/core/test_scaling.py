@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vllm_vtprune import PruningPlan, PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import energy_rank
-from vllm_vtprune.selectors import METHODS
+from vllm_vtprune.selectors import SELECTORS
 
 pytestmark = pytest.mark.verify
 
@@ -78,14 +78,14 @@ def counted(work: Callable[[], Any]) -> tuple[Any, int, Work]:
     return result, products.get_total_flops() + seen.touched, seen
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_a_method_grows_as_its_row_says(method: str, record_property: Callable[[str, object], None]) -> None:
     policy = PruningPolicy.parse({"method": method, "budget": {"type": "tokens", "keep": KEEP}})
     text = torch.randn(3, 64, generator=torch.Generator().manual_seed(9))
     few, many = image(1024), image(2048)
     _, less, _ = counted(lambda: plan_tokens(few, policy, text))
     _, more, seen = counted(lambda: plan_tokens(many, policy, text))
-    assert 1.5 < more / less < MOST[METHODS[method].cost]
+    assert 1.5 < more / less < MOST[SELECTORS[method].cost]
     assert seen.largest <= 2048**2
     record_property(f"{method}_growth", round(more / less, 2))
 

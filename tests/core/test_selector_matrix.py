@@ -17,10 +17,11 @@ from vllm_vtprune import PruningPlan, PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import energy_rank
 from vllm_vtprune.features import Tiles
 from vllm_vtprune.policy import PolicyError
-from vllm_vtprune.selectors import METHODS
+from vllm_vtprune.selectors import METHODS, SELECTORS
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "resprune": ("resprune", {}),
+    "resprune-clip": ("resprune", {"gate": "clip"}),
     "resprune-no-text": ("resprune", {"alpha": 0}),
     "resprune-relevance-only": ("resprune", {"rank_by": "relevance"}),
     "resprune-mean-seed": ("resprune", {"seed_token": "mean", "relevance": "mean_token"}),
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "divprune",
             "cdpruner",
             "scope",
+            "leverage",
             "dart",
             "fastervlm",
             "vispruner",
@@ -47,8 +49,12 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "prumerge",
             "trim",
             "tome",
+            "pool",
         )
     },
+    "cover": ("cover", {}),
+    "cover-norm": ("cover", {"importance": "norm"}),
+    "cover-relevance": ("cover", {"importance": "relevance"}),
     "skip": ("skip", {}),
     "random3x3": ("random3x3", {"importance": "norm"}),
     "maxpool3x3": ("maxpool3x3", {}),
@@ -58,8 +64,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "random": ("random", {"seed": 5}),
     "uniform": ("uniform", {}),
 }
+# Text is one weight of several, and never the last word.
+GATED = ("resprune", "resprune-mean-seed")
 # Which tokens a small budget keeps is not a part of what a larger one keeps.
-NOT_NESTED = {"dart", "vispruner", "visionzip", "tome", "uniform"}
+NOT_NESTED = {"dart", "vispruner", "visionzip", "tome", "pool", "uniform"}
 METHOD_CASES = pytest.mark.parametrize("case", CASES)
 TEXT = torch.randn(3, 64, generator=torch.Generator().manual_seed(9))
 TILES = ((4, 6), (2, 6), (3, 4))
@@ -68,7 +76,7 @@ TENSORS = ("encoder", "embeds", "cls_attention", "overview_attention", "keys")
 
 
 def test_every_method_has_a_row() -> None:
-    assert {method for method, _ in CASES.values()} == set(METHODS)
+    assert {method for method, _ in CASES.values()} == set(SELECTORS)
 
 
 def image(n: int = 48, grid: tuple[int, int] | None = (6, 8), seed: int = 0, tiled: bool = False) -> VisualFeatures:
@@ -262,6 +270,49 @@ def test_text_matters_only_where_the_policy_says_so(case: str) -> None:
     conditions = PruningPolicy.parse({"method": method, **fields}).conditions_on_text
     same = torch.equal(run(case, image(), 20).order, run(case, image(), 20, None).order)
     assert same != conditions
+
+
+@pytest.mark.parametrize("case", GATED)
+@pytest.mark.parametrize("unlike", [0, 7, 47])
+def test_no_token_is_excluded_by_the_text(case: str, unlike: int) -> None:
+    """What only one token shows is kept among the first, however little that token is like the text."""
+    embeds = image().embeds.clone()
+    embeds[:, -1] = 0
+    embeds[unlike] = 0
+    embeds[unlike, -1] = 100.0
+    text = torch.cat([embeds.sum(dim=0)[:-1], torch.tensor([-100.0])])[None]
+    assert unlike in run(case, replace(image(), embeds=embeds), 3, text).kept.tolist()
+
+
+@pytest.mark.parametrize("case", [*GATED, "cdpruner"])
+def test_constant_relevance_changes_nothing(case: str) -> None:
+    features = changed(image(), lambda rows: rows.index_fill(1, torch.tensor([63]), 0.0), "embeds")
+    like_all_alike = torch.eye(64)[63:]  # orthogonal to every token
+    assert torch.equal(run(case, features, 20, like_all_alike).order, run(case, features, 20, None).order)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_relevance_that_hardly_varies_hardly_matters(case: str) -> None:
+    """Residual energies that differ by a tenth decide against cosines that differ by a thousandth."""
+    cosines = torch.linspace(0.5, 0.501, 8, dtype=torch.float64)
+    embeds = torch.eye(9, dtype=torch.float64)[:8] * (1 - cosines.square()).sqrt()[:, None]
+    embeds[:, 8] = 0.0
+    lengths = 1.1 ** torch.arange(7, -1, -1, dtype=torch.float64)[:, None].sqrt()
+    features = VisualFeatures((embeds * lengths).float(), (embeds * lengths).float())
+    text = torch.zeros(1, 9)
+    text[0, 8] = 1.0
+    text[0, :8] = (cosines / (1 - cosines.square()).sqrt()).float()
+    assert run(case, features, 8, text).order.tolist() == run(case, features, 8, None).order.tolist()
+
+
+@METHOD_CASES
+def test_an_image_all_of_whose_cosines_are_negative(case: str) -> None:
+    features = changed(image(), lambda rows: rows.abs() + 0.1, "embeds")
+    against = -torch.eye(64)[:3] - 0.01
+    order = run(case, features, 20, against).order.tolist()
+    if case in GATED:  # the text still tells tokens apart
+        assert order != run(case, features, 20, None).order.tolist()
+        assert order != sorted(order)
 
 
 @METHOD_CASES

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from evaluation.questions import is_right
-from tests.support.process_tree import command_of, family, kill, survivors
+from tests.support.process_tree import command_of, family, interruptible, kill, survivors
 from vllm_vtprune.demo.command import POLICY
 
 pytestmark = pytest.mark.engine
@@ -47,11 +47,6 @@ class Demo:
     def has_started(self, name: str) -> bool:
         """Whether a process of that name runs among those seen."""
         return any(name in command_of(process) for process in self.seen)
-
-
-def interruptible() -> None:
-    """Undo what a shell does to its background jobs, and so to a test run among them: there SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

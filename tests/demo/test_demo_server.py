@@ -1,5 +1,6 @@
 """A server of our own for a while: whatever happens, it and its children are gone afterwards."""
 
+import io
 import json
 import re
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from tests.support.process_tree import kill, survivors
 from vllm_vtprune.demo import server
-from vllm_vtprune.demo.server import ServerFailed, running_server
+from vllm_vtprune.demo.server import ServerFailed, announced_server, running_server
 
 STUBBORN = """
 import http.server, json, os, signal, subprocess, sys, time
@@ -111,6 +112,56 @@ def test_a_server_that_ends_by_itself_has_failed_and_its_last_words_are_told() -
     with pytest.raises(ServerFailed, match="ended with status 1") as failed, running_server(command=["-c", script]):
         pytest.fail("it never served")
     assert str(failed.value).endswith("starting\nno such model")
+
+
+SLOW = """
+import http.server, sys, time
+time.sleep(1.5)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_seconds_that_it_takes_to_start_are_counted_on_a_terminal_only(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setitem(running_server.__wrapped__.__kwdefaults__, "command", ["-c", SLOW])
+    with announced_server("a-model-whose-name-is-long", []) as url:
+        assert urllib.request.urlopen(url).status == 200
+        shown = stderr.getvalue()
+    assert stderr.getvalue() == shown, "nothing more once it serves"
+    line = "Starting a vLLM server with a-model-whose-name-is-long ..."
+    if terminal:
+        assert re.fullmatch(rf"{line[:43]}(\r{line[:43]} \d s)+\n", shown), shown
+    else:
+        assert shown == f"{line}\n"
+
+
+def test_an_interrupt_is_told_of_before_the_server_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(running_server.__wrapped__.__kwdefaults__, "command", ["-c", SLOW])
+    with pytest.raises(KeyboardInterrupt), announced_server("a model", []):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.endswith(" ...\n\nStopping the server ...\n")
+
+
+def test_a_start_that_fails_leaves_the_line_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setitem(running_server.__wrapped__.__kwdefaults__, "command", ["-c", "raise SystemExit(1)"])
+    with pytest.raises(ServerFailed), announced_server("a model", []):
+        pytest.fail("it never served")
+    assert stderr.getvalue().endswith("\n")
 
 
 def test_a_server_that_does_not_answer_in_time_has_failed(stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch) -> None:

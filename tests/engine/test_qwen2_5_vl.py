@@ -7,30 +7,25 @@ their number, conversations of one and two turns, and budgets.
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from tests.engine.qwen_stock_answers import answers, questions, video
-from tests.support.engines import BLOCK, TOLERANCE, Answer, Ask, Engine, run_without_plugin, uncached
+from tests.support.engines import BLOCK, TOLERANCE, Ask, Engine, run_without_plugin, uncached
 from tests.support.images import sample_images
-from tests.support.qwen2_5_vl import IMAGE, SYSTEM, VIDEO, Medium, QwenReference, answered, ask_about
-from vllm_vtprune import PruningPolicy, plan_tokens
+from tests.support.qwen2_5_vl import IMAGE, SYSTEM, VIDEO, QwenReference, answered, ask_about
+from tests.support.qwen2_5_vl_answers import Picture, compare, pruned, reports, worst
 from vllm_vtprune.cache import BoundedTable, FeatureCache
-from vllm_vtprune.policy import QWEN2_5_VL
-from vllm_vtprune.report import ImageReport
 
 pytestmark = pytest.mark.engine
 
 VERIFY = bool(os.environ.get("VTPRUNE_VERIFY"))
-TIE = 1e-4
-"""Tokens whose log-probabilities in the reference are closer than this may change places; the record counts them."""
-
 SHAPES = ((1, 4), (1, 2), (1, 1), (2, 1), (4, 1))  # width to height
 BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID = list(product(range(len(SHAPES)), (1, 2, 3, 4), (1, 2), BUDGETS))
@@ -42,12 +37,6 @@ TOKENS = {"budget": {"type": "tokens", "keep": 24}}
 @pytest.fixture(scope="module")
 def reference(qwen_checkpoint: Any) -> QwenReference:
     return QwenReference(qwen_checkpoint)
-
-
-class Picture(NamedTuple):
-    image: Image.Image
-    uuid: str  # also the key of its features in the runtime's cache
-    whole: Medium
 
 
 @pytest.fixture(scope="module")
@@ -64,48 +53,6 @@ def pictures(reference: QwenReference) -> list[list[Picture]]:
                 row.append(Picture(image, f"qwen-{number}-{index}", reference.image(image)))
         found.append(row)
     return found
-
-
-def pruned(engine: Engine, reference: QwenReference, picture: Picture, policy: Any, nouns: Sequence[str]) -> Medium:
-    """The picture with the tokens that `plan_tokens` keeps of the features in the engine's cache."""
-    features = engine.runtime.encoder.cache.get(picture.uuid)
-    assert features is not None
-    assert features.grid == picture.whole.grid[1:]
-    torch.testing.assert_close(features.embeds, picture.whole.embeds, rtol=0, atol=1e-4)
-    plan = plan_tokens(features, PruningPolicy.parse(policy), reference.noun_embeds(nouns), family=QWEN2_5_VL)
-    return picture.whole._replace(kept=plan.kept)
-
-
-class Comparison(NamedTuple):
-    worst: float
-    ties: int
-
-
-def compare(reference: QwenReference, answer: Answer, prompt: str, media: Sequence[Medium]) -> Comparison:
-    """vLLM's answer against the reference's: every token of it the likeliest next one, log-probabilities equal."""
-    assert answer.prompt_ids == reference.prompt_ids_of(prompt, media)
-    logprobs = reference.answer_logprobs(prompt, media, answer.token_ids)
-    behind = logprobs.max(dim=1).values - logprobs[range(len(logprobs)), answer.token_ids]
-    assert behind.max() < TIE, f"{answer.token_ids} is not {logprobs.argmax(dim=1).tolist()}"
-    difference = worst(answer, logprobs)
-    assert difference < TOLERANCE
-    return Comparison(difference, int((behind > 0).sum()))
-
-
-def worst(answer: Answer, logprobs: torch.Tensor) -> float:
-    """The largest difference from the reference's log-probabilities (T, vocabulary)."""
-    differences = [
-        abs(float(row[token]) - value)
-        for step, row in zip(answer.logprobs, logprobs, strict=True)
-        for token, value in step.items()
-    ]
-    assert len(differences) >= 5 * len(answer.token_ids)
-    return max(differences)
-
-
-def reports(answer: Answer) -> list[ImageReport]:
-    assert answer.images is not None
-    return answer.images
 
 
 def test_greedy_answers_are_those_of_transformers(

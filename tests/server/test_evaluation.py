@@ -55,6 +55,24 @@ def test_every_question_is_asked_once_in_every_way(
     assert (tmp_path / "answers.jsonl").read_text() == answers, "the same command asks nothing again"
 
 
+def test_offline_answers_are_those_of_the_server(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With and without a look at the question, merged, and under an energy budget."""
+    options = ["--model", str(tiny_checkpoint()), "--questions", "40", "--json"]
+    options += ["--methods", "resprune,divprune,tome", "--keep", "48", "--presets", "balanced"]
+    texts = []
+    for name, where in (("server", ["--url", server.url]), ("offline", ["--offline"])):
+        evaluate([*options, *where, "--out", str(tmp_path / name)])
+        lines = (tmp_path / name / "answers.jsonl").read_text().splitlines()[1:]
+        entries = [json.loads(line) for line in lines]
+        texts.append({(entry["arm"], entry["question"]): (entry["text"], entry["tokens"]) for entry in entries})
+    capsys.readouterr()
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 5 * 40
+    assert len(set(texts[0].values())) > 40, "the model does not say the same every time"
+
+
 @pytest.mark.verify
 @pytest.mark.timeout(900)
 def test_adaptive_budgets_on_the_server_and_inside_the_language_model(

@@ -28,7 +28,8 @@ def test_it_lists_every_method_with_needs_and_cost(information: dict[str, Any]) 
     assert methods["resprune"]["cost"] == "greedy"
     assert "alpha" in methods["resprune"]["parameters"]
     assert [name for name, method in methods.items() if method["own_count"]] == ["prumerge", "trim"]
-    assert all(method["available"] for method in methods.values()), "this checkpoint's encoder is CLIP"
+    unavailable = [name for name, method in methods.items() if not method["available"]]
+    assert unavailable == ["resize"], "this checkpoint's encoder is CLIP, at a fixed resolution"
 
 
 def test_its_presets_are_policies_that_a_request_may_send(server: Server, information: dict[str, Any]) -> None:

@@ -193,7 +193,7 @@ def test_presets_that_cannot_be_used_are_refused_with_the_file_s_name(tmp_path: 
 
 
 def test_a_policy_that_the_model_cannot_follow_is_refused_before_any_request() -> None:
-    without_cls = FamilyDefaults(alpha=0.5, provides=frozenset({"grid", "positions"}))
+    without_cls = FamilyDefaults(clip_alpha=0.5, provides=frozenset({"grid", "positions"}))
     presets = {"mine": PruningPolicy.parse({"method": "fastervlm"})}
     Policies.of("fast").refuse_impossible(without_cls)
     with pytest.raises(PolicyError, match=r"mine\.method: method fastervlm needs cls_attention"):

@@ -14,7 +14,7 @@ from tests.support.released import under, write_sparse_shards
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.demo.internvl import write_internvl_checkpoint
 from vllm_vtprune.policy import INTERNVL
-from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune.selectors.registry import SELECTORS
 from vllm_vtprune.towers import TowerError, load_tower
 from vllm_vtprune.towers.internvl import ALIASES, TOKEN_TABLE, InternVLTower, build_module, shuffled
 from vllm_vtprune.towers.weights import CheckpointReader
@@ -164,7 +164,7 @@ def test_shuffled_is_transformers_pixel_shuffle(model: Any) -> None:
     assert torch.equal(shuffled(patches, 2).flatten(2), expected.flatten(1, 2))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_every_method_works_on_tiles(method: str, tower: InternVLTower) -> None:
     policy = PruningPolicy.parse({"method": method, "budget": {"type": "ratio", "keep": 0.3}}).resolve(INTERNVL)
     for grid in GRIDS:

@@ -25,7 +25,7 @@ from tests.support.released import released_clip, under, write_sparse_shards
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
 from vllm_vtprune.policy import LLAVA_NEXT
-from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune.selectors.registry import SELECTORS
 from vllm_vtprune.towers import load_tower
 from vllm_vtprune.towers.clip import TOKEN_TABLE
 from vllm_vtprune.towers.llava_next import ALIASES, Layout, LlavaNextTower, build_module, layout
@@ -233,7 +233,7 @@ def test_a_row_keeps_its_newline_as_long_as_it_keeps_a_token(
     assert torch.equal(sequence, torch.stack(expected))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_every_method_works_on_tiles(method: str, tower: LlavaNextTower) -> None:
     policy = PruningPolicy.parse({"method": method, "budget": {"type": "ratio", "keep": 0.3}})
     for features in tower.encode([prepared((60, 140))]) + tower.encode([prepared((300, 3))]):

@@ -48,7 +48,7 @@ class EarlyEncoding:
 
     Args:
         processor: the one that will process the request in this process.
-        images: those of the request; the ones whose policy is off are left alone.
+        images: those of the request; the ones of which no tokens are chosen are left alone.
         hf_kwargs: of the request, for the HF processor.
     """
 
@@ -59,7 +59,7 @@ class EarlyEncoding:
         self._hf_kwargs = hf_kwargs
         self._expected: dict[str, list[ExpectedImage]] = {}
         for image in images:
-            if image.policy.enabled:
+            if image.policy.selects:
                 self._expected.setdefault(image.url, []).append(image)
         self._lock = threading.Lock()
         self._started: list[Future[Encoded]] = []

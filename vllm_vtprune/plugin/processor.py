@@ -2,14 +2,15 @@
 
 vLLM sizes the placeholders of an image here, before its engine encodes it, so a budget that depends on the features
 needs the features here. For an image with a policy we encode, plan, and hand the engine the kept embeddings in place of
-the pixels; an image without one passes through the stock processor untouched, under its stock hash.
+the pixels; an image without one passes through the stock processor untouched, under its stock hash. One that is only
+scaled down (`vllm_vtprune.resize`) passes through it too, under limits of its own and another hash.
 
 | vLLM's method | what it does here |
 | --- | --- |
 | ``apply`` | settles policy, text and identity of each image once, and reports afterwards |
-| ``_get_mm_hashes`` | stock hash; where the image is pruned, with the policy and the nouns |
+| ``_get_mm_hashes`` | stock hash; where the image is pruned, with the policy and the nouns; where scaled, the area |
 | ``_get_cache_missing_processor_kwargs`` | keeps the jobs of the images that vLLM's cache lacks, lest they shift |
-| ``_apply_hf_processor_main`` | has encoded what is not on its way, plans, replaces pixels by embeddings |
+| ``_apply_hf_processor_main`` | scales, has encoded what is not on its way, plans, replaces pixels by embeddings |
 | ``_get_prompt_updates`` | as many placeholders as tokens were kept |
 
 ``get_dummy_mm_inputs`` is inherited: start-up profiling carries no policy and therefore measures the stock encoder.
@@ -35,17 +36,19 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, Ti
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import text
+from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.prompt import in_prompt_order, noun_ids, text_of, token_counts
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
-from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
+from vllm_vtprune.policy import FamilyDefaults, PruningPolicy, RatioBudget, TokensBudget
 from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
+from vllm_vtprune.resize import largest_area
 from vllm_vtprune.runtime import PruningRuntime
 
-IDENTITY = "vtprune-2"
+IDENTITY = "vtprune-3"
 """Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
 
 
@@ -67,6 +70,9 @@ class ImageJob:
     noun_ids: tuple[int, ...] = ()
     text_fallback: text.TextFallback | None = None
     encoding: Future[Encoded] | None = None  # held, so that the cache may forget the features meanwhile
+    whole_tokens: int = 0  # of an image that may be scaled
+    area: int | None = None  # in pixels, to which the image is scaled; None where it is not
+    processed: bool = False
     report: ImageReport | None = None
 
 
@@ -147,6 +153,21 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """The part of an image of that size, in pixels, that the model sees."""
         return 0.0, 0.0, 1.0, 1.0
 
+    # What a family with dynamic resolution says of its images
+
+    def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
+        """How many tokens an image has that is not pruned; never fewer for a larger `at_area`, and 1 for area 1.
+
+        Args:
+            size: height and width of the image, in pixels.
+            hf_kwargs: of the HF processor that scales it.
+        """
+        raise NotImplementedError
+
+    def at_area(self, hf_kwargs: Mapping[str, object], area: int) -> Mapping[str, object]:
+        """The same options of the HF processor, but that it scales images to about ``area`` pixels."""
+        raise NotImplementedError
+
     # For images outside of any request
 
     def encode_alone(self, media: MediaWithBytes[Image.Image]) -> VisualFeatures:
@@ -186,7 +207,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """The key under which `apply` will look for the features of an image."""
         inputs = ProcessorInputs(
             [],
-            MultiModalDataItems({"image": ImageProcessorItems([media])}),
+            _only_image(media),
             {"image": [uuid]},
             hf_processor_mm_kwargs=hf_kwargs,
             media_io_kwargs=media_io_kwargs,
@@ -196,7 +217,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     def preprocess(self, media: MediaWithBytes[Image.Image], hf_kwargs: Mapping[str, object]) -> PreparedImage:
         """An image as `apply` would have it encoded. May be called from any thread."""
-        items = MultiModalDataItems({"image": ImageProcessorItems([media])})
+        items = _only_image(media)
         [image] = self._prepared_images(self._apply_hf_processor_main(items, hf_kwargs), hf_kwargs)
         return self.for_tower(image, _size(items, 0), hf_kwargs)
 
@@ -248,24 +269,29 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
         encoder = self.runtime.encoder
         for job in jobs.images:
-            if job.policy.enabled and job.encoding is None:
+            job.processed = True
+            if job.policy.selects and job.encoding is None:
                 job.encoding = encoder.find(job.feature_key)
         in_pixels = [index for index, job in enumerate(jobs.images) if job.encoding is None]
         for index in in_pixels:
             if mm_items["image"].get(index) is None:  # named by its uuid, and what was known of it is gone
-                raise ValueError(f"Cache miss for image {jobs.images[index].feature_key} but data is not provided.")
+                raise _no_data(jobs.images[index])
         stock_kwargs = _without_key(hf_kwargs)
-        processed = super()._apply_hf_processor_main(_select_images(mm_items, in_pixels), stock_kwargs)
-        prepared = dict(zip(in_pixels, self._prepared_images(processed, stock_kwargs), strict=True))
+        whole = [index for index in in_pixels if jobs.images[index].area is None]
+        processed = super()._apply_hf_processor_main(_select_images(mm_items, whole), stock_kwargs)
+        prepared = dict(zip(whole, self._prepared_images(processed, stock_kwargs), strict=True))
         for index, image in prepared.items():
             job = jobs.images[index]
-            if job.policy.enabled:
+            if job.policy.selects:
                 image = self.for_tower(image, _size(mm_items, index), stock_kwargs)
                 job.encoding = encoder.submit(job.feature_key, image)
-        if any(job.policy.enabled for job in jobs.images):
+        for index, job in enumerate(jobs.images):
+            if job.area is not None:
+                prepared[index] = self._scaled(mm_items, index, self.at_area(stock_kwargs, job.area))
+        if any(job.policy.selects or job.area is not None for job in jobs.images):
             features = self._features(jobs)
             items = [
-                self._pruned_item(job, features[index], jobs.report) if job.policy.enabled else prepared[index]
+                self._pruned_item(job, features[index], jobs.report) if job.policy.selects else prepared[index]
                 for index, job in enumerate(jobs.images)
             ]
             processed.update(self.collate(items))
@@ -313,27 +339,55 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             job = ImageJob(policy, feature_key=feature_keys[index], item_hash=hashes["image"][index])
             if policy.enabled:
                 job.policy = policy.resolve(self.family)
+            if job.policy.selects:
                 if job.policy.conditions_on_text:
                     self._read_text(job, pruning.texts[index], report)
-                identity = (
-                    IDENTITY,
-                    self.runtime.api_process,
-                    job.item_hash,
-                    job.policy.selection_digest(),
-                    job.noun_ids,
+                job.item_hash = _hash_of(
+                    self.runtime.api_process, job.item_hash, job.policy.selection_digest(), job.noun_ids
                 )
-                job.item_hash = hashlib.sha256(repr(identity).encode()).hexdigest()
                 data = images.data[index]
                 if isinstance(data, EncodingMedia):
                     job.encoding = data.encoding
                 elif data is None:
                     job.encoding = self.runtime.encoder.find(job.feature_key)
+            elif job.policy.enabled:
+                self._choose_area(job, self._size_of(job, images, index), stock.hf_processor_mm_kwargs)
             jobs.append(job)
         return PromptJobs(jobs, hashes | {"image": [job.item_hash for job in jobs]}, report)
 
+    def _size_of(self, job: ImageJob, images: ImageProcessorItems, index: int) -> tuple[int, int]:
+        """Height and width of an image, in pixels; as it was before, where the client only names it.
+
+        Raises:
+            ValueError: it is named by its uuid, and its size is not known any more.
+        """
+        sizes = self.runtime.image_sizes
+        if images.data[index] is not None:
+            sizes.put(job.feature_key, _size_in(images, index))
+        size = sizes.get(job.feature_key)
+        if size is None:
+            raise _no_data(job)
+        return size
+
+    def _choose_area(self, job: ImageJob, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> None:
+        """Have an image scaled, unless it has no more tokens than the budget as it is: then it stays the stock item."""
+        assert isinstance(job.policy.budget, RatioBudget | TokensBudget)
+        job.whole_tokens = self.num_tokens(size, hf_kwargs)
+        k = fixed_count(job.policy.budget, job.whole_tokens)
+        if k < job.whole_tokens:
+            job.area = largest_area(lambda area: self.num_tokens(size, self.at_area(hf_kwargs, area)), k)
+            job.item_hash = _hash_of(job.item_hash, job.policy.method, job.area)
+
+    def _scaled(self, mm_items: MultiModalDataItems, index: int, hf_kwargs: Mapping[str, object]) -> PreparedImage:
+        """The fields of one image of a prompt, which may be scaled otherwise than the others."""
+        image = _only_image(mm_items["image"].get(index))
+        [item] = self._prepared_images(super()._apply_hf_processor_main(image, hf_kwargs), hf_kwargs)
+        return item
+
     def _read_text(self, job: ImageJob, prompt: str, report: RequestReport) -> None:
         started = time.perf_counter()
-        job.nouns, job.text_fallback = text.read_prompt(prompt, clean=job.policy.text.clean)
+        options = job.policy.text
+        job.nouns, job.text_fallback = text.read_prompt(prompt, options.clean, options.modifiers)
         job.noun_ids = tuple(token for noun in job.nouns for token in noun_ids(noun, self.info.get_tokenizer()))
         report.text_pipeline = text.text_pipeline_name()
         report.add_timings({"text": time.perf_counter() - started})
@@ -398,11 +452,19 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         for index, (job, count) in enumerate(zip(jobs.images, token_counts(result), strict=True)):
             if not job.policy.enabled:
                 job.report = ImageReport("none", count, count)
+            elif not job.policy.selects:
+                job.report = ImageReport(
+                    job.policy.method,
+                    visual_tokens=job.whole_tokens,
+                    kept_tokens=count,
+                    cached=not job.processed,
+                    bypass_reason="budget_not_below_tokens" if job.area is None else None,
+                )
             elif job.report is None:
                 known = self.runtime.image_reports.get(job.item_hash)
                 if known is None:  # the item outlived its report
                     self._apply_hf_processor_main(
-                        MultiModalDataItems({"image": ImageProcessorItems([images.data[index]])}),
+                        _only_image(images.data[index]),
                         {**hf_kwargs, PRUNING_KEY: replace(jobs, images=[job])},
                     )
                     known = job.report
@@ -423,6 +485,15 @@ def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int, kept: in
     )
 
 
+def _hash_of(*identity: object) -> str:
+    """Of a pruned item."""
+    return hashlib.sha256(repr((IDENTITY, *identity)).encode()).hexdigest()
+
+
+def _no_data(job: ImageJob) -> ValueError:
+    return ValueError(f"Cache miss for image {job.feature_key} but data is not provided.")
+
+
 def _jobs_in(hf_kwargs: Mapping[str, object]) -> PromptJobs | None:
     jobs = hf_kwargs.get(PRUNING_KEY)
     return jobs if isinstance(jobs, PromptJobs) else None
@@ -436,6 +507,10 @@ def _fields(item: MultiModalKwargsItem) -> PreparedImage:
     return {name: field.data for name, field in item.items()}
 
 
+def _only_image(image: Any) -> MultiModalDataItems:
+    return MultiModalDataItems({"image": ImageProcessorItems([image])})
+
+
 def _select_images(mm_items: MultiModalDataItems, indices: Sequence[int]) -> MultiModalDataItems:
     images = mm_items.get("image")
     if images is None:
@@ -445,5 +520,9 @@ def _select_images(mm_items: MultiModalDataItems, indices: Sequence[int]) -> Mul
 
 def _size(mm_items: MultiModalDataItems, index: int) -> tuple[int, int]:
     """Height and width of an image, in pixels."""
-    size = mm_items.get_items("image", ImageProcessorItems).get_image_size(index)
+    return _size_in(mm_items.get_items("image", ImageProcessorItems), index)
+
+
+def _size_in(images: ImageProcessorItems, index: int) -> tuple[int, int]:
+    size = images.get_image_size(index)
     return size.height, size.width

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLForConditionalGeneration,
@@ -63,13 +64,46 @@ class PrunedQwen2_5_VLProcessor(PruningProcessor, Qwen2_5_VLMultiModalProcessor)
         """What each image lacks, pixels or embeddings, has no rows in their field."""
         pixels = [item["pixel_values"] for item in items if NUM_KEPT not in item]
         pruned = [item for item in items if NUM_KEPT in item]
-        return {
+        stock = {
             "pixel_values": torch.cat(pixels) if pixels else self._no_pixels,
             "image_grid_thw": torch.stack([item["image_grid_thw"] for item in items]),
+        }
+        if not pruned:
+            return stock
+        return {
+            **stock,
             NUM_KEPT: torch.tensor([self.kept_count(item) or 0 for item in items]),
             KEPT_EMBEDS: torch.cat([item[KEPT_EMBEDS] for item in pruned]),
             KEPT_POSITIONS: torch.cat([item[KEPT_POSITIONS] for item in pruned]),
         }
+
+    def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
+        vision = self.info.get_hf_config().vision_config
+        unit = vision.patch_size * vision.spatial_merge_size
+        height, width = size
+        try:
+            options = self._image_options(hf_kwargs)
+            if options.get("do_resize", True):
+                limits = dict(self.info.get_image_processor().size) | options.get("size", {})
+                least = options.get("min_pixels", limits["shortest_edge"])
+                most = options.get("max_pixels", limits["longest_edge"])
+                height, width = smart_resize(height, width, unit, least, most)
+        except (TypeError, ArithmeticError) as error:
+            raise ValueError(f"an image cannot be scaled with {dict(hf_kwargs)}: {error}") from error
+        return (height // unit) * (width // unit)
+
+    def at_area(self, hf_kwargs: Mapping[str, object], area: int) -> Mapping[str, object]:
+        """Other sizes, the request's and the engine's, give way in each of their forms: ``images_kwargs`` go first."""
+        size = {"shortest_edge": area, "longest_edge": area}
+        options = self._image_options(hf_kwargs)
+        named = {name: area for name in ("min_pixels", "max_pixels") if name in options}
+        given: Any = hf_kwargs.get("images_kwargs", {})
+        return {**hf_kwargs, "images_kwargs": {**given, **named, "size": size, "do_resize": True}}
+
+    def _image_options(self, hf_kwargs: Mapping[str, object]) -> dict[str, Any]:
+        """What the request and the engine ask of the HF processor of images, but for what they leave to it."""
+        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        return {**merged, **merged.get("images_kwargs", {})}
 
     @property
     def image_token_id(self) -> int:

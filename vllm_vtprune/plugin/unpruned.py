@@ -74,4 +74,4 @@ def runtime_without_tower(model_config: ModelConfig) -> PruningRuntime:
     def refuse() -> VisionTower:
         raise TowerError(f"{model_config.model} has no vision tower that can be loaded here")
 
-    return PruningRuntime(refuse, FamilyDefaults(alpha=0, provides=frozenset()), compat.model_name(model_config))
+    return PruningRuntime(refuse, FamilyDefaults(clip_alpha=0, provides=frozenset()), compat.model_name(model_config))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.resprune import LEAST_RELEVANCE, text_relevance
+from vllm_vtprune.selectors.gate import minmax
+from vllm_vtprune.selectors.resprune import text_relevance
 from vllm_vtprune.selectors.similarity import CHUNK, TINY, squared_lengths, unit_rows
 
 
@@ -17,14 +18,15 @@ def importance_map(features: VisualFeatures, policy: PruningPolicy, text_embeds:
     """``(N,)`` in float64, never negative, the caller's to change.
 
     ``cls``: attention of the encoder's CLS token. ``relevance``: likeness to the text ``(M, d)`` in the form of
-    ``policy.relevance``; without a text, ``cls`` where there is one and else ``norm``. ``norm``: length of the token.
+    ``policy.relevance``, scaled as by ResPrune's gate ``minmax``; without a text, ``cls`` where there is one, else
+    ``norm``. ``norm``: length of the token.
     ``residual``: energy of the token that the image's mean token does not explain.
     """
     kind = policy.importance
     if kind == "relevance" and text_embeds is not None:
         unit = unit_rows(features.embeds)
         relevance = text_relevance(unit, text_embeds.to(unit.dtype), policy.relevance)
-        return relevance.float().clamp(LEAST_RELEVANCE, 1.0).double()  # of few digits: sums of them are exact
+        return minmax(relevance.double()).float().double()  # of few digits: sums of them are exact
     if kind in ("cls", "relevance") and features.cls_attention is not None:
         return features.cls_attention.to(torch.float64, copy=True)
     if kind == "residual":

@@ -10,6 +10,9 @@ that returns the ``(k,)`` int64 positions it keeps, first pick first (or, if it 
 :class:`~vllm_vtprune.selectors.merged.Merged`), add a row below, to the table in ``README.md`` and to the matrix in
 ``tests/core/test_selector_matrix.py``. The caller (:func:`vllm_vtprune.plan.plan_tokens`) has already resolved the
 policy, checked the features and brought ``k`` into ``1..max_keep``; it sorts and gathers.
+
+A method that ``preprocesses`` has no ``select``: the multimodal processor of a family that provides what it needs
+scales the picture before it is encoded.
 """
 
 from __future__ import annotations
@@ -27,14 +30,18 @@ if TYPE_CHECKING:
     from vllm_vtprune.policy import PruningPolicy
     from vllm_vtprune.selectors.merged import Merged
 
-# "grid": a single one. "positions": where each token lies, on a grid or on tiles.
-Input: TypeAlias = Literal["text", "encoder", "cls_attention", "overview_attention", "keys", "grid", "positions"]
+# "grid": a single one. "positions": where each token lies, on a grid or on tiles. "dynamic_resolution": a picture has
+# as many tokens as its size asks for, so that it can be scaled before it is encoded.
+Input: TypeAlias = Literal[
+    "text", "encoder", "cls_attention", "overview_attention", "keys", "grid", "positions", "dynamic_resolution"
+]
 Select: TypeAlias = "Callable[[VisualFeatures, int, PruningPolicy, Tensor | None], Tensor | Merged]"
 OwnCount: TypeAlias = "Callable[[VisualFeatures, PruningPolicy, Tensor | None], int]"
-Cost: TypeAlias = Literal["ranking", "pairwise", "greedy"]
+Cost: TypeAlias = Literal["nothing", "ranking", "pairwise", "greedy"]
 
 COSTS: Mapping[Cost, str] = MappingProxyType(
     {
+        "nothing": "chooses no tokens",
         "ranking": "scores each of the N tokens once and sorts them",
         "pairwise": "compares the N tokens with each other: one N x N matrix, or a few smaller ones",
         "greedy": "compares the N tokens with each other and takes one step over all of them for each token kept",
@@ -67,6 +74,8 @@ class MethodSpec:
         max_keep: the most tokens the method can return for given features; None for all of them.
         merges: the kept tokens take in those that leave, so their embeddings change.
         own_count: the method can find its own count (``budget.type`` ``"method"``).
+        preprocesses: the method scales the picture before it is encoded, and chooses none of its tokens: there is no
+            ``select``, and budgets that need features are refused.
         idle: the parameters that cannot change the picks, given the others; ``"text"`` among them means that the
             policy does not look at the text.
     """
@@ -84,6 +93,7 @@ class MethodSpec:
     max_keep: Callable[[VisualFeatures], int] | None = None
     merges: bool = False
     own_count: bool = False
+    preprocesses: bool = False
     idle: Callable[[PruningPolicy], frozenset[str]] = _nothing_idle
 
     @property
@@ -96,7 +106,7 @@ class MethodSpec:
         return "text" in self.reads
 
     def load(self) -> Select:
-        """The selection function; imports the method's module (and torch) on first use."""
+        """The selection function, unless the method ``preprocesses``; imports its module (and torch) on first use."""
         return cast("Select", import_module(self.module).select)
 
     def load_own_count(self) -> OwnCount:
@@ -108,7 +118,7 @@ def _resprune_idle(policy: PruningPolicy) -> frozenset[str]:
     if policy.rank_by == "relevance":
         return _NOTHING  # without a text it ranks by residual, so every parameter can matter
     if policy.alpha == 0 and policy.seed_token != "relevance":
-        return frozenset({"text", "relevance"})
+        return frozenset({"text", "relevance", "gate"})
     return _NOTHING
 
 
@@ -145,7 +155,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 module="vllm_vtprune.selectors.resprune",
                 cost="greedy",
                 uses=frozenset({"text", "cls_attention", "grid"}),
-                parameters=frozenset({"text", "alpha", "relevance", "seed_token", "rank_by"}),
+                parameters=frozenset({"text", "gate", "alpha", "relevance", "seed_token", "rank_by"}),
                 equivariant=True,
                 idle=_resprune_idle,
             ),
@@ -186,6 +196,26 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 module="vllm_vtprune.selectors.scope",
                 cost="greedy",
                 needs=frozenset({"encoder", "cls_attention"}),
+                equivariant=True,
+            ),
+            MethodSpec(
+                name="cover",
+                idea="the token that covers most of what sets the tokens apart, weighted by importance",
+                paper="CoverPruner (arXiv 2609.03158)",
+                module="vllm_vtprune.selectors.cover",
+                cost="greedy",
+                uses=_IMPORTANCE_INPUTS,
+                parameters=_IMPORTANCE,
+                equivariant=True,
+                idle=_importance_idle,
+            ),
+            MethodSpec(
+                name="leverage",
+                idea="the tokens that hold most of a direction, less what is like a better one",
+                paper="SFPruner: Structured Redundancy Modeling for Efficient Visual Token Pruning in High-Resolution "
+                "MLLMs",
+                module="vllm_vtprune.selectors.leverage",
+                cost="pairwise",
                 equivariant=True,
             ),
             MethodSpec(
@@ -268,6 +298,24 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 merges=True,
             ),
             MethodSpec(
+                name="pool",
+                idea="the means of equal cells of the grid",
+                paper="baseline",
+                module="vllm_vtprune.selectors.pool",
+                cost="ranking",
+                uses=frozenset({"positions"}),
+                merges=True,
+            ),
+            MethodSpec(
+                name="resize",
+                idea="the picture scaled down before it is encoded",
+                paper="baseline (VTC-Bench)",
+                module="vllm_vtprune.resize",
+                cost="nothing",
+                needs=frozenset({"dynamic_resolution"}),
+                preprocesses=True,
+            ),
+            MethodSpec(
                 name="random",
                 idea="any tokens",
                 paper="baseline",
@@ -340,3 +388,8 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
         )
     }
 )
+
+SELECTORS: Mapping[str, MethodSpec] = MappingProxyType(
+    {name: spec for name, spec in METHODS.items() if not spec.preprocesses}
+)
+"""The methods that choose among the tokens of an encoded picture."""

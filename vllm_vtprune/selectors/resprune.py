@@ -12,11 +12,11 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.selectors.gate import gate
 from vllm_vtprune.selectors.pivots import weighted_pivots
 from vllm_vtprune.selectors.similarity import squared_lengths
 
 TINY = torch.finfo(torch.float32).tiny
-LEAST_RELEVANCE = 1e-6  # a token no noun points at is not excluded, only last
 
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
@@ -25,7 +25,7 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     Args:
         features: ``embeds (N, d)``; ``cls_attention`` and ``grid`` for the seed tokens that look at them.
         k: tokens to keep, ``1..N``.
-        policy: ``alpha``, ``relevance``, ``seed_token`` and ``rank_by``, resolved.
+        policy: ``gate``, ``alpha``, ``relevance``, ``seed_token`` and ``rank_by``, resolved.
         text_embeds: ``(M, d)`` rows for the text's nouns. Without them every gate is 1, ``rank_by`` is ``residual``,
             and the seed token ``relevance`` is ``norm``.
 
@@ -43,10 +43,8 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
         relevance /= energy.sqrt().clamp(min=TINY).to(relevance.dtype)
     if relevance is not None and policy.rank_by == "relevance":
         return relevance.sort(descending=True, stable=True).indices[:k]
-    gate = torch.ones_like(energy)
-    if relevance is not None:
-        gate = relevance.double().clamp(LEAST_RELEVANCE, 1.0).pow(policy.alpha or 0.0)
-    return weighted_pivots(tokens, energy, gate, _seed_token(features, policy, tokens, energy, relevance), k)
+    weight = torch.ones_like(energy) if relevance is None else gate(relevance, policy.gate, policy.alpha or 0.0)
+    return weighted_pivots(tokens, energy, weight, _seed_token(features, policy, tokens, energy, relevance), k)
 
 
 def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:

@@ -1,0 +1,379 @@
+"""`resize` on Qwen2.5-VL: what enters the engine is a stock image of the smaller picture, under a hash of its own.
+
+The first half asks the multimodal processor alone; the second half, the engine of `test_qwen2_5_vl.py`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.media import MediaWithBytes
+from vllm.plugins import load_general_plugins
+
+from tests.engine.qwen_stock_answers import video
+from tests.support.engines import BLOCK, Ask, Engine, assert_same, uncached
+from tests.support.images import sample_images
+from tests.support.qwen2_5_vl import IMAGE, VIDEO, Medium, QwenReference, ask_about
+from tests.support.qwen2_5_vl_answers import Picture, compare, pruned, reports
+from vllm_vtprune import PruningPolicy
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune.inspection import pruning_processor
+from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
+from vllm_vtprune.plugin.qwen2_5_vl import PrunedQwen2_5_VLProcessor
+from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.report import ImageReport
+
+pytestmark = pytest.mark.engine
+
+UNIT = 28  # pixels to a side of a token
+SIZES = (
+    (500, 400),
+    (224, 224),
+    (200, 800),
+    (1500, 1100),
+    (40, 30),
+    (2000, 21),
+)  # within the limits, beyond, below; thin
+FORMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"max_pixels": 100_000},
+    {"min_pixels": 300_000},
+    {"min_pixels": 200_000, "max_pixels": 400_000},
+    {"size": {"shortest_edge": 150_000, "longest_edge": 300_000}},
+    {"images_kwargs": {"min_pixels": 400_000}},
+    {"images_kwargs": {"size": {"shortest_edge": 1_000, "longest_edge": 60_000}}},
+    {"do_resize": False},
+)
+TOKENS = {"budget": {"type": "tokens", "keep": 24}}
+
+
+def resize(keep: float) -> dict[str, Any]:
+    kind = "tokens" if isinstance(keep, int) else "ratio"
+    return {"method": "resize", "budget": {"type": kind, "keep": keep}}
+
+
+def grid_at(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """Rows and columns of a picture (width, height) whose only size is `area`."""
+    width, height = size
+    rows, columns = smart_resize(height, width, UNIT, area, area)
+    return rows // UNIT, columns // UNIT
+
+
+def best_grid(size: tuple[int, int], k: int) -> tuple[tuple[int, int], int]:
+    """Of those with at most `k` tokens, the grid with the most, and the smallest area found that leads to it."""
+    step = max(1, k * UNIT**2 // 4000)
+    found = {grid_at(size, area): area for area in range(4 * k * UNIT**2, 0, -step)}
+    grid = max((grid for grid in found if grid[0] * grid[1] <= k), key=lambda grid: grid[0] * grid[1])
+    return grid, found[grid]
+
+
+# --- the processor ----------------------------------------------------------------------------------------------------
+
+
+def processor_with(checkpoint: Path, **mm_processor_kwargs: Any) -> PrunedQwen2_5_VLProcessor:
+    load_general_plugins()
+    config = ModelConfig(
+        model=str(checkpoint), dtype="float32", max_model_len=4096, mm_processor_kwargs=mm_processor_kwargs
+    )
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    assert isinstance(processor, PrunedQwen2_5_VLProcessor)
+    return processor
+
+
+@pytest.fixture(scope="module")
+def processor(qwen_checkpoint: Path) -> PrunedQwen2_5_VLProcessor:
+    return processor_with(qwen_checkpoint)
+
+
+def process(
+    processor: PrunedQwen2_5_VLProcessor,
+    images: Sequence[Image.Image | None],
+    pruning: Mapping[str, Any] | None = None,
+    uuids: Sequence[str | None] | None = None,
+    **kwargs: Any,
+) -> Any:
+    if pruning is not None:
+        kwargs["pruning"] = {**pruning, "request_id": "test"}
+    return processor(
+        ask_about("What is it?", IMAGE * len(images)),
+        processor.info.parse_mm_data({"image": list(images)}, validate=False),
+        None if uuids is None else {"image": list(uuids)},
+        hf_processor_mm_kwargs=kwargs,
+    )
+
+
+def report_of(processor: PrunedQwen2_5_VLProcessor) -> list[ImageReport]:
+    report = processor.runtime.take_report("test")
+    assert report is not None
+    assert report.timings == {}
+    return report.images
+
+
+def grid_of(result: Any, index: int = 0) -> tuple[int, int]:
+    frames, rows, columns = result["mm_kwargs"]["image"][index]["image_grid_thw"].data.tolist()
+    assert frames == 1
+    return rows // 2, columns // 2
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_budget_leads_to_the_largest_grid_within_it(
+    size: tuple[int, int], processor: PrunedQwen2_5_VLProcessor
+) -> None:
+    image = Image.effect_noise(size, 60).convert("RGB")
+    encoded_before = len(processor.runtime.encoder.cache)
+    rows, columns = grid_of(process(processor, [image]))
+    whole = rows * columns
+    for k in sorted({1, 2, 3, whole // 5, whole // 2, whole - 1, whole, whole + 1} - {0}):
+        result = process(processor, [image], resize(k))
+        [report] = report_of(processor)
+        kept = result["mm_placeholders"]["image"][0].get_num_embeds()
+        rows, columns = grid_of(result)
+        assert kept == rows * columns <= k
+        expected = ImageReport("resize", whole, kept, bypass_reason="budget_not_below_tokens" if k >= whole else None)
+        assert report == expected
+        rows, columns = best_grid(size, k)[0]
+        assert kept >= min(rows * columns, whole)
+    assert len(processor.runtime.encoder.cache) == encoded_before
+
+
+@pytest.mark.parametrize(("keep", "k"), [(0.5, 126), (0.25, 63), (1 / 3, 84), (1e-6, 1), (1.0, 252)])
+def test_a_ratio_is_of_the_tokens_that_stock_would_have(
+    keep: float, k: int, processor: PrunedQwen2_5_VLProcessor
+) -> None:
+    image = Image.effect_noise((500, 400), 60).convert("RGB")
+    by_ratio, by_count = process(processor, [image], resize(keep)), process(processor, [image], resize(k))
+    assert by_ratio["mm_hashes"] == by_count["mm_hashes"]
+    assert grid_of(by_ratio) == grid_of(by_count)
+
+
+@pytest.mark.parametrize("engine", FORMS, ids=str)
+def test_whatever_size_is_asked_for(engine: dict[str, Any], qwen_checkpoint: Path) -> None:
+    """By the request, by the engine, and by both: the tokens of stock are right, and the budget holds."""
+    processor = processor_with(qwen_checkpoint, **engine)
+    image = Image.effect_noise((504, 392), 60).convert("RGB")
+    for asked in FORMS:
+        rows, columns = grid_of(process(processor, [image], **asked))
+        result = process(processor, [image], resize(20), **asked)
+        [report] = report_of(processor)
+        assert (report.visual_tokens, report.kept_tokens) == (rows * columns, 20)
+        assert grid_of(result) == (4, 5)
+
+
+def test_what_enters_the_engine_is_the_stock_item_of_the_smaller_picture(processor: PrunedQwen2_5_VLProcessor) -> None:
+    image = Image.effect_noise((500, 400), 60).convert("RGB")
+    grid, area = best_grid(image.size, 60)
+    found = process(processor, [image], resize(60))
+    stock = process(processor, [image], size={"shortest_edge": area, "longest_edge": area})
+    assert grid_of(found) == grid_of(stock) == grid
+    ours, theirs = found["mm_kwargs"]["image"][0], stock["mm_kwargs"]["image"][0]
+    assert ours.keys() == theirs.keys() == {"pixel_values", "image_grid_thw"}
+    assert torch.equal(ours["pixel_values"].data, theirs["pixel_values"].data)
+    assert found["prompt_token_ids"] == stock["prompt_token_ids"]
+    assert found["mm_hashes"] != stock["mm_hashes"]
+
+
+def test_each_picture_policy_and_option_has_a_hash_of_its_own(processor: PrunedQwen2_5_VLProcessor) -> None:
+    one, other = (Image.effect_noise((500, 400), sigma).convert("RGB") for sigma in (60, 90))
+
+    def item_hash(image: Image.Image, pruning: Mapping[str, Any] | None = None, **kwargs: Any) -> str:
+        found: str = process(processor, [image], pruning, **kwargs)["mm_hashes"]["image"][0]
+        return found
+
+    hashes = [
+        item_hash(one),
+        item_hash(one, TOKENS),
+        item_hash(one, resize(24)),
+        item_hash(one, resize(60)),
+        item_hash(other, resize(60)),
+        item_hash(one, resize(60), do_convert_rgb=False),
+        item_hash(one, resize(60), max_pixels=100_000),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert item_hash(one, resize(60)) == hashes[3]
+    assert item_hash(one, resize(59)) == hashes[3], "the same grid"
+    assert item_hash(one, resize(252)) == item_hash(one, resize(1.0)) == hashes[0], "the stock item"
+    assert item_hash(one, resize(251)) not in hashes
+
+
+def test_a_name_without_a_picture_is_told_so_unless_its_size_is_known(processor: PrunedQwen2_5_VLProcessor) -> None:
+    image = Image.effect_noise((300, 400), 60).convert("RGB")
+    with pytest.raises(ValueError, match="data is not provided"):
+        process(processor, [None], resize(9), ["never seen"])
+    seen = process(processor, [image], resize(9), ["seen"])
+    with pytest.raises(ValueError, match="Cache miss for image seen but data is not provided"):
+        process(processor, [None], resize(9), ["seen"])  # no cache of vLLM's is there
+    assert grid_of(seen) == (3, 2)
+
+
+def test_a_picture_that_the_processor_cannot_take_is_an_error_of_the_client(
+    processor: PrunedQwen2_5_VLProcessor,
+) -> None:
+    thin = Image.new("RGB", (900, 4))
+    with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
+        process(processor, [thin], resize(9))
+    for wrong in ({"max_pixels": "many"}, {"max_pixels": 0}, {"size": 5}, {"images_kwargs": 3}):
+        with pytest.raises(ValueError, match="an image cannot be scaled with"):
+            process(processor, [Image.new("RGB", (90, 90))], resize(9), **wrong)
+
+
+def test_a_picture_that_is_only_scaled_is_not_encoded_early(processor: PrunedQwen2_5_VLProcessor) -> None:
+    media = MediaWithBytes(Image.effect_noise((300, 400), 60).convert("RGB"), b"a picture")
+    expected = [ExpectedImage("https://a", None, PruningPolicy.parse(resize(9)), "")]
+    with EarlyEncoding(processor, expected, {}) as early:
+        assert early.start("https://a", media, {}) is media
+
+
+def test_a_model_of_a_fixed_resolution_refuses_it() -> None:
+    processor = pruning_processor(str(tiny_checkpoint()), "float32")
+    with pytest.raises(PolicyError, match="method resize needs dynamic_resolution, which this model does not have"):
+        processor(
+            "<image>", processor.info.parse_mm_data({"image": photo()}), hf_processor_mm_kwargs={"pruning": resize(9)}
+        )
+
+
+def photo() -> Image.Image:
+    return sample_images(1)[0]
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(qwen_checkpoint: Path) -> QwenReference:
+    return QwenReference(qwen_checkpoint)
+
+
+def pictures_of(reference: QwenReference, name: str, size: tuple[int, int], count: int) -> list[Picture]:
+    images = (ImageOps.fit(image, size) for image in sample_images(count, stamp=name))
+    return [Picture(image, f"{name}-{index}", reference.image(image)) for index, image in enumerate(images)]
+
+
+def scaled(reference: QwenReference, picture: Picture, k: int) -> Medium:
+    """What transformers makes of the picture where it may have at most `k` tokens."""
+    grid, area = best_grid(picture.image.size, k)
+    medium = reference.image(picture.image, size={"shortest_edge": area, "longest_edge": area})
+    assert medium.grid == (1, *grid)
+    return medium
+
+
+def counts(images: Iterable[ImageReport]) -> list[tuple[str, int, int]]:
+    return [(image.method, image.visual_tokens, image.kept_tokens) for image in images]
+
+
+@pytest.mark.parametrize(("size", "k"), [((500, 400), 60), ((200, 800), 25), ((300, 300), 1)], ids=str)
+def test_answers_are_those_of_the_smaller_picture(
+    size: tuple[int, int], k: int, qwen: Engine, reference: QwenReference
+) -> None:
+    [picture] = pictures_of(reference, f"resize {k}", size, 1)
+    prompt = ask_about("Where is the bus?")
+    encoded_before = qwen.encodings()
+    answer = qwen.ask(Ask(prompt, [picture.image], resize(k), [picture.uuid]))
+    assert qwen.encodings() == encoded_before
+    small = scaled(reference, picture, k)
+    compare(reference, answer, prompt, [small])
+    assert counts(reports(answer)) == [("resize", len(picture.whole.embeds), len(small.embeds))]
+    _, area = best_grid(size, k)
+    by_hand = {"size": {"shortest_edge": area, "longest_edge": area}}
+    stock = qwen.ask(Ask(prompt, [picture.image], processor_kwargs=by_hand))
+    assert assert_same(replace(answer, images=None), stock) == 0
+    whole = qwen.ask(Ask(prompt, [picture.image], uuids=[picture.uuid]))
+    compare(reference, whole, prompt, [picture.whole])
+
+
+def test_scaled_pruned_unpruned_and_cached_in_every_order(qwen: Engine, reference: QwenReference) -> None:
+    policies = [resize(20), TOKENS, False, resize(5000)]
+    for number, order in enumerate(list(permutations(range(4)))[::5]):
+        pictures = pictures_of(reference, f"resize order {number}", (224, 336), 4)
+        seen = pictures[0]
+        qwen.ask(Ask(ask_about("It?"), [seen.image], resize(20), [seen.uuid]))
+        in_order = [(pictures[index], policies[index]) for index in order]
+        request = Ask(
+            ask_about("Compare them.", IMAGE * 4),
+            [picture.image for picture, _ in in_order],
+            {"images": [policy for _, policy in in_order], "texts": ["the bus"] * 4},
+            [picture.uuid for picture, _ in in_order],
+        )
+        answer, again = qwen.ask(request), qwen.ask(request)
+        variants = [
+            scaled(reference, pictures[0], 20),
+            pruned(qwen, reference, pictures[1], TOKENS, ["bus"]),
+            pictures[2].whole,
+            pictures[3].whole,
+        ]
+        media = [variants[index] for index in order]
+        named = ["resize", "resprune", "none", "resize"]
+        expected = [(named[index], 96, len(variants[index].kept)) for index in order]
+        for each in (answer, again):
+            compare(reference, each, request.prompt, media)
+            assert counts(reports(each)) == expected
+            whys = [report.bypass_reason for report in reports(each)]
+            assert whys == ["budget_not_below_tokens" if index == 3 else None for index in order]
+        assert [report.cached for report in reports(answer)] == [index == 0 for index in order]
+        assert [report.cached for report in reports(again)] == [index != 2 for index in order]
+        assert again.prefix_hits >= (len(again.prompt_ids) - BLOCK) // BLOCK * BLOCK
+
+
+def test_requests_in_one_batch_answer_as_alone(qwen: Engine, reference: QwenReference) -> None:
+    pictures = pictures_of(reference, "resize batch", (300, 260), 4)
+    policies: list[Any] = [resize(30), None, {**TOKENS, "texts": ["the bus"]}, resize(0.5)]
+    prompt = ask_about("Where is the bus?")
+    asked = [
+        Ask(prompt, [picture.image], policy, [picture.uuid]) for picture, policy in zip(pictures, policies, strict=True)
+    ]
+    answers = qwen.ask_together(asked)
+    media = [
+        scaled(reference, pictures[0], 30),
+        pictures[1].whole,
+        pruned(qwen, reference, pictures[2], TOKENS, ["bus"]),
+        scaled(reference, pictures[3], 50),
+    ]
+    assert [len(medium.kept) for medium in media] == [30, 99, 24, 48]
+    for answer, medium in zip(answers, media, strict=True):
+        compare(reference, answer, prompt, [medium])
+
+
+def test_videos_pass_unpruned_in_either_order(qwen: Engine, reference: QwenReference) -> None:
+    frames, metadata = video()
+    shown = reference.video(frames, 1.0)
+    for index, media in enumerate((IMAGE + VIDEO, VIDEO + IMAGE)):
+        [picture] = pictures_of(reference, f"resize video {index}", (224, 280), 1)
+        prompt = ask_about("What moves before the bus?", media)
+        answer = qwen.ask(Ask(prompt, [picture.image], resize(24), videos=[(frames, metadata)]))
+        small = scaled(reference, picture, 24)
+        compare(reference, answer, prompt, [small, shown] if index == 0 else [shown, small])
+        expected = [("resize", 80, len(small.kept), None), ("resize", *[len(shown.embeds)] * 2, "unsupported_modality")]
+        found = [
+            (*one, report.bypass_reason) for one, report in zip(counts(reports(answer)), reports(answer), strict=True)
+        ]
+        assert found == (expected if index == 0 else expected[::-1])
+
+
+def test_a_budget_that_changes_nothing_leaves_the_stock_item(qwen: Engine, reference: QwenReference) -> None:
+    [picture] = pictures_of(reference, "resize nothing", (400, 300), 1)
+    prompt = ask_about("Where?")
+    stock = qwen.ask(Ask(prompt, [picture.image]))
+    answer = qwen.ask(Ask(prompt, [picture.image], resize(1.0)))
+    assert answer.prefix_hits >= (len(answer.prompt_ids) - BLOCK) // BLOCK * BLOCK > 0, "one hash for both"
+    assert_same(replace(answer, images=None), stock)
+    [report] = reports(answer)
+    assert (report.kept_tokens, report.bypass_reason) == (report.visual_tokens, "budget_not_below_tokens")
+
+
+def test_a_picture_may_be_named_alone_once_it_was_seen(qwen: Engine, reference: QwenReference) -> None:
+    [picture] = pictures_of(reference, "resize named", (400, 300), 1)
+    prompt = ask_about("Where?")
+    first = qwen.ask(Ask(prompt, [picture.image], resize(40), [picture.uuid]))
+    again = qwen.ask(Ask(prompt, [None], resize(40), [picture.uuid]))
+    assert_same(again, first)
+    assert [report.cached for report in reports(first) + reports(again)] == [False, True]
+    assert uncached(again.images) == first.images
+    with pytest.raises(ValueError, match="data is not provided"):
+        qwen.ask(Ask(prompt, [None], resize(12), [picture.uuid]))
