@@ -21,6 +21,14 @@ RESPRUNE_COMPONENTS: Rows = {
     "relevance only": {"rank_by": "relevance"},
 }
 RESPRUNE_ALPHA: Rows = {f"alpha {alpha}": {"alpha": alpha} for alpha in (0, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0)}
+RESPRUNE_GATE: Rows = {
+    "minmax": {"gate": "minmax"},
+    "minmax, nouns with modifiers": {"gate": "minmax", "text": {"modifiers": True}},
+    "minmax, every word": {"gate": "minmax", "text": {"clean": False}},
+    "clip": {"gate": "clip"},
+    "clip, every word": {"gate": "clip", "text": {"clean": False}},
+    "no text": {"alpha": 0},
+}
 RESPRUNE_RELEVANCE: Rows = {
     "max over text tokens": {"relevance": "max"},
     "mean over text tokens": {"relevance": "mean"},
@@ -81,6 +89,7 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
     {
         "resprune-components": Ablation("ResPrune, Table IV", RESPRUNE_COMPONENTS, "resprune", (128, 64)),
         "resprune-alpha": Ablation("ResPrune, Table V", RESPRUNE_ALPHA, "resprune", (128, 64)),
+        "resprune-gate": Ablation("ResPrune's gate, in no paper", RESPRUNE_GATE, "resprune", (128, 64, 32)),
         "resprune-relevance": Ablation("ResPrune, Table VI", RESPRUNE_RELEVANCE, "resprune", (128,)),
         "resprune-seed": Ablation("ResPrune, Table VII", RESPRUNE_SEED, "resprune", (128,)),
         "adaptprune-cues": Ablation("AdaptPrune, Table 4", ADAPTPRUNE_CUES, "adaptprune", TENTH),

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +20,11 @@ CODE = (
     "vllm_vtprune.selectors",
     "vllm_vtprune.towers",
     "vllm_vtprune.demo.scenes",
+    "evaluation.forward",
     "evaluation.in_llm",
+    "evaluation.offline",
 )
-"""Packages whose code decides on answers: what others of it gave is not gone on with."""
+"""Packages and modules whose code decides on answers: what others of it gave is not gone on with."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,33 @@ def subject(model: str, served_as: str, asked: Sequence[Picture]) -> dict[str, s
 
     Args:
         model: a directory, or a name on the hub.
-        served_as: the arithmetic of the server: a dtype, or the address of a server of the user's.
+        served_as: the arithmetic: a dtype of a server, the address of a server of the user's, or that of no server.
         asked: the pictures; of scenes, how many does not matter.
     """
     code = hashlib.sha256()
-    for package in CODE:
-        for file in sorted(Path(str(files(package))).glob("*.py")):
+    for name in CODE:
+        for file in _sources(name):
             code.update(file.read_bytes())
     for picture in asked:
         if isinstance(picture.source, Path):
             code.update(repr((picture.label, picture.questions)).encode() + picture.source.read_bytes())
+    splits = {"none" if isinstance(picture.source, Path) else picture.source.split for picture in asked}
     return {
         "model": weights_digest(model),
+        "split": ", ".join(sorted(splits)),
         "served as": served_as,
         "text pipeline": text_pipeline_name(),
         "code": code.hexdigest()[:16],
     }
+
+
+def _sources(name: str) -> list[Path]:
+    """The files of a package, or of a module."""
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    file = Path(spec.origin)
+    return sorted(file.parent.glob("*.py")) if spec.submodule_search_locations else [file]
 
 
 class AnswersError(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 from zlib import crc32
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import BUILTIN_PRESETS, PruningPolicy
+from vllm_vtprune.policy import BUILTIN_PRESETS, FamilyDefaults, PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
 
 Budget = dict[str, Any]
@@ -61,12 +61,17 @@ def energy(threshold: float) -> Budget:
     return {"type": "energy", "threshold": threshold, "solver": "exact", "min_tokens": 1}
 
 
+def usable(methods: Iterable[str], family: FamilyDefaults) -> list[str]:
+    """Those of the methods that a model of a family has all inputs for."""
+    return [method for method in methods if family.supports(METHODS[method])]
+
+
 def grid(
     methods: Iterable[str], keeps: Sequence[int], thresholds: Mapping[int, float], sample: VisualFeatures
 ) -> list[Arm]:
     """Every method at every budget, and "+E" at those budgets that ``thresholds`` has an energy threshold for.
 
-    Budgets that a method cannot reach (``max_keep``) are left out.
+    Budgets that a method cannot reach (``max_keep``) are left out, and energy budgets of those that see no features.
 
     Args:
         methods: by name.
@@ -82,7 +87,8 @@ def grid(
             if keep > most:
                 continue
             arms.append(Arm(f"{method}@{keep}", {"method": method, "budget": fixed(keep)}, method, keep))
-            if keep in thresholds and spec.max_keep is None:  # a bound would take tokens from the mean
+            # a bound would take tokens from the mean
+            if keep in thresholds and spec.max_keep is None and not spec.preprocesses:
                 budget = energy(thresholds[keep])
                 arms.append(Arm(f"{method}+E@{keep}", {"method": method, "budget": budget}, method, keep, True))
     return arms

@@ -12,21 +12,22 @@ from pathlib import Path
 from evaluation.answers import Answer, Answers, AnswersError, subject
 from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
-from evaluation.options import add_model_arguments, count, dtype_of, embedded_model, served
+from evaluation.options import add_model_arguments, count, dtype_of, embedded_model, interrupted, served, shown
 from evaluation.questions import Picture, SampleError, pictures, plain, read_sample
-from evaluation.report import markdown
+from evaluation.report import aligned, markdown
 from evaluation.spectra import Sample, sample_pictures
 from evaluation.thresholds import mean_kept, threshold_for
 from vllm_vtprune.demo.server import ServerFailed
 from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import PRESET_NAME
-from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune.selectors.registry import SELECTORS
 
 LARGEST = 0.9999  # threshold: beyond it, rounding decides
 SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of a picture's tokens, that are tried in turn
 SCENE_QUESTIONS = 300
-METHODS_OF_ANY_SIZE = [name for name, spec in METHODS.items() if spec.max_keep is None]
+ANSWERS = "answers.jsonl"  # below --work
+METHODS_OF_ANY_SIZE = [name for name, spec in SELECTORS.items() if spec.max_keep is None]
 
 EXAMPLE = """examples:
   vtprune calibrate --tokens 128 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml
@@ -61,11 +62,11 @@ def calibrate(argv: list[str]) -> None:
 
     Raises:
         SystemExit: 2 for options that are not valid; 1 where the sample, the server or a request fails, or nothing that
-            was tried reaches the target.
+            was tried reaches the target; 130 when interrupted.
     """
     args = _parse(argv)
-    model = args.model or embedded_model()
     try:
+        model = args.model or embedded_model()
         sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
         encoded = sample_pictures(model, sample, dtype_of(args))
         if args.tokens is not None:
@@ -74,12 +75,13 @@ def calibrate(argv: list[str]) -> None:
             trials = _tried(args, model, sample, encoded)
         chosen = choose(trials, args.retain)
         if args.retain is not None:
-            print(_table(trials, chosen))
+            print(aligned(_table(trials, chosen)), flush=True)
+            print(f"Answers: {shown(args.work / ANSWERS)}", file=sys.stderr)
         if chosen is None:
             sys.exit(f"vtprune calibrate: nothing that was tried retains {args.retain:g}; the largest budget is above.")
         args.out.write_text(_preset(args, model, sample, chosen))
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted; the same command goes on.")
+        interrupted()
     except (SampleError, InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError, _NoThreshold) as error:
         sys.exit(f"vtprune calibrate: {error}")
     print(f"{args.out}: preset {args.name} keeps {chosen.mean_tokens:.1f} tokens on average over questions.")
@@ -193,7 +195,7 @@ def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], enco
     args.work.mkdir(parents=True, exist_ok=True)
     dtype = dtype_of(args)
     depends_on = subject(model, args.url or dtype, sample)
-    with Answers(args.work / "answers.jsonl", depends_on) as answers, served(args.url, model, dtype) as url:
+    with Answers(args.work / ANSWERS, depends_on) as answers, served(args.url, model, dtype) as url:
         ask_all(url, model, sample, [UNPRUNED, *arms], answers)
         names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
         whole = [answers.of(UNPRUNED)[name] for name in names]

@@ -6,9 +6,10 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from evaluation import arms as ways
@@ -18,11 +19,29 @@ from evaluation.arms import UNPRUNED, Arm
 from evaluation.asking import Unasked, ask_all
 from evaluation.gallery import draw_gallery
 from evaluation.in_llm import InLLM, Pruning
-from evaluation.options import add_model_arguments, count, dtype_of, embedded_model, served
+from evaluation.offline import SERVED_AS, OfflineFailed, answer_offline, check_model
+from evaluation.options import add_model_arguments, count, dtype_of, embedded_model, interrupted, served, shown
 from evaluation.questions import Picture, pictures
 from evaluation.reference import answer_all, layers_of, reference_arms, reference_model
-from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
-from evaluation.results import Result, ranked_kinds, results
+from evaluation.report import (
+    accuracy_table,
+    aligned,
+    budget_table,
+    difference_table,
+    plot_accuracy,
+    plot_budgets,
+    split_table,
+)
+from evaluation.results import (
+    Difference,
+    Result,
+    adaptive_against_fixed,
+    against_reference,
+    comparable,
+    differences,
+    ranked_kinds,
+    results,
+)
 from evaluation.spectra import Sample, sample_pictures
 from evaluation.thresholds import threshold_for
 from vllm_vtprune.demo.server import ServerFailed
@@ -37,6 +56,7 @@ SOLVERS_KEEP = 24  # of 192 dimensions as the paper's 130 of 1,024
 EXAMPLE = """examples:
   vtprune eval                                              # a few methods at 128 and 64 tokens, 200 questions
   vtprune eval --methods all --keep 192,128,64,32 --adaptive --questions 2000 --out build/eval
+  vtprune eval --offline --split validation --methods all   # to choose by; --split test to report
   vtprune eval --ablation resprune-seed
 """
 
@@ -48,36 +68,44 @@ def evaluate(argv: list[str]) -> None:
         argv: the command line after ``vtprune eval``.
 
     Raises:
-        SystemExit: 2 for options that are not valid, 1 where the server or a request fails.
+        SystemExit: 2 for options that are not valid, 1 where the server or a request fails, 130 when interrupted.
     """
     args = _parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = args.model or embedded_model()
-    dtype = dtype_of(args)
-    asked = list(pictures("test", args.questions, args.seed))
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        model = args.model or embedded_model()
+        dtype = "float32" if args.offline else dtype_of(args)
+        asked = list(pictures(args.split, args.questions, args.seed))
+        if args.offline:
+            check_model(model)
         reference = reference_model(model) if args.in_llm else None
-        arms, inside = _arms(args, model, dtype, reference)
+        arms, inside = _arms(args, model, dtype, asked, reference)
         ways.check(arms)
-        depends_on = subject(model, args.url or dtype, asked)
+        depends_on = subject(model, SERVED_AS if args.offline else args.url or dtype, asked)
         with Answers(args.out / "answers.jsonl", depends_on) as answers:
-            with served(args.url, model, dtype) as url:
-                ask_all(url, model, asked, [UNPRUNED, *arms], answers)
+            if args.offline:
+                answer_offline(model, asked, [UNPRUNED, *arms], answers)
+            else:
+                with served(args.url, model, dtype) as url:
+                    ask_all(url, model, asked, [UNPRUNED, *arms], answers)
             if reference is not None:
                 answer_all(reference, asked, inside, answers)
         about = {"command": shlex.join(["vtprune", "eval", *argv]), **depends_on, "pictures": len(asked)}
         found = _results([UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about)
+        files = found.write(args.out)
+        adaptive = [arm for arm in arms if arm.adaptive]
+        if adaptive:
+            files.append(args.out / "budgets.png")
+            plot_budgets(_budgets(adaptive, answers, asked), files[-1])
+        if args.gallery:
+            files.append(args.out / "gallery.png")
+            draw_gallery(model, dtype, asked, arms, answers, files[-1])
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted; the same command goes on.")
-    except (InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError) as error:
+        interrupted()
+    except (InspectionFailed, ServerFailed, OfflineFailed, AnswersError, Unasked, PolicyError) as error:
         sys.exit(f"vtprune eval: {error}")
-    found.write(args.out)
-    adaptive = [arm for arm in arms if arm.adaptive]
-    if adaptive:
-        plot_budgets(_budgets(adaptive, answers, asked), args.out / "budgets.png")
-    if args.gallery:
-        draw_gallery(model, dtype, asked, [arm for arm in arms if arm.policy], args.out / "gallery.png")
-    print(json.dumps(found.to_json()) if args.json else accuracy_table(found.all_kinds))
+    print(json.dumps(found.to_json()) if args.json else aligned(accuracy_table(found.all_kinds)), flush=True)
+    print(f"Results: {', '.join([shown(files[0]), *(file.name for file in files[1:])])}", file=sys.stderr)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -89,6 +117,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="without a server: the same answers, many times faster (in float32, on every core; LLaVA-1.5 only)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=["test", "validation"],
+        default="test",
+        help='the scenes: choose on "validation", report on "test" (default: %(default)s); the thresholds of "+E" are '
+        'found on scenes of "validation" that are not asked about',
+    )
     parser.add_argument("--questions", type=count, default=200, metavar="N", help="to ask (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first scene (default: %(default)s)")
     which = parser.add_mutually_exclusive_group()
@@ -124,6 +164,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/eval"), help="folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object on the last line")
     args = parser.parse_args(argv)
+    if args.offline and args.url:
+        parser.error("--offline: no server is asked; it does not go with --url")
     if args.ablation and (args.keep or args.adaptive or args.presets or args.in_llm):
         parser.error(
             "--ablation: a table has its own budgets; it goes with none of --keep, --adaptive, --presets, --in-llm"
@@ -154,23 +196,27 @@ def _names(text: str, known: Iterable[str]) -> list[str]:
 
 
 def _arms(
-    args: argparse.Namespace, model: str, dtype: str, reference: InLLM | None
+    args: argparse.Namespace, model: str, dtype: str, asked: Sequence[Picture], reference: InLLM | None
 ) -> tuple[list[Arm], list[tuple[Arm, Pruning | None]]]:
     """The ways of pruning that the options ask for: on the server, and inside the language model."""
     if args.ablation in ABLATIONS:
         return ABLATIONS[args.ablation].arms(), []
     solvers = args.ablation == SOLVERS
     adaptive = args.adaptive or solvers
-    others = list(pictures("validation", CALIBRATION_QUESTIONS if adaptive else 1))
+    beyond = int(asked[-1].label) + 1 if args.split == "validation" else 0
+    others = list(pictures("validation", CALIBRATION_QUESTIONS if adaptive else 1, beyond))
     sample = sample_pictures(model, others, dtype)
     thresholds = _thresholds(sample, [SOLVERS_KEEP] if solvers else args.keep) if adaptive else {}
     if solvers and not thresholds:
         raise InspectionFailed(f"--ablation {SOLVERS}: the features' rank is below {SOLVERS_KEEP}")
     if solvers:
         return solver_arms(thresholds[SOLVERS_KEEP], SOLVERS_KEEP, sample.features.encoder.shape[1]), []
+    methods = ways.usable(args.methods, sample.family)
+    if left_out := [method for method in args.methods if method not in methods]:
+        print(f"Left out, as the model lacks what they need: {', '.join(left_out)}.", file=sys.stderr)
     arms = [
-        *ways.grid(args.methods, args.keep, thresholds, sample.features),
-        *ways.own_counts(args.methods),
+        *ways.grid(methods, args.keep, thresholds, sample.features),
+        *ways.own_counts(methods),
         *ways.presets(args.presets),
     ]
     if reference is None:
@@ -200,12 +246,16 @@ class Evaluation:
         all_kinds: one result for each arm, the unpruned model's first.
         ranked: the same over the kinds of question in `kinds`.
         kinds: those that the unpruned model answers well enough.
+        paired: one arm against all others at the same budget, over the kinds of question that rank.
+        adaptive: each "+E" against its fixed budget, over the same questions.
     """
 
     about: Mapping[str, Any]
     all_kinds: Sequence[Result]
     ranked: Sequence[Result]
     kinds: Sequence[str]
+    paired: Sequence[Difference]
+    adaptive: Sequence[Difference]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -214,23 +264,27 @@ class Evaluation:
             "results": [result.to_json() for result in self.all_kinds],
             "ranked_kinds": list(self.kinds),
             "ranked_results": [result.to_json() for result in self.ranked],
+            "paired": [difference.to_json() for difference in self.paired],
+            "adaptive_less_fixed": [difference.to_json() for difference in self.adaptive],
         }
 
-    def write(self, directory: Path) -> None:
-        """``results.json``, ``results.md`` and ``accuracy.png``."""
-        (directory / "results.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
+    def write(self, directory: Path) -> list[Path]:
+        """``results.md``, ``results.json`` and ``accuracy.png``, as paths."""
+        tables, values, plot = (directory / name for name in ("results.md", "results.json", "accuracy.png"))
+        values.write_text(json.dumps(self.to_json(), indent=1) + "\n")
         unpruned, *others = self.ranked or self.all_kinds
         ranking = "No kind of question is answered well enough to rank by. Over all of them:"
         if self.kinds:
             ranking = (
                 f"Ranking, over the {unpruned.questions} questions of the kinds that the unpruned model answers well "
-                f"enough ({', '.join(self.kinds)}), {unpruned.accuracy:.1%} unpruned:"
+                f"enough ({', '.join(self.kinds)}), {100 * unpruned.accuracy:.1f} % unpruned:"
             )
         parts = [
             f"`{self.about['command']}`: {self.all_kinds[0].questions} questions about {self.about['pictures']} "
             "pictures. 95 % intervals resample pictures.",
             ranking,
-            budget_table(self.ranked or self.all_kinds),
+            budget_table(comparable(others)),
+            *self._differences(others),
             "Every way, over all kinds:",
             accuracy_table(self.all_kinds),
             "By kind of question:",
@@ -238,8 +292,28 @@ class Evaluation:
             "By density of the picture:",
             split_table(self.all_kinds, "density"),
         ]
-        (directory / "results.md").write_text("\n\n".join(parts))
-        plot_accuracy(others, unpruned, directory / "accuracy.png")
+        tables.write_text("\n\n".join(parts))
+        plot_accuracy(others, unpruned, plot)
+        return [tables, values, plot]
+
+    def _differences(self, ranked: Sequence[Result]) -> Iterator[str]:
+        """The paired comparisons, each after a line about it."""
+        over = "in points on the same questions, with 95 % intervals over pictures, in bold where they exclude 0"
+        row = {result.arm: result.row for result in ranked}
+        if self.paired:
+            yield f"`{row[self.paired[0].arm]}` less each other at the same budget, {over}:"
+            yield difference_table(self.paired)
+        if self.adaptive:
+            yield f'"+E" less the fixed budget, {over} ({", ".join(self._means(ranked))}):'
+            yield difference_table(self.adaptive)
+
+    def _means(self, ranked: Sequence[Result]) -> Iterator[str]:
+        """What "+E" came to at each budget, on average over methods."""
+        tokens: dict[int | None, list[float]] = {}
+        for result in ranked:
+            if result.arm in {difference.arm for difference in self.adaptive}:
+                tokens.setdefault(result.keep, []).append(result.mean_tokens)
+        return (f"{fmean(means):.1f} tokens at {keep}" for keep, means in tokens.items())
 
 
 def _budgets(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) -> dict[int, dict[str, list[float]]]:
@@ -260,4 +334,10 @@ def _results(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture], ab
     unpruned = given[0][1]
     kinds = ranked_kinds(unpruned.values())
     ranked = results(given, unpruned, kinds) if kinds else []
-    return Evaluation(about, results(given, unpruned), ranked, kinds)
+    all_kinds = results(given, unpruned)
+    compared = ranked or all_kinds
+    paired, adaptive = (
+        differences(pairs, given, unpruned, kinds or None)
+        for pairs in (against_reference(comparable(compared)), adaptive_against_fixed(compared))
+    )
+    return Evaluation(about, all_kinds, ranked, kinds, paired, adaptive)

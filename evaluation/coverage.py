@@ -32,7 +32,7 @@ from evaluation.report import markdown
 from vllm_vtprune.demo.scenes import Question, Scene, patches_of
 from vllm_vtprune.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune.selectors.registry import SELECTORS
 
 HEAD = ("", "on things", "things seen", "asked, seen", "asked, kept")
 
@@ -92,7 +92,7 @@ def main() -> None:
         "--keep", type=count, default=64, metavar="K", help="tokens of a picture (default: %(default)s)"
     )
     args = parser.parse_args()
-    rows = measure(list(pictures("test", args.questions)), METHODS, args.keep)
+    rows = measure(list(pictures("test", args.questions)), SELECTORS, args.keep)
     best_first = sorted(rows.items(), key=lambda row: -row[1].asked_kept)
     print(markdown(HEAD, ([f"`{method}`", *(f"{100 * share:.0f} %" for share in row)] for method, row in best_first)))
 

@@ -1,44 +1,96 @@
-"""What is kept of some scenes, drawn side by side."""
+"""What is kept of some scenes, and what is answered then, drawn side by side."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
 
-from evaluation.arms import Arm
+from evaluation.answers import Answer, Answers
+from evaluation.arms import UNPRUNED, Arm
 from evaluation.questions import Picture
-from evaluation.report import save
+from evaluation.report import BLUE, VERMILLION, save
+from evaluation.results import DEFAULT_METHOD
+from vllm_vtprune.demo.scenes.layout import DENSITIES
 from vllm_vtprune.inspection import examine, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 
-SCENES = 6
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCENES, ARMS = 6, 4
+COLUMN, ROW = 2.6, 3.5  # inches
+TEXT_SIZE, LETTERS = 11, 30  # points; of a line
 
 
-def draw_gallery(model: str, dtype: str, pictures: Sequence[Picture], arms: Sequence[Arm], file: Path) -> None:
-    """The first pictures, one in a row with its first question, and what each arm keeps for that question.
+def draw_gallery(
+    model: str, dtype: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers, file: Path
+) -> None:
+    """Some pictures, one in a row with its first question, and what arms keep for that question and answer.
 
     Args:
         model: a directory, or a name on the hub.
         dtype: of its vision encoder; "auto" for the model's own.
-        pictures: of which `SCENES` are shown.
-        arms: whose policies prune.
+        pictures: of which `first_of_each_density` are shown.
+        arms: of which `shown_arms` are shown.
+        answers: of those and of the unpruned model to the questions.
         file: where it goes.
     """
-    from matplotlib import pyplot
+    save(gallery_figure(model, dtype, first_of_each_density(pictures), shown_arms(arms), answers), file)
+
+
+def first_of_each_density(pictures: Sequence[Picture]) -> list[Picture]:
+    """At most `SCENES` pictures: as many of each density, those that come first; sparse ones before dense ones."""
+    before: Counter[str] = Counter()
+    turns = []
+    for picture in pictures:
+        turns.append((before[picture.density], picture))
+        before[picture.density] += 1
+    chosen = [picture for _, picture in sorted(turns, key=lambda turn: turn[0])[:SCENES]]
+    order: dict[str, int] = {density: place for place, density in enumerate(DENSITIES)}
+    return sorted(chosen, key=lambda picture: order.get(picture.density, len(order)))
+
+
+def shown_arms(arms: Sequence[Arm]) -> list[Arm]:
+    """At most `ARMS` of those that choose tokens on the server: the default method first, fixed budgets before "+E"."""
+    prune = [arm for arm in arms if not arm.inside and PruningPolicy.parse(arm.policy).selects]
+    return sorted(prune, key=lambda arm: (arm.method != DEFAULT_METHOD, arm.adaptive))[:ARMS]
+
+
+def gallery_figure(
+    model: str, dtype: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers
+) -> Figure:
+    """All of the pictures and arms; see `draw_gallery`."""
+    from matplotlib.figure import Figure
 
     processor = pruning_processor(model, dtype)
-    shown = pictures[:SCENES]
-    figure, axes = pyplot.subplots(
-        len(shown), 1 + len(arms), figsize=(2.2 * (1 + len(arms)), 2.4 * len(shown)), squeeze=False
-    )
-    for row, picture in zip(axes, shown, strict=True):
-        question, image = picture.questions[0], picture.paint()
+    columns = 1 + len(arms)
+    figure = Figure(figsize=(COLUMN * columns, ROW * len(pictures)), layout="constrained")
+    grid = figure.subplots(len(pictures), columns, squeeze=False)
+    for row, picture in zip(grid, pictures, strict=True):
+        question, name, image = picture.questions[0], picture.name(0), picture.paint()
         row[0].imshow(image)
-        row[0].set_title(question.text, fontsize=6)
-        for axis, arm in zip(row[1:], arms, strict=True):
+        asked = f"{fill(question.text, LETTERS)}\nright: {question.answer}"
+        row[0].set_title(asked, fontsize=TEXT_SIZE, parse_math=False)
+        _answer(row[0], answers.of(UNPRUNED)[name], "unpruned: ")
+        for axes, arm in zip(row[1:], arms, strict=True):
             found = examine(processor, image, PruningPolicy.parse(arm.policy_for(picture.label)), question.text)
-            axis.imshow(found.drawn)
-            axis.set_title(f"{arm.name}: {found.image['kept_tokens']}", fontsize=6)
-        for axis in row:
-            axis.set_axis_off()
-    save(figure, file)
+            axes.imshow(found.drawn)
+            kept = f"{found.image['kept_tokens']} of {found.image['visual_tokens']} tokens"
+            axes.set_title(f"{arm.name}\n{kept}", fontsize=TEXT_SIZE)
+            _answer(axes, answers.of(arm)[name])
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+    return figure
+
+
+def _answer(axes: Axes, answer: Answer, before: str = "") -> None:
+    """An answer below a picture: a tick and blue where it is right, a cross and red where it is wrong."""
+    mark, colour = ("✓", BLUE) if answer.right else ("✗", VERMILLION)
+    said = "".join(letter if letter.isprintable() else " " for letter in answer.text)
+    text = fill(f"{before}{mark} {said.strip()}", LETTERS, max_lines=2)
+    axes.set_xlabel(text, fontsize=TEXT_SIZE, color=colour, parse_math=False)

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune.demo.server import announced_server
 
 SERVE_OPTIONS = ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log")
 SMALL_OPTIONS = ("--max-model-len", "2048")  # enough for the embedded model's 576 tokens
@@ -45,9 +46,25 @@ def served(url: str | None, model: str, dtype: str = "auto") -> Iterator[str]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     small = model == embedded_model()
     options = [*SERVE_OPTIONS, "--dtype", dtype, *(SMALL_OPTIONS if small else ())]
-    print(f"Starting a vLLM server with {model} ...", file=sys.stderr)
-    with running_server([model, *options], environment=SMALL_ENVIRONMENT if small else {}) as own:
+    name = "the model that comes with the package" if small else model
+    with announced_server(name, [model, *options], environment=SMALL_ENVIRONMENT if small else {}) as own:
         yield own
+
+
+def interrupted() -> NoReturn:
+    """End where the user pressed Ctrl-C, with the status of that.
+
+    Raises:
+        SystemExit: 130.
+    """
+    print("\nInterrupted; the same command goes on.", file=sys.stderr)
+    sys.exit(130)
+
+
+def shown(path: Path) -> str:
+    """A path for people: from the working directory, where it is in that."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def embedded_model() -> str:

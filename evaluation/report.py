@@ -1,17 +1,38 @@
-"""Results for people: tables in Markdown, and plots."""
+"""Results for people: tables in Markdown, and plots.
+
+    python -m evaluation.report build/eval/results.json --out accuracy.png
+
+draws the plot of accuracies anew from a file of results.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from textwrap import fill
 from typing import TYPE_CHECKING, Literal
 
-from evaluation.results import Result
+from evaluation.results import DEFAULT_METHOD, RANKED_FROM, Difference, Result, comparable, mean_ranks
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Cells = Sequence[str]
+
+End = tuple[str, float | None, float, str]
+"""Of a line: its label, the tokens (None: the axes' edge) and the height that it ends at, its colour."""
+
+LINES = 7  # of a plot
+BLUE, GREEN, ORANGE, PURPLE = "#0072B2", "#009E73", "#E69F00", "#CC79A7"
+VERMILLION, SKY, BLACK = "#D55E00", "#56B4E9", "#000000"
+OKABE_ITO = (BLUE, GREEN, ORANGE, PURPLE, VERMILLION, SKY, BLACK)  # but for yellow, too pale for a line
+ALWAYS = {DEFAULT_METHOD: VERMILLION, "uniform": SKY, "random": BLACK}  # drawn where they were measured
+MARKERS = "osD^vPX"
+DARK, LABEL_SIZE, DPI = "0.15", 10, 110
 
 
 def markdown(head: Cells, rows: Iterable[Cells]) -> str:
@@ -20,9 +41,29 @@ def markdown(head: Cells, rows: Iterable[Cells]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def aligned(table: str) -> str:
+    """A table of `markdown` with its cells padded, for a terminal."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    text, *numbers = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    out = []
+    for first, *others in rows:
+        blank = "-" if first == "---" else " "
+        cells = [first.ljust(text, blank), *(cell.rjust(n, blank) for cell, n in zip(others, numbers, strict=True))]
+        out.append(f"| {' | '.join(cells)} |\n")
+    return "".join(out)
+
+
 def accuracy_table(results: Sequence[Result]) -> str:
     """One line for each arm: tokens, accuracy with its interval, and what is left of the unpruned accuracy."""
-    head = ["", "mean tokens", "accuracy", "95 % interval", "against unpruned", "95 % interval", "retained"]
+    head = [
+        "way of pruning",
+        "mean tokens",
+        "accuracy",
+        "95 % interval",
+        "against unpruned",
+        "95 % interval",
+        "retained",
+    ]
     rows = [
         [
             result.arm,
@@ -39,15 +80,15 @@ def accuracy_table(results: Sequence[Result]) -> str:
 
 
 def budget_table(results: Sequence[Result]) -> str:
-    """Methods in rows, best first, budgets in columns: accuracy, with its distance from unpruned in brackets.
+    """Methods in rows, the best mean rank first, budgets in columns: accuracy, in brackets its distance from unpruned.
 
-    Methods inside the language model are left out: their first layers read more.
+    Args:
+        results: that have a budget, such as the `comparable` ones.
     """
     keeps = sorted({result.keep for result in results if result.keep is not None}, reverse=True)
-    rows: dict[str, dict[int, Result]] = {}
+    rows: dict[str, dict[int | None, Result]] = {row: {} for row in mean_ranks(results)}
     for result in results:
-        if result.keep is not None and not result.inside:
-            rows.setdefault(result.row, {})[result.keep] = result
+        rows[result.row][result.keep] = result
 
     def cell(result: Result | None) -> str:
         if result is None:
@@ -55,13 +96,29 @@ def budget_table(results: Sequence[Result]) -> str:
         tokens = f", {result.mean_tokens:.0f} tokens" if result.adaptive else ""
         return f"{_percent(result.accuracy)} ({100 * result.difference:+.1f}{tokens})"
 
-    def rank(row: Mapping[int, Result]) -> tuple[float, ...]:
-        return tuple(-row[keep].accuracy if keep in row else 0.0 for keep in reversed(keeps[-2:]))
+    return markdown(
+        ["method", *(f"{keep} tokens" for keep in keeps)],
+        ([f"`{name}`", *(cell(row.get(keep)) for keep in keeps)] for name, row in rows.items()),
+    )
 
-    ordered = sorted(rows.items(), key=lambda item: rank(item[1]))
+
+def difference_table(differences: Sequence[Difference]) -> str:
+    """Rows as given, budgets in columns: points and their interval, in bold where that excludes 0."""
+    keeps = sorted({one.keep for one in differences if one.keep is not None}, reverse=True)
+    rows: dict[str, dict[int | None, Difference]] = {}
+    for one in differences:
+        rows.setdefault(one.row, {})[one.keep] = one
+
+    def cell(one: Difference | None) -> str:
+        if one is None:
+            return ""
+        low, high = one.ci95
+        points = f"{100 * one.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        return points if low <= 0 <= high else f"**{points}**"
+
     return markdown(
         ["", *(f"{keep} tokens" for keep in keeps)],
-        ([name, *(cell(row.get(k)) for k in keeps)] for name, row in ordered),
+        ([f"`{name}`", *(cell(row.get(keep)) for keep in keeps)] for name, row in rows.items()),
     )
 
 
@@ -77,34 +134,102 @@ def split_table(results: Sequence[Result], by: Literal["kind", "density"]) -> st
 
 
 def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> None:
-    """Accuracy against mean tokens, a line for each method; "+E" is dashed."""
-    from matplotlib import pyplot
+    """`accuracy_figure` as a PNG, which holds the numbers as its text ``Description`` too."""
+    lines = plotted_lines(results)
+    told = [
+        f"{row}: " + ", ".join(f"{_percent(point.accuracy)} at {point.mean_tokens:.1f} tokens" for point in points)
+        for row, points in lines.items()
+    ]
+    description = "; ".join([f"unpruned: {_percent(unpruned.accuracy)} of {unpruned.questions} questions", *told])
+    save(accuracy_figure(results, unpruned), file, description)
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    lines: dict[tuple[str, bool], list[Result]] = {}
-    for result in results:
-        if result.keep is not None:
-            lines.setdefault((result.method, result.adaptive), []).append(result)
-    colours = {method: f"C{index % 10}" for index, method in enumerate(sorted({method for method, _ in lines}))}
-    markers = {method: "osv^D*XP<>"[index // 10 % 10] for index, method in enumerate(sorted(colours))}
-    for (method, adaptive), points in sorted(lines.items()):
-        points = sorted(points, key=lambda result: result.mean_tokens)
-        axes.plot(
-            [result.mean_tokens for result in points],
-            [100 * result.accuracy for result in points],
-            color=colours[method],
-            marker=markers[method],
-            linestyle="--" if adaptive else "-",
-            label=points[0].row,
-        )
-    axes.axhline(100 * unpruned.accuracy, color="black", linewidth=1, label=f"unpruned ({unpruned.mean_tokens:.0f})")
-    ticks = sorted({result.keep for result in results if result.keep is not None and not result.inside})
-    axes.set(xscale="log", xlabel="visual tokens kept, mean", ylabel="accuracy (%)")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+def plotted_lines(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The rows that are drawn, with their results by tokens: those of `ALWAYS`, and of the others the best mean ranks.
+
+    At most `LINES`. A row that lacks a budget is left out: its rank would be one among others.
+    """
+    # Inside the language model no two methods read as much, so these are drawn by their mean tokens, and only alone.
+    shown = comparable(results) or [result for result in results if result.keep is not None]
+    budgets = {result.keep for result in shown}
+    rows: dict[str, list[Result]] = {row: [] for row in mean_ranks(shown)}
+    for result in sorted(shown, key=lambda result: result.mean_tokens):
+        rows[result.row].append(result)
+    whole = [row for row, points in rows.items() if len(points) == len(budgets)]
+    fixed = [row for row in ALWAYS if row in whole]
+    best = [row for row in whole if row not in fixed][: LINES - len(fixed)]
+    return {row: rows[row] for row in whole if row in (*fixed, *best)}
+
+
+def accuracy_figure(results: Sequence[Result], unpruned: Result) -> Figure:
+    """Accuracy against tokens: `plotted_lines`, their 95 % intervals as bands, and the unpruned model's line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    lines = plotted_lines(results)
+    free = iter([colour for colour in OKABE_ITO if colour not in {ALWAYS.get(row) for row in lines}])
+    ends: list[End] = [(f"unpruned ({unpruned.mean_tokens:.0f} tokens)", None, 100 * unpruned.accuracy, "0.4")]
+    axes.axhline(100 * unpruned.accuracy, color="0.4", linewidth=1.2, linestyle=(0, (6, 3)))
+    for (row, points), marker in zip(lines.items(), MARKERS, strict=False):
+        colour = ALWAYS.get(row) or next(free)
+        tokens = [point.mean_tokens for point in points]
+        heights = [100 * point.accuracy for point in points]
+        low, high = ([100 * point.ci95[end] for point in points] for end in (0, 1))
+        width = 2.8 if row == DEFAULT_METHOD else 1.6
+        axes.fill_between(tokens, low, high, color=colour, alpha=0.1, linewidth=0)
+        axes.plot(tokens, heights, color=colour, marker=marker, markersize=5, linewidth=width, label=row)
+        ends.append((row, tokens[-1], heights[-1], colour))
+    drawn = [point for points in lines.values() for point in points]
+    if all(point.keep == point.mean_tokens for point in drawn):
+        ticks = sorted({point.mean_tokens for point in drawn})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel("visual tokens kept of a picture" + (", log scale" if axes.get_xscale() == "log" else ", mean"))
+    ranked = all(share >= RANKED_FROM for share in unpruned.by_kind.values())
+    which = f"kinds that the unpruned model answers in {100 * RANKED_FROM:.0f} % or more" if ranked else "all kinds"
+    label = f"right answers to {unpruned.questions} questions of {which}: {', '.join(unpruned.by_kind)}"
+    axes.set_ylabel(fill(label, 70), fontsize=LABEL_SIZE - 1)
+    axes.yaxis.set_major_formatter("{x:.0f} %")
     axes.grid(alpha=0.3)
-    save(figure, file)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label_ends(figure, axes, ends)
+    return figure
+
+
+def _label_ends(figure: Figure, axes: Axes, ends: Sequence[End]) -> None:
+    """Labels beside the axes, each joined to the end of its line."""
+    figure.draw_without_rendering()  # until then the layout, and so the height of a label in the axes' units, is open
+    low, high = axes.get_ylim()
+    gap = 1.3 * LABEL_SIZE / 72 * figure.dpi / axes.bbox.height * (high - low)
+    places = spread([height for _, _, height, _ in ends], gap)
+    for (text, tokens, height, colour), place in zip(ends, places, strict=True):
+        axes.annotate(
+            text,
+            xy=(1 if tokens is None else tokens, height),
+            xycoords=axes.get_yaxis_transform() if tokens is None else "data",
+            xytext=(1.04, place),
+            textcoords=axes.get_yaxis_transform(),
+            fontsize=LABEL_SIZE,
+            color=DARK,
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.2, "relpos": (0, 0.5), "shrinkB": 0},
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights that are at least ``gap`` apart, in the order of the given ones and as near to them as squares tell."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    # Less the gaps below it, a height may equal the one before: that is isotonic regression, by its min-max formula.
+    level = [heights[index] - rank * gap for rank, index in enumerate(order)]
+    out = list(heights)
+    for rank, index in enumerate(order):
+        pooled = max(
+            min(fmean(level[first : last + 1]) for last in range(rank, len(level))) for first in range(rank + 1)
+        )
+        out[index] = pooled + rank * gap
+    return out
 
 
 def plot_budgets(tokens: Mapping[int, Mapping[str, Sequence[float]]], file: Path) -> None:
@@ -114,9 +239,10 @@ def plot_budgets(tokens: Mapping[int, Mapping[str, Sequence[float]]], file: Path
         tokens: of pictures, by the budget's mean and by the pictures' density.
         file: where it goes.
     """
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(1, len(tokens), figsize=(4.5 * len(tokens), 3.5), squeeze=False)
+    figure = Figure(figsize=(4.5 * len(tokens), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(tokens), squeeze=False)
     for axis, (mean, by_density) in zip(axes[0], sorted(tokens.items()), strict=True):
         names = sorted(by_density)
         axis.hist([by_density[name] for name in names], bins=25, stacked=True, label=names)
@@ -126,14 +252,29 @@ def plot_budgets(tokens: Mapping[int, Mapping[str, Sequence[float]]], file: Path
     save(figure, file)
 
 
-def save(figure: Figure, file: Path) -> None:
-    """Write a figure to a file, and forget it."""
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+def save(figure: Figure, file: Path, description: str | None = None) -> None:
+    """Write a figure to a PNG file, which holds ``description`` as a text of that name."""
+    figure.savefig(file, dpi=DPI, metadata={"Description": description} if description else None)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.report", description="Draw accuracies from a file of results."
+    )
+    parser.add_argument("results", type=Path, help="results.json of `vtprune eval`")
+    parser.add_argument("--out", type=Path, default=Path("accuracy.png"), metavar="FILE", help="(default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        found = json.loads(args.results.read_text())
+        unpruned, *others = map(Result.from_json, found["ranked_results"] or found["results"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"results: {args.results} given ({error!r}); expected the results.json of `vtprune eval`")
+    plot_accuracy(others, unpruned, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from evaluation.answers import Answer
 from evaluation.arms import Arm
 from evaluation.questions import picture_of
+from vllm_vtprune.policy import PruningPolicy
 
+DEFAULT_METHOD = PruningPolicy().method
 RESAMPLES = 2000
 RANKED_FROM = 0.85  # unpruned accuracy of a kind of question; below, it says little about pruning
 
@@ -69,6 +72,40 @@ class Result:
         """As JSON values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_json` made, read from a file.
+
+        Raises:
+            TypeError: a field is missing, or is none of a result's.
+        """
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more accurate one arm is than another, on the questions that every arm was asked.
+
+    Attributes:
+        arm: its name.
+        less: the name of the other.
+        row: the other's row in a table over budgets.
+        keep: the budget of both, in tokens.
+        difference: accuracy of the one less that of the other.
+        ci95: its 95 % interval, from resampled pictures.
+    """
+
+    arm: str
+    less: str
+    row: str
+    keep: int | None
+    difference: float
+    ci95: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
 
 def ranked_kinds(unpruned: Iterable[Answer]) -> list[str]:
     """The kinds of question that the unpruned model answers well enough to compare ways of pruning by."""
@@ -78,6 +115,60 @@ def ranked_kinds(unpruned: Iterable[Answer]) -> list[str]:
 def accuracy_by(answers: Iterable[Answer], field: str) -> dict[str, float]:
     """Shares of right answers by ``"kind"`` or ``"density"``, in alphabetical order."""
     return _means((getattr(answer, field), answer.right) for answer in answers)
+
+
+def comparable(found: Iterable[Result]) -> list[Result]:
+    """The results at fixed budgets; of a run that has none, those at energy budgets.
+
+    Methods inside the language model are left out: their first layers read more than the budget.
+    """
+    budgeted = [result for result in found if result.keep is not None and not result.inside]
+    return [result for result in budgeted if not result.adaptive] or budgeted
+
+
+def mean_ranks(found: Sequence[Result]) -> dict[str, float]:
+    """The rank of each row among those at the same budget, on average over its budgets; best first.
+
+    The most accurate has rank 1. Equal ones share the mean of their ranks.
+    """
+    ranks: dict[str, list[float]] = {}
+    for result in found:
+        others = [other.accuracy for other in found if other.keep == result.keep]
+        better = sum(accuracy > result.accuracy for accuracy in others)
+        ranks.setdefault(result.row, []).append(better + (others.count(result.accuracy) + 1) / 2)
+    return dict(sorted(((row, fmean(of)) for row, of in ranks.items()), key=lambda item: item[1]))
+
+
+def reference_row(found: Sequence[Result]) -> str:
+    """The row that others are compared with: the default method's where it is among them, else the first."""
+    rows = [result.row for result in found]
+    return DEFAULT_METHOD if DEFAULT_METHOD in rows else rows[0]
+
+
+def against_reference(found: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """The reference and each other way at the same budget, in pairs; those of the best row first."""
+    if not found:
+        return []
+    row = reference_row(found)
+    reference = {result.keep: result for result in found if result.row == row}
+    ranks = mean_ranks(found)
+    return [
+        (reference[other.keep], other)
+        for other in sorted(found, key=lambda result: ranks[result.row])
+        if other.keep in reference and other is not reference[other.keep]
+    ]
+
+
+def adaptive_against_fixed(found: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Each "+E" and the same method at the fixed budget, in pairs; those of the best method first."""
+    fixed = [result for result in found if result.keep is not None and not result.adaptive]
+    ranks = mean_ranks(fixed)
+    adaptive = {(result.method, result.keep): result for result in found if result.adaptive}
+    return [
+        (adaptive[other.method, other.keep], other)
+        for other in sorted(fixed, key=lambda result: ranks[result.row])
+        if (other.method, other.keep) in adaptive
+    ]
 
 
 def results(
@@ -90,8 +181,7 @@ def results(
         unpruned: the answers that nothing was pruned for.
         kinds: of question, that count; None for all.
     """
-    common = set(unpruned).intersection(*(answers for _, answers in arms))
-    names = sorted(name for name in common if kinds is None or unpruned[name].kind in kinds)
+    names = _asked_of_all([answers for _, answers in arms], unpruned, kinds)
     base = np.array([unpruned[name].right for name in names], dtype=float)
     draws = _draws(names)
     out = []
@@ -121,6 +211,36 @@ def results(
             )
         )
     return out
+
+
+def differences(
+    pairs: Iterable[tuple[Result, Result]],
+    arms: Sequence[tuple[Arm, ByQuestion]],
+    unpruned: ByQuestion,
+    kinds: Sequence[str] | None = None,
+) -> list[Difference]:
+    """How much more accurate the first of each pair is than the second.
+
+    Args:
+        pairs: of what `results` made of the other arguments.
+        arms: with their answers.
+        unpruned: the answers that nothing was pruned for.
+        kinds: of question, that count; None for all.
+    """
+    names = _asked_of_all([answers for _, answers in arms], unpruned, kinds)
+    right = {arm.name: np.array([answers[name].right for name in names], dtype=float) for arm, answers in arms}
+    draws = _draws(names)
+    out = []
+    for one, other in pairs:
+        gained = right[one.arm] - right[other.arm]
+        interval = _interval(gained, draws)
+        out.append(Difference(one.arm, other.arm, other.row, other.keep, _mean(gained), interval))
+    return out
+
+
+def _asked_of_all(answered: Iterable[ByQuestion], unpruned: ByQuestion, kinds: Sequence[str] | None) -> list[str]:
+    common = set(unpruned).intersection(*answered)
+    return sorted(name for name in common if kinds is None or unpruned[name].kind in kinds)
 
 
 def _draws(names: Sequence[str]) -> NDArray[np.float64]:

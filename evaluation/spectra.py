@@ -13,6 +13,7 @@ from evaluation.thresholds import Measured
 from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.inspection import features_of, pruning_processor
+from vllm_vtprune.policy import FamilyDefaults
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Sample:
     Attributes:
         features: of the first picture.
         pictures: the spectra of all of them.
+        family: of the model.
     """
 
     features: VisualFeatures
     pictures: list[Measured]
+    family: FamilyDefaults
 
     @property
     def mean_tokens(self) -> float:
@@ -54,4 +57,4 @@ def sample_pictures(model: str, pictures: Sequence[Picture], dtype: str) -> Samp
         rows = features.encoder if features.overview is None else features.encoder[features.overview]
         measured.append(Measured(exact_spectrum(rows), len(rows), features.num_tokens, len(picture.questions)))
     assert first is not None
-    return Sample(first, measured)
+    return Sample(first, measured, processor.family)

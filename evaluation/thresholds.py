@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 import numpy as np
 
@@ -61,7 +62,8 @@ def threshold_for(pictures: Sequence[Measured], mean: float) -> float | None:
             low = middle
         else:
             high = middle
-    candidates = [high] if low == 0 else [low, high]
-    nearest = min(candidates, key=lambda threshold: abs(mean_kept(pictures, threshold) - mean))
-    found = round(nearest, DIGITS)
+    unit = 10.0**-DIGITS
+    steps = (floor(high / unit), ceil(high / unit), floor(low / unit))  # what is kept may change in between
+    candidates = [threshold for step in steps if 0 < (threshold := round(step * unit, DIGITS)) <= 1]
+    found = min(candidates, key=lambda threshold: abs(mean_kept(pictures, threshold) - mean))
     return found if abs(mean_kept(pictures, found) - mean) <= 0.5 else None

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--begin-with", type=Path, metavar="DIR", help="an earlier checkpoint, to go on from its weights")
+    parser.add_argument("--begin-with", type=Path, metavar="DIR", help="an earlier checkpoint, to go on from")
     parser.add_argument(
         "--rate", type=float, default=1.0, help="by which the learning rates are multiplied (default: %(default)s)"
     )

@@ -29,7 +29,9 @@ def begin_with(model: LlavaForConditionalGeneration, checkpoint: Path, fainter: 
         checkpoint: a directory that `save_llava_checkpoint` wrote.
         fainter: the scale of the code of position, as a multiple of the earlier model's.
     """
-    earlier = {_module_name(name): weight.float() for name, weight in load_file(checkpoint / "model.safetensors").items()}
+    earlier = {
+        _module_name(name): weight.float() for name, weight in load_file(checkpoint / "model.safetensors").items()
+    }
     state = model.state_dict()
     layers = model.config.text_config.num_hidden_layers
     known = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in earlier if "language_model.layers" in name)

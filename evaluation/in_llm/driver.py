@@ -72,6 +72,21 @@ class Reading:
         return sum(len(kept) for kept in self.kept) / len(self.kept)
 
 
+def check_kind(checkpoint: Path) -> None:
+    """Look at a checkpoint's configuration, without its weights.
+
+    Raises:
+        OSError: it has none.
+        ValueError: it is of another kind than LLaVA-1.5 with LLaMA as its language model.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    kinds = [getattr(part, "model_type", None) for part in (config, getattr(config, "text_config", None))]
+    if kinds != ["llava", "llama"]:
+        raise ValueError(f"checkpoint must be of the types llava and llama, got {kinds} from {checkpoint}")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"vision_feature_layer must be one layer, got {config.vision_feature_layer!r}")
+
+
 class InLLM:
     """A LLaVA checkpoint with LLaMA as its language model.
 
@@ -87,12 +102,7 @@ class InLLM:
     """
 
     def __init__(self, checkpoint: Path, *, add_special_tokens: bool = True) -> None:
-        config = AutoConfig.from_pretrained(checkpoint)
-        kinds = [getattr(part, "model_type", None) for part in (config, getattr(config, "text_config", None))]
-        if kinds != ["llava", "llama"]:
-            raise ValueError(f"checkpoint must be of the types llava and llama, got {kinds} from {checkpoint}")
-        if not isinstance(config.vision_feature_layer, int):
-            raise ValueError(f"vision_feature_layer must be one layer, got {config.vision_feature_layer!r}")
+        check_kind(checkpoint)
         self.model, loading = LlavaForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
@@ -143,6 +153,20 @@ class InLLM:
             self._last = digest, VisualFeatures(encoder, embeds, (side, side) if side**2 == len(embeds) else None)
         return self._last[1]
 
+    def token_ids(self, question: str) -> tuple[list[int], int]:
+        """A picture and then the question, in the form of the checkpoint's chat template: ids, and the picture's place.
+
+        Raises:
+            ValueError: when the question holds the image token.
+        """
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=self.add_special_tokens)["input_ids"]
+        image = self.model.config.image_token_id
+        if ids.count(image) != 1:
+            raise ValueError(f"question must be a text without the image token, got {question!r}")
+        return ids, ids.index(image)
+
     @torch.no_grad()
     def prompt(self, picture: Image.Image, question: str) -> Prompt:
         """The picture and then the question, in the form of the checkpoint's chat template.
@@ -151,14 +175,9 @@ class InLLM:
             ValueError: when the question holds the image token.
         """
         features = self.features(picture)
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        text = self.processor.apply_chat_template([message], add_generation_prompt=True)
-        ids = self.processor.tokenizer(text, add_special_tokens=self.add_special_tokens)["input_ids"]
-        image = self.model.config.image_token_id
-        if ids.count(image) != 1:
-            raise ValueError(f"question must be a text without the image token, got {question!r}")
-        start, n = ids.index(image), features.num_tokens
-        whole = torch.tensor([*ids[:start], *[image] * n, *ids[start + 1 :]])
+        ids, start = self.token_ids(question)
+        n = features.num_tokens
+        whole = torch.tensor([*ids[:start], *[self.model.config.image_token_id] * n, *ids[start + 1 :]])
         embeds = self.model.get_input_embeddings()(whole)
         embeds[start : start + n] = features.embeds
         return Prompt(whole, embeds, start, features)

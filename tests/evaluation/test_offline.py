@@ -27,6 +27,8 @@ ARMS = [
     UNPRUNED,
     Arm("resprune", {"method": "resprune", "budget": fixed(48)}, "resprune", 48),
     Arm("resprune, every word", {"method": "resprune", "text": {"clean": False}, "budget": fixed(48)}, "resprune"),
+    Arm("resprune, modifiers", {"method": "resprune", "text": {"modifiers": True}, "budget": fixed(48)}, "resprune"),
+    Arm("resprune, query", {"method": "resprune", "text": {"query": "a red cup"}, "budget": fixed(48)}, "resprune"),
     Arm("divprune", {"method": "divprune", "budget": fixed(48)}, "divprune", 48),
     Arm("tome", {"method": "tome", "budget": fixed(48)}, "tome", 48),
     Arm("random", {"method": "random", "budget": fixed(48)}, "random", 48),
@@ -76,7 +78,8 @@ def expected(arms: Sequence[Arm]) -> Iterator[tuple[tuple[str, str], tuple[str, 
             for arm in arms:
                 policy = PruningPolicy.parse(arm.policy_for(picture.label))
                 if policy.enabled:
-                    visual = plan_of(processor, image, policy, question.text)[1].embeds
+                    query = question.text if policy.text.query is None else policy.text.query
+                    visual = plan_of(processor, image, policy, query)[1].embeds
                 else:
                     visual = features_of(processor, image).embeds
                 whole = torch.cat([before, visual, after])[None]

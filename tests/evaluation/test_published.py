@@ -4,7 +4,11 @@ import json
 import re
 from pathlib import Path
 
+from PIL import Image
+
 from evaluation.ablations import ABLATIONS, SOLVERS
+from evaluation.report import plot_accuracy
+from evaluation.results import Result
 from vllm_vtprune.policy import BUILTIN_PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +27,17 @@ def test_the_ranking_is_that_of_the_results() -> None:
         }
         row = " | ".join(cells.get(keep, "").replace("%", " %") for keep in kept)
         assert f"| `{method}` | {row} |" in PAGE
+
+
+def test_the_plot_shows_the_results(tmp_path: Path) -> None:
+    unpruned, *others = map(Result.from_json, PUBLISHED["ranked_results"])
+    plot_accuracy(others, unpruned, tmp_path / "accuracy.png")
+    with (
+        Image.open(tmp_path / "accuracy.png") as drawn,
+        Image.open(ROOT / "docs/benchmarks/eval-accuracy.png") as shown,
+    ):
+        assert shown.text["Description"] == drawn.text["Description"]
+        assert shown.size == drawn.size
 
 
 def test_the_readme_tells_the_same() -> None:

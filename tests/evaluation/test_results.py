@@ -9,14 +9,23 @@ import torch
 
 from evaluation.ablations import ABLATIONS, solver_arms
 from evaluation.answers import Answer, Answers, AnswersError, subject
-from evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, presets
+from evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, presets, usable
 from evaluation.questions import Picture, is_right, pictures
-from evaluation.report import accuracy_table, budget_table, plot_accuracy, plot_budgets, split_table
-from evaluation.results import ranked_kinds, results
+from evaluation.report import accuracy_table, budget_table, difference_table, plot_budgets, split_table
+from evaluation.results import (
+    adaptive_against_fixed,
+    against_reference,
+    comparable,
+    differences,
+    mean_ranks,
+    ranked_kinds,
+    reference_row,
+    results,
+)
 from evaluation.thresholds import Measured, mean_kept, threshold_for
 from vllm_vtprune.budget import energy_rank, exact_spectrum
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.policy import LLAVA, QWEN2_5_VL, PolicyError
 from vllm_vtprune.selectors.registry import METHODS
 
 ARM = Arm("random@64", {"method": "random", "budget": {"type": "tokens", "keep": 64}}, "random", 64)
@@ -66,8 +75,15 @@ def test_every_method_at_every_budget_that_it_can_reach() -> None:
     assert ("resprune", True, 128) not in rows, "no threshold is known"
     assert ("random3x3", False, 64) in rows
     assert ("random3x3", False, 128) not in rows, "a 24 x 24 grid has 64 cells of 3 x 3"
+    assert ("resize", False, 64) in rows
+    assert ("resize", True, 64) not in rows, "energy is of features, which it does not see"
     assert {arm.method for arm in arms} == set(METHODS)
     assert [arm.name for arm in own_counts(METHODS)] == ["prumerge@own", "trim@own"]
+
+
+def test_methods_that_need_what_a_model_does_not_have_are_left_out() -> None:
+    assert usable(METHODS, LLAVA) == [method for method in METHODS if method != "resize"]
+    assert usable(["fastervlm", "resize", "uniform"], QWEN2_5_VL) == ["resize", "uniform"]
 
 
 def test_every_row_of_the_papers_tables_is_a_policy() -> None:
@@ -190,16 +206,148 @@ def test_kinds_that_the_model_does_not_know_do_not_rank() -> None:
     assert set(result.by_kind) == {"count"}
 
 
-def test_tables_and_plots_show_every_arm(tmp_path: Path) -> None:
+def test_tables_and_the_plot_of_budgets_show_every_arm(tmp_path: Path) -> None:
     unpruned = answered([True] * 8, tokens=576)
     arms = [ARM, Arm("random+E@64", {"budget": energy(0.9)}, "random", 64, True)]
     found = results([(UNPRUNED, unpruned), *((arm, answered([True, False] * 4)) for arm in arms)], unpruned)
     assert "| random@64 | 64.0 | 50.0 % |" in accuracy_table(found)
-    assert "| random+E | 50.0 % (-50.0, 64 tokens) |" in budget_table(found)
+    assert "| `random+E` | 50.0 % (-50.0, 64 tokens) |" in budget_table(found[1:])
     assert "| random@64 | 50.0 % |" in split_table(found, "kind")
-    plot_accuracy(found[1:], found[0], tmp_path / "plot.png")
     plot_budgets({64: {"sparse": [32.0, 40.0], "dense": [90.0]}, 128: {"dense": [128.0]}}, tmp_path / "budgets.png")
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("plot.png", "budgets.png"))
+    assert (tmp_path / "budgets.png").stat().st_size > 10_000
+
+
+# --- comparisons ----------------------------------------------------------------------------------------------------
+
+
+def arm(method: str, keep: int, *, adaptive: bool = False, inside: bool = False) -> Arm:
+    name = f"{method}{'+E' if adaptive else ''}@{keep}"
+    return Arm(name, {"method": name}, method, keep, adaptive, inside)
+
+
+def given(*rights: tuple[Arm, str]) -> list[tuple[Arm, dict[str, Answer]]]:
+    """Answers from strings such as "101 01": right or wrong, by question, a word for each picture."""
+    return [
+        (
+            arm,
+            {
+                f"{picture}#{index}": Answer(f"{picture}#{index}", "count", "dense", "", one == "1", arm.keep or 576)
+                for picture, word in enumerate(right.split())
+                for index, one in enumerate(word)
+            },
+        )
+        for arm, right in rights
+    ]
+
+
+def test_a_paired_difference_and_its_interval_are_those_of_the_pictures() -> None:
+    """Of two pictures one is answered better: two drawn again differ by 0 or 1 on average once in four times each."""
+    answers = given(
+        (UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("scope", 64), "1 0"), (arm("dart", 64), "0 1")
+    )
+    found = results(answers, answers[0][1])
+    scope, dart = differences(against_reference(found[1:]), answers, answers[0][1])
+    assert (scope.arm, scope.less, scope.row, scope.keep) == ("resprune@64", "scope@64", "scope", 64)
+    assert (scope.difference, scope.ci95) == (0.5, (0.0, 1.0))
+    assert (dart.difference, dart.ci95) == (0.5, (0.0, 1.0))
+    [turned] = differences([(found[2], found[3])], answers, answers[0][1])
+    assert (turned.difference, turned.ci95) == (0.0, (-1.0, 1.0)), "as accurate, but not on the same questions"
+
+
+def test_questions_about_one_picture_are_drawn_together() -> None:
+    """Each arm is better about one picture, by four questions: as one question would, that tells nothing."""
+    answers = given((UNPRUNED, "1111 1111"), (arm("resprune", 64), "1111 0000"), (arm("scope", 64), "0000 1111"))
+    found = results(answers, answers[0][1])
+    [scope] = differences(against_reference(found[1:]), answers, answers[0][1])
+    assert (scope.difference, scope.ci95) == (0.0, (-1.0, 1.0))
+
+
+def test_a_difference_from_the_unpruned_model_is_that_of_the_result() -> None:
+    draw = np.random.default_rng(1)
+    often, seldom = (" ".join("".join(map(str, row)) for row in draw.binomial(1, p, (20, 3))) for p in (0.9, 0.6))
+    answers = given((UNPRUNED, often), (arm("resprune", 64), seldom))
+    unpruned, pruned = results(answers, answers[0][1])
+    [difference] = differences([(pruned, unpruned)], answers, answers[0][1])
+    assert difference.difference == pytest.approx(pruned.difference)
+    assert difference.ci95 == pytest.approx(pruned.difference_ci95)
+
+
+def test_only_the_kinds_that_rank_count() -> None:
+    answers = given((UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("scope", 64), "1 0"))
+    for _, asked in answers:
+        asked["1#0"] = Answer("1#0", "reading", "dense", "", asked["1#0"].right, 64)
+    found = results(answers, answers[0][1], ["count"])
+    [scope] = differences(against_reference(found[1:]), answers, answers[0][1], ["count"])
+    assert scope.difference == 0
+
+
+RUN = [
+    (UNPRUNED, "1 1 1 1"),
+    (arm("scope", 128), "1 1 1 1"),
+    (arm("scope", 64), "1 1 1 0"),
+    (arm("resprune", 128), "1 1 1 0"),
+    (arm("resprune", 64), "1 1 0 0"),
+    (arm("resprune", 64, adaptive=True), "1 1 1 0"),
+    (arm("dart", 128), "1 1 1 0"),
+    (arm("dart", 64), "0 0 0 0"),
+    (arm("dart", 64, adaptive=True), "0 0 1 0"),
+    (arm("skip", 64), "1 0 0 0"),
+    (arm("fastv", 64, inside=True), "1 1 1 1"),
+]
+
+
+def test_each_other_way_at_the_same_budget_is_compared_and_those_inside_the_language_model_are_not() -> None:
+    answers = given(*RUN)
+    found = results(answers, answers[0][1])
+    ways = comparable(found)
+    assert mean_ranks(ways) == {"scope": 1, "resprune": 2.25, "skip": 3, "dart": 3.25}, "2.5 where two share it"
+    assert reference_row(ways) == "resprune"
+    pairs = differences(against_reference(ways), answers, answers[0][1])
+    assert [(pair.arm, pair.less) for pair in pairs] == [
+        ("resprune@128", "scope@128"),
+        ("resprune@64", "scope@64"),
+        ("resprune@64", "skip@64"),
+        ("resprune@128", "dart@128"),
+        ("resprune@64", "dart@64"),
+    ]
+    rows = [line.split("|")[1:-1] for line in difference_table(pairs).splitlines()]
+    assert [[cell.strip() for cell in row][:2] for row in rows] == [
+        ["", "128 tokens"],
+        ["---", "--:"],
+        ["`scope`", "-25.0 (-75.0 to +0.0)"],
+        ["`skip`", ""],
+        ["`dart`", "+0.0 (+0.0 to +0.0)"],
+    ]
+
+
+def test_without_the_default_method_the_first_is_compared_with_the_others() -> None:
+    answers = given(*(pair for pair in RUN if pair[0].method != "resprune"))
+    assert reference_row(comparable(results(answers, answers[0][1]))) == "scope"
+    assert against_reference([]) == []
+
+
+def test_where_nothing_has_a_fixed_budget_the_adaptive_ones_are_compared() -> None:
+    answers = given(*(pair for pair in RUN if pair[0].adaptive or pair[0] is UNPRUNED))
+    ways = comparable(results(answers, answers[0][1]))
+    assert [(one.arm, other.arm) for one, other in against_reference(ways)] == [("resprune+E@64", "dart+E@64")]
+
+
+def test_what_an_adaptive_budget_adds_is_told_with_its_interval() -> None:
+    answers = given(*RUN)
+    pairs = adaptive_against_fixed(results(answers, answers[0][1]))
+    found = differences(pairs, answers, answers[0][1])
+    assert [(one.arm, one.less, one.difference) for one in found] == [
+        ("resprune+E@64", "resprune@64", 0.25),
+        ("dart+E@64", "dart@64", 0.25),
+    ]
+    assert "| `resprune` | +25.0 (+0.0 to +75.0) |" in difference_table(found)
+
+
+def test_an_interval_without_0_is_bold() -> None:
+    answers = given((UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("dart", 64), "0 0"))
+    pairs = against_reference(results(answers, answers[0][1])[1:])
+    table = difference_table(differences(pairs, answers, answers[0][1]))
+    assert "| `dart` | **+100.0 (+100.0 to +100.0)** |" in table
 
 
 # --- thresholds -----------------------------------------------------------------------------------------------------

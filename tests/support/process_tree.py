@@ -1,8 +1,14 @@
-"""A process and everything that it started, to see who outlives it."""
+"""A process and everything that it started, to interrupt it and to see who outlives it."""
 
+import signal
 import time
 
 import psutil
+
+
+def interruptible() -> None:
+    """Undo, in a child, what a shell does to its background jobs, a test run among them: there SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vllm_vtprune.demo.families import DEFAULT, FAMILIES
 from vllm_vtprune.demo.photo import photograph
-from vllm_vtprune.demo.server import ServerFailed, running_server
+from vllm_vtprune.demo.server import ServerFailed, announced_server
 
 PHOTOGRAPH_QUESTION = "What is the astronaut wearing, and what is behind her?"
 SCENE, SCENE_KIND = 43, "detail"  # of the test split, which training never saw
@@ -114,9 +114,8 @@ def run(subject: Subject, model: str | None = None) -> dict[str, dict[str, Any]]
     """
     arguments = [*([model] if model else []), *SERVE_OPTIONS]
     name = model or "the model that comes with the package"
-    print(f"Starting a vLLM server with {name} ...", file=sys.stderr)
-    with running_server(arguments, environment=SERVE_ENVIRONMENT, on_wait=_show_progress) as url:
-        print(f"\nServing on {url}. Warming up ...", file=sys.stderr)
+    with announced_server(name, arguments, environment=SERVE_ENVIRONMENT) as url:
+        print(f"Serving on {url}. Warming up ...", file=sys.stderr)
         for policy in ARMS.values():
             ask(url, Image.new("RGB", (336, 336), "gray"), subject.question, policy)
         return {arm: ask(url, subject.picture, subject.question, policy) for arm, policy in ARMS.items()}
@@ -191,7 +190,3 @@ def table(result: dict[str, dict[str, Any]]) -> str:
 def _shortened(text: str, length: int = 40) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _show_progress(seconds: float) -> None:
-    print(f"\r  {seconds:.0f} s", end="", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 START_TIMEOUT = 900.0  # seconds; large models load slowly
@@ -69,6 +70,44 @@ def running_server(
             yield url
         finally:
             stop(process)
+
+
+@contextmanager
+def announced_server(
+    name: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """`running_server`, which says on stderr that it starts, on a terminal in a line that counts the seconds.
+
+    An interrupt is told of too: the server takes its time to stop.
+
+    Args:
+        name: of the model, as people know it.
+        arguments: as those of `running_server`.
+        environment: as that of `running_server`.
+
+    Raises:
+        ServerFailed: it did not start.
+    """
+    line = f"Starting a vLLM server with {name} ..."
+    counts = sys.stderr.isatty()
+    room = shutil.get_terminal_size().columns - len(" 9999 s")  # a line that wraps could not be written over
+
+    def count(seconds: float) -> None:
+        if counts:
+            print(f"\r{line[:room]} {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+
+    print(line[:room] if counts else line, end="" if counts else "\n", file=sys.stderr, flush=True)
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(running_server(arguments, environment=environment, on_wait=count))
+        finally:
+            if counts:
+                print(file=sys.stderr)
+        try:
+            yield url
+        except KeyboardInterrupt:
+            print("\nStopping the server ...", file=sys.stderr, flush=True)  # it ends in order, which takes seconds
+            raise
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -40,7 +40,7 @@ def ask(scene: Scene, count: int = 9, *, kinds: Sequence[str] | None = None) -> 
 
 
 def pack(scene: Scene, count: int) -> list[Question]:
-    """`count` questions to train on, kinds in turn, the hard ones twice. Some repeat where there is little to ask about.
+    """`count` questions to train on, kinds in turn, the hard ones twice. Some repeat where little can be asked.
 
     What is counted is not planned by the layout here, so a smaller canvas has questions to count by, too.
     """

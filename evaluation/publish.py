@@ -1,0 +1,159 @@
+"""The tables of the documentation, made from the committed results.
+
+    python -m evaluation.publish            # rewrite them
+    python -m evaluation.publish --check    # status 1 where one is not what the results say
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its numbers come from `docs/benchmarks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evaluation.ablations import ABLATIONS, SOLVERS
+from evaluation.report import budget_table, difference_table, markdown, plotted_lines
+from evaluation.results import Difference, Result, comparable
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/evaluation.md")
+TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Found = Mapping[str, Any]
+
+
+def kinds(demo: Found) -> str:
+    """What the unpruned model answers, by kind of question."""
+    by_kind = Result.from_json(demo["results"][0]).by_kind
+    ordered = sorted(by_kind, key=lambda kind: -by_kind[kind])
+    return markdown(["kind of question", "unpruned"], ([kind, _percent(by_kind[kind])] for kind in ordered))
+
+
+def summary(demo: Found) -> str:
+    """The lines of the plot."""
+    lines = plotted_lines(_ranked(demo))
+    return budget_table([result for points in lines.values() for result in points])
+
+
+def ranking(demo: Found) -> str:
+    """Every method at every fixed budget."""
+    return budget_table(comparable(_ranked(demo)))
+
+
+def paired(demo: Found) -> str:
+    """The default method less each other."""
+    return difference_table([Difference(**one) for one in demo["paired"]])
+
+
+def adaptive(demo: Found) -> str:
+    """Each "+E" less the fixed budget."""
+    return difference_table([Difference(**one) for one in demo["adaptive_less_fixed"]])
+
+
+def presets(found: Found) -> str:
+    """What each preset leaves: of all answers, of reading, of counting."""
+    rows = []
+    for values in found["results"]:
+        result = Result.from_json(values)
+        name = {"unpruned": "off"}.get(result.arm, result.arm)
+        kept = "" if result.retained is None else f" ({_percent(result.retained)} of unpruned)"
+        shares = [result.by_kind[kind] for kind in ("reading", "count")]
+        rows.append(
+            [f"`{name}`", f"{result.mean_tokens:.1f}", _percent(result.accuracy) + kept, *map(_percent, shares)]
+        )
+    return markdown(["preset", "visual tokens of 576", "all nine kinds of question", "reading", "count"], rows)
+
+
+def ablation(tables: Found, name: str) -> str:
+    """One table of a paper: rows of the method, budgets in columns."""
+    rows: dict[str, list[str]] = {}
+    keeps: list[str] = []
+    for values in tables[name]["ranked_results"][1:]:
+        result = Result.from_json(values)
+        tokens = [f"{result.mean_tokens:.1f}"] if result.adaptive else []
+        cells = [*tokens, f"{_percent(result.accuracy)} ({100 * result.difference:+.1f})"]
+        rows.setdefault(result.method, []).extend(cells)
+        heads = ["mean tokens", "right"] if result.adaptive else [f"{result.keep} tokens"]
+        keeps += [head for head in heads if head not in keeps]
+    return markdown(["", *keeps], ([row, *cells] for row, cells in rows.items()))
+
+
+def in_llm(found: Found) -> str:
+    """The methods inside the language model."""
+    results = [Result.from_json(values) for values in found["results"]]
+    rows = (
+        [
+            f"`{result.arm}`",
+            f"{result.mean_tokens:.1f}",
+            _percent(result.accuracy),
+            f"{_percent(result.ci95[0])} to {_percent(result.ci95[1])}",
+        ]
+        for result in results
+    )
+    return markdown(["", "mean tokens", "accuracy", "95 % interval"], rows)
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "kinds": ("eval-demo.json", kinds),
+    "summary": ("eval-demo.json", summary),
+    "ranking": ("eval-demo.json", ranking),
+    "paired": ("eval-demo.json", paired),
+    "adaptive": ("eval-demo.json", adaptive),
+    "presets": ("eval-presets.json", presets),
+    "in-llm": ("eval-in-llm.json", in_llm),
+    **{name: ("eval-ablations.json", partial(ablation, name=name)) for name in (*ABLATIONS, SOLVERS)},
+}
+"""By name: the file of results, and what makes a table of it."""
+
+
+def rendered(page: str, results: Path) -> str:
+    """A page with every table as the results say.
+
+    Args:
+        page: its text.
+        results: the folder of the committed results.
+
+    Raises:
+        KeyError: a table of this name is not known.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        file, make = TABLES[match["name"]]
+        return match[1] + "\n" + make(json.loads((results / file).read_text())) + "\n" + match[3]
+
+    return TABLE.sub(table, page)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.publish", description="Tables of the documentation.")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where something would change")
+    args = parser.parse_args(argv)
+    stale = []
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text()
+        fresh = rendered(text, ROOT / "docs/benchmarks")
+        if fresh != text:
+            stale.append(name)
+            if not args.check:
+                page.write_text(fresh)
+    if args.check and stale:
+        sys.exit(f"not as the results say: {', '.join(stale)}; run python -m evaluation.publish")
+
+
+def _ranked(found: Found) -> list[Result]:
+    return [Result.from_json(values) for values in found["ranked_results"][1:]]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+if __name__ == "__main__":
+    main()

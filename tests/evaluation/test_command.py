@@ -1,0 +1,209 @@
+"""`vtprune eval` and `vtprune calibrate` as processes: interrupted, continued, and where their files are.
+
+The server is a stand-in: it says yes to every question, until it stops answering; or it never starts.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evaluation.asking import IN_FLIGHT
+from evaluation.command import evaluate
+from evaluation.options import embedded_model
+from tests.support.process_tree import interruptible, kill, survivors
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune.demo.photo import photograph
+
+TIMEOUT = 300  # seconds
+MESSAGE = "\nInterrupted; the same command goes on.\n"
+
+
+class StandIn(ThreadingHTTPServer):
+    """Says yes to as many questions as it is allowed to, and keeps the others waiting."""
+
+    daemon_threads = True
+
+    def __init__(self, allowed: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.allowed = allowed
+        self.model = embedded_model()
+        self.asked = 0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: StandIn
+
+    def do_GET(self) -> None:
+        self.reply({"data": [{"id": "demo", "object": "model", "root": self.server.model}]})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.asked += 1
+            keeps_waiting = self.server.asked > self.server.allowed
+        if keeps_waiting:
+            self.server.closing.wait()
+            return
+        kept = request["pruning"]["budget"]["keep"] if request["pruning"] else 576
+        self.reply(
+            {
+                "choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}}],
+                "pruning": {"images": [{"kept_tokens": kept, "bypass_reason": None}]},
+            }
+        )
+
+    def reply(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    """One that answers five questions."""
+    with StandIn(allowed=5) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+
+
+def interrupt(command: list[str], when: Callable[[], bool], folder: Path) -> tuple[int, str, str]:
+    """Run a command, interrupt it as soon as a condition holds, and return its status, stdout and stderr."""
+    out, err = folder / "stdout", folder / "stderr"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=stdout,
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            preexec_fn=interruptible,
+        )
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not when():
+            assert process.poll() is None, err.read_text()
+            assert time.monotonic() < deadline, err.read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.wait(TIMEOUT)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, out.read_text(), err.read_text()
+
+
+def test_interrupted_while_it_asks_the_same_command_goes_on_and_tells_where_its_files_are(
+    stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--url", stand_in.url, "--questions", "6", "--methods", "uniform,random", "--keep", "64", "--json"]
+    options += ["--out", str(tmp_path / "eval"), "--gallery"]
+    waiting = stand_in.allowed + IN_FLIGHT
+
+    command = ["-m", "vllm_vtprune.cli", "eval", *options]
+    status, stdout, stderr = interrupt(command, lambda: stand_in.asked == waiting, tmp_path)
+    assert status == 130, stderr
+    assert stderr.endswith(MESSAGE)
+    assert "Traceback" not in stderr
+    assert stdout == ""
+    assert len((tmp_path / "eval/answers.jsonl").read_text().splitlines()) == 1 + stand_in.allowed
+
+    stand_in.allowed = 1000
+    evaluate(options)
+    assert stand_in.asked == waiting + 3 * 6 - 5, "the answered ones are not asked again"
+    out, err = capsys.readouterr()
+    [line] = out.splitlines()
+    found = json.loads(line)
+    assert [result["arm"] for result in found["results"]] == ["unpruned", "uniform@64", "random@64"]
+    assert [pair["less"] for pair in found["paired"]] == ["random@64"]
+    assert err.splitlines()[-1] == "Results: eval/results.md, results.json, accuracy.png, gallery.png"
+    names = ["accuracy.png", "answers.jsonl", "gallery.png", "results.json", "results.md"]
+    assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == names
+    tables = (tmp_path / "eval/results.md").read_text()
+    assert "\n\n`uniform` less each other at the same budget, in points on the same questions," in tables
+
+
+@pytest.mark.verify  # another start of Python; what it shares with `vtprune eval` is tested above
+def test_calibrate_interrupted_while_it_asks(stand_in: StandIn, tmp_path: Path) -> None:
+    photograph().save(tmp_path / "0.png")
+    photograph().crop((0, 0, 256, 256)).save(tmp_path / "1.png")
+    lines = [{"image": f"{number % 2}.png", "question": f"Is it {number}?"} for number in range(10)]
+    (tmp_path / "sample.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stand_in.model = str(tiny_checkpoint())
+    options = [
+        "--url",
+        stand_in.url,
+        "--model",
+        stand_in.model,
+        "--sample",
+        str(tmp_path / "sample.jsonl"),
+        "--retain",
+        "0.9",
+    ]
+    options += ["--work", str(tmp_path), "--out", str(tmp_path / "presets.toml")]
+    waiting = stand_in.allowed + IN_FLIGHT
+    command = ["-m", "vllm_vtprune.cli", "calibrate", *options]
+    status, stdout, stderr = interrupt(command, lambda: stand_in.asked == waiting, tmp_path)
+    assert status == 130, stderr
+    assert stderr.endswith(MESSAGE)
+    assert "Traceback" not in stderr
+    assert stdout == ""
+
+
+NEVER_STARTS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(os.environ["PID_FILE"], "w").write(f"{os.getpid()}.")
+time.sleep(600)
+"""
+WITH_IT = """
+import os, sys
+os.environ["PID_FILE"] = sys.argv[1]
+from vllm_vtprune.demo.server import running_server
+running_server.__wrapped__.__kwdefaults__["command"] = ["-c", sys.argv[2]]
+from evaluation.command import evaluate
+evaluate(sys.argv[3:])
+"""
+
+
+def test_interrupted_while_the_server_starts_it_is_stopped(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    options = ["--questions", "1", "--methods", "none", "--out", str(tmp_path / "eval")]
+    command = ["-c", WITH_IT, str(file), NEVER_STARTS, *options]
+    server: list[psutil.Process] = []
+
+    def started() -> bool:
+        if file.exists() and file.read_text().endswith("."):
+            server.append(psutil.Process(int(file.read_text()[:-1])))
+        return bool(server)
+
+    try:
+        status, stdout, stderr = interrupt(command, started, tmp_path)
+        assert survivors(server, within=30) == []
+    finally:
+        kill(server)
+    assert status == 130, stderr
+    line = "Starting a vLLM server with the model that comes with the package ...\n"
+    assert stderr.endswith(line + MESSAGE), stderr
+    assert stdout == ""
