@@ -22,10 +22,11 @@ RESPRUNE_COMPONENTS: Rows = {
 }
 RESPRUNE_ALPHA: Rows = {f"alpha {alpha}": {"alpha": alpha} for alpha in (0, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0)}
 RESPRUNE_GATE: Rows = {
-    "minmax": {"gate": "minmax"},
-    "minmax, nouns with modifiers": {"gate": "minmax", "text": {"modifiers": True}},
-    "minmax, every word": {"gate": "minmax", "text": {"clean": False}},
-    "clip": {"gate": "clip"},
+    "minmax, nouns with modifiers": {},
+    "minmax, nouns alone": {"text": {"modifiers": False}},
+    "minmax, every word": {"text": {"clean": False}},
+    "clip, nouns with modifiers": {"gate": "clip"},
+    "clip, nouns alone": {"gate": "clip", "text": {"modifiers": False}},
     "clip, every word": {"gate": "clip", "text": {"clean": False}},
     "no text": {"alpha": 0},
 }

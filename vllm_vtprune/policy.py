@@ -139,7 +139,7 @@ class TextOptions(_Strict):
         description=f"null or a string of at most {MAX_QUERY_CHARS} characters",
     )
     clean: bool = Field(default=True, description="true or false")
-    modifiers: bool = Field(default=False, description="true or false")
+    modifiers: bool = Field(default=True, description="true or false")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ DOCUMENTED = json.loads("""
 {"method": "resprune",
  "budget": {"type": "energy", "threshold": 0.99, "min_tokens": 32, "max_tokens": null, "solver": "auto", "rank": 300,
             "power_iterations": 2},
- "text": {"scope": "message", "query": null, "clean": true, "modifiers": false},
+ "text": {"scope": "message", "query": null, "clean": true, "modifiers": true},
  "gate": "auto", "alpha": null, "relevance": "max", "seed_token": "auto", "rank_by": "residual",
  "importance": "auto", "sigma_d": null, "sigma_s": null, "radius": null, "correction": true, "distance": true,
  "similarity": true, "seed": 0}
