@@ -97,9 +97,8 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "adaptprune-strategies": Ablation("AdaptPrune, Table 5", ADAPTPRUNE_STRATEGIES, "adaptprune", TENTH),
     }
 )
-"""By name. E-AdaPrune's Table 1 is `vtprune eval --methods visionzip --in-llm --adaptive --keep 170,128,64`:
-PyramidDrop's own mean over the layers, 47 % of the tokens, is beyond the rank of the demo model's features, but it can
-have 170."""
+"""By name. E-AdaPrune's Table 1 is `vtprune eval --methods visionzip --in-llm --adaptive --keep 128,64`, but for
+PyramidDrop: on a model of six layers its mean over the layers is 192 tokens or more, the rank of the features."""
 
 SOLVERS = "eadaprune-solver"  # E-AdaPrune, Table 4; its threshold has to be found first
 

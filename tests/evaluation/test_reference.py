@@ -6,35 +6,36 @@ import pytest
 
 from evaluation.answers import Answers
 from evaluation.questions import pictures
-from evaluation.reference import answer_all, reference_arms, reference_model
+from evaluation.reference import answer_all, layers_of, reference_arms, reference_model
 from vllm_vtprune.demo.checkpoint import TRAINED
 
 
 def test_every_method_in_the_language_model_is_a_row(tmp_path: Path) -> None:
     model = reference_model(str(TRAINED))
     asked = list(pictures("test", 2))
-    pairs = reference_arms([64, 170], {64: 0.9, 170: 0.99}, tokens=576, layers=4)
+    pairs = reference_arms([64, 200], {64: 0.9, 200: 0.99}, tokens=576, layers=layers_of(model))
     with Answers(tmp_path / "answers.jsonl", {"model": "m"}) as answers:
         answer_all(model, asked, pairs, answers)
         answer_all(model, asked, pairs, answers)  # which finds all of them answered
         tokens = {arm.name: {answer.tokens for answer in answers.of(arm).values()} for arm, _ in pairs}
     adaptive = [tokens.pop(name) for name in ("fastv+E@64", "adaptprune in the LLM+E@64")]
-    means = [tokens.pop(f"{method}@170") for method in ("fastv", "adaptprune in the LLM", "pyramiddrop")]
-    plus_e = [tokens.pop(f"{method}+E@170") for method in ("fastv", "adaptprune in the LLM", "pyramiddrop")]
-    assert means == [{(2 * 576 + 2 * 170) / 4}] * 2 + [{170}]
+    means = [tokens.pop(f"{method}@200") for method in ("fastv", "adaptprune in the LLM", "pyramiddrop")]
+    plus_e = [tokens.pop(f"{method}+E@200") for method in ("fastv", "adaptprune in the LLM", "pyramiddrop")]
+    assert means[:2] == [{(2 * 576 + 4 * 200) / 6}] * 2
+    assert means[2] == {200}
     assert plus_e[0] == plus_e[1]
-    assert not plus_e[2] & {170, *plus_e[0]}
-    assert tokens.pop("vtw@170") == {144}, "the nearest mean of whole layers"
-    assert tokens.pop("vtw+E@170") <= {144, 288}
+    assert not plus_e[2] & plus_e[0]
+    assert tokens.pop("vtw@200") == {192}, "the nearest mean of whole layers"
+    assert tokens.pop("vtw+E@200") <= {96, 192, 288}
     assert tokens == {
         "transformers": {576},
-        "pyramiddrop": {576 * (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4},
+        "pyramiddrop": {576 * (2 + 1 / 2 + 2 / 4 + 1 / 8) / 6},
         "vtw": {576 / 2},
-        "fastv@64": {(2 * 576 + 2 * 64) / 4},
-        "adaptprune in the LLM@64": {(2 * 576 + 2 * 64) / 4},
+        "fastv@64": {(2 * 576 + 4 * 64) / 6},
+        "adaptprune in the LLM@64": {(2 * 576 + 4 * 64) / 6},
     }
     assert adaptive[0] == adaptive[1], "the picture decides, not the method"
-    assert adaptive[0] != {(2 * 576 + 2 * 64) / 4}
+    assert adaptive[0] != {(2 * 576 + 4 * 64) / 6}
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + 2 * len(pairs)
 
 
