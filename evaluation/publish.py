@@ -99,12 +99,20 @@ def in_llm(found: Found) -> str:
     return markdown(["", "mean tokens", "accuracy", "95 % interval"], rows)
 
 
+def energies(tables: Found, name: str) -> str:
+    """A table of `evaluation.energies`."""
+    head, *rows = tables[name]
+    return markdown(head, rows)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "kinds": ("eval-demo.json", kinds),
     "summary": ("eval-demo.json", summary),
     "ranking": ("eval-demo.json", ranking),
     "paired": ("eval-demo.json", paired),
-    "adaptive": ("eval-demo.json", adaptive),
+    "adaptive": ("eval-adaptive.json", adaptive),
+    "energies-by-density": ("eval-energies.json", partial(energies, name="density")),
+    "energies-by-spectrum": ("eval-energies.json", partial(energies, name="spectra")),
     "presets": ("eval-presets.json", presets),
     "in-llm": ("eval-in-llm.json", in_llm),
     **{name: ("eval-ablations.json", partial(ablation, name=name)) for name in (*ABLATIONS, SOLVERS)},
