@@ -49,12 +49,18 @@ def test_the_ranking_holds_every_method_of_this_model() -> None:
 
 
 @pytest.mark.parametrize("keep", [128, 64, 32])
-def test_the_default_method_is_first_or_not_told_apart_from_the_first(keep: int) -> None:
+def test_no_method_is_more_than_a_point_ahead_of_the_default(keep: int) -> None:
     against = [one for one in PUBLISHED["paired"] if one["keep"] == keep]
     assert len(against) > 15
     for one in against:
         assert one["arm"] == f"{DEFAULT}@{keep}"
-        assert one["ci95"][1] >= 0, f"{one['less']} is better"
+        assert one["difference"] > -0.01, f"{one['less']} is better"
+
+
+def test_the_default_is_ahead_of_every_other_method_somewhere() -> None:
+    """Beyond the paired interval, at one budget at least: so there is no better default."""
+    ahead = {one["row"] for one in PUBLISHED["paired"] if one["ci95"][0] > 0}
+    assert ahead == {one["row"] for one in PUBLISHED["paired"]}
 
 
 def test_the_default_keeps_97_percent_of_the_right_answers_at_128_tokens() -> None:
