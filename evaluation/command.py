@@ -20,7 +20,16 @@ from evaluation.asking import Unasked, ask_all
 from evaluation.gallery import draw_gallery
 from evaluation.in_llm import InLLM, Pruning
 from evaluation.offline import SERVED_AS, OfflineFailed, answer_offline, check_model
-from evaluation.options import add_model_arguments, count, dtype_of, embedded_model, interrupted, served, shown
+from evaluation.options import (
+    add_model_arguments,
+    count,
+    dtype_of,
+    embedded_model,
+    interrupted,
+    make_folder,
+    served,
+    shown,
+)
 from evaluation.questions import Picture, pictures
 from evaluation.reference import answer_all, layers_of, reference_arms, reference_model
 from evaluation.report import (
@@ -72,7 +81,7 @@ def evaluate(argv: list[str]) -> None:
     """
     args = _parse(argv)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out, "--out")
         model = args.model or embedded_model()
         dtype = "float32" if args.offline else dtype_of(args)
         asked = list(pictures(args.split, args.questions, args.seed))

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from evaluation.answers import Answers, subject
 from evaluation.arms import UNPRUNED, Arm, fixed
 from evaluation.offline import SERVED_AS, answer_offline
-from evaluation.options import count, embedded_model
+from evaluation.options import count, embedded_model, make_folder
 from evaluation.questions import Picture, picture_of, pictures
 from evaluation.report import markdown
 from evaluation.thresholds import Measured, threshold_for
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000, help="number of the first scene (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/energies"), help="folder (default: %(default)s)")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out, "--out")
     model = embedded_model()
     asked = list(pictures("validation", args.questions, args.seed))
     right = ask(model, asked, args.out)

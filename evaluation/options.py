@@ -37,6 +37,18 @@ def count(text: str) -> int:
     return number
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder for results, with those above it.
+
+    Raises:
+        SystemExit: it cannot be made; the message names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{option}: {folder} cannot be made a folder ({error.strerror}); expected a folder, new or not")
+
+
 @contextmanager
 def served(url: str | None, model: str, dtype: str = "auto") -> Iterator[str]:
     """The address of a server of the model: the one that is given, or one that runs meanwhile."""

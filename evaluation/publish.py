@@ -128,8 +128,12 @@ def rendered(page: str, results: Path) -> str:
         results: the folder of the committed results.
 
     Raises:
-        KeyError: a table of this name is not known.
+        ValueError: a marker is not closed, or names no table.
     """
+    opened, closed = page.count("<!-- table:"), page.count("<!-- end -->")
+    found = [match["name"] for match in TABLE.finditer(page)]
+    if not opened == closed == len(found) or not set(found) <= set(TABLES):
+        raise ValueError(f"{opened} tables begin, {closed} end, {found} were read; expected as many, of {list(TABLES)}")
 
     def table(match: re.Match[str]) -> str:
         file, make = TABLES[match["name"]]
@@ -142,17 +146,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evaluation.publish", description="Tables of the documentation.")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where something would change")
     args = parser.parse_args(argv)
-    stale = []
-    for name in PAGES:
-        page = ROOT / name
-        text = page.read_text()
-        fresh = rendered(text, ROOT / "docs/benchmarks")
-        if fresh != text:
-            stale.append(name)
-            if not args.check:
-                page.write_text(fresh)
+    texts = {name: (ROOT / name).read_text() for name in PAGES}
+    fresh = {name: rendered(text, ROOT / "docs/benchmarks") for name, text in texts.items()}
+    stale = [name for name in PAGES if fresh[name] != texts[name]]
     if args.check and stale:
         sys.exit(f"not as the results say: {', '.join(stale)}; run python -m evaluation.publish")
+    for name in stale:
+        (ROOT / name).write_text(fresh[name])
 
 
 def _ranked(found: Found) -> list[Result]:

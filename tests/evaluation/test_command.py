@@ -207,3 +207,10 @@ def test_interrupted_while_the_server_starts_it_is_stopped(tmp_path: Path) -> No
     line = "Starting a vLLM server with the model that comes with the package ...\n"
     assert stderr.endswith(line + MESSAGE), stderr
     assert stdout == ""
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit, match=f"--out: {out} cannot be made a folder"):
+            evaluate(["--offline", "--out", str(out)])

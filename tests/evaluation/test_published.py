@@ -41,6 +41,20 @@ def test_a_stale_table_is_written_anew() -> None:
         assert f"| `{name}` |" in fresh
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- table: presets -->\n| old |\n",
+        "<!-- table: nope -->\n<!-- end -->\n",
+        "<!-- table: presets --> <!-- end -->\n",
+        "<!-- table: presets -->\n<!-- table: kinds -->\n<!-- end -->\n",
+    ],
+)
+def test_a_marker_that_is_not_understood_is_an_error(page: str) -> None:
+    with pytest.raises(ValueError, match="were read; expected as many"):
+        publish.rendered(page, RESULTS)
+
+
 def test_the_ranking_holds_every_method_of_this_model() -> None:
     table = publish.ranking(PUBLISHED)
     here = {name for name, spec in METHODS.items() if not spec.preprocesses}
