@@ -26,7 +26,7 @@ LAYERS = 6  # of the language model
 
 
 def model_config(layers: int = LAYERS) -> LlavaConfig:
-    """`layers`: of the language model, at least two; tests take fewer."""
+    """`layers`: of the language model, at least three; tests take fewer."""
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=CLIPVisionConfig(

@@ -204,7 +204,7 @@ def test_muon_s_step_is_nearly_orthogonal() -> None:
 
 @pytest.mark.parametrize("name", ["language", "tower", "joint"])
 def test_a_few_steps_on_one_batch_lower_its_loss(tokenizer: Any, train: Batches, name: str) -> None:
-    trainee = Trainee(1, tokenizer, layers=2)
+    trainee = Trainee(1, tokenizer, layers=3)
     stage = Stage(name, (Phase(8 if name == "language" else 24, 100, 2),), 2e-3)
     optimizer = Muon(trainee.part(name), lr=2e-3)
     losses = []
@@ -230,7 +230,7 @@ def test_the_plan_follows_the_hours() -> None:
 
 def run(tokenizer: Any, directory: Path, deadline: float = float("inf")) -> bool:
     batches = {"train": Batches(tokenizer, "train"), "validation": Batches(tokenizer, "validation")}
-    return run_stage(SHORT, Trainee(0, tokenizer, layers=2), batches, directory, CPU, deadline=deadline, held_out=8)
+    return run_stage(SHORT, Trainee(0, tokenizer, layers=3), batches, directory, CPU, deadline=deadline, held_out=8)
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:
