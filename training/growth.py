@@ -19,6 +19,8 @@ from vllm_vtprune.demo.checkpoint import RENAMES
 from vllm_vtprune.demo.scenes import code_size
 from vllm_vtprune.demo.scenes.labels import POSITION_SIZE
 
+LOOKED = -2  # the layer of the earlier model whose attention was trained
+
 
 def begin_with(model: LlavaForConditionalGeneration, checkpoint: Path, fainter: float = 1.0) -> None:
     """Put the weights of an earlier model into `model`, in place.
@@ -28,6 +30,9 @@ def begin_with(model: LlavaForConditionalGeneration, checkpoint: Path, fainter: 
             attention is trained (`LOOKING`), and behind the last one.
         checkpoint: a directory that `save_llava_checkpoint` wrote.
         fainter: the scale of the code of position, as a multiple of the earlier model's.
+
+    Raises:
+        KeyError, RuntimeError: the checkpoint is of another architecture, or of other widths.
     """
     earlier = {
         _module_name(name): weight.float() for name, weight in load_file(checkpoint / "model.safetensors").items()
@@ -66,9 +71,6 @@ def _places(known: int, layers: int) -> list[int | None]:
     places: list[int | None] = [*range(known)]
     places += [None] * (after - (known - 1 - looking))
     return places[:looking] + [None] * (layers - len(places)) + places[looking:]
-
-
-LOOKED = -2  # the layer of the earlier model whose attention was trained
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.engines import TOLERANCE, Answer, Ask, Engine, ask_about
+from tests.support.engines import TOLERANCE, Answer, Ask, Engine, ask_about, worst
 from tests.support.images import sample_images
 from tests.support.reference import Reference
 from vllm_vtprune import PruningPlan, PruningPolicy, VisualFeatures, plan_tokens
@@ -84,17 +84,6 @@ def ask(engine: Engine, case: Case, policy: dict[str, Any]) -> Answer:
 
 def plan(reference: Reference, case: Case, features: VisualFeatures, policy: dict[str, Any]) -> PruningPlan:
     return plan_tokens(features, PruningPolicy.parse(policy), reference.noun_embeds(case.nouns))
-
-
-def worst(answer: Answer, logprobs: torch.Tensor) -> float:
-    """The largest difference from the reference's log-probabilities (T, vocabulary)."""
-    differences = [
-        abs(float(row[token]) - value)
-        for step, row in zip(answer.logprobs, logprobs, strict=True)
-        for token, value in step.items()
-    ]
-    assert len(differences) >= 5 * len(answer.token_ids)
-    return max(differences)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)

@@ -17,10 +17,10 @@ import torch
 from PIL import ImageOps
 
 from tests.engine.qwen_stock_answers import answers, questions, video
-from tests.support.engines import BLOCK, TOLERANCE, Ask, Engine, run_without_plugin, uncached
+from tests.support.engines import BLOCK, TOLERANCE, Ask, Engine, run_without_plugin, uncached, worst
 from tests.support.images import sample_images
 from tests.support.qwen2_5_vl import IMAGE, SYSTEM, VIDEO, QwenReference, answered, ask_about
-from tests.support.qwen2_5_vl_answers import Picture, compare, pruned, reports, worst
+from tests.support.qwen2_5_vl_answers import Picture, compare, pruned, reports
 from vllm_vtprune.cache import BoundedTable, FeatureCache
 
 pytestmark = pytest.mark.engine

@@ -195,3 +195,14 @@ def worst_difference(got: Sequence[Mapping[int, float]], expected: Sequence[Mapp
     worst = max(differences)
     assert worst < TOLERANCE
     return worst
+
+
+def worst(answer: Answer, logprobs: Tensor) -> float:
+    """The largest difference from the reference's log-probabilities (T, vocabulary)."""
+    differences = [
+        abs(float(row[token]) - value)
+        for step, row in zip(answer.logprobs, logprobs, strict=True)
+        for token, value in step.items()
+    ]
+    assert len(differences) >= 5 * len(answer.token_ids)
+    return max(differences)

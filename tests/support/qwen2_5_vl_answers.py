@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from tests.support.engines import TOLERANCE, Answer, Engine
+from tests.support.engines import TOLERANCE, Answer, Engine, worst
 from tests.support.qwen2_5_vl import Medium, QwenReference
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.policy import QWEN2_5_VL
@@ -46,17 +46,6 @@ def compare(reference: QwenReference, answer: Answer, prompt: str, media: Sequen
     difference = worst(answer, logprobs)
     assert difference < TOLERANCE
     return Comparison(difference, int((behind > 0).sum()))
-
-
-def worst(answer: Answer, logprobs: torch.Tensor) -> float:
-    """The largest difference from the reference's log-probabilities (T, vocabulary)."""
-    differences = [
-        abs(float(row[token]) - value)
-        for step, row in zip(answer.logprobs, logprobs, strict=True)
-        for token, value in step.items()
-    ]
-    assert len(differences) >= 5 * len(answer.token_ids)
-    return max(differences)
 
 
 def reports(answer: Answer) -> list[ImageReport]:
