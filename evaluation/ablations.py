@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from evaluation.arms import Arm, energy, fixed
+from vllm_vtprune_evaluation.arms import Arm, energy, fixed
 
 Rows = Mapping[str, Mapping[str, Any]]
 

@@ -10,19 +10,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from evaluation.arms import Arm
-from evaluation.options import weights_digest
-from evaluation.questions import Picture
 from vllm_vtprune.text import text_pipeline_name
+from vllm_vtprune_evaluation.arms import Arm
+from vllm_vtprune_evaluation.options import weights_digest
+from vllm_vtprune_evaluation.questions import Picture
 
 CODE = (
     "vllm_vtprune",
     "vllm_vtprune.selectors",
     "vllm_vtprune.towers",
     "vllm_vtprune.demo.scenes",
-    "evaluation.forward",
-    "evaluation.in_llm",
-    "evaluation.offline",
+    "vllm_vtprune_evaluation.forward",
+    "vllm_vtprune_evaluation.in_llm",
+    "vllm_vtprune_evaluation.offline",
 )
 """Packages and modules whose code decides on answers: what others of it gave is not gone on with."""
 

@@ -9,11 +9,11 @@ from typing import Any
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
-from evaluation.answers import Answer, Answers
-from evaluation.arms import Arm
-from evaluation.options import weights_digest
-from evaluation.questions import Picture, is_right
 from vllm_vtprune.demo.command import data_url
+from vllm_vtprune_evaluation.answers import Answer, Answers
+from vllm_vtprune_evaluation.arms import Arm
+from vllm_vtprune_evaluation.options import weights_digest
+from vllm_vtprune_evaluation.questions import Picture, is_right
 
 ANSWER_TOKENS = 12
 TOGETHER = 16  # pictures that are asked about in every way before the next ones; their features stay in the cache

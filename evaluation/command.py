@@ -12,15 +12,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from evaluation import arms as ways
-from evaluation.ablations import ABLATIONS, SOLVERS, solver_arms
-from evaluation.answers import Answers, AnswersError, subject
-from evaluation.arms import UNPRUNED, Arm
-from evaluation.asking import Unasked, ask_all
-from evaluation.gallery import draw_gallery
-from evaluation.in_llm import InLLM, Pruning
-from evaluation.offline import SERVED_AS, OfflineFailed, answer_offline, check_model
-from evaluation.options import (
+from vllm_vtprune.demo.server import ServerFailed
+from vllm_vtprune.inspection import InspectionFailed
+from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
+from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune_evaluation import arms as ways
+from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS, solver_arms
+from vllm_vtprune_evaluation.answers import Answers, AnswersError, subject
+from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
+from vllm_vtprune_evaluation.asking import Unasked, ask_all
+from vllm_vtprune_evaluation.gallery import draw_gallery
+from vllm_vtprune_evaluation.in_llm import InLLM, Pruning
+from vllm_vtprune_evaluation.offline import SERVED_AS, OfflineFailed, answer_offline, check_model
+from vllm_vtprune_evaluation.options import (
     add_model_arguments,
     count,
     dtype_of,
@@ -30,9 +34,9 @@ from evaluation.options import (
     served,
     shown,
 )
-from evaluation.questions import Picture, pictures
-from evaluation.reference import answer_all, layers_of, reference_arms, reference_model
-from evaluation.report import (
+from vllm_vtprune_evaluation.questions import Picture, pictures
+from vllm_vtprune_evaluation.reference import answer_all, layers_of, reference_arms, reference_model
+from vllm_vtprune_evaluation.report import (
     accuracy_table,
     aligned,
     budget_table,
@@ -41,7 +45,7 @@ from evaluation.report import (
     plot_budgets,
     split_table,
 )
-from evaluation.results import (
+from vllm_vtprune_evaluation.results import (
     Difference,
     Result,
     adaptive_against_fixed,
@@ -51,12 +55,8 @@ from evaluation.results import (
     ranked_kinds,
     results,
 )
-from evaluation.spectra import Sample, sample_pictures
-from evaluation.thresholds import threshold_for
-from vllm_vtprune.demo.server import ServerFailed
-from vllm_vtprune.inspection import InspectionFailed
-from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
-from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune_evaluation.spectra import Sample, sample_pictures
+from vllm_vtprune_evaluation.thresholds import threshold_for
 
 METHODS_BY_DEFAULT = ("resprune", "adaptprune", "divprune", "fastervlm", "random", "uniform")
 CALIBRATION_QUESTIONS = 1500  # of validation scenes: some 230 pictures, by which "+E" finds its thresholds

@@ -1,6 +1,6 @@
 """What of a scene the kept tokens show, method by method: why accuracies differ, without asking a language model.
 
-    python -m evaluation.coverage --questions 250 --keep 64
+    python -m vllm_vtprune_evaluation.coverage --questions 250 --keep 64
 
 Everything in a scene has a known place, so a token is on a thing, or on empty ground. For each method, means over the
 questions:
@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from evaluation.arms import Arm, grid
-from evaluation.options import count, embedded_model
-from evaluation.questions import Picture, pictures
-from evaluation.report import markdown
 from vllm_vtprune.demo.scenes import Question, Scene, patches_of
 from vllm_vtprune.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.registry import SELECTORS
+from vllm_vtprune_evaluation.arms import Arm, grid
+from vllm_vtprune_evaluation.options import count, embedded_model
+from vllm_vtprune_evaluation.questions import Picture, pictures
+from vllm_vtprune_evaluation.report import markdown
 
 HEAD = ("", "on things", "things seen", "asked, seen", "asked, kept")
 
@@ -85,7 +85,8 @@ def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.coverage", description="What of held-out scenes each method keeps, on average."
+        prog="python -m vllm_vtprune_evaluation.coverage",
+        description="What of held-out scenes each method keeps, on average.",
     )
     parser.add_argument("--questions", type=count, default=250, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Whether an energy budget pays, and why: answers at many budgets, and what spectra would have kept of each picture.
 
-    python -m evaluation.energies --questions 420 --seed 1000 --out build/energies
+    python -m vllm_vtprune_evaluation.energies --questions 420 --seed 1000 --out build/energies
 
 Pictures of the validation split are asked about at every one of `KEEPS` tokens, offline. From these answers any rule
 that gives a picture a budget can be scored without asking again: between two budgets the answers are interpolated.
@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.answers import Answers, subject
-from evaluation.arms import UNPRUNED, Arm, fixed
-from evaluation.offline import SERVED_AS, answer_offline
-from evaluation.options import count, embedded_model, make_folder
-from evaluation.questions import Picture, picture_of, pictures
-from evaluation.report import markdown
-from evaluation.thresholds import Measured, threshold_for
 from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune.inspection import features_of, pruning_processor
+from vllm_vtprune_evaluation.answers import Answers, subject
+from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, fixed
+from vllm_vtprune_evaluation.offline import SERVED_AS, answer_offline
+from vllm_vtprune_evaluation.options import count, embedded_model, make_folder
+from vllm_vtprune_evaluation.questions import Picture, picture_of, pictures
+from vllm_vtprune_evaluation.report import markdown
+from vllm_vtprune_evaluation.thresholds import Measured, threshold_for
 
 KEEPS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320)
 MEANS = (32, 48, 64, 96, 128)
@@ -49,7 +49,8 @@ Table = list[list[str]]  # its head first
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.energies", description="Whether energy budgets pay on the model in the package."
+        prog="python -m vllm_vtprune_evaluation.energies",
+        description="Whether energy budgets pay on the model in the package.",
     )
     parser.add_argument("--questions", type=count, default=420, metavar="N", help="to ask (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1000, help="number of the first scene (default: %(default)s)")

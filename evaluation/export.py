@@ -1,8 +1,8 @@
 """Scenes as files: a task for lmms-eval, or a sample for `vtprune calibrate`.
 
-    python -m evaluation.export --questions 250 --out build/scenes
+    python -m vllm_vtprune_evaluation.export --questions 250 --out build/scenes
     python -m lmms_eval --model async_openai --tasks vtprune_scenes --include_path build/scenes ...
-    python -m evaluation.export --split validation --out build/sample
+    python -m vllm_vtprune_evaluation.export --split validation --out build/sample
     vtprune calibrate --retain 0.95 --sample build/sample/questions.jsonl ...
 
 The folder holds one PNG for each picture, ``questions.jsonl``, and the task that lmms-eval finds by ``--include_path``.
@@ -18,9 +18,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from evaluation.asking import ANSWER_TOKENS
-from evaluation.options import count
-from evaluation.questions import Picture, pictures
+from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
+from vllm_vtprune_evaluation.options import count
+from vllm_vtprune_evaluation.questions import Picture, pictures
 
 TASK = "vtprune_scenes"
 
@@ -83,7 +83,7 @@ def export(asked: Iterable[Picture], folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.export", description="Write scenes and questions about them to files."
+        prog="python -m vllm_vtprune_evaluation.export", description="Write scenes and questions about them to files."
     )
     parser.add_argument(
         "--split", choices=["test", "validation"], default="test", help="neither was trained on (default: %(default)s)"

@@ -20,18 +20,18 @@ import torch
 from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
-from evaluation.answers import Answer, Answers
-from evaluation.arms import Arm
-from evaluation.asking import ANSWER_TOKENS
-from evaluation.forward import Asked, answer_greedily
-from evaluation.in_llm.driver import InLLM, check_kind
-from evaluation.questions import Picture, is_right
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.inspection import InspectionFailed, features_of, pruning_processor
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.policy import EnergyBudget, PruningPolicy, TokensBudget
 from vllm_vtprune.text import read_prompt
+from vllm_vtprune_evaluation.answers import Answer, Answers
+from vllm_vtprune_evaluation.arms import Arm
+from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
+from vllm_vtprune_evaluation.forward import Asked, answer_greedily
+from vllm_vtprune_evaluation.in_llm.driver import InLLM, check_kind
+from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
 BATCH_TOKENS = 1024  # of pictures and questions that are computed together: more leave the processor's cache

@@ -1,7 +1,7 @@
 """The tables of the documentation, made from the committed results.
 
-    python -m evaluation.publish            # rewrite them
-    python -m evaluation.publish --check    # status 1 where one is not what the results say
+    python -m vllm_vtprune_evaluation.publish            # rewrite them
+    python -m vllm_vtprune_evaluation.publish --check    # status 1 where one is not what the results say
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its numbers come from `docs/benchmarks`.
 """
@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaluation.ablations import ABLATIONS, SOLVERS
-from evaluation.report import budget_table, difference_table, markdown, plotted_lines
-from evaluation.results import Difference, Result, comparable
+from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
+from vllm_vtprune_evaluation.report import budget_table, difference_table, markdown, plotted_lines
+from vllm_vtprune_evaluation.results import Difference, Result, comparable
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/evaluation.md")
@@ -100,7 +100,7 @@ def in_llm(found: Found) -> str:
 
 
 def energies(tables: Found, name: str) -> str:
-    """A table of `evaluation.energies`."""
+    """A table of `vllm_vtprune_evaluation.energies`."""
     head, *rows = tables[name]
     return markdown(head, rows)
 
@@ -143,14 +143,16 @@ def rendered(page: str, results: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.publish", description="Tables of the documentation.")
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_vtprune_evaluation.publish", description="Tables of the documentation."
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where something would change")
     args = parser.parse_args(argv)
     texts = {name: (ROOT / name).read_text() for name in PAGES}
     fresh = {name: rendered(text, ROOT / "docs/benchmarks") for name, text in texts.items()}
     stale = [name for name in PAGES if fresh[name] != texts[name]]
     if args.check and stale:
-        sys.exit(f"not as the results say: {', '.join(stale)}; run python -m evaluation.publish")
+        sys.exit(f"not as the results say: {', '.join(stale)}; run python -m vllm_vtprune_evaluation.publish")
     for name in stale:
         (ROOT / name).write_text(fresh[name])
 

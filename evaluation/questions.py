@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from server.images import DATA_URL, ImageIntake, ImageProblem
 from vllm_vtprune.demo.scenes import Question, Scene, Split, ask, make_scene, paint
+from vllm_vtprune_server.images import DATA_URL, ImageIntake, ImageProblem
 
 
 @dataclass(frozen=True)

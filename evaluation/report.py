@@ -1,6 +1,6 @@
 """Results for people: tables in Markdown, and plots.
 
-    python -m evaluation.report build/eval/results.json --out accuracy.png
+    python -m vllm_vtprune_evaluation.report build/eval/results.json --out accuracy.png
 
 draws the plot of accuracies anew from a file of results.
 """
@@ -15,7 +15,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Literal
 
-from evaluation.results import DEFAULT_METHOD, RANKED_FROM, Difference, Result, comparable, mean_ranks
+from vllm_vtprune_evaluation.results import DEFAULT_METHOD, RANKED_FROM, Difference, Result, comparable, mean_ranks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -263,7 +263,7 @@ def _percent(share: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.report", description="Draw accuracies from a file of results."
+        prog="python -m vllm_vtprune_evaluation.report", description="Draw accuracies from a file of results."
     )
     parser.add_argument("results", type=Path, help="results.json of `vtprune eval`")
     parser.add_argument("--out", type=Path, default=Path("accuracy.png"), metavar="FILE", help="(default: %(default)s)")

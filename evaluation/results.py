@@ -10,10 +10,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.answers import Answer
-from evaluation.arms import Arm
-from evaluation.questions import picture_of
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune_evaluation.answers import Answer
+from vllm_vtprune_evaluation.arms import Arm
+from vllm_vtprune_evaluation.questions import picture_of
 
 DEFAULT_METHOD = PruningPolicy().method
 RESAMPLES = 2000

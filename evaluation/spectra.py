@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from evaluation.questions import Picture
-from evaluation.thresholds import Measured
 from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.inspection import features_of, pruning_processor
 from vllm_vtprune.policy import FamilyDefaults
+from vllm_vtprune_evaluation.questions import Picture
+from vllm_vtprune_evaluation.thresholds import Measured
 
 
 @dataclass(frozen=True)

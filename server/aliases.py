@@ -7,7 +7,7 @@ from collections.abc import Collection
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 
-from server.validation import InvalidField
+from vllm_vtprune_server.validation import InvalidField
 
 SEPARATOR = "@"
 

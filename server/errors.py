@@ -5,9 +5,9 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 
-from server.images import DATA_URL, ImageProblem
-from server.protocol import ImagePart
-from server.validation import InvalidField
+from vllm_vtprune_server.images import DATA_URL, ImageProblem
+from vllm_vtprune_server.protocol import ImagePart
+from vllm_vtprune_server.validation import InvalidField
 
 
 class ImageRefused(InvalidField):

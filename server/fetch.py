@@ -17,8 +17,8 @@ import aiohttp
 from vllm.connections import HTTPConnection
 from yarl import URL
 
-from server.images import ImageProblem, check_bytes
 from vllm_vtprune import envs
+from vllm_vtprune_server.images import ImageProblem, check_bytes
 
 MAX_REDIRECTS = 3
 CHUNK = 64 * 1024  # bytes

@@ -10,11 +10,11 @@ import vllm
 from pydantic import BaseModel, Field
 
 import vllm_vtprune
-from server.policies import Policies
 from vllm_vtprune.policy import FamilyDefaults
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune.selectors.registry import COSTS, METHODS, Cost, MethodSpec
 from vllm_vtprune.text import text_pipeline_name
+from vllm_vtprune_server.policies import Policies
 
 
 class Method(BaseModel):

@@ -9,11 +9,11 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from server.policies import Policies
 from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.plugin.register import ARCHITECTURES
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.presets import PresetsError, read_presets
+from vllm_vtprune_server.policies import Policies
 
 PLUGIN = "vtprune"
 PLUGIN_GROUPS = (
@@ -91,7 +91,7 @@ def serve(argv: list[str]) -> None:
     refuse_unpruned(args, policies.default)
     command.cmd(args)
 
-    from server.shutdown import engine_died
+    from vllm_vtprune_server.shutdown import engine_died
 
     if engine_died.is_set():
         sys.exit("vtprune serve: the engine died; what it said last stands above")

@@ -14,10 +14,10 @@ from PIL import Image
 from vllm import envs as vllm_envs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
 
-from server.errors import ImageRefused
-from server.fetch import GuardedConnection
-from server.images import ImageIntake, ImageProblem
 from vllm_vtprune.plugin.early import EarlyEncoding, current
+from vllm_vtprune_server.errors import ImageRefused
+from vllm_vtprune_server.fetch import GuardedConnection
+from vllm_vtprune_server.images import ImageIntake, ImageProblem
 
 NAME = "vtprune"
 

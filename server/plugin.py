@@ -15,20 +15,20 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.logger import init_logger
 
-from server import media  # noqa: F401  (registers the media connector)
-from server.aliases import AliasedModels
-from server.information import PruningInformation, pruning_information
-from server.policies import Policies
-from server.protocol import PruningChatCompletionRequest
-from server.route import REACHED_HANDLER, PruningRoute
-from server.serving import PruningServingChat
-from server.shutdown import fail_unfinished_requests, notice_shutdown
-from server.trace import HEADER
 from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import runtime_without_tower
 from vllm_vtprune.text import text_pipeline_name
+from vllm_vtprune_server import media  # noqa: F401  (registers the media connector)
+from vllm_vtprune_server.aliases import AliasedModels
+from vllm_vtprune_server.information import PruningInformation, pruning_information
+from vllm_vtprune_server.policies import Policies
+from vllm_vtprune_server.protocol import PruningChatCompletionRequest
+from vllm_vtprune_server.route import REACHED_HANDLER, PruningRoute
+from vllm_vtprune_server.serving import PruningServingChat
+from vllm_vtprune_server.shutdown import fail_unfinished_requests, notice_shutdown
+from vllm_vtprune_server.trace import HEADER
 
 logger = init_logger("vllm.vtprune")
 

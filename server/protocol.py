@@ -12,10 +12,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from server.schema import describe
-from server.trace import Trace
-from server.validation import InvalidField, check_messages, wrong_field
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune_server.schema import describe
+from vllm_vtprune_server.trace import Trace
+from vllm_vtprune_server.validation import InvalidField, check_messages, wrong_field
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
 IMAGE_TYPES = {key: key for key in IMAGE_KEYS} | {"input_image": "image_url"}

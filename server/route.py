@@ -11,8 +11,8 @@ from fastapi.routing import APIRoute
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 
-from server.validation import explain
 from vllm_vtprune import metrics
+from vllm_vtprune_server.validation import explain
 
 logger = init_logger("vllm.vtprune")
 

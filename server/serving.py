@@ -19,15 +19,6 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsageInfo
 from vllm.outputs import RequestOutput
 
-from server.aliases import AliasedModels, UnknownPreset
-from server.errors import explain_image_error
-from server.policies import Policies
-from server.protocol import PruningChatCompletionRequest
-from server.shutdown import ServerStopping, was_cut_short
-from server.stream import with_last_event_completed
-from server.trace import USAGE_KEY, Trace
-from server.tracing import record_stages, start_request_span
-from server.validation import InvalidField, bounded, explain
 from vllm_vtprune import metrics
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
@@ -38,6 +29,15 @@ from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.runtime import PruningRuntime
+from vllm_vtprune_server.aliases import AliasedModels, UnknownPreset
+from vllm_vtprune_server.errors import explain_image_error
+from vllm_vtprune_server.policies import Policies
+from vllm_vtprune_server.protocol import PruningChatCompletionRequest
+from vllm_vtprune_server.shutdown import ServerStopping, was_cut_short
+from vllm_vtprune_server.stream import with_last_event_completed
+from vllm_vtprune_server.trace import USAGE_KEY, Trace
+from vllm_vtprune_server.tracing import record_stages, start_request_span
+from vllm_vtprune_server.validation import InvalidField, bounded, explain
 
 Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 

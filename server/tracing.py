@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from opentelemetry.trace import SpanKind, Tracer, get_tracer
 from vllm.tracing import extract_trace_context
 
-from server.trace import Trace
 from vllm_vtprune.report import RequestReport
+from vllm_vtprune_server.trace import Trace
 
 REQUEST_SPAN = "chat_completion"
 STAGE_PREFIX = "vtprune."

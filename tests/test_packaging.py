@@ -24,6 +24,25 @@ def test_the_licence_is_stated() -> None:
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 
+def test_every_package_is_installed_and_none_under_a_common_name() -> None:
+    """A folder with a ``server.py`` of the user's own would hide a package called ``server``."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    names = {folder: name for name, folder in setuptools["package-dir"].items()}
+    found = {file.parent.relative_to(ROOT) for folder in names for file in (ROOT / folder).rglob("__init__.py")}
+    assert {".".join([names[path.parts[0]], *path.parts[1:]]) for path in found} == set(setuptools["packages"])
+    assert all(package.startswith("vllm_vtprune") for package in setuptools["packages"])
+
+
+@pytest.mark.parametrize("command", ["serve", "demo", "inspect", "eval", "calibrate"])
+def test_commands_run_beside_modules_of_the_user_s(command: str, tmp_path: Path) -> None:
+    for name in ("server", "evaluation"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('of a user')\n")
+    run = [sys.executable, "-m", "vllm_vtprune.cli", command, "--help"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"vtprune {command}" in done.stdout
+
+
 @pytest.mark.parametrize("group", ["console_scripts", "vllm.general_plugins", "vllm.endpoint_plugins"])
 def test_entry_points_lead_to_something_callable(group: str) -> None:
     ours = [entry for entry in entry_points(group=group) if entry.name == "vtprune"]

@@ -1,13 +1,14 @@
-"""The `vtprune` command."""
+"""The `vtprune` command: its subcommands are entry points, since some live in packages that build on this one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import entry_points
 
 from vllm_vtprune import __version__
 
-COMMANDS = ("serve", "demo", "inspect", "eval", "calibrate")
+GROUP = "vtprune.commands"
 DESCRIPTION = """Serve vision-language models with fewer visual tokens.
 
 commands:
@@ -29,34 +30,14 @@ def main(argv: list[str] | None = None) -> None:
         argv: arguments after the program's name; None for those of the process.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    commands = entry_points(group=GROUP)
     parser = argparse.ArgumentParser(
         prog="vtprune", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"vllm-vtprune {__version__}")
-    parser.add_argument(
-        "command", choices=["serve", "demo", "inspect", "eval", "calibrate"], metavar="COMMAND", help="see above"
-    )
+    parser.add_argument("command", choices=sorted(commands.names), metavar="COMMAND", help="see above")
     command = parser.parse_args(arguments[:1]).command
-    if command == "serve":
-        from server.launch import serve
-
-        serve(arguments[1:])
-    elif command == "inspect":
-        from vllm_vtprune.inspection import inspect
-
-        inspect(arguments[1:])
-    elif command == "eval":
-        from evaluation.command import evaluate
-
-        evaluate(arguments[1:])
-    elif command == "calibrate":
-        from evaluation.calibrate import calibrate
-
-        calibrate(arguments[1:])
-    else:
-        from vllm_vtprune.demo.command import demo
-
-        demo(arguments[1:])
+    commands[command].load()(arguments[1:])
 
 
 if __name__ == "__main__":

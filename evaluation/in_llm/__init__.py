@@ -20,11 +20,11 @@ What the budget's k means differs, because the methods do:
 `Answer.tokens` is the mean over the layers for all of them.
 """
 
-from evaluation.in_llm.adaptprune import AdaptPrune
-from evaluation.in_llm.driver import Answer, InLLM
-from evaluation.in_llm.fastv import FastV
-from evaluation.in_llm.pruning import Budget, Pruning
-from evaluation.in_llm.pyramiddrop import PyramidDrop
-from evaluation.in_llm.vtw import VTW
+from vllm_vtprune_evaluation.in_llm.adaptprune import AdaptPrune
+from vllm_vtprune_evaluation.in_llm.driver import Answer, InLLM
+from vllm_vtprune_evaluation.in_llm.fastv import FastV
+from vllm_vtprune_evaluation.in_llm.pruning import Budget, Pruning
+from vllm_vtprune_evaluation.in_llm.pyramiddrop import PyramidDrop
+from vllm_vtprune_evaluation.in_llm.vtw import VTW
 
 __all__ = ["VTW", "AdaptPrune", "Answer", "Budget", "FastV", "InLLM", "Pruning", "PyramidDrop"]

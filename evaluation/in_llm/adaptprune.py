@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from evaluation.in_llm.pruning import DropOnce, Entrance
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.adaptprune import select
+from vllm_vtprune_evaluation.in_llm.pruning import DropOnce, Entrance
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
-from evaluation.in_llm.pruning import Entrance, Pruning, last_attention
 from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune_evaluation.in_llm.pruning import Entrance, Pruning, last_attention
 
 
 @dataclass(frozen=True)

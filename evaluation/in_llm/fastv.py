@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from evaluation.in_llm.pruning import DropOnce, Entrance, strongest
+from vllm_vtprune_evaluation.in_llm.pruning import DropOnce, Entrance, strongest
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from math import ceil, floor
 
 from torch import Tensor
 
-from evaluation.in_llm.pruning import Budget, Entrance, Pruning, check_budget, strongest, tokens_to_keep
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import EnergyBudget
+from vllm_vtprune_evaluation.in_llm.pruning import Budget, Entrance, Pruning, check_budget, strongest, tokens_to_keep
 
 FRACTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 """Of all tokens, in the second, third and last quarter of the layers."""

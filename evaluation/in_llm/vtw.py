@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.in_llm.pruning import Budget, Entrance, Pruning, check_budget, tokens_to_keep
 from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune_evaluation.in_llm.pruning import Budget, Entrance, Pruning, check_budget, tokens_to_keep
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evaluation.questions import is_right
 from tests.support.process_tree import command_of, family, interruptible, kill, survivors
 from vllm_vtprune.demo.command import POLICY
+from vllm_vtprune_evaluation.questions import is_right
 
 pytestmark = pytest.mark.engine
 

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from evaluation.in_llm import InLLM
-from evaluation.questions import is_right, pictures
 from vllm_vtprune.demo.checkpoint import TRAINED
+from vllm_vtprune_evaluation.in_llm import InLLM
+from vllm_vtprune_evaluation.questions import is_right, pictures
 
 pytestmark = pytest.mark.verify  # make test has the demo's two answers
 

@@ -143,7 +143,7 @@ def test_its_server_prunes(image: Image, deployed: Server) -> None:
     assert kept(answer) == [VISUAL_TOKENS // 9]
     assert answer["pruning"]["text_pipeline"] == SPACY_MODEL
     assert answer["pruning"]["images"][0]["nouns"] == ["bus", "red"], "not by the model that is installed"
-    code = "import server.plugin, vllm_vtprune; print(server.plugin.__file__, vllm_vtprune.__file__)"
+    code = "import vllm_vtprune_server.plugin as plugin, vllm_vtprune; print(plugin.__file__, vllm_vtprune.__file__)"
     done = subprocess.run([image.bin / "python", "-Ic", code], capture_output=True, text=True, check=True)
     assert all(file.startswith(str(image.bin.parent)) for file in done.stdout.split()[-2:]), "not from this checkout"
 

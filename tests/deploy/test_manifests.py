@@ -15,11 +15,11 @@ from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonit
 from jsonschema import Draft202012Validator
 
 from deploy.kubernetes import rules
-from server.launch import SHUTDOWN_TIMEOUT
 from tests.deploy.conftest import Watched
 from tests.support.programs import program
 from vllm_vtprune import __version__
 from vllm_vtprune.policy import BUILTIN_PRESETS
+from vllm_vtprune_server.launch import SHUTDOWN_TIMEOUT
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES_VERSION = "1.33"

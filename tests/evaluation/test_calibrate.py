@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation.answers import Answer
-from evaluation.calibrate import Trial, calibrate, choose, retained
-from evaluation.questions import SampleError, read_sample
+from vllm_vtprune_evaluation.answers import Answer
+from vllm_vtprune_evaluation.calibrate import Trial, calibrate, choose, retained
+from vllm_vtprune_evaluation.questions import SampleError, read_sample
 
 
 def trials(*shares: float) -> list[Trial]:

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evaluation.asking import IN_FLIGHT
-from evaluation.command import evaluate
-from evaluation.options import embedded_model
 from tests.support.process_tree import interruptible, kill, survivors
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune_evaluation.asking import IN_FLIGHT
+from vllm_vtprune_evaluation.command import evaluate
+from vllm_vtprune_evaluation.options import embedded_model
 
 TIMEOUT = 300  # seconds
 MESSAGE = "\nInterrupted; the same command goes on.\n"
@@ -182,7 +182,7 @@ import os, sys
 os.environ["PID_FILE"] = sys.argv[1]
 from vllm_vtprune.demo.server import running_server
 running_server.__wrapped__.__kwdefaults__["command"] = ["-c", sys.argv[2]]
-from evaluation.command import evaluate
+from vllm_vtprune_evaluation.command import evaluate
 evaluate(sys.argv[3:])
 """
 

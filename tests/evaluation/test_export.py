@@ -7,8 +7,8 @@ import pytest
 import yaml
 from PIL import Image, ImageChops
 
-from evaluation.export import TASK, export
-from evaluation.questions import Picture, pictures, read_sample
+from vllm_vtprune_evaluation.export import TASK, export
+from vllm_vtprune_evaluation.questions import Picture, pictures, read_sample
 
 
 @pytest.fixture(scope="module")

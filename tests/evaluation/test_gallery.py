@@ -8,12 +8,12 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from evaluation.answers import Answer, Answers
-from evaluation.arms import UNPRUNED, Arm, energy, fixed
-from evaluation.gallery import draw_gallery, first_of_each_density, gallery_figure, shown_arms
-from evaluation.questions import Picture, pictures
-from evaluation.report import BLUE, VERMILLION
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune_evaluation.answers import Answer, Answers
+from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, energy, fixed
+from vllm_vtprune_evaluation.gallery import draw_gallery, first_of_each_density, gallery_figure, shown_arms
+from vllm_vtprune_evaluation.questions import Picture, pictures
+from vllm_vtprune_evaluation.report import BLUE, VERMILLION
 
 
 def arm(method: str, keep: int, *, adaptive: bool = False, inside: bool = False) -> Arm:

@@ -15,9 +15,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from evaluation.in_llm import VTW, AdaptPrune, FastV, InLLM, Pruning, PyramidDrop
-from evaluation.in_llm.driver import Reading
-from evaluation.in_llm.pruning import Entrance
 from vllm_vtprune.budget import energy_rank
 from vllm_vtprune.demo.checkpoint import (
     IMAGE_TOKEN_ID,
@@ -28,6 +25,9 @@ from vllm_vtprune.demo.checkpoint import (
 )
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+from vllm_vtprune_evaluation.in_llm import VTW, AdaptPrune, FastV, InLLM, Pruning, PyramidDrop
+from vllm_vtprune_evaluation.in_llm.driver import Reading
+from vllm_vtprune_evaluation.in_llm.pruning import Entrance
 
 GRID = 6
 N = GRID * GRID

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation import publish
-from evaluation.report import plot_accuracy
-from evaluation.results import Result
 from vllm_vtprune.policy import BUILTIN_PRESETS, PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune_evaluation import publish
+from vllm_vtprune_evaluation.report import plot_accuracy
+from vllm_vtprune_evaluation.results import Result
 
 RESULTS = publish.ROOT / "docs/benchmarks"
 PUBLISHED = json.loads((RESULTS / "eval-demo.json").read_text())
@@ -21,7 +21,7 @@ DEFAULT = PruningPolicy().method
 @pytest.mark.parametrize("page", publish.PAGES)
 def test_every_table_is_what_the_results_say(page: str) -> None:
     text = (publish.ROOT / page).read_text()
-    assert publish.rendered(text, RESULTS) == text, "run python -m evaluation.publish"
+    assert publish.rendered(text, RESULTS) == text, "run python -m vllm_vtprune_evaluation.publish"
 
 
 def test_every_table_is_published_once() -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.answers import Answers
-from evaluation.questions import pictures
-from evaluation.reference import answer_all, layers_of, reference_arms, reference_model
 from vllm_vtprune.demo.checkpoint import TRAINED
+from vllm_vtprune_evaluation.answers import Answers
+from vllm_vtprune_evaluation.questions import pictures
+from vllm_vtprune_evaluation.reference import answer_all, layers_of, reference_arms, reference_model
 
 
 def test_every_method_in_the_language_model_is_a_row(tmp_path: Path) -> None:

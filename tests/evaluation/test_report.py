@@ -14,8 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from evaluation.report import OKABE_ITO, accuracy_figure, aligned, main, markdown, plot_accuracy, plotted_lines, spread
-from evaluation.results import Result
+from vllm_vtprune_evaluation.report import (
+    OKABE_ITO,
+    accuracy_figure,
+    aligned,
+    main,
+    markdown,
+    plot_accuracy,
+    plotted_lines,
+    spread,
+)
+from vllm_vtprune_evaluation.results import Result
 
 KINDS = {"colour": 0.9, "shape": 0.95}
 OTHERS = ["scope", "cdpruner", "adaptprune", "prumerge", "tome", "dart", "last"]  # best first

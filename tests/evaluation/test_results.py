@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.ablations import ABLATIONS, solver_arms
-from evaluation.answers import Answer, Answers, AnswersError, subject
-from evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, presets, usable
-from evaluation.questions import Picture, is_right, pictures
-from evaluation.report import accuracy_table, budget_table, difference_table, plot_budgets, split_table
-from evaluation.results import (
+from vllm_vtprune.budget import energy_rank, exact_spectrum
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import LLAVA, QWEN2_5_VL, PolicyError
+from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune_evaluation.ablations import ABLATIONS, solver_arms
+from vllm_vtprune_evaluation.answers import Answer, Answers, AnswersError, subject
+from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, check, energy, grid, own_counts, presets, usable
+from vllm_vtprune_evaluation.questions import Picture, is_right, pictures
+from vllm_vtprune_evaluation.report import accuracy_table, budget_table, difference_table, plot_budgets, split_table
+from vllm_vtprune_evaluation.results import (
     adaptive_against_fixed,
     against_reference,
     comparable,
@@ -22,11 +26,7 @@ from evaluation.results import (
     reference_row,
     results,
 )
-from evaluation.thresholds import Measured, mean_kept, threshold_for
-from vllm_vtprune.budget import energy_rank, exact_spectrum
-from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import LLAVA, QWEN2_5_VL, PolicyError
-from vllm_vtprune.selectors.registry import METHODS
+from vllm_vtprune_evaluation.thresholds import Measured, mean_kept, threshold_for
 
 ARM = Arm("random@64", {"method": "random", "budget": {"type": "tokens", "keep": 64}}, "random", 64)
 FEATURES = VisualFeatures(torch.randn(576, 48), torch.randn(576, 32), grid=(24, 24))

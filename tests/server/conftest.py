@@ -29,6 +29,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     In float32, so that the same prompt gets the same answer whatever part of it the prefix cache knows.
     """
     folder = tmp_path_factory.mktemp("server")
+    for name in ("server", "evaluation"):  # a user's own modules, which ours must not take for theirs
+        (folder / f"{name}.py").write_text(f"raise ImportError('the {name}.py of a user')\n")
     log = folder / "server.log"
     (folder / "presets.toml").write_text(PRESETS)
     options = [
@@ -45,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]
-    with running_server(options, log=log) as url:
+    with running_server(options, log=log, environment={"PYTHONPATH": str(folder)}) as url:
         yield Server(url, log)
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.ablations import ABLATIONS, SOLVERS
-from evaluation.calibrate import calibrate
-from evaluation.command import evaluate
 from tests.support.chat import VISUAL_TOKENS, Server, user
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.demo.command import data_url
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.policy import EnergyBudget
 from vllm_vtprune.presets import read_presets
+from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
+from vllm_vtprune_evaluation.calibrate import calibrate
+from vllm_vtprune_evaluation.command import evaluate
 
 pytestmark = pytest.mark.engine
 
@@ -180,7 +180,7 @@ def test_the_smallest_budget_that_retains_enough_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the model that comes with the package, which knows something."""
-    monkeypatch.setattr("evaluation.calibrate.SCENE_QUESTIONS", 60)
+    monkeypatch.setattr("vllm_vtprune_evaluation.calibrate.SCENE_QUESTIONS", 60)
     calibrate(["--retain", "0.6", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "presets.toml")])
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     shares = [float(line[4].strip(" %")) for line in lines]

@@ -10,13 +10,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from server.errors import ImageRefused
-from server.fetch import GuardedConnection, is_public
-from server.images import ImageProblem
-from server.media import GuardedConnector
 from tests.server.test_images import saved
 from tests.support.chat import fresh_picture
 from vllm_vtprune import envs
+from vllm_vtprune_server.errors import ImageRefused
+from vllm_vtprune_server.fetch import GuardedConnection, is_public
+from vllm_vtprune_server.images import ImageProblem
+from vllm_vtprune_server.media import GuardedConnector
 
 PICTURE = fresh_picture()
 

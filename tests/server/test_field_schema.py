@@ -3,9 +3,9 @@
 import pytest
 from pydantic import BaseModel
 
-from server.protocol import PruningChatCompletionRequest
-from server.schema import MEANINGS
 from vllm_vtprune.policy import EnergyBudget, MethodBudget, PruningPolicy, RatioBudget, TextOptions, TokensBudget
+from vllm_vtprune_server.protocol import PruningChatCompletionRequest
+from vllm_vtprune_server.schema import MEANINGS
 
 MODELS = [PruningPolicy, EnergyBudget, RatioBudget, TokensBudget, MethodBudget, TextOptions]
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import ExifTags, Image
 from vllm.multimodal.media.image import ImageMediaIO
 
-from server.images import ImageIntake, ImageProblem
-from server.media import GuardedConnector
 from tests.support.chat import fresh_picture, url_of
 from tests.support.images import sample_images
 from vllm_vtprune import envs
+from vllm_vtprune_server.images import ImageIntake, ImageProblem
+from vllm_vtprune_server.media import GuardedConnector
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -16,17 +16,17 @@ from subprocess import CompletedProcess
 import pytest
 
 import vllm_vtprune
-from server import launch
-from server.policies import Policies
 from tests.support.chat import leaks
 from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
+from vllm_vtprune_server import launch
+from vllm_vtprune_server.policies import Policies
 
 Run = CompletedProcess[str]
 CLI = ("-m", "vllm_vtprune.cli")
 # As if our endpoint plugin failed to load, which vLLM logs and then goes on, too.
 WITHOUT_OUR_ROUTES = """
 import sys
-sys.modules["server.plugin"] = None
+sys.modules["vllm_vtprune_server.plugin"] = None
 from vllm_vtprune.cli import main
 main(sys.argv[1:])
 """

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from starlette.datastructures import State
 
-from server.plugin import ServerPlugin
+from vllm_vtprune_server.plugin import ServerPlugin
 
 
 @pytest.mark.parametrize("processor", [None, object()])

@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Iterator
 import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from server import shutdown
-from server.serving import _watch
-from server.shutdown import ServerStopping
-from server.trace import Trace
+from vllm_vtprune_server import shutdown
+from vllm_vtprune_server.serving import _watch
+from vllm_vtprune_server.shutdown import ServerStopping
+from vllm_vtprune_server.trace import Trace
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.stream import with_last_event_completed
+from vllm_vtprune_server.stream import with_last_event_completed
 
 DONE = "data: [DONE]\n\n"
 COMMENT = ": keep-alive\n\n"

@@ -12,11 +12,11 @@ from prometheus_client import REGISTRY
 from pythonjsonlogger.json import JsonFormatter
 from vllm.logging_utils.formatter import JSON_FORMAT
 
-from server.trace import Trace, logger
 from tests.support.chat import Server, fresh_url, user
 from vllm_vtprune import metrics
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport, StageRun
+from vllm_vtprune_server.trace import Trace, logger
 
 PRUNED = ImageReport("resprune", 576, 64, 0.99, ("secret",))
 WHOLE = ImageReport("none", 576, 576)

@@ -8,8 +8,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
 from vllm.exceptions import VLLMValidationError
 
-from server.protocol import PruningChatCompletionRequest
-from server.validation import MAX_MESSAGE, MAX_PARAM, explain
+from vllm_vtprune_server.protocol import PruningChatCompletionRequest
+from vllm_vtprune_server.validation import MAX_MESSAGE, MAX_PARAM, explain
 
 USER = {"role": "user", "content": "Where is the dog?"}
 TOOL = {"type": "function", "function": {"name": "look"}}
