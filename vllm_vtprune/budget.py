@@ -1,4 +1,9 @@
-"""How many tokens to keep: spectral energy (E-AdaPrune, Eq. 4-6 and Algorithms 1 and 2) or a fixed count."""
+"""How many tokens to keep: spectral energy (E-AdaPrune, Eq. 4-6 and Algorithms 1 and 2) or a fixed count.
+
+Features may lie on a GPU, most of which are slow in float64. There, products and orthogonal bases are in float32;
+eigenvalues of what is small by then, sums, and all that has to be in float64 are the CPU's. What float32 may be off by
+is the spectrum's ``rounding``, on either.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from torch import Tensor
 
 from vllm_vtprune.features import VisualFeatures, require_finite
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+from vllm_vtprune.precision import full_float32
 
 Solver: TypeAlias = Literal["auto", "exact", "rsvd"]
 
@@ -68,9 +74,9 @@ def exact_spectrum(features: Tensor) -> Spectrum:
     """All squared singular values of ``F (N, d_v)`` in float64, as eigenvalues of its smaller Gram matrix.
 
     What lies below ``max(N, d_v) * 2e-16`` of the largest counts as zero, so that threshold 1 asks for the numerical
-    rank.
+    rank. On a CPU, wherever the features are.
     """
-    found = gram_spectrum(features, torch.float64)
+    found = gram_spectrum(features.cpu(), torch.float64)
     floor = found.energies[0] * max(features.shape) * torch.finfo(torch.float64).eps
     energies = torch.where(found.energies > floor, found.energies, 0.0)
     return Spectrum(energies, float(energies.cumsum(0)[-1]))
@@ -79,12 +85,15 @@ def exact_spectrum(features: Tensor) -> Spectrum:
 def gram_spectrum(features: Tensor, dtype: torch.dtype) -> Spectrum:
     """All squared singular values of ``F (N, d_v)``, as eigenvalues of its smaller Gram matrix in ``dtype``.
 
-    In float32, ``F`` must be of a size whose square float32 can hold.
+    In float32, ``F`` must be of a size whose square float32 can hold. Of one on a GPU, only the product is computed
+    there.
     """
     matrix = features.to(dtype)
     rows, columns = matrix.shape
     gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
-    energies = torch.linalg.eigvalsh(gram).double().flip(0).clamp(min=0).cpu()
+    if gram.device.type != "cpu":
+        gram = gram.cpu().double()
+    energies = torch.linalg.eigvalsh(gram).double().flip(0).clamp(min=0)
     total = float(gram.diagonal().sum(dtype=torch.float64))
     return Spectrum(energies, total, rounding=0.0 if dtype == torch.float64 else ROUNDING * total)
 
@@ -98,15 +107,15 @@ def randomized_spectrum(
     true ones, so a rank read from them is not too small, and the total is exact. Without power steps they are too low
     to be of use.
     """
-    matrix = features.double() if features.is_cuda else features.float()  # float32 may be TF32 there
+    matrix = features.float()
     probes = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ probes).Q
     for _ in range(power_iterations):
         basis = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
-    projected = (basis.T @ matrix).double()
-    energies = torch.linalg.eigvalsh(projected @ projected.T).flip(0).clamp(min=0).cpu()
-    return Spectrum(energies, float(matrix.double().square().sum()))
+    projected = (basis.T @ matrix).cpu().double()
+    energies = torch.linalg.eigvalsh(projected @ projected.T).flip(0).clamp(min=0)
+    return Spectrum(energies, squared_norm(matrix))
 
 
 def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generator | None = None) -> Spectrum | None:
@@ -118,13 +127,12 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
     inside plus all that is outside (Ky Fan). None as soon as it looks as if it would have to grow beyond its share of
     the smaller side, as the flat tail of a power law makes it, or closer to ``threshold`` than rounding allows.
 
-    In float32; on a GPU in float64, because float32 products may be set to TF32 there, which is too coarse. ``F`` must
-    be of a size whose square float32 can hold.
+    ``F`` must be of a size whose square float32 can hold.
     """
-    matrix = features.double() if features.is_cuda else features.float()
+    matrix = features.float()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64) ** 2)
+    total = squared_norm(matrix)
     side, length = matrix.shape
     widest = int(KRYLOV_SHARE * side)
     basis, projected = matrix.new_empty(widest, side), matrix.new_empty(widest, length)
@@ -137,12 +145,12 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
         directions = block.T
         basis[width : width + KRYLOV_BLOCK] = directions
         rows = torch.mm(directions, matrix, out=projected[width : width + KRYLOV_BLOCK])
-        was_outside, outside = outside, outside - float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
+        was_outside, outside = outside, outside - squared_norm(rows)
         if outside < -rounding:  # some of it was counted twice
             return None
         if outside <= tail / 4:  # else no use to look
             inside = projected[: width + KRYLOV_BLOCK]
-            energies = torch.linalg.eigvalsh((inside @ inside.T).double()).flip(0).clamp(min=0).cpu()
+            energies = torch.linalg.eigvalsh((inside @ inside.T).cpu().double()).flip(0).clamp(min=0)
             found = Spectrum(energies, total, max(outside, 0.0), rounding)
             if found.settles(threshold):
                 return found
@@ -153,7 +161,16 @@ def krylov_spectrum(features: Tensor, threshold: float, generator: torch.Generat
     return None
 
 
+def squared_norm(matrix: Tensor) -> float:
+    """``||F||_F^2`` in float64; on a GPU the length of each row is in float32."""
+    if matrix.device.type == "cpu":
+        return float(torch.linalg.vector_norm(matrix, dtype=torch.float64) ** 2)
+    lengths = torch.linalg.vector_norm(matrix.float(), dim=1)
+    return float(lengths.cpu().double().square().sum())
+
+
 @torch.no_grad()
+@full_float32()
 def spectrum(
     features: Tensor,
     threshold: float,
@@ -166,8 +183,8 @@ def spectrum(
 
     ``exact``: all singular values in float64. ``rsvd``: the paper's solver, with ``rank`` doubled until the threshold
     is reached; exact once that takes all components, or the threshold is within rounding of all energy. ``auto``: the
-    cheapest that settles the rank to 1 %, of a Krylov subspace (where ``F`` is large), all eigenvalues in float32 (on a
-    CPU), and ``exact``.
+    cheapest that settles the rank to 1 %, of a Krylov subspace (where ``F`` is large), all eigenvalues in float32, and
+    ``exact``.
 
     Raises:
         ValueError: when ``F`` is not a non-empty matrix of finite numbers, or ``threshold`` not in (0, 1].
@@ -186,14 +203,13 @@ def spectrum(
             if found.rank_at(threshold) is not None:
                 return found
             rank *= 2
-    if solver == "auto" and 1e-9 < torch.linalg.vector_norm(features, dtype=torch.float64) < 1e9:
+    if solver == "auto" and 1e-18 < squared_norm(features) < 1e18:
         subspace = krylov_spectrum(features, threshold, generator) if smaller_side >= KRYLOV_FROM else None
         if subspace is not None:
             return subspace
-        if not features.is_cuda:
-            rounded = gram_spectrum(features, torch.float32)
-            if rounded.settles(threshold):
-                return rounded
+        rounded = gram_spectrum(features, torch.float32)
+        if rounded.settles(threshold):
+            return rounded
     return exact_spectrum(features)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures, require_finite
 from vllm_vtprune.policy import LLAVA, FamilyDefaults, MethodBudget, PolicyError, PruningPolicy
+from vllm_vtprune.precision import full_float32
 from vllm_vtprune.selectors.merged import Merged
-from vllm_vtprune.selectors.registry import SELECTORS, Input
+from vllm_vtprune.selectors.registry import SELECTORS, Input, MethodSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class PruningPlan:
 
 
 @torch.no_grad()
+@full_float32()
 def plan_tokens(
     features: VisualFeatures,
     policy: PruningPolicy,
@@ -70,29 +73,40 @@ def plan_tokens(
     for name in ("encoder", "cls_attention", "overview_attention", "keys"):
         if name in policy.spec.reads and (given := getattr(features, name)) is not None:
             require_finite(name, given)
+    read = features if policy.spec.runs_on == "device" else _on_cpu(features, policy.spec)
     if text_embeds is not None:
-        text_embeds = _checked_text(text_embeds, features) if policy.conditions_on_text else None
+        text_embeds = _checked_text(text_embeds, read) if policy.conditions_on_text else None
 
     started = perf_counter()
     most = n if policy.spec.max_keep is None else policy.spec.max_keep(features)
     energy: float | None = None
     if isinstance(policy.budget, MethodBudget):
-        k = policy.spec.load_own_count()(features, policy, text_embeds)
+        k = policy.spec.load_own_count()(read, policy, text_embeds)
     else:
         k, energy = token_budget(policy.budget, features, seed=policy.seed, most=most)
     k = min(k, most)
     budgeted = perf_counter()
-    chosen = policy.spec.load()(features, k, policy, text_embeds)
-    order = chosen.order if isinstance(chosen, Merged) else chosen
+    chosen = policy.spec.load()(read, k, policy, text_embeds)
+    order = (chosen.order if isinstance(chosen, Merged) else chosen).to(features.embeds.device)
     kept, ranks = order.sort()
     if isinstance(chosen, Merged) and k < n:
-        embeds = chosen.embeds[ranks]
+        embeds = chosen.embeds.to(order.device)[ranks]
     else:
         embeds = features.embeds[kept]  # where every token stays, nothing is merged
     if embeds.is_cuda:
         torch.cuda.synchronize(embeds.device)  # or the clock stops before the work does
     timings = {"budget": budgeted - started, "select": perf_counter() - budgeted}
     return PruningPlan(kept, order, k, energy, embeds, timings)
+
+
+def _on_cpu(features: VisualFeatures, method: MethodSpec) -> VisualFeatures:
+    """The same features on the CPU; of those on a GPU, without what the method does not read."""
+    if features.embeds.device.type == "cpu":
+        return features
+    names: set[Input] = {"cls_attention", "overview_attention", "keys"}
+    unread: dict[str, Any] = dict.fromkeys(names - method.reads)
+    encoder = features.encoder if "encoder" in method.reads else features.embeds
+    return replace(features, encoder=encoder, **unread).to("cpu")
 
 
 def _provided(features: VisualFeatures) -> frozenset[Input]:

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.selectors.similarity import squared_lengths, unit_rows
 
 RIDGE = 1.0  # of the mean eigenvalue of V V^T, which is the tokens' mean squared length
 DECIMALS = 10  # of scores and cosines: equal tokens differ by less
 TINY = torch.finfo(torch.float64).tiny
+BLOCK = 64  # rows whose products are computed at once
+STRETCH = 1024  # columns turned to float64 at once
+NEAREST = 2  # tokens whose cosine with a token is computed again in float64
 
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
@@ -25,29 +29,60 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     cosine, if above 0, with a token whose leverage is higher, or equal at a smaller position. It does not depend on
     ``k``.
     """
-    tokens = features.embeds.double()
-    products = tokens @ tokens.T
-    energy = products.diagonal().clone()
-    scores = ridge_leverage(tokens, products, float(energy.mean().clamp(min=TINY)) * RIDGE)
-    lengths = energy.sqrt().clamp(min=TINY)
-    cosines = products.div_(lengths).div_(lengths[:, None])  # in place: N x N is 800 MB for 10,000 tokens
-    rank = scores.sort(descending=True, stable=True).indices.argsort()
-    likeness = cosines.masked_fill_(rank >= rank[:, None], 0.0).amax(dim=1)
+    energy = squared_lengths(features.embeds)
+    scores = ridge_leverage(features.embeds, float(energy.mean().clamp(min=TINY)) * RIDGE)
+    ranking = scores.sort(descending=True, stable=True).indices
+    likeness = torch.empty_like(scores)
+    likeness[ranking] = likeness_to_those_before(features.embeds[ranking])
     return (scores * (1 - likeness).round(decimals=DECIMALS)).sort(descending=True, stable=True).indices[:k]
 
 
-def ridge_leverage(tokens: Tensor, products: Tensor, ridge: float) -> Tensor:
-    """``(N,)`` ridge leverage scores of ``tokens (N, d)``, from 0 to 1, with the smaller of their Gram matrices.
+def ridge_leverage(tokens: Tensor, ridge: float) -> Tensor:
+    """``(N,)`` ridge leverage scores of ``tokens (N, d)``, from 0 to 1, in float64.
 
-    ``products (N, N)`` are those of the tokens; the inverse of ``V V^T + ridge I`` has ``(1 - score) / ridge`` on its
-    diagonal. All in float64.
+    With the smaller of their Gram matrices: the inverse of ``V V^T + ridge I`` has ``(1 - score) / ridge`` on its
+    diagonal.
     """
     wide = tokens.shape[0] <= tokens.shape[1]
-    gram = products.clone() if wide else tokens.T @ tokens
+    gram = lower_gram(tokens if wide else tokens.T)
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
     if wide:
         scores = 1 - ridge * torch.cholesky_inverse(factor).diagonal()
     else:
-        scores = torch.linalg.solve_triangular(factor, tokens.T, upper=False).square().sum(dim=0)
+        chunks = (chunk.double().T for chunk in torch.split(tokens, STRETCH))
+        solved = (torch.linalg.solve_triangular(factor, chunk, upper=False) for chunk in chunks)
+        scores = torch.cat([columns.square().sum(dim=0) for columns in solved])
     return scores.round(decimals=DECIMALS)
+
+
+def lower_gram(rows: Tensor) -> Tensor:
+    """``(m, m)`` products of the ``rows (m, l)`` with each other in float64, on and below the diagonal."""
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for stretch in torch.split(rows, STRETCH, dim=1):
+        exact = stretch.double()
+        for first in range(0, len(rows), BLOCK):
+            last = min(first + BLOCK, len(rows))
+            gram[first:last, :last].addmm_(exact[first:last], exact[:last].T)
+    return gram
+
+
+def likeness_to_those_before(tokens: Tensor) -> Tensor:
+    """``(N,)``: the largest cosine, if above 0, of each of the ``tokens (N, d)`` with one before it, in float64.
+
+    Those with the largest cosines are found in float32.
+    """
+    unit = unit_rows(tokens)
+    lengths = squared_lengths(tokens).sqrt().clamp(min=TINY)
+    found = [torch.zeros(1, dtype=torch.float64)]
+    for first in range(1, len(tokens), BLOCK):
+        last = min(first + BLOCK, len(tokens))
+        cosines = unit[first:last] @ unit[: last - 1].T
+        after = torch.ones_like(cosines, dtype=torch.bool).triu_(first)
+        near = cosines.masked_fill_(after, -torch.inf).topk(min(NEAREST, last - 1)).indices
+        rows = tokens[first:last].double()
+        products = torch.stack([torch.linalg.vecdot(rows, tokens[one].double()) for one in near.T], dim=1)
+        exact = products / lengths[first:last, None] / lengths[near]
+        before = near < torch.arange(first, last)[:, None]
+        found.append(exact.masked_fill(~before, 0.0).amax(dim=1).clamp(min=0))
+    return torch.cat(found)

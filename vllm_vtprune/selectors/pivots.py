@@ -2,7 +2,8 @@
 
 Greedy residual energy (ResPrune) and the greedy map of a determinantal point process (CDPruner) are this recurrence:
 with ``G = V V^T``, ``c = (G[:, i] - L L[i]^T) / sqrt(e_i)`` and ``e -= c^2``. Taken step by step it is bound by memory,
-as each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks are drafted and checked, in panels:
+as each of the ``k`` steps reads ``V`` or the factor once, and on a GPU by the host, which has to see each pick. So the
+picks are drafted and checked, in panels:
 
 1. scores only fall, so the next picks are almost always among the tokens with the best scores now: draft them within
    the small Gram matrix of those;
@@ -12,8 +13,12 @@ as each of the ``k`` steps reads ``V`` or the factor once. So on a CPU the picks
 The picks are those of the step-by-step form. Products are in float32, and decisions in float64. What tokens share (real
 ones share most of their energy) would drown in rounding what tells them apart: so after the first few picks their part
 is computed again in float64, and later picks enter the products without it. Where they share nearly all of it, that
-happens after the first pick already. The GPU's form is in
-:mod:`~vllm_vtprune.selectors.pivots_triton`.
+happens after the first pick already.
+
+A CPU and a GPU run the same code, but for the draft: on a GPU one kernel makes it
+(:mod:`~vllm_vtprune.selectors.pivots_triton`), and the host is asked a few times for each panel. In float64 are single
+numbers for each token, panels, and a few tokens at once, never all tokens or a matrix of tokens by tokens:
+:func:`peak_bytes` says what that needs.
 """
 
 import numpy as np
@@ -24,12 +29,18 @@ from torch import Tensor
 SPANNED = 1e-5  # residual, as a share of the token's own energy, that may be rounding of a float32 product
 NEGLIGIBLE = 1e-12  # the same, as a share of the largest token's energy
 LEAST_PANEL = 48  # picks drafted at once; a tenth of all where that is more, so that V is read ten times
+MOST_PANEL = 256  # but no more than these, as a panel holds float64 numbers for each token and pick
+GPU_PANEL = 64
 CANDIDATES = 2  # tokens among which a panel is drafted, as a multiple of its picks
 
 FIRST_PANEL = 16
 HEAD = 8  # picks, at least, whose directions hold what the tokens share
 NEARLY_ALL = 0.99  # share of all energy on the first direction, from which on the next picks cannot wait for that
 CHUNK = 128  # tokens turned to float64 at once
+GPU_CHUNK = 1024
+
+PANEL_COPIES = 6  # float64 numbers for each token and pick of a panel, at one time
+TOKEN_VECTORS = 16  # float64 numbers for each token, at one time
 
 Floats = NDArray[np.float64]
 
@@ -47,14 +58,16 @@ def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: 
         seed: the first pivot.
         k: how many, ``1..N``.
     """
-    spanned = spanned_below(energy)
-    if tokens.is_cuda:
-        from vllm_vtprune.selectors.pivots_triton import pivots  # Triton comes with torch's CUDA builds
+    return _Factorisation(tokens, energy, gate, spanned_below(energy), k).run(seed)
 
-        seeds = torch.tensor([seed], device=tokens.device)
-        with torch.cuda.device(tokens.device):  # Triton launches on the current device
-            return pivots(tokens[None], energy[None], gate[None], spanned[None], seeds, k)[0]
-    return _Factorisation(tokens, energy, gate, spanned, k).run(seed)
+
+def peak_bytes(n: int, d: int, k: int) -> int:
+    """The most memory that ``k`` picks of ``n`` tokens of width ``d`` take on a GPU, the tokens in float32 included."""
+    tokens, factor = 4 * n * d, 4 * n * min(k, d)
+    panel = (4 + 8 * PANEL_COPIES) * n * min(GPU_PANEL, k)
+    chunk = 8 * d * (min(GPU_CHUNK, n) + 4 * HEAD) + 8 * min(GPU_CHUNK, n) * 4 * HEAD
+    draft = min(CANDIDATES * GPU_PANEL, n)
+    return tokens + factor + max(panel, chunk) + 4 * d * draft + 8 * 4 * draft * draft + 8 * TOKEN_VECTORS * n
 
 
 def spanned_below(energy: Tensor) -> Tensor:
@@ -67,40 +80,48 @@ class _Factorisation:
 
     def __init__(self, tokens: Tensor, energy: Tensor, gate: Tensor, spanned: Tensor, k: int) -> None:
         self.tokens, self.gate, self.spanned, self.k = tokens, gate, spanned, k
-        self.factor = tokens.new_empty(k, len(tokens))  # row j: every token's coefficient on the j-th direction
+        self.on_cpu = tokens.device.type == "cpu"
+        # row j: every token's coefficient on the j-th direction, of which there are no more than tokens are wide
+        self.factor = tokens.new_empty(min(k, tokens.shape[1]), len(tokens))
         self.directions = 0
         self.head = tokens.new_empty(0, tokens.shape[1], dtype=torch.float64)  # (h, d) the first directions themselves
         self.sharpen_at = HEAD  # directions
         self.residual = energy.clone()
         self.late = -1 / gate  # score of a spanned token: below every other, since those are positive
-        self.order: list[int] = []
-        self.pivots: list[int] = []  # those of `order` that brought a direction
+        self.order = torch.empty(0, dtype=torch.long, device=tokens.device)
+        self.pivots = self.order  # those of `order` that brought a direction
 
     def run(self, seed: int) -> Tensor:
         energy, pick = self.residual, seed
         while len(self.order) < self.k:
-            if self.residual[pick] > self.spanned[pick]:
-                panel = max(LEAST_PANEL, self.k // 10) if len(self.head) >= HEAD else FIRST_PANEL
-                candidates = self._candidates(pick, CANDIDATES * panel)
-                self._accept(self._draft(candidates, pick, min(panel, self.k - len(self.order))))
+            room = min(self.k - len(self.order), len(self.factor) - self.directions)
+            if room and self.residual[pick] > self.spanned[pick]:
+                candidates = self._candidates(pick, CANDIDATES * self._panel())
+                self._accept(self._draft(candidates, pick, min(self._panel(), room)))
                 if self.directions >= self.sharpen_at:
                     self._sharpen(energy)
-            elif not self.order:  # a seed that is next to zero
-                self._take([pick])
+            elif not len(self.order):  # a seed that is next to zero
+                self._take(torch.tensor([pick], device=self.order.device))
             else:
                 rest = self.late.sort(descending=True, stable=True).indices
-                self.order += rest[: self.k - len(self.order)].tolist()
+                self.order = torch.cat([self.order, rest[: self.k - len(self.order)]])
             pick = int(self._scores(self.residual).argmax())
-        return torch.tensor(self.order, device=self.tokens.device)
+        return self.order
+
+    def _panel(self) -> int:
+        """How many picks to draft."""
+        if len(self.head) < HEAD:
+            return FIRST_PANEL
+        return min(max(LEAST_PANEL, self.k // 10), MOST_PANEL) if self.on_cpu else GPU_PANEL
 
     def _scores(self, residual: Tensor) -> Tensor:
         """Scores ``(N,)`` at residuals ``(N,)``, or ``(b, N)`` at ``(b, N)``."""
         return torch.where(residual > self.spanned, residual * self.gate, self.late)
 
-    def _take(self, picks: list[int]) -> None:
-        self.order += picks
-        self.residual[picks] = 0.0
-        self.late[picks] = -torch.inf
+    def _take(self, picks: Tensor) -> None:
+        self.order = torch.cat([self.order, picks])
+        self.residual.index_fill_(0, picks, 0.0)
+        self.late.index_fill_(0, picks, -torch.inf)
 
     def _candidates(self, pick: int, count: int) -> Tensor:
         """The tokens with the best scores, ``pick`` among them, ascending."""
@@ -111,12 +132,17 @@ class _Factorisation:
     def _draft(self, candidates: Tensor, pick: int, count: int) -> Tensor:
         """The next picks, at most ``count``, if none but the candidates could be picked."""
         tokens = self.tokens.index_select(0, candidates)
-        known = self.factor[: self.directions].index_select(1, candidates)
-        gram = torch.addmm(tokens @ tokens.T, known.T, known, alpha=-1).double().numpy()
-        gate, spanned = self.gate[candidates].numpy(), self.spanned[candidates].numpy()
-        residual = self.residual[candidates].numpy()
-        place = int(torch.searchsorted(candidates, pick))
-        return candidates[_steps(gram, residual, gate, spanned, place, count)]
+        shared, known = self.factor[: self.directions].index_select(1, candidates).tensor_split([len(self.head)])
+        tokens = torch.addmm(tokens, shared.T, self.head.to(tokens.dtype), alpha=-1)
+        gram = torch.addmm(tokens @ tokens.T, known.T, known, alpha=-1).double()
+        residual, gate, spanned = self.residual[candidates], self.gate[candidates], self.spanned[candidates]
+        place = (candidates == pick).nonzero()[0]
+        if self.on_cpu:
+            steps = _steps(gram.numpy(), residual.numpy(), gate.numpy(), spanned.numpy(), int(place), count)
+            return candidates[steps]
+        from vllm_vtprune.selectors.pivots_triton import draft  # Triton comes with torch's GPU builds
+
+        return candidates[draft(gram, residual, gate, spanned, place, count)]
 
     def _accept(self, draft: Tensor) -> None:
         """Factorise by the draft, as far as its picks are what the scores of all tokens ask for."""
@@ -131,32 +157,34 @@ class _Factorisation:
         lower, failed_at = torch.linalg.cholesky_ex(corner)
         usable = int(failed_at) - 1 if failed_at else len(draft)
         rows = torch.linalg.solve_triangular(lower[:usable, :usable], columns[:usable], upper=False)
-        residual = self.residual - rows.square().cumsum(dim=0)  # (b, N): after each pick
+        residual = rows.square().cumsum_(dim=0).neg_().add_(self.residual)  # (b, N): after each pick
+        draft = draft[:usable]
         scores = self._scores(residual)
-        place = torch.arange(usable)
+        place = torch.arange(usable, device=draft.device)
         chosen = place[:, None] >= place[None, :]  # (after pick, pick)
-        scores[:, draft[:usable]] = scores[:, draft[:usable]].masked_fill(chosen, -torch.inf)
-        agrees = scores[:-1].argmax(dim=1) == draft[1:usable]
+        scores[:, draft] = scores[:, draft].masked_fill(chosen, -torch.inf)
+        agrees = scores[:-1].argmax(dim=1) == draft[1:]
         accepted = 1 + int(agrees.cumprod(dim=0).sum())
         if self.directions == 0 and residual[0].sum() < (1 - NEARLY_ALL) * self.residual.sum():
             accepted = self.sharpen_at = 1
         self.factor[self.directions : self.directions + accepted] = rows[:accepted]
         self.directions += accepted
-        self.pivots += draft[:accepted].tolist()
-        self.residual = residual[accepted - 1]
-        self._take(draft[:accepted].tolist())
+        self.pivots = torch.cat([self.pivots, draft[:accepted]])
+        self.residual = residual[accepted - 1].clone()
+        self._take(draft[:accepted])
 
     def _sharpen(self, energy: Tensor) -> None:
         """Compute anew, in float64, the first directions, every token's coefficients on them, and what they leave."""
         rows = self.tokens[self.pivots].double()
         self.head = torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.T), rows, upper=False)
-        exact = self.tokens.new_empty(CHUNK, self.tokens.shape[1], dtype=torch.float64)  # fresh memory is slow
-        for first in range(0, len(self.tokens), CHUNK):
-            chunk = self.tokens[first : first + CHUNK]
+        size = CHUNK if self.on_cpu else GPU_CHUNK
+        exact = rows.new_empty(min(size, len(self.tokens)), self.tokens.shape[1])  # fresh memory is slow
+        for first in range(0, len(self.tokens), size):
+            chunk = self.tokens[first : first + size]
             coefficients = self.head @ exact[: len(chunk)].copy_(chunk).T
-            self.factor[: len(self.head), first : first + CHUNK] = coefficients
-            self.residual[first : first + CHUNK] = energy[first : first + CHUNK] - coefficients.square().sum(dim=0)
-        self.residual[self.order] = 0.0
+            self.factor[: len(self.head), first : first + size] = coefficients
+            self.residual[first : first + size] = energy[first : first + size] - coefficients.square().sum(dim=0)
+        self.residual.index_fill_(0, self.order, 0.0)
         self.sharpen_at = HEAD if len(self.head) < HEAD else self.k + 1  # not again
 
 

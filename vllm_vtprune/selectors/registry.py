@@ -74,6 +74,9 @@ class MethodSpec:
         max_keep: the most tokens the method can return for given features; None for all of them.
         merges: the kept tokens take in those that leave, so their embeddings change.
         own_count: the method can find its own count (``budget.type`` ``"method"``).
+        runs_on: ``cpu``: its inputs are copied to the CPU, once, wherever the features are; for what goes from pick to
+            pick, which a GPU would have to tell the host. ``device``: where the features are. Then it must not ask the
+            host for each pick, and have no matrix in float64.
         preprocesses: the method scales the picture before it is encoded, and chooses none of its tokens: there is no
             ``select``, and budgets that need features are refused.
         idle: the parameters that cannot change the picks, given the others; ``"text"`` among them means that the
@@ -93,6 +96,7 @@ class MethodSpec:
     max_keep: Callable[[VisualFeatures], int] | None = None
     merges: bool = False
     own_count: bool = False
+    runs_on: Literal["cpu", "device"] = "cpu"
     preprocesses: bool = False
     idle: Callable[[PruningPolicy], frozenset[str]] = _nothing_idle
 
@@ -157,6 +161,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 uses=frozenset({"text", "cls_attention", "grid"}),
                 parameters=frozenset({"text", "gate", "alpha", "relevance", "seed_token", "rank_by"}),
                 equivariant=True,
+                runs_on="device",
                 idle=_resprune_idle,
             ),
             MethodSpec(
@@ -188,6 +193,7 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 uses=frozenset({"text"}),
                 parameters=frozenset({"text"}),
                 equivariant=True,
+                runs_on="device",
             ),
             MethodSpec(
                 name="scope",

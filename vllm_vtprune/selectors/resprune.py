@@ -55,8 +55,6 @@ def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
     if form == "mean_token":
         text = text.mean(dim=0, keepdim=True)
     text = torch.ldexp(text, -torch.frexp(text.abs().amax()).exponent)  # squares stay in the range of float32
-    if tokens.is_cuda:  # where float32 products may be set to TF32, which is too coarse
-        tokens, text = tokens.double(), text.double()
     cosines = tokens @ normalize(text, dim=1, eps=TINY).T
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
 

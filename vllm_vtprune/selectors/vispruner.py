@@ -13,6 +13,7 @@ from vllm_vtprune.selectors.similarity import unit_rows
 IMPORTANT = 0.5  # share of the budget that goes by attention
 PER_ROUND = 8  # duplicates removed at once
 BLOCK = 32  # tokens looked at first in a round
+MOST_AT_ONCE = 512  # tokens looked at together
 
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
@@ -51,7 +52,7 @@ def thin_out(unit: Tensor, count: int) -> Tensor:
             matches = cosines[rows]
             nearest[rows] = (matches + between).amax(dim=1)
             bounds[rows] = (matches + among).amax(dim=1)
-            looked_at, block = looked_at + len(rows), 2 * block
+            looked_at, block = looked_at + len(rows), min(2 * block, MOST_AT_ONCE)
             if looked_at < len(candidates) and nearest.topk(removed).values[-1] > bounds[candidates[looked_at]]:
                 break
         duplicates = nearest.sort(descending=True, stable=True).indices[:removed]
