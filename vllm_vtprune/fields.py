@@ -1,7 +1,7 @@
-"""Instructions to read something off a document: which words name its fields, and which only say how to answer.
+"""Instructions: which of their words only say what to do and how to answer, and which name the fields of a document.
 
 "Extract the due date and total as JSON" asks for a date and a total. The verb, the format, and the likes of "the
-following fields" point at nothing in the image.
+following fields" point at nothing in the image. Neither does the verb of "Count apples", nor "bounding box".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vllm_vtprune.chunks import Tagged
-from vllm_vtprune.tagger import COLOURS, FUNCTION_WORDS, readings, word_set
+from vllm_vtprune.tagger import COLOURS, DETERMINERS, FUNCTION_WORDS, QUANTITIES, readings, word_set
 
 Span = tuple[int, int]
 """Where something begins and ends in a prompt, in characters."""
@@ -21,12 +21,14 @@ class Instructions(NamedTuple):
     """What was found in a prompt.
 
     Attributes:
-        silent: what says how to answer.
+        silent: what says what to do and how to answer.
         lists: instructions that name fields of a document.
+        verbs: those of ``silent`` behind which the object of an instruction stands.
     """
 
     silent: list[Span]
     lists: list[Span]
+    verbs: list[Span]
 
 
 IDENTIFIER = re.compile(r"(?<!\w)(?:[A-Za-z][^\W_]*(?:_[^\W_]+)+|[a-z]{2,}\d*(?:[A-Z][a-z0-9]*)+)(?!\w)")
@@ -38,16 +40,23 @@ _PIECE = re.compile(
     r'"(?P<double>[^"\\\n]{1,200})"(?=\s{0,8}:)'
     r"|'(?P<single>[^'\\\n]{1,200})'(?=\s{0,8}:)"
     r"|(?<!\w)(?P<bare>[A-Za-z_]\w{1,63})(?=[ \t]{0,8}:)"
-    r'|"(?:[^"\\\n]|\\.){0,1000}"'
+    r'|"(?:[^"\\\n]|\\.){0,200}+"'
     r"|[{}]"
 )
+_PLACE = re.compile(
+    r"(?:b?box|bounding_?box|polygon)(?:es|s)?_?[23]d|bbox(?:es)?|bounding_?box(?:es)?|polygons?|point(?:s?_[23]d)?|"
+    r"coord(?:inate)?s|[xy](?:_?(?:\d|min|max|c|center|centre))?|c[xy]",
+    re.IGNORECASE,
+)
+_BESIDE_PLACE = word_set("label labels class category confidence score text_content width height w h")
 
 
 def quote_keys(prompt: str) -> str:
     """``prompt`` with every JSON template replaced by its keys, in quotes; a JSON schema by those of its properties.
 
     ``{"total": "", "items": [{"price": 0}]}`` becomes ``"total", "items", "price"``. A template need not be valid JSON.
-    Braces that hold no key stay as they are.
+    Braces that hold no key stay as they are. Of a template for places ("bbox_2d", "label"), no key says what is looked
+    for: these leave nothing.
     """
     text, done = "", 0
     start, open_under, last = 0, list[str](), ""  # open_under: the keys whose values the open braces are in
@@ -62,9 +71,10 @@ def quote_keys(prompt: str) -> str:
             open_under.pop()
             last = ""
             if not open_under and keys:
-                properties = [key for under, key in keys if under == "properties"]
-                quoted = [f'"{key}"' for key in properties or [key for _, key in keys]]
-                text += prompt[done:start] + ", ".join(quoted)
+                names = [key for under, key in keys if under == "properties"] or [key for _, key in keys]
+                if any(_PLACE.fullmatch(name) for name in names):
+                    names = [name for name in names if not _PLACE.fullmatch(name) and name not in _BESIDE_PLACE]
+                text += prompt[done:start] + ", ".join(f'"{name}"' for name in names)
                 done = piece.end()
         elif piece.lastgroup and open_under:
             last = piece[piece.lastgroup]
@@ -134,7 +144,6 @@ _IN_REQUESTS = [
         rf"\b(?:{_HAVING}[ \t]+)?(?:{_WHICH}[ \t]+)*(?:(?:key|main|data|form)[ \t]+)?fields?\b",
         rf"\bfollowing[ \t]+(?:(?:key|main|important|data|structured)[ \t]+)?{_CONTENTS}\b",
         rf"\b(?:{_NAMES}|values?|information|info|details?|data|schemas?|templates?)(?=[ \t]*:)",
-        r"```\w*",
     )
 ]
 _COORDINATE = r"[\[(]?(?:[xy][ _]?(?:\d|min|max|c|center|centre|left|right|top|bottom)?|c[xy]|[wh]|width|height)[\])]?"
@@ -143,8 +152,29 @@ _ANYWHERE = [
     for pattern in (
         rf"[\[({{](?=[\[(]?c?[xy]){_COORDINATE}(?:[ \t]*,[ \t]*{_COORDINATE}){{1,7}}[ \t]*[\])}}]",
         r"^[ \t]*(?:[-*•][ \t]|\(?\d{1,3}[.)](?=\s))",  # what an item of a list begins with
+        r"\b(?:bounding[ -]box(?:es)?|b-?box(?:es)?)(?:[ \t]+coordinates?)?\b",
     )
 ]
+
+_ORDERS = (
+    r"(?:describe|locate|find|identify|transcribe|summari[sz]e|tell|translate|detect|classify|recogni[sz]e|analy[sz]e|"
+    r"compare|explain|calculate|compute|determine|verify|solve|predict|write|generate|choose|select)"
+)
+_ORDERS_OR_THINGS = (  # "Point at the cup", "Point of sale"
+    r"(?:count|point|label|name|caption|segment|mark|crop|outline|order|group|sort|rank|rate|match|spot|ground|type|copy|"
+    r"click|zoom|focus|search|pick|repeat|state|check|show|look|ocr|draw|trace|note|guess|answer|respond|reply|"
+    r"estimate|highlight)"
+)
+_OBJECTS_FOLLOW = (
+    r"(?:the|an?|all|every|each|any|both|this|that|these|those|its|his|her|their|your|my|me|us|it|them|out|up|down|how|"
+    r"what|which|who|where|whether|if|on|at|in|to|for|as|only|just|two|three|four|five|people|men|women|children|visible|"
+    rf"{'|'.join(sorted(COLOURS))}|\w+(?<!s)s)\b"
+)
+_ORDER = re.compile(
+    rf"(?:{_SENTENCE}|{_LINE}){_POLITE}(?:{_ORDERS}\b(?![ \t]+(?:is|are|was|were|of)\b)"
+    rf"|{_ORDERS_OR_THINGS}(?=[ \t]+{_OBJECTS_FOLLOW}))(?=[ \t]|$)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def find_instructions(prompt: str) -> Instructions:
@@ -152,7 +182,7 @@ def find_instructions(prompt: str) -> Instructions:
 
     Where nothing in it speaks of documents ("Read the sign."), an instruction has silent words but lists no fields.
     """
-    found = Instructions([match.span() for pattern in _ANYWHERE for match in pattern.finditer(prompt)], [])
+    found = Instructions([match.span() for pattern in _ANYWHERE for match in pattern.finditer(prompt)], [], [])
     end = question = 0  # where the last instruction ends, and the last question
     for request in _REQUEST.finditer(prompt):
         start = request.start()
@@ -172,6 +202,11 @@ def find_instructions(prompt: str) -> Instructions:
             if _ABOUT_DOCUMENTS.search(prompt, start, end):
                 found.lists.append((start, end))
         found.silent.append(request.span())
+        found.verbs.append(request.span())
+    for order in _ORDER.finditer(prompt):
+        if not any(start < order.start() < end for start, end in found.lists):  # a field: "order details"
+            found.silent.append(order.span())
+            found.verbs.append(order.span())
     return found
 
 
@@ -205,6 +240,15 @@ def tag_fields(words: Sequence[Tagged]) -> list[Tagged]:
             if 0 < start < end and words[start - 1][0].lower() in ("first", "last"):
                 tagged[start - 1] = (words[start - 1][0], "ADJ")
         start = end + 1
+    return tagged
+
+
+def tag_object(words: Sequence[Tagged]) -> list[Tagged]:
+    """The words behind the verb of an instruction, its object tagged as a noun: "faces" in "Detect all faces"."""
+    tagged = list(words)
+    place = next((i for i, (text, _) in enumerate(tagged) if text.lower() not in DETERMINERS | QUANTITIES), len(words))
+    if place < len(words) and tagged[place][1] == "VERB" and _may_name(tagged[place][0].lower()):
+        tagged[place] = (tagged[place][0], "NOUN")
     return tagged
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vllm_vtprune.demo.families import DEFAULT, FAMILIES
-from vllm_vtprune.overlay import draw_kept
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, weights_of
+from vllm_vtprune.overlay import draw_kept, with_caption
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
 
@@ -100,13 +100,17 @@ def inspect(argv: list[str]) -> None:
         with Image.open(args.image) as picture:
             picture.load()
         found = examine(pruning_processor(args.model or _checkpoint(args.family)), picture, policy, args.query)
-        found.drawn.save(args.out)
+        weights = weights_of(args.model, args.family)
+        random = weights == "random"
+        (with_caption(found.drawn, "Random weights") if random else found.drawn).save(args.out)
     except (OSError, PolicyError, InspectionFailed) as error:
         sys.exit(f"vtprune inspect: {error}")
     image = found.image
     if args.json:
-        print(json.dumps(image))
+        print(json.dumps({"weights": weights, **image}))
         return
+    if random:
+        print(RANDOM_WEIGHTS)
     about = f", looking at {', '.join(image['nouns'])}" if image["nouns"] else ""
     print(f"{image['method']} keeps {image['kept_tokens']} of {image['visual_tokens']} tokens{about}: {args.out}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from vllm_vtprune.features import Box, VisualFeatures
@@ -11,6 +11,7 @@ from vllm_vtprune.features import Box, VisualFeatures
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 FADED = 0.8  # of a dropped part's colours, replaced by white
 GAP = 8  # pixels between two panels
+CAPTION = 20  # pixels that a caption is high, with the room around it
 
 
 def draw_kept(image: Image.Image, features: VisualFeatures, kept: Tensor, view: Box = WHOLE) -> Image.Image:
@@ -44,6 +45,15 @@ def draw_kept(image: Image.Image, features: VisualFeatures, kept: Tensor, view: 
     sheet = Image.new("RGB", (sum(panel.width for panel in drawn) + GAP * (len(drawn) - 1), image.height), "white")
     for number, panel in enumerate(drawn):
         sheet.paste(panel, (number * (image.width + GAP), 0))
+    return sheet
+
+
+def with_caption(picture: Image.Image, caption: str) -> Image.Image:
+    """A picture with a line of text below it, cut off where the picture ends."""
+    sheet = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
+    sheet.paste(picture, (0, 0))
+    font = ImageFont.load_default(CAPTION - 6)
+    ImageDraw.Draw(sheet).text((3, picture.height + CAPTION // 2), caption, "black", font, anchor="lm")
     return sheet
 
 

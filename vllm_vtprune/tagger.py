@@ -22,11 +22,11 @@ _MODALS = word_set("can could will would shall should may might must to ca wo")
 _BE_HAVE = word_set("is are was were be been being am 's 're 'm has have had having 've")
 _SUBJECTS = word_set("i you he she it we they who that")
 _WH = word_set("what which who whom whose where when why how what's")
-_QUANTITIES = word_set(
+QUANTITIES = word_set(
     "many much more most few several all other same such one two three four five six seven eight nine ten"
 )
 FUNCTION_WORDS = (
-    DETERMINERS | _DO | _MODALS | _BE_HAVE | _SUBJECTS | _WH | _QUANTITIES
+    DETERMINERS | _DO | _MODALS | _BE_HAVE | _SUBJECTS | _WH | QUANTITIES
     | word_set(
         "me him us them mine yours hers ours theirs myself yourself himself herself itself ourselves "
         "themselves in on at of for from by with without within to into onto upon over under below above "
@@ -123,7 +123,8 @@ def _part_of_speech(token: Token, verb_due: bool, first: bool, proper: bool) -> 
     word, doc = token.lower_, token.doc
     before = doc[token.i - 1].lower_ if token.i else ""
     after_noun = token.i > 0 and doc[token.i - 1].pos_ in ("NOUN", "PROPN")
-    after_determiner = before in DETERMINERS | _QUANTITIES | {"what", "which", "whose"}
+    after_adjective = token.i > 0 and doc[token.i - 1].pos_ == "ADJ"
+    after_determiner = before in DETERMINERS | QUANTITIES | {"what", "which", "whose"}
     next_word = doc[token.i + 1].lower_ if token.i + 1 < len(doc) else ""
     beside = next_word in ("left", "right") and [t.lower_ for t in doc[token.i + 2 : token.i + 3]] == ["of"]
     next_is_nominal = _may_be_noun(next_word) and not beside
@@ -133,14 +134,16 @@ def _part_of_speech(token: Token, verb_due: bool, first: bool, proper: bool) -> 
     possible = readings(word) | ({"NOUN"} if word in _ING_NOUNS else set())
     if not possible or possible == {"NOUN"}:
         return "ADJ" if word in _ADJECTIVES else "ADV" if word.endswith("ly") and not possible else "NOUN"
+    if word.endswith("s") and before in DETERMINERS | QUANTITIES and possible == {"VERB"}:
+        return "NOUN"  # "the two bars": the tables lack some plurals
     if "NOUN" not in possible and word not in _ADJECTIVES:
         return "VERB" if "VERB" in possible else "ADJ"
 
     if word in _ADJECTIVES:
-        after_adjective = token.i > 0 and doc[token.i - 1].pos_ == "ADJ" and word in _THINGS_TOO
-        stands_alone = before in DETERMINERS - {"'s", "that"} or after_adjective
+        stands_alone = before in DETERMINERS - {"'s", "that"} or (after_adjective and word in _THINGS_TOO)
         return "NOUN" if stands_alone and not next_is_nominal else "ADJ"
-    if "ADJ" in possible and _ADJECTIVE_ENDING.search(word) and (next_is_nominal or not after_determiner):
+    described = after_determiner or after_adjective
+    if "ADJ" in possible and _ADJECTIVE_ENDING.search(word) and (next_is_nominal or not described):
         return "ADJ"
     if "VERB" not in possible:
         return "NOUN"
@@ -159,8 +162,7 @@ def _part_of_speech(token: Token, verb_due: bool, first: bool, proper: bool) -> 
     if before in ("who", "that") and next_word in FUNCTION_WORDS and lemma in _VERBS:
         return "VERB"
     if lemma in _VERBS and not after_determiner and word not in _KNOWN_NOUNS:
-        previous_describes = token.i > 0 and doc[token.i - 1].pos_ == "ADJ"
-        return "NOUN" if previous_describes or before in ("of", "for", "in", "on", "at", "by", "with") else "VERB"
+        return "NOUN" if after_adjective or before in ("of", "for", "in", "on", "at", "by", "with") else "VERB"
     return "NOUN"
 
 

@@ -2,82 +2,110 @@
 
 Two steps: drop answer-format instructions by patterns, then keep the nouns, and where they are wanted what describes
 them. The paper reads nouns off spaCy's ``en_core_web_sm``; it is used when it is installed (it is never downloaded),
-else an embedded pipeline: spaCy's tokeniser and the rules of `vllm_vtprune.tagger`.
+else an embedded pipeline: spaCy's tokeniser and the rules of `vllm_vtprune.tagger`. Both know English; of a text in
+another language every word is kept.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from bisect import bisect_left
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from vllm_vtprune.chunks import pointing_words
-from vllm_vtprune.fields import IDENTIFIER, NAMED_FIELDS, Span, find_instructions, quote_keys, tag_fields
+from vllm_vtprune.chunks import Tagged, pointing_words
+from vllm_vtprune.fields import IDENTIFIER, NAMED_FIELDS, Span, find_instructions, quote_keys, tag_fields, tag_object
 from vllm_vtprune.tagger import FUNCTION_WORDS, readings, tag_words, word_set
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
+    from spacy.language import Language
     from spacy.tokens import Doc
 
 SPACY_MODEL = "en_core_web_sm"
 EMBEDDED = "embedded"
-MAX_CHARS = 8_000  # of a prompt that are looked at
+MAX_CHARS = 8_000  # of a prompt that are looked at: as many at its beginning as at its end
+MAX_PIECES = 256  # of those, in words and marks that are read; a word of more than 8 letters counts as two and so on
 
-TextFallback: TypeAlias = Literal["no_nouns", "not_english"]
-"""Why a selection that may look at the text is made without it."""
+TextFallback: TypeAlias = Literal["no_nouns", "not_english_all_words"]
+"""Why a selection is not conditioned on nouns: there are none and it is made without the text, or the text is in a
+language that is not read, and it is conditioned on every word."""
 
 _lock = Lock()
 
 
 class Reading(NamedTuple):
-    """What was found in a prompt: ``nouns``, or why there are none."""
+    """What was found in a prompt: ``nouns``, and why they are none, or every word."""
 
     nouns: tuple[str, ...]
     fallback: TextFallback | None
 
 
-def read_prompt(prompt: str, clean: bool = True, modifiers: bool = False) -> Reading:
-    """As `extract_nouns`, with the reason where it finds nothing to condition on.
+def read_prompt(prompt: str, clean: bool = True, modifiers: bool = True) -> Reading:
+    """The words that a selection is conditioned on: the nouns of ``prompt``, in order, each once (letter case aside).
 
-    What was read last is remembered: several images of a message are conditioned on one text.
+    Answer-format instructions, code and the verbs of instructions are dropped first. A quoted string counts as one
+    noun, whole: it is what a question about text in the image asks for. So does a name in snake_case or camelCase, and
+    each key of a JSON template. Compounds come word by word. A prompt that is not English gives every word.
+
+    At most 256 words and marks are read: of a longer prompt, half at its beginning and half at its end. It takes tens
+    of milliseconds at most, whatever the prompt. What was read last is remembered: whoever has the time to read a
+    prompt early spares its readers the wait.
+
+    Args:
+        prompt: any text; half a surrogate pair, which no text in UTF-8 holds, counts as a mark.
+        clean: False for every word, in any language (setting 1 of the paper's ablation).
+        modifiers: whether the adjectives and numbers of the same chunks come too, and adjectives after a form of "be":
+            what a question points with ("the red circle", "two dogs"). See `vllm_vtprune.chunks.pointing_words`. Of no
+            effect where every word comes.
     """
-    return _read(prompt[:MAX_CHARS], clean, modifiers)
+    if len(prompt) > MAX_CHARS:
+        prompt = f"{prompt[: MAX_CHARS // 2]}\n{prompt[-MAX_CHARS // 2 :]}"
+    return _read(prompt, clean, clean and modifiers)
 
 
-@lru_cache(maxsize=64)
+def extract_nouns(prompt: str, clean: bool = True, modifiers: bool = True) -> list[str]:
+    """The words of `read_prompt`, without the reason where they are not nouns."""
+    return list(read_prompt(prompt, clean, modifiers).nouns)
+
+
+@lru_cache(maxsize=1024)
 def _read(prompt: str, clean: bool, modifiers: bool) -> Reading:
-    nouns = tuple(extract_nouns(prompt, clean, modifiers))
-    if nouns:
-        return Reading(nouns, None)
-    return Reading(nouns, "not_english" if clean and not is_english(prompt) else "no_nouns")
-
-
-def extract_nouns(prompt: str, clean: bool = True, modifiers: bool = False) -> list[str]:
-    """The nouns of ``prompt``, in order, as written there, each once (letter case aside).
-
-    Answer-format instructions are dropped first. A quoted string counts as one noun, whole: it is what a question about
-    text in the image asks for. So does a name in snake_case or camelCase, and each key of a JSON template. Compounds
-    come word by word. A prompt that is not English gives ``[]``, which means text-agnostic pruning. Only the first
-    8,000 characters are looked at.
-
-    With ``modifiers`` the adjectives and numbers of the same chunks come too, and adjectives after a form of "be":
-    what a question points with ("the red circle", "two dogs"). See `vllm_vtprune.chunks.pointing_words`.
-
-    With ``clean=False`` every word is returned, in any language (setting 1 of the paper's ablation), and ``modifiers``
-    changes nothing.
-    """
+    prompt = _SURROGATES.sub("\ufffd", prompt)
     if not clean:
-        return _once(re.findall(r"\w+(?:['’-]\w+)*", prompt[:MAX_CHARS]))
+        nouns = _every_word(_shortened(prompt))
+        return Reading(nouns, None if nouns else "no_nouns")
     prompt = _readable(prompt)
-    with _lock:  # spaCy pipelines share a vocabulary that grows as they run
-        doc = _pipeline()(prompt)
+    tagged = _tagged(prompt)
+    if tagged is None:
+        return Reading(_every_word(prompt), "not_english_all_words")
+    nouns = _pointing(prompt, *tagged, modifiers)
+    return Reading(nouns, None if nouns else "no_nouns")
+
+
+def _tagged(prompt: str) -> tuple[list[int], list[Tagged]] | None:
+    """Where each word of a prompt begins, and the words with their parts of speech; None if it is not English."""
+    pipeline = _pipeline()
+    with _lock, pipeline.memory_zone():  # the vocabulary that pipelines share would keep every word it ever met
+        doc = pipeline(prompt)
         if not _is_english(doc):
-            return []
-        starts, words = [token.idx for token in doc], [(token.text, token.pos_) for token in doc]
+            return None
+        return [token.idx for token in doc], [(token.text, token.pos_) for token in doc]
+
+
+def _pointing(prompt: str, starts: list[int], words: list[Tagged], modifiers: bool) -> tuple[str, ...]:
+    """The words of an English prompt that point at something, each once.
+
+    Args:
+        prompt: as `_readable` gives it.
+        starts: where each word begins in it.
+        words: with their parts of speech.
+        modifiers: as in `read_prompt`.
+    """
     instructions = find_instructions(prompt)
     silent = _covered(instructions.silent, len(prompt))
     names = [(*match.span(), match[match.lastindex or 0].strip()) for match in _QUOTED.finditer(prompt)]
@@ -89,12 +117,21 @@ def extract_nouns(prompt: str, clean: bool = True, modifiers: bool = False) -> l
         ("", "X") if silent[start] else (text, "PROPN" if named[start] else tag)
         for start, (text, tag) in zip(starts, words, strict=True)
     ]
+    for _, end in instructions.verbs:
+        behind = slice(bisect_left(starts, end), bisect_left(starts, end) + 4)
+        words[behind] = tag_object(words[behind])
     for start, end in instructions.lists:
         within = slice(bisect_left(starts, start), bisect_left(starts, end))
         words[within] = tag_fields(words[within])
     found = [(starts[place], words[place][0]) for place in pointing_words(words, modifiers)]
     found = [word for word in found if not named[word[0]]] + [(start, text) for start, _, text in names]
-    return _once([text for _, text in sorted(found)])
+    return _once(text for _, text in sorted(found))
+
+
+def _every_word(text: str) -> tuple[str, ...]:
+    """The words of a text in any language, each once. One in a script without spaces is what stands between marks."""
+    plain = "".join(char if char in _IN_WORDS or unicodedata.category(char)[0] in "LMN" else " " for char in text)
+    return _once(word for part in plain.split() if (word := part.strip(_IN_WORDS)))
 
 
 def _covered(spans: Iterable[Span], length: int) -> bytearray:
@@ -105,15 +142,9 @@ def _covered(spans: Iterable[Span], length: int) -> bytearray:
     return covered
 
 
-def is_english(prompt: str) -> bool:
-    """Whether `extract_nouns` reads ``prompt``: it is in Latin script, and most of its words are English ones."""
-    with _lock:
-        return _is_english(_pipeline()(_readable(prompt)))
-
-
 def clean_instruction(prompt: str) -> str:
-    """``prompt`` without what tells the model how to answer, chat markers and option letters."""
-    prompt = _single_spaced(prompt)
+    """``prompt`` without what tells the model how to answer, code, chat markers and option letters."""
+    prompt = _single_spaced(_FENCED.sub(_keys_alone, prompt).strip() or prompt)
     for pattern in _INSTRUCTIONS:
         prompt = pattern.sub(" ", prompt)
     return _single_spaced(prompt).strip(" \t\n,;:")
@@ -130,7 +161,7 @@ def text_pipeline_name() -> str:
 
 
 @cache
-def _pipeline() -> Callable[[str], Doc]:
+def _pipeline() -> Language:
     import spacy  # a second of imports, paid by the first prompt
     from spacy.language import Language
 
@@ -143,30 +174,48 @@ def _pipeline() -> Callable[[str], Doc]:
 
 
 def _readable(prompt: str) -> str:
-    """What is looked at of a prompt.
+    """What is read of a prompt.
 
     spaCy's tokeniser takes quadratic time in the length of what stands between two spaces, so long strings are cut.
     """
-    return re.sub(r"(\S{64})(?=\S)", r"\1 ", clean_instruction(quote_keys(prompt[:MAX_CHARS])))
+    return re.sub(r"(\S{64})(?=\S)", r"\1 ", _shortened(clean_instruction(quote_keys(prompt))))
+
+
+def _shortened(text: str) -> str:
+    """A text of more than `MAX_PIECES` words and marks without what stands in its middle."""
+    ends = [piece.end() for piece in _PIECE.finditer(text)]
+    half = MAX_PIECES // 2
+    return text if len(ends) <= MAX_PIECES else f"{text[: ends[half - 1]]}\n{text[ends[-half - 1] :]}"
+
+
+def _keys_alone(code: re.Match[str]) -> str:
+    """Of code between fences the quoted keys of a template, if nothing else stands there."""
+    return f"\n{code[1]}\n" if _ONLY_QUOTED.fullmatch(code[1]) else "\n"
 
 
 def _single_spaced(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
 
 
-def _once(words: list[str]) -> list[str]:
+def _once(words: Iterable[str]) -> tuple[str, ...]:
     first: dict[str, str] = {}
     for word in words:
         first.setdefault(word.casefold(), word)
-    return list(first.values())
+    return tuple(first.values())
 
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_IN_WORDS = "'’-_"
+_PIECE = re.compile(r"\w{1,8}|[^\w\s]|\n")
+_FENCED = re.compile(r"```[ \t]*[\w+-]*((?:(?!```).)*+)```", re.DOTALL)
+_ONLY_QUOTED = re.compile(r'(?:"[^"\n]*"|[\s,\[\]])*+')
 
 # --- answer-format instructions -------------------------------------------------------------------------------------
 
 _START = r"(?:^|(?<=[\n.?!:;,]))[ \t]*(?:please[ \t]+|just[ \t]+|then[ \t]+)*"
 _REST = rf"(?:(?!{NAMED_FIELDS}|(?<=json )with\b|(?<=json object )with\b)[^.?!:\n])*[.?!:]*"
 _FORMAT = (
-    r"(?=[^.?!:\n]*\b(?:words?|phrases?|letters?|options?|choices?|yes|sentences?|numbers?|digits?|short|brief|single|"
+    r"(?=[^.?!:\n]{0,120}\b(?:words?|phrases?|letters?|options?|choices?|yes|sentences?|numbers?|digits?|short|brief|single|"
     r"json|format|unanswerable|paragraphs?|briefly|concisely|directly|only|step)\b)"
 )
 _PICTURE = r"(?:the|this|a|an|each)[ \t]+(?:(?:provided|given|following|above)[ \t]+)?(?:image|picture|photo|scene)\b"
@@ -178,7 +227,10 @@ _INSTRUCTIONS = tuple(
     re.compile(pattern, re.IGNORECASE | re.MULTILINE)
     for pattern in (
         # chat markup and LLaVA's system prompt
-        r"<\|?[^<>\s|]{1,40}\|?>",
+        r"<\|im_start\|>[ \t]*(?:user|assistant|system)\b",
+        r"<\|?[^<>\s|]{1,40}\|?>|\[/?INST\]|```[ \t]*\w*",
+        r"^[ \t]*(?:#{1,6}[ \t]*)?(?:user|assistant|system|human|ai|bot|instructions?|response|input)[ \t]*(?::|$)",
+        r"\byou are an? (?:[\w-]+[ \t]+){0,4}(?:assistant|chatbot|model|ai)\b[^.?!:\n]*[.?!:]*",
         r"a chat between a curious (?:human|user) and an artificial intelligence assistant\.?",
         r"the assistant gives helpful, detailed, and polite answers to the (?:human|user)'s questions\.?",
         r"(?-i:\b(?:USER|ASSISTANT|SYSTEM|HUMAN)[ \t]*:)",
@@ -198,9 +250,8 @@ _INSTRUCTIONS = tuple(
         + _REST,
         _START + r"answer the (?:following )?questions?[ \t]*(?:below)?[ \t]*(?:[.!:]|$)",
         _START + r"when the provided information is insufficient" + _REST,
-        _START
-        + r"(?:select|choose|pick) (?:the|one|an?) (?:correct|best|right|appropriate|single|option|answer)\b"
-        + _REST,
+        _START + r"(?:select|choose|pick) (?:the|one|an?) (?:(?:correct|best|right|appropriate|single)[ \t]+){0,3}"
+        r"(?:options?|answers?|choices?|responses?|letters?|one)\b" + _REST,
         _START + r"(?:your|the|final) (?:final )?(?:answer|response) (?:should|must|needs?)\b" + _REST,
         _START + r"(?:provide|give|write|return|output)[ \t]+(?:me[ \t]+)?(?:only |just )?(?:an?|the|your)?[ \t]*"
         r"(?:[\w-]+[ \t]+){0,3}(?:answers?|explanation|reasoning|letter)\b" + _REST,
@@ -216,12 +267,14 @@ _INSTRUCTIONS = tuple(
         + r"[ \t]*(?:[.!?:]|$)",
         _START + r"(?:describe|caption|summarize)[ \t]+" + _PICTURE + _MANNER + r"[ \t]*(?:[.!?:]|$)",
         # manner
-        r",?[ \t]*\b(?:in|with|using) (?:at most |no more than )?(?:one|1|two|three|a single|a few|a short) "
+        r"(?:,[ \t]*)?\b(?:in|with|using) (?:at most |no more than )?(?:one|1|two|three|a single|a few|a short) "
         r"(?:short )?(?:words?|phrases?|sentences?|letters?)"
         r"(?: or (?:a )?(?:short )?(?:phrases?|words?|sentences?))?\b",
         _START + r"(?:let'?s )?think (?:about it )?step[ -]by[ -]step\b" + _REST,
         _START + r"(?:be|keep (?:it|your (?:answer|response)|the answer)) (?:very )?(?:concise|brief|short)\b" + _REST,
-        _START + r"(?:do not|don'?t)? ?explain (?:your (?:reasoning|answer)|anything|why)\b" + _REST,
+        _START
+        + r"(?:do not|don'?t)? ?explain (?:your (?:reasoning|answer)\b|anything\b|why[ \t]*(?=[.?!\n]|$))"
+        + _REST,
         _START + r"(?:no explanations?|without (?:any )?explanations?)\b" + _REST,
     )
 )
@@ -241,10 +294,16 @@ _STRICTLY_ENGLISH = word_set(
 
 
 def _is_english(doc: Doc) -> bool:
-    """Latin script, mostly known words and, from four words on, a word that only English has."""
+    """Latin script, and mostly known words with one that only English has, or hardly any other.
+
+    Of up to three words, all in plain letters, none need be known: names and slips of the pen are nouns as well.
+    """
     letters = [c for c in doc.text if c.isalpha()]
     if sum(c < "\u0250" for c in letters) * 2 < len(letters):
         return False
     words = [t.lower_ for t in doc if t.is_alpha and not t.is_upper]
     known = sum(word in FUNCTION_WORDS or bool(readings(word)) for word in words)
-    return known * 2 >= len(words) and (len(words) < 4 or any(word in _STRICTLY_ENGLISH for word in words))
+    if len(words) < 4:
+        return doc.text.isascii() or known * 2 >= len(words)
+    least = 0.5 if any(word in _STRICTLY_ENGLISH for word in words) else 0.75
+    return known >= least * len(words)

@@ -65,8 +65,8 @@ def test_words_that_describe_come_with_the_nouns(prompt: str, words: str) -> Non
 
 
 def test_without_modifiers_only_nouns_come() -> None:
-    described = [prompt for prompt in DESCRIBED if extract_nouns(prompt) != extract_nouns(prompt, modifiers=True)]
-    assert extract_nouns("Are there two dogs and 3 cats on the red mat?") == ["dogs", "cats", "mat"]
+    described = [prompt for prompt in DESCRIBED if extract_nouns(prompt, modifiers=False) != extract_nouns(prompt)]
+    assert extract_nouns("Are there two dogs and 3 cats on the red mat?", modifiers=False) == ["dogs", "cats", "mat"]
     assert len(described) >= 25
 
 
@@ -141,7 +141,7 @@ INSTRUCTIONS = {
     ),
     "Give me the total and the currency.": "total currency",
     "Extract the table": "table",
-    "Return the bounding box of the dog as [x1, y1, x2, y2]": "bounding box dog",
+    "Return the bounding box of the dog as [x1, y1, x2, y2]": "dog",
     "Detect the dog and return its box in the format (x_min, y_min, x_max, y_max).": "dog box",
     'Extract as JSON: {"invoice_number": "", "total": ""}': "invoice_number total",
     "Fill in this template: {name: string, 'issue date': null, \"items\": [{\"price\": 0}]}": (
@@ -152,6 +152,7 @@ INSTRUCTIONS = {
     "Respond with a JSON object containing the keys vendor and total.": "vendor total",
     "Answer in JSON with vendor, date and total.": "vendor date total",
     "Extract:\n1. name\n2. total\n3. Date of issue": "name total Date issue",
+    "Extract these fields:\norder details\nestimate\nlabel names": "order details estimate label names",
     "Extract these fields:\ninvoice number\ndate\ntotal\nReturn only valid JSON, no explanation.": (
         "invoice number date total"
     ),
@@ -206,6 +207,10 @@ def test_words_of_instructions_are_nouns_elsewhere(prompt: str, nouns: list[str]
         ('{"no", "keys"} and {0: 1}', '{"no", "keys"} and {0: 1}'),
         ("} then: {", "} then: {"),
         ("Choose one: {A: cat, B: dog}", "Choose one: {A: cat, B: dog}"),
+        ('[{"bbox_2d": [0, 0, 9, 9], "label": "x", "plate": ""}]', '["plate"]'),
+        ('{"point": [x, y], "label": ""}.', "."),
+        ('{"x": 0, "y": 0, "width": 0, "height": 0}', ""),
+        ('{"name": "", "location": "", "width": 0, "points": 0}', '"name", "location", "width", "points"'),
         ("", ""),
     ],
 )

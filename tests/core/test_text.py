@@ -1,12 +1,24 @@
-"""Nouns of a prompt: hand-labelled questions, answer-format instructions, quotes, other languages."""
+"""Nouns of a prompt: hand-labelled questions and instructions, answer formats, code, quotes, other languages."""
 
+import inspect
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from vllm_vtprune.text import MAX_CHARS, clean_instruction, extract_nouns, read_prompt, text_pipeline_name
+from vllm_vtprune.policy import TextOptions
+from vllm_vtprune.text import (
+    MAX_CHARS,
+    MAX_PIECES,
+    _pipeline,
+    _read,
+    clean_instruction,
+    extract_nouns,
+    read_prompt,
+    text_pipeline_name,
+)
 
 # question -> its nouns and proper nouns, labelled by hand. Rules were changed after looking at the errors on SEEN.
 # UNSEEN and HARDER were labelled after the rules; on first measurement they gave 1.000 and 0.965, and two general rules
@@ -122,7 +134,7 @@ def f1(questions: dict[str, str]) -> tuple[float, list[str]]:
     hits = found_total = wanted_total = 0
     misses = []
     for question, labels in questions.items():
-        found, wanted = set(extract_nouns(question)), set(labels.split())
+        found, wanted = set(extract_nouns(question, modifiers=False)), set(labels.split())
         hits, found_total, wanted_total = (
             hits + len(found & wanted),
             found_total + len(found),
@@ -151,7 +163,7 @@ def test_f1_on_questions_labelled_by_someone_who_has_not_seen_the_rules() -> Non
     assert len(questions) == 130
     hits = both = 0
     for question in questions:
-        found = {noun.casefold() for noun in extract_nouns(question["prompt"])}
+        found = {noun.casefold() for noun in extract_nouns(question["prompt"], modifiers=False)}
         wanted = {noun.casefold() for noun in question["nouns"]}
         hits, both = hits + len(found & wanted), both + len(found) + len(wanted)
     print(f"\n{text_pipeline_name()} on held-out questions: F1 {2 * hits / both:.3f}")
@@ -226,29 +238,130 @@ def test_questions_about_the_image_stay(question: str) -> None:
     ],
 )
 def test_nouns_in_order_once_and_as_written(prompt: str, nouns: list[str]) -> None:
-    assert extract_nouns(prompt) == nouns
+    assert extract_nouns(prompt, modifiers=False) == nouns
+
+
+# prompt -> the words that count beside nouns' modifiers, tagged by hand: neither verbs of instructions nor formats do
+INSTRUCTIONS = {
+    "Extract the table": "table",
+    "Extract all tables from this page.": "tables page",
+    "Extract text": "text",
+    "Return the bounding box coordinates of the dog as [x1, y1, x2, y2].": "dog",
+    "Output bounding boxes of dogs.": "dogs",
+    "Locate the dog, output its bbox coordinates using JSON format.": "dog",
+    'Detect all objects and output JSON [{"bbox_2d": [x1, y1, x2, y2], "label": "..."}]': "objects",
+    'Detect the cup. Answer as {"bbox": [x_min, y_min, x_max, y_max]}.': "cup",
+    "Please provide the bounding box coordinate of the region this sentence describes: the man.": "region sentence man",
+    "Describe the painting.": "painting",
+    "Describe": "",
+    "List objects on the desk.": "objects desk",
+    "List ingredients": "ingredients",
+    "Read the license plate.": "license plate",
+    "Locate dogs and cats": "dogs cats",
+    "Find all differences between the pictures.": "differences pictures",
+    "Count apples": "apples",
+    "Count people in the queue": "people queue",
+    "Identify the bird species.": "bird species",
+    "Transcribe the handwriting.": "handwriting",
+    "Transcribe notes": "notes",
+    "Summarize the chart.": "chart",
+    "Give me the total of the bill.": "total bill",
+    "Tell me the time on the clock.": "time clock",
+    "Point to the traffic light.": "traffic light",
+    "Detect faces.": "faces",
+    "Segment all leaves": "leaves",
+    "Highlight defects on the board.": "defects board",
+    "Compare the bars.": "bars",
+    "OCR this page.": "page",
+    "Caption the cartoon": "cartoon",
+    "Choose the right animal.": "animal",
+    "Explain why the man smiles.": "man",
+    "Look at the picture and name the city.": "picture city",
+    "First, read the title. Then list the authors.": "title authors",
+    "Rank buildings by height.": "buildings height",
+    "Order the steps in the diagram.": "steps diagram",
+    "Mark the dent.": "dent",
+    "Zoom in on the logo.": "logo",
+    "Label all parts of the flower.": "parts flower",
+    # they are things elsewhere
+    "What is the label on the box?": "label box",
+    "Is the count on the display right?": "count display",
+    "What is the point of the pencil?": "point pencil",
+    # who speaks, and code
+    "USER: <image>\nDescribe the car.\nASSISTANT:": "car",
+    "user: what is the dog doing?\nassistant:": "dog",
+    "Human: Where is the ball?\nAI:": "ball",
+    "Question: What does the sign say?\nAnswer:": "sign",
+    "System: You are a helpful assistant.\nUser: What brand is the shoe?": "brand shoe",
+    "### Instruction:\nCount the boats.\n### Response:": "boats",
+    "[INST] What color is the boat? [/INST]": "color boat",
+    "<|im_start|>user\nWhere is the boat?<|im_end|>\n<|im_start|>assistant\n": "boat",
+    'Fill this in:\n```json\n{"title": "...", "author": "..."}\n```': "title author",
+    "What does the code do?\n```python\nfile = read('name')\n```": "code",
+    "```json\nWhere is the dog?": "dog",
+    "```\nWhere is the dog?\n```": "dog",
+}
+
+
+@pytest.mark.parametrize(("prompt", "words"), INSTRUCTIONS.items())
+def test_what_an_instruction_is_about(prompt: str, words: str) -> None:
+    assert read_prompt(prompt, modifiers=False) == (tuple(words.split()), None if words else "no_nouns")
 
 
 @pytest.mark.parametrize(
-    "prompt",
+    ("prompt", "nouns"),
     [
-        "¿De qué color es el autobús?",
-        "Welche Farbe hat der Bus?",
-        "Wat is de kleur van de bus?",
-        "Quelle est la couleur du bus?",
-        "图片里有什么？",
-        "Какого цвета автобус?",
-        "この写真には何がありますか?",
+        ("iPhone", "iPhone"),
+        ("teh dgo", "teh dgo"),
+        ("Pikachu", "Pikachu"),
+        ("café menu", "café menu"),
+        ("dog cat frisbee ball", "dog cat frisbee ball"),
+        ("price quantity customer address", "price quantity customer address"),
+        ("Does the Schwarzenegger poster hang?", "Schwarzenegger poster"),
     ],
 )
-def test_other_languages_are_text_agnostic(prompt: str) -> None:
-    assert extract_nouns(prompt) == []
-    assert read_prompt(prompt) == ((), "not_english")
+def test_unknown_words_and_bare_lists_are_english(prompt: str, nouns: str) -> None:
+    assert read_prompt(prompt, modifiers=False) == (tuple(nouns.split()), None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("¿De qué color es el autobús?", "De qué color es el autobús"),
+        ("Welche Farbe hat der Bus? Welche?", "Welche Farbe hat der Bus"),
+        ("Wat is de kleur van de bus?", "Wat is de kleur van bus"),
+        ("Qu'est-ce que l'homme tient à la main ?", "Qu'est-ce que l'homme tient à la main"),
+        ("图片里有什么？红色的圆形在哪里", "图片里有什么 红色的圆形在哪里"),
+        ("Какого цвета автобус?", "Какого цвета автобус"),
+        ("この写真には何がありますか?", "この写真には何がありますか"),
+        ("ما هو لون الحافلة؟", "ما هو لون الحافلة"),
+        ("चित्र में कितने लोग हैं?", "चित्र में कितने लोग हैं"),
+        ("USER: Wo steht der große Hund?\nASSISTANT:", "Wo steht der große Hund"),
+        ("Wo steht der Hund? Answer the question using a single word.", "Wo steht der Hund"),
+    ],
+)
+@pytest.mark.parametrize("modifiers", [True, False])
+def test_of_other_languages_every_word_counts(prompt: str, words: str, modifiers: bool) -> None:
+    assert read_prompt(prompt, modifiers=modifiers) == (tuple(words.split()), "not_english_all_words")
+
+
+def test_by_itself_it_reads_as_the_policy_does_by_default() -> None:
+    defaults = TextOptions()
+    for read in (read_prompt, extract_nouns):
+        parameters = inspect.signature(read).parameters
+        assert (parameters["clean"].default, parameters["modifiers"].default) == (defaults.clean, defaults.modifiers)
+    assert extract_nouns("Where is the red dog?") == ["red", "dog"]
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_half_a_surrogate_pair_is_a_mark(clean: bool) -> None:
+    assert extract_nouns("\ud83d cat\udc00 \ud800", clean) == ["cat"]
+    assert read_prompt("\ud800", clean) == ((), "no_nouns")
 
 
 @pytest.mark.parametrize("prompt", ["", "?!", "What is it?", "Is it large or small?"])
 def test_no_nouns_are_told_from_another_language(prompt: str) -> None:
-    assert read_prompt(prompt) == ((), "no_nouns")
+    assert read_prompt(prompt, modifiers=False) == ((), "no_nouns")
 
 
 def test_nouns_need_no_reason() -> None:
@@ -263,14 +376,55 @@ def test_without_clean_up_every_word_counts() -> None:
     ]  # fmt: skip
 
 
-def test_only_the_beginning_of_a_long_prompt_is_looked_at() -> None:
-    assert extract_nouns("Is the dog there? " + " " * MAX_CHARS + "Is the cat there?") == ["dog"]
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("between", ["a bird, ", "？", "horses\n"])
+def test_of_a_long_prompt_the_beginning_and_the_end_are_read(between: str, clean: bool) -> None:
+    """What stands in the middle may be the context of a question, which mostly ends a message."""
+    middle = between * MAX_PIECES
+    for distance in (middle, between * MAX_CHARS):
+        found = extract_nouns(f"The dog. {distance}. A cow. {distance} Where is the cat?", clean)
+        assert {"dog", "cat"} <= set(found)
+        assert "cow" not in found
+    words = " ".join(f"word{number}" for number in range(MAX_CHARS))
+    assert 100 < len(extract_nouns(words, clean)) <= MAX_PIECES
 
 
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("unit", [" ", "(", '"', "'a", "\n ", "answer the question, ", "a a a caption ", "<|"])
-def test_hostile_prompts_take_bounded_time(unit: str) -> None:
-    extract_nouns(unit * MAX_CHARS)
+HOSTILE = [
+    " ", "(", '"', "'", "'a", "\n ", "a\n", "?", "x,", "a/b", "中", "😀", "\ud800", "dog ", "red, ", "qz wk ", "1. ",
+    '"\\', "```", '"a" ', "```json\n{", "(A) ", "USER: ", "Answer: ", "answer the question, ", "a a a caption ",
+    "<|", "count ", "select the correct, ", "please, ", "detect all ", "bounding ", "you are a ", "x_min, ",
+]  # fmt: skip
+
+
+def in_time(prompt: str, seconds: float) -> bool:
+    """Whether one of three attempts at reading takes less processor time."""
+    for _ in range(3):
+        _read.cache_clear()
+        began = time.thread_time()
+        read_prompt(prompt)
+        if time.thread_time() - began < seconds:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("length", "seconds"), [(8_000, 0.05), (100_000, 0.1)])
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_hostile_prompts_take_bounded_time(unit: str, length: int, seconds: float) -> None:
+    extract_nouns("What is it?")  # loads the pipeline
+    assert in_time((unit * length)[:length], seconds if text_pipeline_name() == "embedded" else 2 * seconds)
+
+
+def test_words_that_were_read_are_not_kept_for_ever() -> None:
+    extract_nouns("What is it?")
+    before = len(_pipeline().vocab.strings)
+    for number in range(20):
+        extract_nouns(f"Where is the thing{number} and the other{number}?")
+    assert len(_pipeline().vocab.strings) == before
+
+
+def test_what_was_read_is_remembered() -> None:
+    prompt = "Where is the dog of the neighbour?"
+    assert read_prompt(prompt) is read_prompt(prompt)
 
 
 def test_threads_agree() -> None:
@@ -302,4 +456,4 @@ def test_threads_agree() -> None:
     ],
 )
 def test_a_thing_that_may_also_describe_is_told_by_its_place(prompt: str, nouns: list[str]) -> None:
-    assert extract_nouns(prompt) == nouns
+    assert extract_nouns(prompt, modifiers=False) == nouns

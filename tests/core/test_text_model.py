@@ -36,12 +36,17 @@ def test_nouns_are_those_that_the_model_finds(site: Path) -> None:
     code = f"""
 import json
 from vllm_vtprune.text import read_prompt, text_pipeline_name
-print(json.dumps([text_pipeline_name(), *read_prompt({question!r}), *read_prompt("Wo ist der Hund?")]))
+english = read_prompt({question!r}, modifiers=False)
+print(json.dumps([text_pipeline_name(), *english, *read_prompt("Wo steht der Hund?")]))
 """
     done = run(code, site)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [SPACY_MODEL, ["bus", "red"], None, [], "not_english"]
-    assert (text_pipeline_name(), extract_nouns(question)) == (EMBEDDED, ["bus"]), "without it, red is no noun"
+    assert json.loads(done.stdout) == [
+        SPACY_MODEL, ["bus", "red"], None, ["Wo", "steht", "der", "Hund"], "not_english_all_words",
+    ]  # fmt: skip
+    assert (text_pipeline_name(), extract_nouns(question, modifiers=False)) == (EMBEDDED, ["bus"]), (
+        "without it, red is no noun"
+    )
 
 
 def test_the_model_would_fail_with_a_pipe_that_nouns_do_not_need(site: Path) -> None:
@@ -63,7 +68,7 @@ def test_a_folder_of_the_model_s_name_is_not_the_model(tmp_path: Path) -> None:
     (tmp_path / SPACY_MODEL).mkdir()
     done = run(
         "from vllm_vtprune.text import read_prompt, text_pipeline_name\n"
-        "print(text_pipeline_name(), *read_prompt('Is the bus red?').nouns)",
+        "print(text_pipeline_name(), *read_prompt('Is the bus red?', modifiers=False).nouns)",
         tmp_path,
     )
     assert done.stdout.split() == [EMBEDDED, "bus"], done.stderr

@@ -75,7 +75,8 @@ def test_one_picture_unpruned_and_pruned(demo: Demo) -> None:
     assert demo.process.returncode == 0, demo.stderr.read_text()
     lines = demo.stdout.read_text().splitlines()
     result = json.loads(lines[-1])
-    assert list(result) == ["question", "right_answer", "unpruned", "pruned"]
+    assert list(result) == ["question", "right_answer", "weights", "unpruned", "pruned"]
+    assert result["weights"] == "trained"
     for arm in (result["unpruned"], result["pruned"]):
         assert set(arm) == {"ttft_ms", "answer", "pruning"}
         assert arm["ttft_ms"] > 0

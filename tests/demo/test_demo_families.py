@@ -29,6 +29,7 @@ def test_one_photograph_unpruned_and_pruned(family: str, visual_tokens: int) -> 
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
+    assert result["weights"] == "random"
     [unpruned], [pruned] = (result[arm]["pruning"]["images"] for arm in ("unpruned", "pruned"))
     assert unpruned["visual_tokens"] == unpruned["kept_tokens"] == pruned["visual_tokens"] == visual_tokens
     assert 32 <= pruned["kept_tokens"] < visual_tokens

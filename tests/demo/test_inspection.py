@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
-from vllm_vtprune.demo.families import FAMILIES
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.inspection import features_of, inspect, pruning_processor
+from vllm_vtprune.overlay import CAPTION
 
 KEEP = 0.25
 RATIO = json.dumps({"budget": {"type": "ratio", "keep": KEEP}})
@@ -42,9 +43,13 @@ def test_every_family(family: str, photo: Path, tmp_path: Path, capsys: pytest.C
     assert report["method"] == "resprune"
     assert report["nouns"] == ["astronaut"]
     assert 0 < report["kept_tokens"] < 0.3 * report["visual_tokens"]
+    random = family != DEFAULT
+    assert report["weights"] == ("random" if random else "trained")
     with Image.open(out) as drawn:
-        assert drawn.height == 256
+        assert drawn.height == 256 + (CAPTION if random else 0)
         assert drawn.width in (512, 2 * 512 + 8)
+        dark = np.asarray(drawn.convert("L").crop((0, 256, drawn.width, drawn.height))) < 128
+        assert dark.any() == random, "a caption below the picture"
 
 
 def test_as_much_of_the_picture_stays_as_tokens(

@@ -15,6 +15,7 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage, current
 from vllm_vtprune.plugin.processor import EncodingMedia
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.text import _read, read_prompt
 
 pytestmark = pytest.mark.engine
 
@@ -57,6 +58,16 @@ def gate(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(cached.runtime.tower, "encode", gated)
     yield gate
     gate.opened.set()
+
+
+def test_the_text_is_read_meanwhile(cached: Engine) -> None:
+    (image,) = sample_images(1, stamp="read")
+    text = "Where is the kiosk?"
+    with EarlyEncoding(cached.processor, [ExpectedImage("a", None, PruningPolicy.parse(TOKENS), text)], {}) as encoding:
+        encoding.start("a", media_of(image), {})
+    before = _read.cache_info().hits
+    read_prompt(text)
+    assert _read.cache_info().hits == before + 1
 
 
 @pytest.mark.parametrize("uuid", [None, "early"])

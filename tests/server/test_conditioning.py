@@ -33,18 +33,21 @@ def test_which_text_counts(server: Server, text: Body, expected: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("question", "reason"),
+    ("question", "words", "reason"),
     [
-        ("Wo steht der große Hund auf diesem Bild?", "not_english"),
-        ("图片里的狗在哪里？", "not_english"),
-        ("What is it?", "no_nouns"),
+        ("Wo steht der große Hund?", ["Wo", "steht", "der", "große", "Hund"], "not_english_all_words"),
+        ("图片里的狗在哪里？", ["图片里的狗在哪里"], "not_english_all_words"),
+        ("teh dgo", ["teh", "dgo"], None),
+        ("What is it?", [], "no_nouns"),
     ],
 )
-def test_a_text_that_says_nothing_of_the_image_is_named(server: Server, question: str, reason: str) -> None:
+def test_what_is_made_of_a_text_without_english_nouns(
+    server: Server, question: str, words: list[str], reason: str | None
+) -> None:
     ask = {"messages": [user(question, fresh_url())], "pruning": tokens(96)}
     for _ in range(2):  # the second is answered from the caches
         [image] = server.ask(**ask)["pruning"]["images"]
-        assert (image["nouns"], image["text_fallback"]) == ([], reason)
+        assert (image["nouns"], image["text_fallback"]) == (words, reason)
 
 
 def test_a_method_that_does_not_read_the_text_reports_no_words(server: Server) -> None:

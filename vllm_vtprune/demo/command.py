@@ -6,16 +6,15 @@ import argparse
 import base64
 import io
 import json
-import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from vllm_vtprune.demo.families import DEFAULT, FAMILIES
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, weights_of
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.demo.server import ServerFailed, announced_server
 
@@ -31,7 +30,7 @@ SERVE_OPTIONS = (
     "--no-enable-log-requests",
     "--disable-uvicorn-access-log",
 )
-SERVE_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; two short requests need no more
+SMALL_KV_CACHE = ("--kv-cache-memory-bytes", str(2**30))  # of a small model; two short requests need no more
 
 EXAMPLE = """example:
   vtprune demo --json | tail -n 1 | python -m json.tool
@@ -67,20 +66,25 @@ def demo(argv: list[str]) -> None:
 
     from openai import OpenAIError
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
-    trained = args.model is None and args.family == DEFAULT
+    weights = weights_of(args.model, args.family)
+    trained = weights == "trained"
     subject = scene() if trained else Subject(photograph(), PHOTOGRAPH_QUESTION)
     if args.question:
         subject = Subject(subject.picture, args.question)
     try:
-        result = run(subject, args.model or (None if trained else _checkpoint(args.family)))
+        result = run(subject, [args.model] if args.model else [*_checkpoint(args.family), *SMALL_KV_CACHE])
     except KeyboardInterrupt:
         print("\nInterrupted; the server is stopped.", file=sys.stderr)
         sys.exit(130)
     except (ServerFailed, OpenAIError) as error:
         sys.exit(f"vtprune demo: {error}")
-    asked = {"question": subject.question, "right_answer": subject.answer}
-    print(json.dumps({**asked, **result}) if args.json else f"{subject}\n{table(result)}")
+    if args.json:
+        asked = {"question": subject.question, "right_answer": subject.answer, "weights": weights}
+        print(json.dumps({**asked, **result}))
+        return
+    if weights == "random":
+        print(RANDOM_WEIGHTS)
+    print(f"{subject}\n{table(result)}")
 
 
 @dataclass(frozen=True)
@@ -105,27 +109,31 @@ def scene() -> Subject:
     return Subject(paint(picture), question.text, question.answer)
 
 
-def run(subject: Subject, model: str | None = None) -> dict[str, dict[str, Any]]:
+def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Ask a server of our own about the picture, once for each of `ARMS`.
+
+    Args:
+        subject: what is asked about.
+        arguments: of `vtprune serve`, its model first; without one, it serves the model that comes with the package.
 
     Returns:
         For each arm ``ttft_ms`` (milliseconds from sending the request to the first token, seen by the client),
         ``answer`` and ``pruning``, the server's report.
     """
-    arguments = [*([model] if model else []), *SERVE_OPTIONS]
-    name = model or "the model that comes with the package"
-    with announced_server(name, arguments, environment=SERVE_ENVIRONMENT) as url:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments[0] if named else "the model that comes with the package"
+    with announced_server(name, [*arguments, *SERVE_OPTIONS]) as url:
         print(f"Serving on {url}. Warming up ...", file=sys.stderr)
         for policy in ARMS.values():
             ask(url, Image.new("RGB", (336, 336), "gray"), subject.question, policy)
         return {arm: ask(url, subject.picture, subject.question, policy) for arm, policy in ARMS.items()}
 
 
-def _checkpoint(family: str) -> str:
-    """The small checkpoint of a family."""
+def _checkpoint(family: str) -> list[str]:
+    """The small checkpoint of a family; nothing for the one that a server without a model serves."""
     from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
 
-    return str(embedded_checkpoint(family))
+    return [] if family == DEFAULT else [str(embedded_checkpoint(family))]
 
 
 def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str, Any]:
