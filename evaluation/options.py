@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from vllm_vtprune.demo.server import announced_server
 
 SERVE_OPTIONS = ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log")
 SMALL_OPTIONS = ("--max-model-len", "2048")  # enough for the embedded model's 576 tokens
-SMALL_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +53,10 @@ def served(url: str | None, model: str, dtype: str = "auto") -> Iterator[str]:
     if url:
         yield url.rstrip("/")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     small = model == embedded_model()
     options = [*SERVE_OPTIONS, "--dtype", dtype, *(SMALL_OPTIONS if small else ())]
     name = "the model that comes with the package" if small else model
-    with announced_server(name, [model, *options], environment=SMALL_ENVIRONMENT if small else {}) as own:
+    with announced_server(name, [model, *options]) as own:
         yield own
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
+from vllm_vtprune.policy import EnergyBudget, FamilyDefaults, MethodBudget, PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
 
 DEFAULT_PARAM = "--pruning-default"
@@ -19,26 +19,38 @@ class Policies:
         presets: policies by name.
         default: the policy of requests that name none.
         default_preset: the preset that the default is; None where it was written out, or where there is none.
+        fixed_counts: the engine's option under which the number of tokens to keep must not depend on their features;
+            empty where it may.
     """
 
     presets: Mapping[str, PruningPolicy]
     default: PruningPolicy
     default_preset: str | None
+    fixed_counts: str = ""
 
     @classmethod
-    def of(cls, default: object = None, presets: Mapping[str, PruningPolicy] | None = None) -> Policies:
+    def of(
+        cls,
+        default: object = None,
+        presets: Mapping[str, PruningPolicy] | None = None,
+        *,
+        fixed_counts: str = "",
+    ) -> Policies:
         """The package's presets and those of the operator, which precede them.
 
         Args:
             default: a policy in any form that a request may use; None for no pruning.
             presets: more presets.
+            fixed_counts: as the attribute.
 
         Raises:
-            PolicyError: the default is not a policy.
+            PolicyError: the default is not a policy, or not one that can be followed with `fixed_counts`.
         """
         known = builtin_presets() | dict(presets or {})
         policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=known)
-        return cls(known, policy, default if isinstance(default, str) else None)
+        policies = cls(known, policy, default if isinstance(default, str) else None, fixed_counts)
+        policies._refuse_counts(policy, DEFAULT_PARAM, default)
+        return policies
 
     def refuse_impossible(self, family: FamilyDefaults) -> None:
         """Raise for a policy that a model of this family cannot follow, before any request meets it.
@@ -55,4 +67,13 @@ class Policies:
         Raises:
             PolicyError: naming the first problem found.
         """
-        return PruningPolicy.parse(value, param=param, presets=self.presets, default=default or self.default)
+        policy = PruningPolicy.parse(value, param=param, presets=self.presets, default=default or self.default)
+        self._refuse_counts(policy, param, value)
+        return policy
+
+    def _refuse_counts(self, policy: PruningPolicy, param: str, value: object) -> None:
+        """Raise PolicyError for a count that depends on an image's features, where it must not."""
+        if self.fixed_counts and policy.enabled and isinstance(policy.budget, EnergyBudget | MethodBudget):
+            kind = policy.budget.type
+            problem = f'a budget of the type "{kind}" cannot be used with {self.fixed_counts}: instances could disagree'
+            raise PolicyError(param, value, 'a budget of the type "tokens" or "ratio"', problem)

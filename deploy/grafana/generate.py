@@ -185,14 +185,25 @@ def savings() -> list[Plot]:
             "Tokens kept / visual tokens, image by image. Metric: `vtprune:keep_ratio`",
             units.PercentUnit,
             "sum by (le) (increase(vtprune:keep_ratio_bucket{MODEL}[$__rate_interval]))",
-            width=12,
+            width=8,
         ),
         lines(
             "Images by method",
             "Metric: `vtprune:keep_ratio`",
             "images/s",
             Query("sum by (method) (rate(vtprune:keep_ratio_count{MODEL}[$__rate_interval]))", "{{method}}"),
-            width=12,
+            stacked=True,
+        ),
+        lines(
+            "Tokens saved by preset",
+            "`custom`: a policy that is written out, `mixed`: images of one request under several, `none`: no policy. "
+            "Metric: `vtprune:visual_tokens_total`",
+            "tokens/s",
+            Query(
+                f"sum by (preset) (rate({before}[$__rate_interval]))"
+                f" - sum by (preset) (rate({kept}[$__rate_interval]))",
+                "{{preset}}",
+            ),
             stacked=True,
         ),
     ]
@@ -295,7 +306,7 @@ def trouble() -> list[Plot]:
         ),
         lines(
             "Chat completions",
-            "By what became of them; `failed`: a 5xx or an error within the stream, `aborted`: left by the client. "
+            "By what the client got; `refused`: a 4xx, `failed`: a 5xx, both also within a stream, `aborted`: it left. "
             "Metric: `vtprune:requests_total`",
             "requests/s",
             Query("sum by (outcome) (rate(vtprune:requests_total{MODEL}[$__rate_interval]))", "{{outcome}}"),

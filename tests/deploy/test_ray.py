@@ -102,6 +102,8 @@ def test_the_plugin_is_named_in_every_replica() -> None:
     for model in application["args"]["llm_configs"]:
         variables = model["runtime_env"]["env_vars"]
         assert variables["VLLM_PLUGINS"] == variables["VLLM_MEDIA_CONNECTOR"] == "vtprune"
+        reserves = "mm_ipc_gpu_memory_gb" in model["engine_kwargs"]
+        assert reserves is (variables["VTPRUNE_DEVICE"] != "cpu"), "nothing else reserves it"
 
 
 def test_it_says_what_ray_must_be_started_with_and_the_image_does_so() -> None:
