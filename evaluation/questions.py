@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from vllm_vtprune.demo.scenes import Question, Scene, Split, ask, make_scene, paint
-from vllm_vtprune_server.images import DATA_URL, ImageIntake, ImageProblem
+from vllm_vtprune_server.images import ImageIntake
+from vllm_vtprune_server.problem import MediaProblem
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_image(file: Path) -> Image.Image:
 
     Raises:
         OSError: the file cannot be read.
-        ImageProblem: the server would not take it.
+        MediaProblem: the server would not take it.
     """
     return ImageIntake().load_bytes(file.read_bytes()).media
 
@@ -102,8 +103,8 @@ def read_sample(file: Path) -> list[Picture]:
             read_image(image)
         except OSError as error:
             raise SampleError(f"{file}:{number}: image: {error}") from error
-        except ImageProblem as problem:
-            expected = problem.accepted if problem.accepted != DATA_URL else "a file that holds an image"
+        except MediaProblem as problem:
+            expected = problem.accepted or "a file that holds an image"
             raise SampleError(f"{file}:{number}: image: {image} {problem}; expected {expected}") from problem
         asked.setdefault(entry["image"], []).append(Question("", entry["question"], entry.get("answer", "")))
     if not asked:

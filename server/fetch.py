@@ -1,7 +1,8 @@
-"""Fetching images over HTTP for clients, without reaching what only this machine can reach.
+"""Fetching media over HTTP for clients, without reaching what only this machine can reach.
 
 The address of a host is looked up once, checked, and connected to: a name that resolves to something else a moment
-later makes no difference. Redirects are followed by hand, each checked like the first request.
+later makes no difference. Redirects are followed by hand, each checked like the first request. Everything else is as
+in vLLM: which answers are taken, how many bytes, and what is tried again after how long.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import aiohttp
-from vllm.connections import HTTPConnection
+from vllm.connections import (
+    HTTPConnection,
+    MediaDownloadSizeExceededError,
+    _async_read_response_bytes,
+    _async_retry,
+)
 from yarl import URL
 
 from vllm_vtprune import envs
-from vllm_vtprune_server.images import ImageProblem, check_bytes
+from vllm_vtprune_server.problem import MediaProblem, too_large
 
 MAX_REDIRECTS = 3
-CHUNK = 64 * 1024  # bytes
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -37,64 +42,89 @@ class GuardedConnection(HTTPConnection):
         self._allowed_hosts = {host.lower() for host in allowed_hosts}
 
     async def async_get_bytes(
-        self, url: str, *, timeout: float | None = None, allow_redirects: bool = True, max_bytes: int | None = None
+        self,
+        url: str,
+        *,
+        timeout: float | None = None,
+        allow_redirects: bool = True,
+        max_bytes: int | None = None,
+        **budgets: Any,
     ) -> bytes:
-        """The body of what a URL names.
+        """The body of what a URL names, unpacked where its server compressed it.
+
+        A server that does not answer, is slow or says that it failed is asked again, ``VLLM_MEDIA_FETCH_MAX_RETRIES``
+        times in all, each time with four times the patience.
 
         Args:
-            timeout: seconds for all of it, redirects included.
-            max_bytes: no more than this is read.
+            timeout: seconds for the first attempt, redirects included.
+            max_bytes: no more than this is read; nor is more than ``VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB``. Both count
+                unpacked bytes.
+            budgets: of the whole request, as vLLM passes them to its own connection (from 0.33 on).
 
         Raises:
-            ImageProblem: it is not allowed, not there, too large, or did not come in time.
+            MediaProblem: it is not allowed, not there, too large, or did not come in time.
+            HTTPResponseSizeExceededError: it has more than `max_bytes`.
+            ValueError: it is too much for one of the budgets.
         """
-        connector = aiohttp.TCPConnector(socket_factory=_checked_socket)
+        redirects = MAX_REDIRECTS if allow_redirects else 0
         try:
-            async with aiohttp.ClientSession(
-                connector=connector,
-                timeout=aiohttp.ClientTimeout(total=timeout),
-                auto_decompress=False,  # an image gains nothing by it, and a small answer could unpack to a large one
-                headers=self._headers(),
-            ) as session:
-                return await self._get(session, URL(url), MAX_REDIRECTS if allow_redirects else 0, max_bytes)
-        except aiohttp.ClientConnectorError as error:
-            refused = isinstance(error.os_error, _AddressRefused)
-            raise ImageProblem(
-                "is at an address that this server does not fetch from" if refused else "could not be fetched"
-            ) from None
+            return await self._attempt(url, timeout=timeout, redirects=redirects, max_bytes=max_bytes, **budgets)
+        except aiohttp.ClientResponseError as error:
+            raise MediaProblem(f"could not be fetched: its server answered with status {error.status}") from None
+        except MediaDownloadSizeExceededError as error:
+            raise too_large(error.max_bytes, "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB") from None
         except TimeoutError:
-            raise ImageProblem(f"could not be fetched within {timeout:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a URL that cannot be parsed
-            raise ImageProblem(f"could not be fetched ({type(error).__name__})") from None
+            raise MediaProblem(f"could not be fetched: no answer in time, {timeout:g} s at first") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise MediaProblem(f"could not be fetched ({type(error).__name__})") from None
 
     def get_bytes(self, *args: Any, **kwargs: Any) -> bytes:
         """As `async_get_bytes`, for callers outside of any event loop or within one."""
         with ThreadPoolExecutor(max_workers=1) as thread:
             return thread.submit(lambda: asyncio.run(self.async_get_bytes(*args, **kwargs))).result()
 
-    async def _get(self, session: aiohttp.ClientSession, url: URL, redirects: int, max_bytes: int | None) -> bytes:
+    @_async_retry
+    async def _attempt(
+        self, url: str, *, timeout: float | None, redirects: int, max_bytes: int | None, **budgets: Any
+    ) -> bytes:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(socket_factory=_checked_socket),
+            timeout=aiohttp.ClientTimeout(total=timeout),
+            headers=self._headers(),
+        ) as session:
+            try:
+                return await self._get(session, _parsed(url), redirects, max_bytes, **budgets)
+            except aiohttp.ClientConnectorError as error:
+                if isinstance(error.os_error, _AddressRefused):
+                    raise MediaProblem("is at an address that this server does not fetch from") from None
+                raise
+
+    async def _get(
+        self, session: aiohttp.ClientSession, url: URL, redirects: int, max_bytes: int | None, **budgets: Any
+    ) -> bytes:
         self._check(url)
         async with session.get(url, allow_redirects=False) as response:
             location = response.headers.get("Location")
             if 300 <= response.status < 400 and location is not None:
                 if redirects == 0:
-                    raise ImageProblem("could not be fetched: too many redirects")
-                return await self._get(session, url.join(URL(location)), redirects - 1, max_bytes)
-            if response.status != 200:
-                raise ImageProblem(f"could not be fetched: its server answered with status {response.status}")
-            body = bytearray()
-            async for chunk in response.content.iter_chunked(CHUNK):
-                body += chunk
-                if max_bytes is not None:
-                    check_bytes(len(body), max_bytes)
-            return bytes(body)
+                    raise MediaProblem("could not be fetched: too many redirects")
+                return await self._get(session, url.join(_parsed(location)), redirects - 1, max_bytes, **budgets)
+            response.raise_for_status()
+            return await _async_read_response_bytes(response, max_bytes, **budgets)
 
     def _check(self, url: URL) -> None:
         host = (url.host or "").rstrip(".").lower()
         if url.scheme not in ("http", "https"):
-            raise ImageProblem("could not be fetched: it leads to a URL that is neither http nor https")
+            raise MediaProblem("could not be fetched: it leads to a URL that is neither http nor https")
         if host not in self._allowed_hosts:
-            raise ImageProblem("is at a host that this server does not fetch from")
+            raise MediaProblem("is at a host that this server does not fetch from")
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return URL(url)
+    except ValueError:
+        raise MediaProblem("could not be fetched: it leads to what is no URL") from None
 
 
 class _AddressRefused(OSError):

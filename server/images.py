@@ -7,39 +7,41 @@ the same way; beyond it, sizes are looked at before anything is decoded, and mod
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pybase64
 from PIL import Image, UnidentifiedImageError
-from vllm.exceptions import VLLMValidationError
+from vllm import envs as vllm_envs
 from vllm.multimodal.image import convert_image_mode, normalize_image, open_image
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
 
 from vllm_vtprune import envs
+from vllm_vtprune_server.problem import MIB, MediaProblem, too_large
 
-MIB = 1024**2
 MEGAPIXEL = 1_000_000
+BYTES_PER_PIXEL = 4  # that vLLM counts, whatever the mode
 
 
-DATA_URL = "data:image/<format>;base64,<the file's bytes in base64>"
+class DecodedBudget(Protocol):
+    """How much all media of one request may unpack to; vLLM has it from 0.33 on."""
 
-
-class ImageProblem(VLLMValidationError):
-    """An image that is not taken; ``str()`` says why, to follow the name of the image.
-
-    Attributes:
-        accepted: what would be taken, in words.
-    """
-
-    def __init__(self, problem: str, accepted: str = DATA_URL) -> None:
-        super().__init__(problem)
-        self.accepted = accepted
+    def charge(self, decoded_bytes: int) -> None:
+        """Raise ValueError where that is more than is left."""
 
 
 class ImageIntake(ImageMediaIO):
-    """How images are decoded. Options as in vLLM: ``image_mode``, ``rgba_background_color`` (default: white)."""
+    """How images are decoded.
+
+    Args:
+        decoded_budget: of the request; None: no limit beyond those of a single image.
+        options: as in vLLM: ``image_mode``, ``rgba_background_color`` (default: white).
+    """
+
+    def __init__(self, *, decoded_budget: DecodedBudget | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.decoded_budget = decoded_budget
 
     def get_max_bytes(self) -> int:
         return int(envs.max_image_mb() * MIB)
@@ -48,13 +50,18 @@ class ImageIntake(ImageMediaIO):
         """Decode an image: its first frame, upright, in RGB unless the options say otherwise.
 
         Raises:
-            ImageProblem: it is no image, broken, or over a limit.
+            MediaProblem: it is no image, broken, or over a limit.
+            ValueError: it is too much for the request's budget.
         """
-        check_bytes(len(data), self.get_max_bytes())
-        image = decode(data)
+        self._check_bytes(len(data))
+        opened = open_checked(data)
+        if self.decoded_budget is not None:
+            self.decoded_budget.charge(opened.width * opened.height * BYTES_PER_PIXEL)
+        image = decode(opened)
         converted = image
-        if self.image_mode is not None and image.mode != self.image_mode:
-            converted = convert_image_mode(_in_8_bits(image), self.image_mode, self.rgba_background_color)
+        if self.image_mode is not None:
+            wanted = image if image.mode == self.image_mode else _in_8_bits(image)
+            converted = convert_image_mode(wanted, self.image_mode, self.rgba_background_color)
         config: dict[str, Any] | None = None
         if converted is not image:  # as vLLM: part of the image's identity
             config = {"image_mode": self.image_mode, "rgba_background_color": self.rgba_background_color}
@@ -62,39 +69,42 @@ class ImageIntake(ImageMediaIO):
 
     def load_base64(self, media_type: str, data: str) -> MediaWithBytes[Image.Image]:
         """As `load_bytes`, from base64."""
-        check_bytes(len(data) * 3 // 4 - 2, self.get_max_bytes())  # before it is decoded; up to two bytes are padding
+        self._check_bytes(len(data) * 3 // 4 - 2)  # before it is decoded; up to two bytes are padding
         try:
             raw = pybase64.b64decode(data, validate=True)
         except ValueError:  # also what is not ASCII
-            raise ImageProblem("does not hold valid base64") from None
+            raise MediaProblem("does not hold valid base64") from None
         return self.load_bytes(raw)
 
-
-def check_bytes(size: int, limit: int) -> None:
-    """Refuse an image of more bytes than the limit.
-
-    Raises:
-        ImageProblem: it has more.
-    """
-    if size > limit:
-        raise ImageProblem("is too large", f"at most {limit / MIB:g} MiB")
+    def _check_bytes(self, size: int) -> None:
+        if size > self.get_max_bytes():
+            raise too_large(self.get_max_bytes(), envs.max_image_mb.name)
 
 
-def decode(data: bytes) -> Image.Image:
-    """The first frame of an image, upright, in its own mode.
+def open_checked(data: bytes) -> Image.Image:
+    """An image of which only the header was read.
 
     Raises:
-        ImageProblem: it is no image, broken, or has more pixels or a longer side than allowed.
+        MediaProblem: it is no image, broken, or has more pixels or a longer side than allowed.
     """
     try:
-        image = open_image(io.BytesIO(data))  # reads the header alone
+        image = open_image(io.BytesIO(data))
     except UnidentifiedImageError:
-        raise ImageProblem(f"holds {len(data)} bytes that are no image in a known format") from None
+        raise MediaProblem(f"holds {len(data)} bytes that are no image in a known format") from None
     except Image.DecompressionBombError:
         raise _too_many_pixels("far too many pixels") from None
     except Exception as error:
         raise _broken(error) from None
     check_size(*image.size)
+    return image
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """The first frame of an image that was opened, upright, in its own mode.
+
+    Raises:
+        MediaProblem: it is broken, or has other pixels than its header says, and more than allowed.
+    """
     try:
         image.load()
         upright = normalize_image(image)
@@ -108,22 +118,34 @@ def check_size(width: int, height: int) -> None:
     """Refuse an image that would take too much to decode or to resize.
 
     Raises:
-        ImageProblem: it has too many pixels, or is too long for its breadth.
+        MediaProblem: it has too many pixels, or is too long for its breadth.
     """
-    if width * height > envs.max_image_megapixels() * MEGAPIXEL:
+    if width * height > _pixel_limit()[0]:
         raise _too_many_pixels(f"{width} x {height} pixels")
     if max(width, height) > envs.max_image_aspect() * min(width, height):
-        raise ImageProblem(
-            f"has {width} x {height} pixels", f"a longer side of at most {envs.max_image_aspect()} times the shorter"
+        raise MediaProblem(
+            f"has {width} x {height} pixels",
+            f"a longer side of at most {envs.max_image_aspect()} times the shorter ({envs.max_image_aspect.name})",
         )
 
 
-def _too_many_pixels(found: str) -> ImageProblem:
-    return ImageProblem(f"has {found}", f"at most {envs.max_image_megapixels():g} megapixels")
+def _pixel_limit() -> tuple[float, str]:
+    """The strictest limit, and what sets it."""
+    limits = [(envs.max_image_megapixels() * MEGAPIXEL, envs.max_image_megapixels.name)]
+    if vllm_envs.VLLM_MAX_IMAGE_PIXELS > 0:
+        limits.append((vllm_envs.VLLM_MAX_IMAGE_PIXELS, "VLLM_MAX_IMAGE_PIXELS"))
+    if Image.MAX_IMAGE_PIXELS is not None:
+        limits.append((2 * Image.MAX_IMAGE_PIXELS, "a limit of Pillow's"))
+    return min(limits)
 
 
-def _broken(error: Exception) -> ImageProblem:
-    return ImageProblem(f"holds an image that cannot be decoded ({type(error).__name__})")
+def _too_many_pixels(found: str) -> MediaProblem:
+    limit, setting = _pixel_limit()
+    return MediaProblem(f"has {found}", f"at most {limit / MEGAPIXEL:.10g} megapixels ({setting})")
+
+
+def _broken(error: Exception) -> MediaProblem:
+    return MediaProblem(f"holds an image that cannot be decoded ({type(error).__name__})")
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

@@ -1,32 +1,43 @@
-"""vLLM's media connector, with the images that clients send under our rules.
+"""vLLM's media connector, under our rules: where media come from, how images are decoded, what errors say.
 
-vLLM creates one for each request, by the name in ``VLLM_MEDIA_CONNECTOR``; `vtprune serve` puts ours there. Images
-come from data URLs, and over HTTP from the hosts that ``--allowed-media-domains`` names. Those of a request that prunes
+vLLM creates one for each request, by the name in ``VLLM_MEDIA_CONNECTOR``; `vtprune serve` puts ours there. Media come
+from data URLs, and over HTTP from the hosts that ``--allowed-media-domains`` names. The images of a request that prunes
 begin to be encoded as soon as they are decoded.
 """
 
 from __future__ import annotations
 
+import binascii
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from PIL import Image
 from vllm import envs as vllm_envs
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
+from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, MediaWithBytes
+from vllm.multimodal.media.connector import MODALITY_IO_MAP
 
+from vllm_vtprune import envs
 from vllm_vtprune.plugin.early import EarlyEncoding, current
-from vllm_vtprune_server.errors import ImageRefused
+from vllm_vtprune_server import data_urls
+from vllm_vtprune_server.errors import MediaRefused
 from vllm_vtprune_server.fetch import GuardedConnection
-from vllm_vtprune_server.images import ImageIntake, ImageProblem
+from vllm_vtprune_server.images import ImageIntake
+from vllm_vtprune_server.problem import MediaProblem, too_large
 
 NAME = "vtprune"
+NOUNS = {"image": "an image", "video": "a video", "audio": "audio"}
+SIZE_SETTINGS = {"image": envs.max_image_mb.name, "audio": "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"}
+"""Modality -> what sets how many bytes one of its files may have, wherever it comes from."""
 
 
 class _EarlyIntake(ImageIntake):
     """Also starts to encode what it decoded."""
 
     def __init__(
-        self, early: EarlyEncoding, url: str, media_io_kwargs: dict[str, dict[str, Any]], **options: Any
+        self, early: EarlyEncoding, url: str, media_io_kwargs: Mapping[str, Mapping[str, Any]], **options: Any
     ) -> None:
         super().__init__(**options)
         self._start = partial(early.start, url, media_io_kwargs=media_io_kwargs)
@@ -41,6 +52,7 @@ class GuardedConnector(MediaConnector):
 
     Args:
         allowed_media_domains: hosts to fetch from; unlike in vLLM, none by default.
+        budgets: of the whole request, for what is decoded and for what is downloaded (vLLM from 0.33 on).
     """
 
     def __init__(
@@ -49,57 +61,82 @@ class GuardedConnector(MediaConnector):
         *,
         allowed_local_media_path: str = "",
         allowed_media_domains: list[str] | None = None,
+        **budgets: Any,
     ) -> None:
         super().__init__(
             media_io_kwargs,
             GuardedConnection(allowed_media_domains or ()),
             allowed_local_media_path=allowed_local_media_path,
+            **budgets,
         )
         self._fetches = bool(allowed_media_domains)  # the connection checks each host, also those of redirects
+        self._decoded_budget = budgets.get("decoded_budget")
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
-        self._check(image_url)
-        try:
-            return self.load_from_url(
-                _plain(image_url), self._intake(image_url, image_mode), fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT
-            )
-        except (ImageProblem, OSError, ValueError) as problem:
-            raise _refused(image_url, problem) from None
+        intake = self._intake(image_url, image_mode)
+        return self.load_from_url(image_url, intake, fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT)
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
-        self._check(image_url)
-        try:
-            return await self.load_from_url_async(
-                _plain(image_url), self._intake(image_url, image_mode), fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT
-            )
-        except (ImageProblem, OSError, ValueError) as problem:
-            raise _refused(image_url, problem) from None
+        intake = self._intake(image_url, image_mode)
+        return await self.load_from_url_async(image_url, intake, fetch_timeout=vllm_envs.VLLM_IMAGE_FETCH_TIMEOUT)
+
+    def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
+        with self._checked(url, media_io) as stripped:
+            return super().load_from_url(stripped, media_io, fetch_timeout=fetch_timeout)
+
+    async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
+        with self._checked(url, media_io) as stripped:
+            return await super().load_from_url_async(stripped, media_io, fetch_timeout=fetch_timeout)
+
+    def _load_data_url(self, url: str, media_io: MediaIO[Any]) -> Any:
+        return media_io.load_base64(*data_urls.read(url))
 
     def _intake(self, url: str, image_mode: str | None) -> ImageIntake:
-        options = {"image_mode": image_mode, **self.media_io_kwargs.get("image", {})}
+        options = {
+            "image_mode": image_mode,
+            **self.media_io_kwargs.get("image", {}),
+            "decoded_budget": self._decoded_budget,
+        }
         early = current()
         return ImageIntake(**options) if early is None else _EarlyIntake(early, url, self.media_io_kwargs, **options)
 
-    def _check(self, url: str) -> None:
-        """Refuse what is no URL of an image, before anything is loaded."""
-        scheme = url.partition(":")[0].lower()
-        if scheme == "data":
-            header, comma, _ = url.partition(",")
-            if not comma or not header.lower().endswith(";base64"):
-                raise ImageRefused(url, ImageProblem("is not a base64 data URL"))
-        elif scheme == "file" and self.allowed_local_media_path is None:
-            raise ImageRefused(url, ImageProblem("is a file of the server, which it does not open"))
-        elif scheme in ("http", "https") and not self._fetches:
-            raise ImageRefused(url, ImageProblem("is on the web, from where this server does not fetch images"))
-        elif scheme not in ("http", "https", "file"):
-            raise ImageRefused(url, ImageProblem("is not a URL of an image"))
+    @contextmanager
+    def _checked(self, url: str, media_io: MediaIO[Any]) -> Iterator[str]:
+        """A URL to load from; whatever is wrong with it or with what is there is told of the URL."""
+        modality = next(name for name, its in MODALITY_IO_MAP.items() if isinstance(media_io, its))
+        stripped = url.lstrip()
+        if stripped[: len("data:")].lower() != "data:":  # what follows data may be of account
+            stripped = stripped.rstrip()
+        try:
+            self._check(stripped, NOUNS[modality])
+            yield stripped
+        except (VLLMClientError, OSError, ValueError) as error:
+            raise MediaRefused(url, modality, _problem(error, modality, media_io.get_max_bytes())) from None
+
+    def _check(self, url: str, noun: str) -> None:
+        """Refuse what is not loaded from, before anything is."""
+        scheme, colon, _ = url.partition(":")
+        scheme = scheme.lower()
+        if scheme == "file" and self.allowed_local_media_path is None:
+            raise MediaProblem("is a file of the server, which it does not open")
+        if scheme in ("http", "https") and not self._fetches:
+            raise MediaProblem("is on the web, from where this server does not fetch")
+        if not colon or scheme not in ("data", "http", "https", "file"):
+            raise MediaProblem(f"is not a URL of {noun}")
 
 
-def _plain(url: str) -> str:
-    """A data URL as vLLM reads it, which wants its ``base64`` in small letters."""
-    header, comma, data = url.partition(",")
-    return url if header == header.lower() or not header.lower().startswith("data:") else header.lower() + comma + data
+def _problem(error: Exception, modality: str, max_bytes: int | None) -> MediaProblem:
+    """What is wrong with a medium, from what loading it raised.
 
-
-def _refused(url: str, problem: Exception) -> ImageRefused:
-    return ImageRefused(url, problem if isinstance(problem, ImageProblem) else ImageProblem("could not be loaded"))
+    Of vLLM's own words those that name a setting are passed on; others may tell of the inside of the server.
+    """
+    if isinstance(error, MediaProblem):
+        return error
+    if isinstance(error, VLLMValidationError) and error.parameter == "audio_filesize_mb" and max_bytes is not None:
+        return too_large(max_bytes, SIZE_SETTINGS[modality])  # so vLLM calls it for any file
+    if isinstance(error, binascii.Error):
+        return MediaProblem("does not hold valid base64")
+    words = str(error.args[0] if error.args else "").removeprefix("Failed to fetch media from URL: ")
+    if "VLLM_" in words:
+        return MediaProblem(f"could not be loaded: {words.removesuffix('.')}", "what is within that limit")
+    return MediaProblem("could not be loaded")

@@ -9,11 +9,12 @@ import pytest
 from PIL import ExifTags, Image
 from vllm.multimodal.media.image import ImageMediaIO
 
-from tests.support.chat import fresh_picture, url_of
+from tests.support.chat import fresh_picture
 from tests.support.images import sample_images
 from vllm_vtprune import envs
-from vllm_vtprune_server.images import ImageIntake, ImageProblem
-from vllm_vtprune_server.media import GuardedConnector
+from vllm_vtprune_server import images
+from vllm_vtprune_server.images import ImageIntake
+from vllm_vtprune_server.problem import MediaProblem
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -108,6 +109,20 @@ def test_what_is_transparent_becomes_white_or_the_colour_asked_for() -> None:
     assert near(colours(decoded(saved(half))), [(255, 127, 127), RED])
 
 
+def test_a_colour_that_means_transparent_is_as_in_the_vllm_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.33 replaces it by the background; 0.32 leaves an image that is in RGB already."""
+    data = saved(halves(RED, GREEN), transparency=GREEN)
+    ours, stock = ImageIntake().load_bytes(data), ImageMediaIO().load_bytes(data)
+    assert ours.media.tobytes() == stock.media.tobytes()
+    assert ours.io_config == stock.io_config
+
+    replaced = halves(RED, WHITE)
+    monkeypatch.setattr(images, "convert_image_mode", lambda image, mode, background: replaced)
+    late = ImageIntake().load_bytes(data)
+    assert late.media is replaced
+    assert late.io_config == {"image_mode": "RGB", "rgba_background_color": WHITE}
+
+
 def test_cmyk_has_the_colours_that_were_printed() -> None:
     for data in (saved(halves(RED, BLUE).convert("CMYK"), "TIFF"), saved(halves(RED, BLUE).convert("CMYK"), "JPEG")):
         assert near(colours(decoded(data)), [RED, BLUE], tolerance=8)
@@ -148,20 +163,75 @@ def test_a_mode_that_the_operator_asked_to_keep_is_kept() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "size", "problem"),
     [
-        (envs.max_image_megapixels, "0.01", (101, 100), "has 101 x 100 pixels"),
-        (envs.max_image_aspect, "4", (101, 25), "has 101 x 25 pixels"),
-        (envs.max_image_aspect, "4", (25, 101), "has 25 x 101 pixels"),
+        (envs.max_image_megapixels.name, "0.01", (101, 100), "has 101 x 100 pixels"),
+        ("VLLM_MAX_IMAGE_PIXELS", "10000", (101, 100), "has 101 x 100 pixels"),
+        (envs.max_image_aspect.name, "4", (101, 25), "has 101 x 25 pixels"),
+        (envs.max_image_aspect.name, "4", (25, 101), "has 25 x 101 pixels"),
     ],
 )
 def test_the_header_is_looked_at_before_anything_is_decoded(
-    monkeypatch: pytest.MonkeyPatch, variable: envs.Variable, value: str, size: tuple[int, int], problem: str
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, size: tuple[int, int], problem: str
 ) -> None:
-    monkeypatch.setenv(variable.name, value)
+    monkeypatch.setenv(variable, value)
     width, height = size
     assert decoded(saved(Image.new("RGB", (width - (width > height), height - (height > width))))).mode == "RGB"
     monkeypatch.setattr(Image.Image, "load", None)  # calling it would be an error of another kind
-    with pytest.raises(ImageProblem, match=problem):
+    with pytest.raises(MediaProblem, match=problem):
         decoded(saved_without_loading(size))
+
+
+@pytest.mark.parametrize(
+    ("ours", "vllms", "accepted"),
+    [
+        ("0.01", "20000", "at most 0.01 megapixels (VTPRUNE_MAX_IMAGE_MEGAPIXELS)"),
+        ("0.02", "10000", "at most 0.01 megapixels (VLLM_MAX_IMAGE_PIXELS)"),
+        ("0.02", "0", "at most 0.02 megapixels (VTPRUNE_MAX_IMAGE_MEGAPIXELS)"),
+        ("500", "12345", "at most 0.012345 megapixels (VLLM_MAX_IMAGE_PIXELS)"),
+    ],
+)
+def test_the_stricter_limit_of_pixels_holds_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, ours: str, vllms: str, accepted: str
+) -> None:
+    monkeypatch.setenv(envs.max_image_megapixels.name, ours)
+    monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", vllms)
+    with pytest.raises(MediaProblem, match="has 200 x 150 pixels") as refused:
+        decoded(saved_without_loading((200, 150)))
+    assert refused.value.accepted == accepted
+
+
+def test_no_setting_lifts_the_limit_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(envs.max_image_megapixels.name, "500")
+    monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", "500000000")
+    with pytest.raises(MediaProblem, match="has far too many pixels") as refused:
+        decoded(saved(Image.new("1", (20_000, 10_000))))
+    assert refused.value.accepted == "at most 178.95697 megapixels (a limit of Pillow's)"
+
+
+class Allowance:
+    """A budget as vLLM 0.33 has it for all media of a request."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def charge(self, decoded_bytes: int) -> None:
+        if self.used + decoded_bytes > self.limit:
+            raise ValueError(f"Request decoded media exceeds VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES={self.limit}.")
+        self.used += decoded_bytes
+
+
+@pytest.mark.parametrize("mode", ["RGB", "1", "RGBA", "I;16"])
+def test_the_budget_of_the_request_is_charged_before_an_image_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    budget = Allowance(limit=2 * 30 * 20 * 4)
+    data = saved(Image.new(mode, (30, 20)))
+    for number in (1, 2):
+        ImageIntake(decoded_budget=budget).load_bytes(data)
+        assert budget.used == number * 30 * 20 * 4
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(ValueError, match="VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES"):
+        ImageIntake(decoded_budget=budget).load_bytes(data)
 
 
 def saved_without_loading(size: tuple[int, int]) -> bytes:
@@ -176,24 +246,15 @@ def saved_without_loading(size: tuple[int, int]) -> bytes:
 def test_a_file_over_the_limit_is_refused_before_its_base64_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(envs.max_image_mb.name, str(1 / 1024))
     for size in (1025, 1026, 1027, 5000):
-        with pytest.raises(ImageProblem, match="is too large"):
+        with pytest.raises(MediaProblem, match="is too large"):
             ImageIntake().load_base64("image/png", base64.b64encode(b"A" * size).decode())
-    with pytest.raises(ImageProblem, match="is too large"):
+    with pytest.raises(MediaProblem, match="is too large"):
         ImageIntake().load_base64("image/png", "@" * 5000)  # which is no base64
-    with pytest.raises(ImageProblem, match="holds 1024 bytes that are no image"):
+    with pytest.raises(MediaProblem, match="holds 1024 bytes that are no image"):
         ImageIntake().load_base64("image/png", base64.b64encode(b"A" * 1024).decode())
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"GIF89a"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
-    with pytest.raises(ImageProblem, match="holds"):
+    with pytest.raises(MediaProblem, match="holds"):
         decoded(data)
-
-
-def test_the_word_base64_may_be_in_capitals() -> None:
-    """As a media type may; vLLM's own reader would not know it, and the answer would be a 501."""
-    url = url_of(fresh_picture())
-    header, data = url.split(",", 1)
-    shouted = GuardedConnector().fetch_image(f"{header.upper().replace('DATA', 'data')},{data}")
-    plain = GuardedConnector().fetch_image(url)
-    assert np.array_equal(np.asarray(shouted.media), np.asarray(plain.media))

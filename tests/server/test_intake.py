@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,27 @@ def test_one_image_in_many_requests_is_encoded_once(server: Server) -> None:
         for thing, policy in zip(THINGS, policies, strict=True)
     )
     assert [kept(answer) for answer in answers] == [[20 + i] * 2 for i in range(8)]
+    assert server.metrics().since(before, RUNS, IMAGES) == (1, 1)
+
+
+def test_one_image_written_in_several_ways_is_encoded_once(server: Server) -> None:
+    url = fresh_url()
+    ways = {
+        "plain": image_part(url),
+        "no object": {"type": "image_url", "image_url": url},
+        "lines": image_part(re.sub(r"(.{76})", r"\1\r\n", url)),
+        "no padding": image_part(url.rstrip("=")),
+        "surplus padding": image_part(f"{url}="),
+        "for URLs": image_part(url[:22] + url[22:].replace("+", "-").replace("/", "_")),
+        "escaped": image_part(url[:22] + url[22:].replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")),
+        "space": image_part(f" {url}\n"),
+    }
+    before = server.metrics()
+    answers = at_once(
+        asker(server, thing, [part], pruning={"budget": {"type": "tokens", "keep": 30 + i}})
+        for i, (thing, part) in enumerate(zip(THINGS, ways.values(), strict=True))
+    )
+    assert [kept(answer) for answer in answers] == [[30 + i] for i in range(len(ways))]
     assert server.metrics().since(before, RUNS, IMAGES) == (1, 1)
 
 

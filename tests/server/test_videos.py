@@ -138,3 +138,20 @@ def test_images_are_pruned_and_videos_pass_in_every_order(
         assert [entry["kept_tokens"] for entry in streamed[-1]["pruning"]["images"]] == [
             kept for _, _, kept, _ in found
         ]
+
+
+def test_a_video_that_is_not_taken_is_named_by_its_field(server: Server, parts: Mapping[str, Body]) -> None:
+    for url, problem in (
+        ("https://example.com/cat.mp4", "is on the web, from where this server does not fetch"),
+        ("data:video/mp4;base64,@", "does not hold valid base64"),
+        ("data:video/mp4;base64,QUJD", "could not be loaded"),
+    ):
+        body = asked({**parts, "bad": {"type": "video_url", "video_url": {"url": url}}}, ("first", "bad"))
+        response = server.post({**body, "pruning": POLICY})
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert error["param"] == "messages.0.content.1.video_url"
+        assert error["message"] == (
+            f"messages.0.content.1.video_url: {url!r} {problem}; "
+            "expected data:video/<format>;base64,<the file's bytes in base64>."
+        )
