@@ -34,12 +34,13 @@ class AliasedModels(OpenAIModelRegistry):
 
     @property
     def aliases(self) -> dict[str, tuple[str, str]]:
-        """Model and preset by alias."""
-        return {
+        """Model and preset by alias; a name under which a model is served is none."""
+        aliases = {
             f"{model.name}{SEPARATOR}{preset}": (model.name, preset)
             for model in self.base_model_paths
             for preset in self._presets
         }
+        return {alias: meant for alias, meant in aliases.items() if not self._is_served(alias)}
 
     def resolve(self, name: str | None) -> tuple[str, str] | None:
         """The model and the preset that an alias stands for; None for any other name.
@@ -93,6 +94,19 @@ class AliasedModels(OpenAIModelRegistry):
             for alias, (name, _) in self.aliases.items()
         ]
         return listed
+
+    async def retrieve(self, name: str) -> ModelCard:
+        """What the list of models says of one: a model, an adapter or an alias.
+
+        Raises:
+            LookupError: there is none of this name; the message says so.
+        """
+        listed = await self._models.show_available_models()
+        for card in listed.data:
+            if card.id == name:
+                return card
+        self.resolve(name)
+        raise LookupError(f"The model `{name[:200]}` does not exist; GET /v1/models lists those that do.")
 
     def _is_served(self, name: str) -> bool:
         return super().is_base_model(name) or name in self._models.lora_requests

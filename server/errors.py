@@ -1,26 +1,35 @@
-"""What is wrong with the images of a request."""
+"""What is wrong with the images, videos and sounds of a request."""
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 
-from vllm_vtprune_server.images import DATA_URL, ImageProblem
-from vllm_vtprune_server.protocol import ImagePart
+from vllm_vtprune.plugin.limits import ImageNotTaken
+from vllm_vtprune_server.problem import MediaProblem, data_url
+from vllm_vtprune_server.protocol import ImagePart, MediaPart, PruningChatCompletionRequest
 from vllm_vtprune_server.validation import InvalidField
 
 
-class ImageRefused(InvalidField):
-    """An image that was not taken, by its URL: whoever loads it does not know where it stands in the request."""
+class MediaRefused(InvalidField):
+    """A medium that was not taken, by its URL: whoever loads it does not know where it stands in the request.
 
-    def __init__(self, url: str, problem: ImageProblem) -> None:
+    Args:
+        url: as it was given to who loads it.
+        modality: ``image``, ``video`` or ``audio``.
+        problem: why.
+    """
+
+    def __init__(self, url: str, modality: str, problem: MediaProblem) -> None:
         self.url = url
         self.problem = problem
-        super().__init__(self.named("image_url"), parameter="image_url")
+        self._accepted = problem.accepted or data_url(modality)
+        super().__init__(self.named(f"{modality}_url"), parameter=f"{modality}_url")
 
     def named(self, param: str) -> str:
         """What is wrong, of the field at ``param``."""
-        return f"{param}: {reprlib.repr(self.url)} {self.problem}; expected {self.problem.accepted}."
+        return f"{param}: {reprlib.repr(self.url)} {self.problem}; expected {self._accepted}."
 
 
 def explain_image_error(images: Sequence[ImagePart], error: Exception) -> InvalidField | None:
@@ -30,14 +39,46 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
         images: the images of the request.
         error: what rendering the request raised.
     """
+    if isinstance(error, ImageNotTaken):
+        param = images[error.index].field
+        return InvalidField(f"{param}: {error.reason}; expected an image of another shape.", parameter=param)
     for image in images:
-        param = f"{image.param}.image_url"
-        if isinstance(error, ImageRefused) and image.url == error.url:
+        param = image.field
+        if isinstance(error, MediaRefused) and image.url == error.url:
             return InvalidField(error.named(param), parameter=param)
         if image.url == "":  # vLLM takes it for none
-            return InvalidField(f"{param}: '' is not a URL of an image; expected {DATA_URL}.", parameter=param)
+            return InvalidField(f"{param}: '' is not a URL of an image; expected {data_url('image')}.", parameter=param)
         # The words of vLLM 0.32.0 for an item that comes with a uuid alone (multimodal/processing/processor.py).
         if image.url is None and "data is not provided" in str(error):
             problem = "null given, and nothing is remembered under this uuid (any more)"
-            return InvalidField(f"{param}: {problem}; expected {DATA_URL}.", parameter=param)
+            return InvalidField(f"{param}: {problem}; expected {data_url('image')}.", parameter=param)
+    return None
+
+
+def explain_truncation(request: PruningChatCompletionRequest, error: Exception) -> InvalidField | None:
+    """What is wrong with ``truncate_prompt_tokens`` where it cuts the place of a medium out of the prompt.
+
+    vLLM 0.32.0 then finds fewer places than media (multimodal/processing/processor.py) and takes the fault on itself.
+    """
+    limit = request.truncate_prompt_tokens
+    media = request.images or request.other_media
+    if limit is None or not media or not LOST_PLACE.search(str(error)):
+        return None
+    return InvalidField(
+        f"truncate_prompt_tokens: {limit} would cut an image, video or sound out of the prompt; expected as many "
+        "tokens as the prompt has, or null.",
+        parameter="truncate_prompt_tokens",
+    )
+
+
+LOST_PLACE = re.compile(r"prompt (?:placeholders|updates)|Failed to apply prompt replacement")
+
+
+def explain_media_error(media: Sequence[MediaPart], error: Exception) -> InvalidField | None:
+    """The same for the videos and sounds of a request."""
+    if isinstance(error, MediaRefused):
+        for part in media:
+            # vLLM puts data that came without a URL into one.
+            if error.url == part.url or error.url.endswith(f",{part.url}"):
+                return InvalidField(error.named(part.param), parameter=part.param)
     return None

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, PrivateAttr, SkipValidation, model_validator
+from pydantic import Field, GetJsonSchemaHandler, PrivateAttr, SkipValidation, ValidationError, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
 
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune_server.content import (
+    check_parts,
+    check_tool_calls,
+    in_one_form,
+    read_at_once,
+    refuse_misplaced,
+    refuse_misspelt,
+)
 from vllm_vtprune_server.schema import describe
 from vllm_vtprune_server.trace import Trace
-from vllm_vtprune_server.validation import InvalidField, check_messages, wrong_field
+from vllm_vtprune_server.validation import check_messages, placing, wrong_field
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
-IMAGE_TYPES = {key: key for key in IMAGE_KEYS} | {"input_image": "image_url"}
-"""Type of a content part that holds an image -> the key that holds it."""
+OTHER_MEDIA = {"video_url": "url", "audio_url": "url", "input_audio": "data"}
+"""Key of a content part that holds a video or a sound -> the key of its URL or its data in there."""
 TEXT_TYPES = ("text", "input_text")
 
 
@@ -33,6 +42,8 @@ class ImagePart:
         uuid: the client's name for it, None where it has none.
         message_text: the text of the message that carries it.
         pruning: the policy beside it, None where there is none.
+        key: the key of the part that holds it.
+        value: what stands there.
     """
 
     param: str
@@ -40,6 +51,26 @@ class ImagePart:
     uuid: str | None
     message_text: str
     pruning: object = None
+    key: str = "image_url"
+    value: object = None
+
+    @property
+    def field(self) -> str:
+        """Path of what holds it, such as ``messages.0.content.1.image_url``."""
+        return f"{self.param}.{self.key}"
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """A video or a sound of a conversation.
+
+    Attributes:
+        param: path of its field, such as ``messages.0.content.1.video_url``.
+        url: where it comes from, or its data in base64.
+    """
+
+    param: str
+    url: str
 
 
 class PruningChatCompletionRequest(ChatCompletionRequest):
@@ -62,7 +93,9 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     ] = None
 
     _images: list[ImagePart] = PrivateAttr(default_factory=list)
+    _other_media: list[MediaPart] = PrivateAttr(default_factory=list)
     _last_turn: str = PrivateAttr(default="")
+    _body: Mapping[str, Any] = PrivateAttr(default_factory=dict)
     _trace: Trace = PrivateAttr(default_factory=Trace)
     _alias_preset: str | None = PrivateAttr(default=None)
 
@@ -75,19 +108,36 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         """
         check_messages(data)
         images: list[ImagePart] = []
+        other_media: list[MediaPart] = []
         last_turn = ""
+        if isinstance(data, Mapping):
+            refuse_misspelt(data, cls.model_fields)
         if isinstance(data, Mapping) and isinstance(data.get("messages"), list):
-            messages = [_without_iterators(message) for message in data["messages"]]
-            _refuse_misplaced(messages)
+            messages = [in_one_form(_without_iterators(message)) for message in data["messages"]]
+            for index, message in enumerate(messages):
+                refuse_misplaced(index, message, [_image_key(part) for part in _parts(message)])
+                check_parts(index, message)
             images = [image for index, message in enumerate(messages) for image in _images(index, message)]
+            other_media = [part for index, message in enumerate(messages) for part in _other_media(index, message)]
             turns = [_text(message) for message in messages if _get(message, "role") == "user"]
             last_turn = turns[-1] if turns else ""
             data = {**data, "messages": [_without_pruning(message) for message in messages]}
         try:
             request = handler(data)
-        except (AttributeError, KeyError, TypeError) as error:  # of vLLM's checks, which precede validation
+        except (AttributeError, KeyError, TypeError, ValidationError) as error:
+            for index, message in enumerate(_get(data, "messages") or ()):
+                check_tool_calls(index, message)
+            if isinstance(error, ValidationError):
+                raise
+            # of vLLM's checks, which precede validation
             raise wrong_field(cls, data) from error
+        except VLLMValidationError:
+            with placing(data):
+                raise
+        read_at_once(request.messages, data)
+        request._body = data
         request._images = images
+        request._other_media = other_media
         request._last_turn = last_turn
         return request
 
@@ -102,6 +152,10 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         """What the handler notes about this request on its way."""
         return self._trace
 
+    @trace.setter
+    def trace(self, trace: Trace) -> None:
+        self._trace = trace
+
     @property
     def alias_preset(self) -> str | None:
         """The preset of the model name that the client wrote; None where it was no alias, or was not looked at yet."""
@@ -115,6 +169,16 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     def images(self) -> list[ImagePart]:
         """The images of all messages, in prompt order."""
         return self._images
+
+    @property
+    def other_media(self) -> list[MediaPart]:
+        """The videos and sounds of all messages, in prompt order."""
+        return self._other_media
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        """The request as the client wrote it, but for our field beside images, and URLs in one form."""
+        return self._body
 
     def text_for(self, image: ImagePart, policy: PruningPolicy) -> str:
         """The text that the policy conditions the image on."""
@@ -160,7 +224,7 @@ def _image_key(part: Any) -> str | None:
     kind = _get(part, "type")
     if kind is None or _get(part, "uuid") is not None:
         return next((key for key in IMAGE_KEYS if isinstance(part, Mapping) and key in part), None)
-    return IMAGE_TYPES.get(kind) if isinstance(kind, str) else None
+    return kind if kind in IMAGE_KEYS else None
 
 
 def _images(message_index: int, message: Any) -> Iterator[ImagePart]:
@@ -172,30 +236,21 @@ def _images(message_index: int, message: Any) -> Iterator[ImagePart]:
             yield ImagePart(
                 param=f"messages.{message_index}.content.{index}",
                 url=url if isinstance(url, str) else None,
-                uuid=uuid if isinstance(uuid := part.get("uuid"), str) else None,
+                uuid=None if part.get("uuid") is None else str(part["uuid"]),  # as vLLM does
                 message_text=text,
                 pruning=part.get("pruning"),
+                key=key,
+                value=part.get(key),
             )
 
 
-def _refuse_misplaced(messages: Sequence[Any]) -> None:
-    """Raise for a ``pruning`` that would not be read: beside what is no image, or inside of ``image_url``.
-
-    Raises:
-        InvalidField: naming the field.
-    """
-    for message_index, message in enumerate(messages):
-        for index, part in enumerate(_parts(message)):
-            key = _image_key(part)
-            inside = None if key is None else _get(part, key)
-            if key is None and isinstance(part, Mapping) and part.get("pruning") is not None:
-                where, accepted = "pruning", "it beside image_url, in a content part that holds an image"
-            elif isinstance(inside, Mapping) and "pruning" in inside:
-                where, accepted = f"{key}.pruning", f"it beside {key}, not inside"
-            else:
-                continue
-            param = f"messages.{message_index}.content.{index}.{where}"
-            raise InvalidField(f"{param}: a policy that would not be read; expected {accepted}.", parameter=param)
+def _other_media(message_index: int, message: Any) -> Iterator[MediaPart]:
+    for index, part in enumerate(_parts(message)):
+        for key, inner in OTHER_MEDIA.items():
+            value = _get(part, key)
+            url = value if isinstance(value, str) else _get(value, inner)
+            if isinstance(url, str):
+                yield MediaPart(f"messages.{message_index}.content.{index}.{key}", url)
 
 
 def _without_pruning(message: Any) -> Any:

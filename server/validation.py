@@ -7,17 +7,20 @@ mistake that explains most of it is told, at the path that the client wrote, in 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMValidationError
 
 MAX_MESSAGE = 1000  # characters
 MAX_PARAM = 200
@@ -45,7 +48,10 @@ def explain(error: Exception) -> ErrorResponse | None:
         message, param = "The body cannot be parsed.", None  # FastAPI knows no more: numbers too long, nested too deep
     else:
         answer = create_error_response(error)
-        return bounded(answer) if answer.error.code < 500 else None
+        if answer.error.code >= 500:
+            return None
+        answer.error.message = _outward(answer.error.message, error)
+        return bounded(answer)
     return bounded(ErrorResponse(error=ErrorInfo(message=message, type="BadRequestError", param=param, code=400)))
 
 
@@ -55,6 +61,89 @@ def bounded(answer: ErrorResponse) -> ErrorResponse:
     if answer.error.param is not None:
         answer.error.param = _cut(answer.error.param, MAX_PARAM)
     return answer
+
+
+@contextmanager
+def placing(body: Mapping[str, Any]) -> Iterator[None]:
+    """Give errors the path of the field that they are about, where vLLM tells none or one of its own.
+
+    Args:
+        body: of the request.
+    """
+    try:
+        yield
+    except Exception as error:
+        answer = explain(error)
+        if answer is None or answer.error.code != 400:
+            raise
+        param = path_of(answer.error.param, answer.error.message, body)
+        if param == answer.error.param:
+            raise
+        raise InvalidField(answer.error.message, parameter=param) from error
+
+
+def path_of(param: str | None, message: str, body: Mapping[str, Any]) -> str:
+    """The field of a request that an error of vLLM's is about.
+
+    Args:
+        param: as vLLM names it: None, a field of the request, or something in its messages.
+        message: of the error.
+        body: of the request.
+
+    Returns:
+        Its path; ``messages`` where nothing tells it.
+    """
+    if param == "max_tokens" and param not in body and "max_completion_tokens" in body:
+        return "max_completion_tokens"  # of the same meaning
+    if param is not None and ("." in param or param in body or param in ChatCompletionRequest.model_fields):
+        return param
+    if param is not None:
+        return next(_places(param, body.get("messages")), "messages")
+    text = f" {_words(message)} "
+    if text.startswith(" n "):
+        return "n"
+    found = {text.find(f" {_words(field.removesuffix('_kwargs'))} "): field for field in body if field not in NOT_NAMED}
+    found.pop(-1, None)
+    return found[min(found)] if found else "messages"
+
+
+SEPARATORS = re.compile(r"[^a-z0-9]+")
+NOT_NAMED = frozenset({"messages", "model", "n", "user"})
+"""Fields whose names are words that an error may use for something else."""
+
+
+def _words(text: str) -> str:
+    return SEPARATORS.sub(" ", text.casefold()).strip()
+
+
+def _places(key: str, messages: object) -> Iterator[str]:
+    """The content parts that have a key or are of that type."""
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        if not isinstance(message, Mapping):
+            continue
+        if key in message:
+            yield f"messages.{index}.{key}"
+        content = message.get("content")
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, Mapping) and (key in part or part.get("type") == key):
+                yield f"messages.{index}.content.{number}.{key if key in part else 'type'}"
+
+
+def _outward(message: str, error: Exception) -> str:
+    """What an error says, unless it shows the inside of the server; then what its cause says, if anything may."""
+    if isinstance(error, VLLMError) or not INTERNAL.search(message):
+        return message
+    reason = str(error.__cause__ or "")
+    if not reason or INTERNAL.search(reason):
+        reason = "it does not say why"
+    return f"The model's processor does not take a part of this request: {reason}"
+
+
+INTERNAL = re.compile(
+    r"ChatCompletion|\w+Param\b|\w+Processor\b|Traceback|pydantic|<\w+[.\w]* |\btensor\(|\b(?:vllm|torch|numpy)\b|"
+    r"\.py\b|/\w+/\w+"
+)
+"""Names of Python's objects, and paths of files."""
 
 
 def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
@@ -81,11 +170,11 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
     told = dict.fromkeys(_expectation(error) for error, its in zip(details, paths, strict=True) if its == path)
     if path or not isinstance(body, Mapping):
         found = _at(body, path)
-        shown = "nothing given" if found is _NOTHING else f"{_show(found)} is not accepted"
+        problem = "nothing given" if found is NOTHING else f"{shown(found)} is not accepted"
     else:
-        shown = "a part of it is not accepted"
+        problem = "a part of it is not accepted"
     name = ".".join(_cut(str(key), 64) for key in path)
-    return f"{name or 'The body'}: {shown}; expected {' or '.join(told)}.", name or None
+    return f"{name or 'The body'}: {problem}; expected {' or '.join(told)}.", name or None
 
 
 def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> Path:
@@ -98,7 +187,7 @@ def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -
     kinds = {error["type"] for error, its in zip(details, paths, strict=True) if its == path}
     if kinds == {"literal_error"}:
         for error, its in zip(details, paths, strict=True):
-            if its[:-1] == path[:-1] and its != path and error["type"] not in ("literal_error", "missing"):
+            if its[: len(path) - 1] == path[:-1] and its != path and error["type"] not in ("literal_error", "missing"):
                 return its
     return path
 
@@ -117,20 +206,20 @@ def check_messages(data: object) -> None:
     """
     messages = data.get("messages", []) if isinstance(data, Mapping) else []
     if not isinstance(messages, list):
-        raise _wrong_shape("messages", messages, "a list of messages")
+        raise not_accepted("messages", messages, "a list of messages")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise _wrong_shape(f"messages.{index}", message, "an object with a role and content")
+            raise not_accepted(f"messages.{index}", message, "an object with a role and content")
         content = message.get("content")
         if isinstance(content, Mapping) or not (content is None or isinstance(content, Iterable)):
-            raise _wrong_shape(f"messages.{index}.content", content, "a string or a list of content parts")
+            raise not_accepted(f"messages.{index}.content", content, "a string or a list of content parts")
         texts = [(f"messages.{index}.content", content)]
         if isinstance(content, list):
             parts = [(number, part) for number, part in enumerate(content) if isinstance(part, Mapping)]
             texts = [(f"messages.{index}.content.{number}.text", part.get("text")) for number, part in parts]
         for path, text in texts:
             if isinstance(text, str) and not _encodes(text):
-                raise _wrong_shape(path, text, "whole characters, no halves of surrogate pairs")
+                raise not_accepted(path, text, "whole characters, no halves of surrogate pairs")
 
 
 def wrong_field(model: type[BaseModel], data: object) -> InvalidField:
@@ -158,11 +247,14 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _wrong_shape(path: str, value: object, accepted: str) -> InvalidField:
-    return InvalidField(f"{path}: {_show(value)} is not accepted; expected {accepted}.", parameter=path)
+NOTHING = object()
+"""What stands where a body has no such key."""
 
 
-_NOTHING = object()
+def not_accepted(path: str, value: object, accepted: str) -> InvalidField:
+    """The error of a value, or of `NOTHING`."""
+    problem = "nothing given" if value is NOTHING else f"{shown(value)} is not accepted"
+    return InvalidField(f"{path}: {problem}; expected {accepted}.", parameter=path)
 
 
 def _path(error: Mapping[str, Any], body: object) -> Path:
@@ -173,7 +265,7 @@ def _path(error: Mapping[str, Any], body: object) -> Path:
     found = body
     for index, key in enumerate(keys):
         inner = _at(found, (key,))
-        if inner is not _NOTHING:
+        if inner is not NOTHING:
             path.append(key)
             found = inner
         elif isinstance(key, int):  # an item of a list that the path does not lead to
@@ -184,16 +276,16 @@ def _path(error: Mapping[str, Any], body: object) -> Path:
 
 
 def _at(value: Any, path: Sequence[str | int]) -> Any:
-    """What stands at a path; `_NOTHING` where the path leads nowhere."""
+    """What stands at a path; `NOTHING` where the path leads nowhere."""
     for key in path:
         in_list = isinstance(value, list) and isinstance(key, int) and 0 <= key < len(value)
         if not in_list and not (isinstance(value, Mapping) and key in value):
-            return _NOTHING
+            return NOTHING
         value = value[key]
     return value
 
 
-def _show(value: object) -> str:
+def shown(value: object) -> str:
     """A value in a few characters, as JSON where that is short."""
     try:
         return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -62,7 +63,7 @@ class _Strict(BaseModel):
             for key, value in data.items():
                 if key not in cls.model_fields:
                     accepted = "one of " + ", ".join(cls.model_fields)
-                    raise PolicyError(_show_key(key), value, accepted, f"{_show(value)} given for an unknown field")
+                    raise PolicyError(_show_key(key), value, accepted, f"unknown field{_meant(key, cls.model_fields)}")
         return data
 
 
@@ -444,6 +445,14 @@ def _first_problem(detail: ErrorDetails) -> PolicyError:
     if detail["type"] == "missing":
         return PolicyError(path, None, str(field.description), "nothing given where a value is required")
     return PolicyError(path, detail["input"], str(field.description))
+
+
+def _meant(key: object, known: Iterable[str]) -> str:
+    """The known key that an unknown one is most like, as a question; nothing where it is like none."""
+    if not isinstance(key, str) or len(key) > _SHOWN_KEY_CHARS:
+        return ""
+    alike = get_close_matches(key.casefold(), known, n=1)
+    return f" (did you mean {alike[0]}?)" if alike else ""
 
 
 def _show_key(key: object) -> str:

@@ -67,7 +67,7 @@ def test_the_package_s_presets_are_policies() -> None:
             "[a]\nbudget = {type = 'tokens', keep = 0}",
             "a.budget.keep: 0 is not accepted; expected an integer",
         ),
-        ("p.toml", "[a]\nmetod = 'uniform'", 'a.metod: "uniform" given for an unknown field; expected one of method, '),
+        ("p.toml", "[a]\nmetod = 'uniform'", "a.metod: unknown field (did you mean method?); expected one of method, "),
         ("p.json", '{"a": {"alpha": "x"}}', 'a.alpha: "x" is not accepted; expected null or a number'),
         ("p.json", '{"a": "fast"}', 'a: "fast" is not a policy; expected an object.'),
         ("p.toml", "a = 3", "a: 3 is not a policy; expected an object."),

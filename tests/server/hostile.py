@@ -1,4 +1,4 @@
-"""A hundred bodies that no client should send, the same ones in every run, by name."""
+"""Bodies that no client should send, the same ones in every run, by name."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.support.chat import url_of, url_of_bytes, user
 
-COUNT = 100
+COUNT = 108
 TOKENS = {"budget": {"type": "tokens", "keep": 40}}
 PICTURE = Image.fromarray(np.random.default_rng(2024).integers(0, 256, (40, 40, 3), dtype=np.uint8))
 URL = url_of(PICTURE)
@@ -164,14 +164,36 @@ def _messages() -> Iterator[tuple[str, Any]]:
         "image tokens in the text": [user("<image><image><image> Where?", URL)],
         "no text beside the image": [{"role": "user", "content": [part]}],
         "an image in a string": [{"role": "user", "content": f"<img src='{URL}'>"}],
+        "image tokens in a system message": [{"role": "system", "content": "<image>" * 999}, user("Where?", URL)],
+        "image tokens and no image": [user("<image>" * 99)],
+        "half an image token in each part": [user("age>", part, {"type": "text", "text": "<im"})],
+        "an image token in a call of a tool": [
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "<image>"}'}}
+                ],
+            },
+            user("Where?", URL),
+        ],
         "a thousand empty parts": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1000}],
         "embeddings instead of an image": [user("Where?", {"type": "image_embeds", "image_embeds": "AAAA"})],
+        "embeddings of no rows": [user("Where?", _embeds(np.zeros((0, 256), np.float32)))],
+        "embeddings that are not finite": [user("Where?", _embeds(np.full((9, 256), np.nan, np.float32)))],
+        "embeddings of objects": [user("Where?", _embeds(np.array([{"a": 1}])))],
+        "embeddings of any length": [user("Where?", *(_embeds(np.ones((n, 256), np.float32)) for n in (1, 9, 30)))],
         "a video": [user("Where?", {"type": "video_url", "video_url": {"url": URL}})],
         "audio": [user("Where?", {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}})],
         "an image that is null": [user("Where?", {"type": "image_url", "image_url": None})],
         "tool calls of nobody": [{"role": "assistant", "tool_calls": [{"id": 5}]}, user("Where?", URL)],
     }.items():
         yield f"messages: {name}", {"messages": messages, "pruning": TOKENS}
+
+
+def _embeds(rows: Any) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    np.save(buffer, rows)
+    return {"type": "image_embeds", "image_embeds": base64.b64encode(buffer.getvalue()).decode()}
 
 
 def _parameters() -> Iterator[tuple[str, Any]]:

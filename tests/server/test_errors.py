@@ -1,5 +1,6 @@
 """What clients get wrong: each mistake is named in one answer, and the server goes on."""
 
+import base64
 import io
 import json
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
 from tests.support.chat import (
@@ -22,6 +24,7 @@ from tests.support.chat import (
     url_of_bytes,
     user,
 )
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 
 pytestmark = pytest.mark.engine
 
@@ -65,8 +68,8 @@ def check_named(error: Body, param: str, *shown: str) -> None:
 
 # pruning field, where the mistake is below it, the value as shown, what is accepted
 BAD_POLICIES: dict[str, tuple[object, str, str, str]] = {
-    "unknown key": ({"metod": "resprune"}, "metod", '"resprune"', "one of method, budget"),
-    "unknown key of the budget": ({"budget": {"keeep": 3}}, "budget.keeep", "3", "one of type, threshold"),
+    "unknown key": ({"metod": "resprune"}, "metod", "(did you mean method?)", "one of method, budget"),
+    "unknown key of the budget": ({"budget": {"keeep": 3}}, "budget.keeep", "unknown field", "one of type, threshold"),
     "unknown method": ({"method": "magic"}, "method", '"magic"', "one of none, resprune"),
     "method of another type": ({"method": 7}, "method", "7", "one of none, resprune"),
     "unknown preset": ("blanced", "", '"blanced"', "balanced"),
@@ -86,7 +89,12 @@ BAD_POLICIES: dict[str, tuple[object, str, str, str]] = {
     "infinite alpha": ({"alpha": float("inf")}, "alpha", "Infinity", "null or a number from 0"),
     "unknown budget type": ({"budget": {"type": "all"}}, "budget.type", '"all"', "energy, ratio, tokens"),
     "budget is a number": ({"budget": 64}, "budget", "64", "an object whose type is"),
-    "key of another budget": ({"budget": {"type": "tokens", "rank": 9}}, "budget.rank", "9", "one of type, keep"),
+    "key of another budget": (
+        {"budget": {"type": "tokens", "rank": 9}},
+        "budget.rank",
+        "rank belongs to budget type energy",
+        "one of type, keep",
+    ),
     "min > max": ({"budget": {"min_tokens": 64, "max_tokens": 32}}, "budget.min_tokens", "64", "which is 32"),
     "max < the default min": ({"budget": {"max_tokens": 8}}, "budget.max_tokens", "8", "whose default is 32"),
     "not used by the method": ({"method": "uniform", "alpha": 0.2}, "alpha", "0.2", "beside this method"),
@@ -126,7 +134,7 @@ def test_the_same_beside_an_image(server: Server, case: str) -> None:
 def test_a_long_or_strange_key_is_cut_and_made_printable(server: Server) -> None:
     for key, shown in (("x" * 100_000, "x" * 64), ("\ud800", "\\ud800"), ("a\nb", "a\\nb")):
         error = refusal(server.post({"messages": [user("Where?", fresh_url())], "pruning": {key: 1}}))
-        check_named(error, f"pruning.{shown}", "1 given for an unknown field")
+        check_named(error, f"pruning.{shown}", "unknown field")
 
 
 def test_a_wrong_policy_without_any_image_is_wrong_too(server: Server) -> None:
@@ -328,6 +336,59 @@ def test_a_model_that_is_not_served(server: Server) -> None:
     response = server.post({"model": "another", "messages": [user("Where?", fresh_url())], "pruning": "fast"})
     assert response.status_code == 404
     assert response.json()["error"]["param"] == "model"
+
+
+# --- what would take an image's place, or end the engine ------------------------------------------------------------
+
+
+def test_a_misspelt_field_is_named(server: Server) -> None:
+    for key in ("prunning", "prune", "pruning_policy"):
+        error = refusal(server.post({"messages": [user("Where?", fresh_url())], key: "fast"}))
+        check_named(error, key, "did you mean pruning?")
+        part = image_part(fresh_url(), **{key: "fast"})
+        check_named(refusal(server.post({"messages": [user("Where?", part)]})), f"messages.0.content.0.{key}")
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url"}, {"type": "input_image"}, {}], ids=json.dumps)
+def test_a_url_that_stands_in_no_object_is_read(server: Server, part: Body) -> None:
+    url = fresh_url()
+    plain = server.ask(messages=[user("Where?", url)], pruning="fast")
+    assert kept(server.ask(messages=[user("Where?", {**part, "image_url": url})], pruning="fast")) == kept(plain)
+    error = refusal(server.post({"messages": [user("Where?", {**part, "image_url": "nonsense"})]}))
+    check_named(error, "messages.0.content.0.image_url", "'nonsense' is not a URL")
+
+
+def test_a_text_that_takes_an_image_s_place_is_refused_beside_images_alone(server: Server) -> None:
+    error = refusal(server.post({"messages": [user("<image> or <image>?", fresh_url())]}))
+    check_named(error, "messages.0.content.1.text", "'<image>'")
+    answer = server.ask(messages=[{"role": "user", "content": "What does <image><image> mean in HTML?"}])
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_a_prompt_is_not_cut_within_an_image(server: Server) -> None:
+    body = {"messages": [user("Where is the dog?", fresh_url())], "truncate_prompt_tokens": 4, "pruning": "fast"}
+    assert refusal(server.post(body))["param"] == "truncate_prompt_tokens"
+
+
+def test_embeddings_of_any_number_of_rows_are_taken_and_no_other_form(server: Server) -> None:
+    def part(tensor: torch.Tensor) -> Body:
+        buffer = io.BytesIO()
+        torch.save(tensor, buffer)
+        return {"type": "image_embeds", "image_embeds": base64.b64encode(buffer.getvalue()).decode()}
+
+    rows = torch.randn(20, tiny_width())
+    for pruning in (False, "fast"):
+        parts = [part(rows[:7]), part(rows.double()), part(rows[3:])]
+        answer = server.ask(messages=[user("Compare them.", *parts)], pruning=pruning)
+        assert kept(answer) == [7, 20, 17]
+        for wrong in (rows[:0], rows[:, 1:], rows / 0, rows.int(), rows[0]):
+            error = refusal(server.post({"messages": [user("Where?", part(rows), part(wrong))], "pruning": pruning}))
+            check_named(error, "messages.0.content.1.image_embeds")
+
+
+def tiny_width() -> int:
+    config = json.loads((tiny_checkpoint() / "config.json").read_text())
+    return int(config["text_config"]["hidden_size"])
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

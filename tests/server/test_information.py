@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from tests.support.chat import Server, fresh_url, kept, user
+from tests.support.rendering import endpoint
 from vllm_vtprune import __version__
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.policy import BUILTIN_PRESETS
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.text import text_pipeline_name
@@ -51,6 +53,19 @@ def test_its_aliases_are_models(server: Server, information: dict[str, Any], ser
     assert information["models"] == list(served_names)
     assert listed == [*information["models"], *information["aliases"]]
     assert information["aliases"]["llava@thumbnail"] == "thumbnail"
+
+
+def test_a_model_that_is_named_like_an_alias_is_listed_once_and_is_what_it_says() -> None:
+    names = ("first", "first@fast", "a/b")
+    with endpoint(tiny_checkpoint(), names=names) as served:
+        listed = [card["id"] for card in served.client.get("/v1/models").json()["data"]]
+        assert listed[: len(names)] == list(names)
+        assert len(listed) == len(set(listed))
+        assert "first@fast@fast" in listed
+        answer = served.post({"model": "first@fast", "messages": [user("Where?", fresh_url())]}).json()
+        assert kept(answer) == [8], "as the server's default says"
+        for name, root in (("first@fast", "first@fast"), ("a/b", "a/b"), ("a/b@fast", "a/b"), ("first@off", "first")):
+            assert served.client.get(f"/v1/models/{name}").json()["root"] == root
 
 
 def test_it_tells_what_runs(information: dict[str, Any]) -> None:

@@ -205,6 +205,23 @@ def test_the_client_lists_models_and_their_aliases(client: OpenAI, server: Serve
     assert f"{server.model}@balanced" in [model.id for model in client.models.list()]
 
 
+def test_the_client_retrieves_a_model_and_an_alias(client: OpenAI, server: Server) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    for name in (server.model, f"{server.model}@balanced"):
+        found = client.models.retrieve(name)
+        assert found.id == name
+        assert found.model_extra is not None
+        assert found.model_extra["root"] == (listed[name].model_extra or {})["root"]
+    for name, words in (
+        ("another", "does not exist"),
+        ("some/other", "does not exist"),
+        (f"{server.model}@blanced", "no such preset; expected"),
+    ):
+        with pytest.raises(openai.NotFoundError, match=words) as missing:
+            client.models.retrieve(name)
+        assert missing.value.param == "model"
+
+
 # --- what the server says of itself ---------------------------------------------------------------------------------
 
 

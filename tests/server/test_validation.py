@@ -1,18 +1,31 @@
 """A request that is wrong anywhere is told so in one short, readable sentence."""
 
 import json
-from typing import Any
+import re
+from typing import Any, get_type_hints
 
 import pytest
 from fastapi.exceptions import RequestValidationError
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 from pydantic import TypeAdapter, ValidationError
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import MM_PARSER_MAP
 
+from vllm_vtprune_server.content import PART_TYPES, like_pruning
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
-from vllm_vtprune_server.validation import MAX_MESSAGE, MAX_PARAM, explain
+from vllm_vtprune_server.validation import MAX_MESSAGE, MAX_PARAM, explain, path_of, placing
 
 USER = {"role": "user", "content": "Where is the dog?"}
 TOOL = {"type": "function", "function": {"name": "look"}}
+TYPES = f"one of {', '.join(PART_TYPES)}"
+PROMPT_EMBEDS = "messages.0.content.0.prompt_embeds"
+URL = "a URL, or an object with a url"
+
+
+def said(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
 
 
 def refusal(body: Any) -> tuple[str, str | None]:
@@ -29,7 +42,7 @@ def refusal(body: Any) -> tuple[str, str | None]:
     assert answer is not None
     assert answer.error.code == 400
     assert answer.error.type == "BadRequestError"
-    assert "body." not in answer.error.message
+    assert not re.search(r"\bbody\.", answer.error.message)
     return answer.error.message, answer.error.param
 
 
@@ -74,6 +87,59 @@ def refusal(body: Any) -> tuple[str, str | None]:
         ({"structured_outputs": 5}, "structured_outputs: 5 is not accepted; expected an object."),
         ({"mm_processor_kwargs": 5}, "mm_processor_kwargs: 5 is not accepted; expected an object."),
         (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": 5}]}]},
+            "messages.0.tool_calls.0.id: 5 is not accepted; expected a string.",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": 5}]},
+            "messages.1.tool_calls: 5 is not accepted; expected a list of calls.",
+        ),
+        (said("Hello"), "messages.0.content.0: 'Hello' is not accepted; expected an object with a type."),
+        (said({"type": "text", "text": 5}), "messages.0.content.0.text: 5 is not accepted; expected a string."),
+        (said({"type": "text"}), "messages.0.content.0.text: nothing given; expected a string."),
+        (
+            said({"type": "tool_reference", "name": None}),
+            "messages.0.content.0.name: null is not accepted; expected a string.",
+        ),
+        (said({"type": "foo"}), f"messages.0.content.0.type: 'foo' is not accepted; expected {TYPES}."),
+        (said({"type": "image_pil"}), f"messages.0.content.0.type: 'image_pil' is not accepted; expected {TYPES}."),
+        (said({"type": 5}), f"messages.0.content.0.type: 5 is not accepted; expected {TYPES}."),
+        (said({}), f"messages.0.content.0.type: nothing given; expected {TYPES}."),
+        (said({"type": "image_url"}), f"messages.0.content.0.image_url: nothing given; expected {URL}."),
+        (
+            said({"type": "image_url", "image_url": None}),
+            f"messages.0.content.0.image_url: null is not accepted; expected {URL}.",
+        ),
+        (
+            said({"type": "video_url", "video_url": {"url": 5}}),
+            "messages.0.content.0.video_url.url: 5 is not accepted; expected a string.",
+        ),
+        (
+            said({"type": "input_image", "file_id": "x"}),
+            "messages.0.content.0.image_url: nothing given; expected a URL.",
+        ),
+        (
+            said({"type": "image_url", "image_url": {"url": "data:", "detail": "best"}}),
+            "messages.0.content.0.image_url.detail: 'best' is not accepted; expected one of auto, low, high; none has "
+            "an effect.",
+        ),
+        (
+            said({"type": "input_audio", "input_audio": "AAAA"}),
+            "messages.0.content.0.input_audio: 'AAAA' is not accepted; expected an object with data and format.",
+        ),
+        (
+            said({"type": "input_audio", "input_audio": {"data": 5, "format": "wav"}}),
+            "messages.0.content.0.input_audio.data: 5 is not accepted; expected a string.",
+        ),
+        (
+            said({"type": "image_embeds", "image_embeds": 5}),
+            "messages.0.content.0.image_embeds: 5 is not accepted; expected a string, or an object of strings.",
+        ),
+        (
+            said({"type": "image_url", "image_url": None, "uuid": ["a"]}),
+            "messages.0.content.0.uuid: ['a'] is not accepted; expected a string.",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello", "pruning": "fast"}]}]},
             "messages.0.content.0.pruning: a policy that would not be read; expected it beside image_url, in a content "
             "part that holds an image.",
@@ -100,10 +166,129 @@ def test_a_part_that_is_validated_later_is_told_by_its_own_name() -> None:
     assert answer.error.message == "image_url.detail: 'high' is not accepted; expected an integer."
 
 
-def test_what_has_no_path_is_told_without_one() -> None:
-    said, param = refusal({"messages": [{"role": "assistant", "tool_calls": [{"id": 5}]}]})
-    assert said.startswith("The body: a part of it is not accepted; expected a string")
-    assert param is None
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": "data:,x"},
+        {"type": "input_image", "image_url": "data:,x"},
+        {"type": "input_image", "image_url": {"url": "data:,x"}, "detail": "original"},
+        {"image_url": "data:,x"},
+        {"type": "image_url", "image_url": {"url": "data:,x", "detail": "low"}, "uuid": 7},
+    ],
+    ids=json.dumps,
+)
+def test_an_image_has_one_reading_in_whichever_form(part: dict[str, Any]) -> None:
+    request = PruningChatCompletionRequest.model_validate(said({**part, "pruning": "fast"}))
+    [image] = request.images
+    assert (image.field, image.url, image.pruning) == ("messages.0.content.0.image_url", "data:,x", "fast")
+    [taken] = request.messages[0]["content"]
+    assert (taken["type"], taken["image_url"]["url"]) == ("image_url", "data:,x")
+
+
+def test_the_types_of_content_parts_are_vllm_s() -> None:
+    assert {*PART_TYPES, "image_pil"} == MM_PARSER_MAP.keys()
+
+
+def test_a_video_in_a_string_is_read_like_one_in_an_object() -> None:
+    request = PruningChatCompletionRequest.model_validate(said({"type": "video_url", "video_url": "data:,x"}))
+    assert [(part.param, part.url) for part in request.other_media] == [("messages.0.content.0.video_url", "data:,x")]
+    assert request.messages[0]["content"] == [{"type": "video_url", "video_url": {"url": "data:,x"}}]
+
+
+# --- our field, nearly ----------------------------------------------------------------------------------------------
+
+MISSPELT = [
+    "prunning", "Pruning", "PRUNING", "prune", "pruned", "pruneing", "prunig", "pruing", "purning", "puning", "prunign",
+    "pruning_policy", "pruningPolicy", "visual_pruning", "token-pruning", "vtprune", "prune_ratio", " pruning",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_a_field_that_is_meant_to_be_ours_is_named(key: str) -> None:
+    meant = "unknown field (did you mean pruning?); expected pruning."
+    assert refusal({"messages": [USER], key: "fast"}) == (f"{key}: {meant}", key)
+    image = {"type": "image_url", "image_url": {"url": "data:"}, key: "fast"}
+    path = f"messages.0.content.0.{key}"
+    assert refusal(said(image)) == (f"{path}: {meant}", path)
+    inside = {"type": "image_url", "image_url": {"url": "data:", key: "fast"}}
+    path = f"messages.0.content.0.image_url.{key}"
+    assert refusal(said(inside))[1] == path
+
+
+@pytest.mark.parametrize("key", ["pruning", "prunning"])
+def test_our_field_where_it_would_not_be_read_is_named(key: str) -> None:
+    said_of, param = refusal({"messages": [USER], "extra_body": {key: "fast"}})
+    assert param == f"extra_body.{key}"
+    assert "an argument of the openai client" in said_of
+    assert refusal({"messages": [{**USER, key: "fast"}]})[1] == f"messages.0.{key}"
+    assert refusal(said({"type": "text", "text": "Hello", key: "fast"}))[1] == f"messages.0.content.0.{key}"
+
+
+def test_no_field_of_an_api_is_taken_for_ours() -> None:
+    parameters = get_type_hints(CompletionCreateParamsNonStreaming)
+    responses = get_type_hints(ResponseCreateParamsNonStreaming)
+    others = ["prompt", "prompt_id", "provider", "plugins", "proxy", "priming", "printing", "planning", "pricing",
+              "running", "tuning", "purpose", "preset", "private", "provider_options", "return_prompt", "punctuation",
+              "parent_message_id", "guided_json", "guided_regex", "transforms", "runtime"]  # fmt: skip
+    known = {*PruningChatCompletionRequest.model_fields, *parameters, *responses, *CompletionRequest.model_fields}
+    assert len(known) > 100
+    assert [key for key in [*known - {"pruning"}, *others] if like_pruning(key)] == []
+    assert PruningChatCompletionRequest.model_validate(
+        {"messages": [USER], **dict.fromkeys(others, 1), "extra_body": {"prompt": 1}}
+    )
+
+
+# --- errors of vLLM's -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("param", "message", "body", "path"),
+    [
+        (None, "n must be at least 1, got 0.", {"n": 0}, "n"),
+        (None, "min_tokens must be at most max_tokens=1, got 10.", {"max_tokens": 1, "min_tokens": 10}, "min_tokens"),
+        (None, '"auto" tool choice requires --enable-auto-tool-choice', {"tool_choice": "auto"}, "tool_choice"),
+        (None, "Chat template is passed with request", {"chat_template_kwargs": {}}, "chat_template_kwargs"),
+        (None, "Roles must alternate user/assistant", {"user": "a"}, "messages"),
+        ("input_tokens", "This model's maximum context length is 5", {"model": "a"}, "messages"),
+        ("max_tokens", "max_tokens is too large", {"max_completion_tokens": 9}, "max_completion_tokens"),
+        ("max_tokens", "max_tokens is too large", {}, "max_tokens"),
+        ("stop", "no", {"stop": 5}, "stop"),
+        ("video_embeds", "no", said({"type": "text"}, {"type": "video_embeds"}), "messages.0.content.1.type"),
+        ("prompt_embeds", "no", said({"type": "prompt_embeds", "prompt_embeds": 5}), PROMPT_EMBEDS),
+        ("tool_calls", "no", {"messages": [USER, {"role": "assistant", "tool_calls": []}]}, "messages.1.tool_calls"),
+        ("messages.0.content", "no", {}, "messages.0.content"),
+    ],
+)
+def test_an_error_of_vllm_gets_the_path_that_the_client_wrote(
+    param: str | None, message: str, body: dict[str, Any], path: str
+) -> None:
+    assert path_of(param, message, body) == path
+    with pytest.raises(VLLMValidationError) as placed, placing(body):
+        raise VLLMValidationError(message, parameter=param)
+    assert placed.value.parameter == path
+
+
+def test_an_error_that_is_not_the_client_s_passes_as_it_is() -> None:
+    error = RuntimeError("the engine died")
+    with pytest.raises(RuntimeError) as passed, placing({"n": 1}):
+        raise error
+    assert passed.value is error
+
+
+@pytest.mark.parametrize(
+    ("message", "cause", "told"),
+    [
+        ("Failed to apply XProcessor on data={}", ValueError("ratio too large"), "ratio too large"),
+        ("Failed to apply XProcessor on data={}", ValueError("in /usr/lib/x.py"), "it does not say why"),
+        ("bad <PIL.Image.Image image mode=RGB>", None, "it does not say why"),
+    ],
+)
+def test_the_inside_of_the_server_is_not_shown(message: str, cause: Exception | None, told: str) -> None:
+    error = ValueError(message)
+    error.__cause__ = cause
+    answer = explain(error)
+    assert answer is not None
+    assert answer.error.message == f"The model's processor does not take a part of this request: {told}"
 
 
 def test_what_vllm_says_itself_stays_without_its_repetitions() -> None:

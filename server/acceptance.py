@@ -1,0 +1,145 @@
+"""What the model that is served cannot take of a request, refused at its path before anything is rendered."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader import get_model_cls
+from vllm.renderers import BaseRenderer
+from vllm.tokenizers import TokenizerLike
+
+from vllm_vtprune.plugin.limits import check_options
+from vllm_vtprune_server.embeddings import EmbeddingRules
+from vllm_vtprune_server.protocol import PruningChatCompletionRequest
+from vllm_vtprune_server.validation import InvalidField
+
+EMBEDS_KEY = "image_embeds"
+MODALITIES = {"video_url": "video", "audio_url": "audio", "input_audio": "audio"}
+NOUNS = {"image": "images", "video": "videos", "audio": "sounds"}
+TEXTS = ("messages", "tools", "documents", "chat_template_kwargs")
+"""Fields of a request of which texts get into the prompt."""
+
+NOT_TEXT = frozenset({"image_url", "image_pil", EMBEDS_KEY, *MODALITIES, "video_embeds", "audio_embeds", "uuid"})
+"""Keys of a content part below which no text is."""
+
+TOKEN_SETTING = re.compile(r"(?:image|img|video|vision|audio|boi|eoi)(?:_\w+)?_token_(?:id|index)")
+TOKEN_NAME = re.compile(r"image|img|video|vision|audio", re.IGNORECASE)
+"""What names the tokens that stand for media or around them: in a model's configuration, and the tokens themselves."""
+
+
+class Acceptance:
+    """Checks of requests against one model.
+
+    Args:
+        renderer: of the server.
+        architecture: of the model, where it can be pruned; None where its options are not known.
+    """
+
+    def __init__(self, renderer: BaseRenderer[Any], architecture: str | None) -> None:
+        self._architecture = architecture
+        info = None if renderer.mm_processor is None else renderer.mm_processor.info
+        self._limits: Mapping[str, int] = {} if info is None else info.allowed_mm_limits
+        self._tokens: Collection[str] = ()
+        self._placeholders: Mapping[str, str] = {}
+        if info is not None:
+            self._tokens = media_tokens(renderer.model_config, info.get_tokenizer())
+            self._placeholders = _placeholders(renderer.model_config)
+        self._embeddings = None
+        if info is not None and info.ctx.get_mm_config().enable_mm_embeds:
+            self._embeddings = EmbeddingRules(renderer.model_config, info.data_parser)
+
+    async def check(self, request: PruningChatCompletionRequest) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            InvalidField: naming the field, its value and what is accepted.
+            VLLMValidationError: the same of an option for the image processor.
+        """
+        if self._architecture is not None:
+            check_options(self._architecture, request.mm_processor_kwargs or {})
+        media = [("image", image.field) for image in request.images]
+        media += [(MODALITIES[part.param.rpartition(".")[2]], part.param) for part in request.other_media]
+        self._check_counts(media)
+        self._check_texts(request.body, {modality for modality, _ in media})
+        for image in request.images:
+            if image.key == EMBEDS_KEY:
+                await self._check_embeddings(image.field, image.value, named=image.uuid is not None)
+
+    def _check_counts(self, media: Iterable[tuple[str, str]]) -> None:
+        counts: Counter[str] = Counter()
+        for modality, field in media:
+            counts[modality] += 1
+            limit = self._limits.get(modality, 0)
+            if counts[modality] <= limit or "vision_chunk" in self._limits:  # which stands for images and videos
+                continue
+            if limit:
+                problem, accepted = "one too many", f"at most {limit} {NOUNS[modality]} in a request"
+            elif self._embeddings is not None and field.endswith(EMBEDS_KEY):
+                continue
+            else:
+                problem, accepted = f"{NOUNS[modality]} are not accepted", "a request without"
+            raise InvalidField(f"{field}: {problem}; expected {accepted}.", parameter=field)
+
+    def _check_texts(self, body: Mapping[str, Any], modalities: Collection[str]) -> None:
+        """Refuse a text, beside media, that would be read as the place of one: it would go there."""
+        if not modalities:
+            return
+        tokens = [*self._tokens, *(self._placeholders[one] for one in modalities if one in self._placeholders)]
+        for name in TEXTS:
+            for path, text in _texts(name, body.get(name)):
+                for token in tokens:
+                    if token in text:
+                        raise InvalidField(
+                            f"{path}: this model reads {token!r} as the place of an image, video or sound; expected "
+                            "text without it in a request with such media.",
+                            parameter=path,
+                        )
+
+    async def _check_embeddings(self, field: str, value: object, *, named: bool) -> None:
+        if self._embeddings is None:
+            raise InvalidField(
+                f"{field}: embeddings are not accepted; expected an image, or a server with --enable-mm-embeds.",
+                parameter=field,
+            )
+        if value is not None or not named:
+            await asyncio.to_thread(self._embeddings.check, field, value)
+
+
+def media_tokens(model_config: ModelConfig, tokenizer: TokenizerLike) -> Collection[str]:
+    """The special tokens that stand for media in the prompts of a model, or around them, as text."""
+    special = tokenizer.get_added_vocab()
+    settings = model_config.hf_config.to_dict()
+    ids = {value for name, value in settings.items() if TOKEN_SETTING.fullmatch(name)}
+    return sorted(token for token, number in special.items() if number in ids or TOKEN_NAME.search(token))
+
+
+def _placeholders(model_config: ModelConfig) -> Mapping[str, str]:
+    """Modality -> what vLLM puts into the text of a message for one medium, where that is text."""
+    model: Any = get_model_cls(model_config)
+    found = {}
+    for modality in NOUNS:
+        with suppress(NotImplementedError, ValueError):  # the model takes none
+            found[modality] = model.get_placeholder_str(modality, 1)
+    return {modality: text for modality, text in found.items() if text}
+
+
+def _texts(path: str, value: object) -> Iterator[tuple[str, str]]:
+    """Every text below a value, by its path; the texts of one list also put together, as a chat template may do."""
+    waiting = [(path, value)]
+    while waiting:  # not by recursion: how deep it is nested is for the client to say
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, Mapping):
+            inside = [(f"{path}.{key}", inner) for key, inner in value.items() if key not in NOT_TEXT]
+            waiting += reversed(inside)
+        elif isinstance(value, list):
+            parts = [part.get("text") for part in value if isinstance(part, Mapping)]
+            together = "".join(part for part in parts if isinstance(part, str))
+            waiting += [(path, together), *reversed([(f"{path}.{i}", inner) for i, inner in enumerate(value)])]

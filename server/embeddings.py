@@ -1,0 +1,96 @@
+"""Images that come as embeddings: looked at before they reach an engine that does not survive a wrong shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig
+from vllm.multimodal.media.image import ImageEmbeddingMediaIO
+from vllm.multimodal.parse import MultiModalDataParser
+
+from vllm_vtprune_server.validation import InvalidField, shown
+
+VALUES, GRID = "image_embeds", "image_grid_thw"
+
+
+class EmbeddingRules:
+    """The form of an image's embeddings for one model.
+
+    Args:
+        model_config: of the model.
+        parser: of its media; it tells whether the model needs to know the grid of patches beside the rows.
+    """
+
+    def __init__(self, model_config: ModelConfig, parser: MultiModalDataParser) -> None:
+        self._width = model_config.get_inputs_embeds_size()
+        self._limit = model_config.max_model_len
+        self._has_grid = GRID in parser.placeholder_metadata_fields("image")
+        vision = getattr(model_config.hf_config, "vision_config", None)
+        self._merge: int = getattr(vision, "spatial_merge_size", 1)
+
+    def check(self, param: str, value: object) -> None:
+        """Refuse what is not the embeddings of one image. Decodes it: not for an event loop.
+
+        Args:
+            param: path of the field.
+            value: (rows, width) of floating-point numbers, saved by ``torch.save`` or ``numpy.save``, in base64; where
+                the model has grids of patches, an object with that as ``image_embeds`` and (3,) integers, time, height
+                and width in patches, as ``image_grid_thw``.
+
+        Raises:
+            InvalidField: naming the field, its value and what is accepted.
+        """
+        if not self._has_grid:
+            self._rows(param, value)
+            return
+        if not isinstance(value, Mapping) or set(value) != {VALUES, GRID}:
+            raise _refused(param, "not the embeddings of an image", f"an object with {VALUES} and {GRID}")
+        rows = self._rows(f"{param}.{VALUES}", value[VALUES])
+        frames, height, width = self._grid(f"{param}.{GRID}", value[GRID])
+        expected = frames * height * width // self._merge**2
+        if rows != expected:
+            raise _refused(
+                f"{param}.{VALUES}", f"{rows} rows", f"{expected}, for a grid of {frames} x {height} x {width}"
+            )
+
+    def _rows(self, param: str, value: object) -> int:
+        accepted = f"from 1 to {self._limit} rows of {self._width} finite floating-point numbers"
+        embeds = _tensor(param, value, accepted)
+        if embeds.ndim == 3 and len(embeds) == 1 and not self._has_grid:
+            embeds = embeds[0]
+        shape = " x ".join(map(str, embeds.shape)) or "()"
+        if embeds.ndim != 2 or embeds.shape[1] != self._width or not 0 < len(embeds) <= self._limit:
+            raise _refused(param, f"a tensor of shape {shape}", accepted)
+        if not embeds.is_floating_point():
+            raise _refused(param, f"numbers of type {str(embeds.dtype).removeprefix('torch.')}", accepted)
+        if not torch.isfinite(embeds).all():
+            raise _refused(param, "not all numbers are finite", accepted)
+        return len(embeds)
+
+    def _grid(self, param: str, value: object) -> tuple[int, int, int]:
+        accepted = f"three integers from 1: time, height and width, the last two divisible by {self._merge}"
+        found: Any = value if isinstance(value, list) else _tensor(param, value, accepted)
+        numbers = found.tolist() if isinstance(found, torch.Tensor) else found
+        if len(numbers) != 3 or any(type(number) is not int or number < 1 for number in numbers):
+            raise _refused(param, "not a grid", accepted)
+        frames, height, width = numbers
+        if height % self._merge or width % self._merge:
+            raise _refused(param, f"a grid of {frames} x {height} x {width}", accepted)
+        return frames, height, width
+
+
+def _tensor(param: str, value: object, accepted: str) -> torch.Tensor:
+    """A tensor as vLLM decodes it: without running what a pickle may ask for."""
+    if not isinstance(value, str):
+        raise _refused(param, f"{shown(value)} is not accepted", f"a string in base64: {accepted}")
+    try:
+        tensor = ImageEmbeddingMediaIO().load_base64("", value)
+    except Exception:  # of base64, pickle, numpy or torch: none is worth telling
+        raise _refused(param, "cannot be decoded", f"a saved tensor in base64: {accepted}") from None
+    return tensor
+
+
+def _refused(param: str, problem: str, accepted: str) -> InvalidField:
+    return InvalidField(f"{param}: {problem}; expected {accepted}.", parameter=param)

@@ -1,0 +1,116 @@
+"""The chat endpoint in this process over an engine that says one word: what is refused before any engine sees it."""
+
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.models.api_router import router as models_router
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.plugins import load_general_plugins
+from vllm.renderers import renderer_from_config
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.unpruned import runtime_without_tower
+from vllm_vtprune_server import media
+from vllm_vtprune_server.aliases import AliasedModels
+from vllm_vtprune_server.outcome import OutcomeMiddleware
+from vllm_vtprune_server.plugin import router
+from vllm_vtprune_server.policies import Policies
+from vllm_vtprune_server.serving import PruningServingChat
+
+NAME = "model"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Answers a request that may reach the engine with one word, at once."""
+
+    client: TestClient
+
+    def post(self, body: dict[str, Any]) -> httpx.Response:
+        return self.client.post("/v1/chat/completions", json={"model": NAME, "max_tokens": 1, **body})
+
+    def error(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The error of a request that has to be refused."""
+        response = self.post(body)
+        assert response.status_code == 400, response.text
+        error: dict[str, Any] = response.json()["error"]
+        return error
+
+
+@contextmanager
+def endpoint(
+    checkpoint: Path, *, names: tuple[str, ...] = (NAME,), trust_request_mm_kwargs: bool = False, **options: Any
+) -> Iterator[Endpoint]:
+    """The plugin's routes and handler over vLLM's own renderer; requests without a policy keep 8 tokens.
+
+    Args:
+        checkpoint: of the model.
+        names: under which it is served.
+        trust_request_mm_kwargs: as the option of `vllm serve`.
+        options: of the engine.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_MEDIA_CONNECTOR", media.NAME)
+        load_general_plugins()
+        args = EngineArgs(model=str(checkpoint), enforce_eager=True, **{"max_model_len": 2048, **options})
+        config = args.create_engine_config()
+        engine: Any = SimpleNamespace(
+            model_config=config.model_config,
+            vllm_config=config,
+            renderer=renderer_from_config(config),
+            input_processor=None,
+            errored=False,
+            check_admission=lambda requests: None,
+            generate=_generate,
+        )
+        app = _app(engine, names, trust_request_mm_kwargs)
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield Endpoint(client)
+
+
+def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> FastAPI:
+    settings: Any = {
+        "request_logger": None,
+        "chat_template": None,
+        "chat_template_content_format": "auto",
+    }
+    online_renderer = OnlineRenderer(engine.model_config, engine.renderer, **settings)
+    models = OpenAIServingModels(engine, [BaseModelPath(name, name) for name in names])
+    stock = OpenAIServingChat(engine, models, "assistant", online_renderer=online_renderer, **settings)
+    processor = engine.renderer.mm_processor
+    policies = Policies.of({"budget": {"type": "tokens", "keep": 8}}, None)
+    models.registry = AliasedModels(models, policies.presets)
+
+    app = FastAPI()
+    app.state.args = Namespace(log_error_stack=False)
+    app.state.openai_serving_models = models
+    app.state.openai_serving_chat = PruningServingChat.take_over(
+        stock,
+        processor=processor if isinstance(processor, PruningProcessor) else None,
+        runtime=processor.runtime if hasattr(processor, "runtime") else runtime_without_tower(engine.model_config),
+        policies=policies,
+        trust_request_mm_kwargs=trust_request_mm_kwargs,
+    )
+    app.include_router(router)
+    app.include_router(models_router)
+    app.add_middleware(OutcomeMiddleware, model_name=NAME)
+    return app
+
+
+async def _generate(prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[RequestOutput]:
+    said = CompletionOutput(0, "yes", [5], None, None, finish_reason="stop")
+    yield RequestOutput(request_id, None, prompt["prompt_token_ids"], None, [said], finished=True)
