@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,68 @@ USAGE_KEY = "vtprune"
 
 logger = init_logger("vllm.vtprune.requests")
 
+_FIELD_NAME = re.compile(r"[a-z_]{1,32}|\d{1,6}")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The error that a client got, without its message, which repeats what the client sent.
+
+    Attributes:
+        route: path of the route that was asked.
+        code: HTTP status, or what takes its place in an event stream.
+        kind: the type of the error, such as ``BadRequestError``.
+        param: the path of the field, such as ``messages.0.content.1.pruning.budget``; None if it is about none.
+    """
+
+    route: str
+    code: int
+    kind: str
+    param: str | None
+
+    @property
+    def field(self) -> str | None:
+        """The path of the field; what cannot be the name of one is not repeated."""
+        if self.param is None:
+            return None
+        return ".".join(key if _FIELD_NAME.fullmatch(key) else "?" for key in self.param.split("."))
+
+    @property
+    def reason(self) -> metrics.RefusalReason | None:
+        """Which part of the request was refused, as far as it is ours; None for what stock vLLM would refuse too."""
+        keys = (self.param or "").split(".")
+        if "pruning" in keys:
+            return "policy"
+        return "image" if any(key.startswith("image_") for key in keys) else None
+
+    def log(self, request_id: str | None = None, why: str | None = None) -> None:
+        """One line, without anything that the client wrote but the names of fields.
+
+        Args:
+            request_id: vLLM's; None where it has none.
+            why: what is wrong with the field, in words of ours.
+        """
+        logger.info(
+            "Request %s to %s refused: %d %s%s%s",
+            request_id or "without an id",
+            self.route,
+            self.code,
+            self.kind,
+            "" if self.field is None else f", {self.field}",
+            "" if why is None else f": {why}",
+            extra={
+                "pruning": {
+                    "request_id": request_id,
+                    "outcome": "refused",
+                    "route": self.route,
+                    "code": self.code,
+                    "type": self.kind,
+                    "field": self.field,
+                    "why": why,
+                }
+            },
+        )
+
 
 @dataclass
 class Trace:
@@ -27,8 +91,11 @@ class Trace:
     Attributes:
         policy: the policy of the request.
         preset: the name under which it was asked for.
+        preset_label: of its metrics.
         report: what was done to the images; None until they were processed.
-        request_id: vLLM's; None until the engine got the request.
+        why_refused: what is wrong with its policy or one of its images, in words of ours.
+        unknown_preset: it was refused for a preset that its model name asks for.
+        request_id: vLLM's, as far as it is known.
         started: when it arrived, by the wall clock as vLLM's arrival times.
         ttft: from then to the first token; None if not known (yet).
         span: OpenTelemetry's; one that records nothing where tracing is off.
@@ -36,7 +103,10 @@ class Trace:
 
     policy: PruningPolicy = OFF
     preset: str | None = None
+    preset_label: str = metrics.NO_PRESET
     report: RequestReport | None = None
+    why_refused: str | None = None
+    unknown_preset: bool = False
     request_id: str | None = None
     started: float = field(default_factory=time.time)
     ttft: float | None = None
@@ -63,33 +133,52 @@ class Trace:
             return None
         return {"visual_tokens": self.report.visual_tokens, "kept_tokens": self.report.kept_tokens}
 
-    def note_first_token(self, seconds: float, model_name: str) -> None:
-        """Record when the first token came, once.
+    def note_preset(self, asked: Collection[str]) -> None:
+        """Have the metrics of the request say which preset its images follow.
 
         Args:
-            seconds: since the request arrived.
-            model_name: label of the metric.
+            asked: labels of the policies of its images.
         """
-        self.ttft = seconds
-        if self.report is not None and self.report.images:
-            band = metrics.keep_ratio_band(self.report.kept_tokens, self.report.visual_tokens)
-            metrics.TIME_TO_FIRST_TOKEN.labels(model_name, self.report.method, band).observe(seconds)
+        labels = set(asked)
+        self.preset_label = labels.pop() if len(labels) == 1 else metrics.MIXED
 
-    def finish(self, outcome: metrics.Outcome, model_name: str) -> None:
+    def finish(self, outcome: metrics.Outcome, model_name: str, refusal: Refusal | None = None) -> None:
         """Count and log what became of the request and end its span; later calls do nothing.
 
         Args:
-            outcome: of the request.
-            model_name: label of the metric.
+            outcome: what the client got.
+            model_name: label of the metrics.
+            refusal: what was wrong with a request that was refused.
         """
         if self._finished:
             return
         self._finished = True
-        metrics.REQUESTS.labels(model_name, outcome).inc()
-        if self.report is not None and self.report.pruned:
+        metrics.REQUESTS.labels(model_name, outcome, self.preset_label).inc()
+        if outcome == "finished":
+            self._count_images(model_name)
+        if refusal is not None:
+            reason = "policy" if self.unknown_preset else refusal.reason
+            if reason is not None:
+                metrics.ERRORS.labels(model_name, reason).inc()
+            refusal.log(self.request_id, self.why_refused)
+        elif self.report is not None and self.report.pruned:
             self._log(self.report, outcome)
         if self.span.is_recording():
             self._end_span(outcome)
+
+    def _count_images(self, model_name: str) -> None:
+        if self.report is None or not self.report.images:
+            return
+        for image in self.report.images:
+            labels = model_name, image.method
+            metrics.VISUAL_TOKENS.labels(*labels, self.preset_label).inc(image.visual_tokens)
+            metrics.VISUAL_TOKENS_KEPT.labels(*labels, self.preset_label).inc(image.kept_tokens)
+            metrics.KEEP_RATIO.labels(*labels).observe(image.kept_tokens / image.visual_tokens)
+            if image.bypass_reason is not None:
+                metrics.BYPASS.labels(model_name, image.bypass_reason).inc()
+        if self.ttft is not None:
+            band = metrics.keep_ratio_band(self.report.kept_tokens, self.report.visual_tokens)
+            metrics.TIME_TO_FIRST_TOKEN.labels(model_name, self.report.method, band).observe(self.ttft)
 
     def _log(self, report: RequestReport, outcome: str) -> None:
         """One line, without any of the request's text; formatters of JSON get the values one by one."""

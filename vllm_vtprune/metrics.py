@@ -7,6 +7,7 @@ Import this module only where requests are processed: prometheus_client fixes it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -14,11 +15,16 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm_vtprune.report import BypassReason
 
 Outcome: TypeAlias = Literal["finished", "refused", "failed", "aborted"]
-"""Answered; not accepted (4xx); gone wrong here (5xx, or an error within a stream); left by the client."""
+"""What the client got: an answer; a 4xx; a 5xx; nothing, as it left. The error of a stream counts by its own code."""
 RefusalReason: TypeAlias = Literal["policy", "image"]
 
+NO_PRESET, CUSTOM, MIXED = "none", "custom", "mixed"
+"""Label of what names no preset: nothing is asked for; a policy is written out; images follow several."""
+
 REQUESTS = Counter(
-    "vtprune:requests", "Chat completions that have ended, by what became of them.", ["model_name", "outcome"]
+    "vtprune:requests",
+    "Chat completions that have ended, by what their clients got.",
+    ["model_name", "outcome", "preset"],
 )
 REQUESTS_WAITING = Gauge(
     "vtprune:requests_waiting",
@@ -33,14 +39,18 @@ START_TIME = Gauge(
     multiprocess_mode="livemax",
 )
 VISUAL_TOKENS = Counter(
-    "vtprune:visual_tokens", "Visual tokens of the images served, before pruning.", ["model_name", "method"]
+    "vtprune:visual_tokens",
+    "Visual tokens of the images of finished requests, before pruning.",
+    ["model_name", "method", "preset"],
 )
 VISUAL_TOKENS_KEPT = Counter(
-    "vtprune:visual_tokens_kept", "Visual tokens of the images served that entered prefill.", ["model_name", "method"]
+    "vtprune:visual_tokens_kept",
+    "Visual tokens of the images of finished requests that entered prefill.",
+    ["model_name", "method", "preset"],
 )
 KEEP_RATIO = Histogram(
     "vtprune:keep_ratio",
-    "Tokens kept / visual tokens, per image.",
+    "Tokens kept / visual tokens, per image of finished requests.",
     ["model_name", "method"],
     buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 )
@@ -52,7 +62,7 @@ STAGE_SECONDS = Histogram(
 )
 TIME_TO_FIRST_TOKEN = Histogram(
     "vtprune:time_to_first_token_seconds",
-    "From the arrival of a request with images to its first token, by the share of visual tokens that were kept.",
+    "From the arrival of a finished request with images to its first token, by the share of visual tokens kept.",
     ["model_name", "method", "keep_ratio"],
     buckets=(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
@@ -73,7 +83,9 @@ FEATURE_CACHE_BYTES = Gauge(
     multiprocess_mode="livesum",
 )
 BYPASS = Counter(
-    "vtprune:bypass", "Images that a policy applied to but that were not pruned.", ["model_name", "reason"]
+    "vtprune:bypass",
+    "Images of finished requests that a policy applied to but that were not pruned.",
+    ["model_name", "reason"],
 )
 ERRORS = Counter("vtprune:errors", "Requests refused for their policy or an image.", ["model_name", "reason"])
 BUILD_INFO = Gauge(
@@ -102,15 +114,20 @@ def keep_ratio_band(kept: int, visual: int) -> str:
     return f"{lower:g}-1"
 
 
-def start(model_name: str) -> None:
+def start(model_name: str, presets: Iterable[str]) -> None:
     """Note when this process began, and show the counters of what goes wrong before anything does.
 
     Prometheus's ``rate`` does not see the event with which a series begins, and would miss the first of each kind.
+
+    Args:
+        model_name: label of every metric.
+        presets: names of those that requests can ask for.
     """
     START_TIME.labels(model_name).set_to_current_time()
     REQUESTS_WAITING.labels(model_name)
-    for outcome in get_args(Outcome):
-        REQUESTS.labels(model_name, outcome)
+    for preset in (*presets, NO_PRESET, CUSTOM, MIXED):
+        for outcome in get_args(Outcome):
+            REQUESTS.labels(model_name, outcome, preset)
     for reason in get_args(BypassReason):
         BYPASS.labels(model_name, reason)
     for reason in get_args(RefusalReason):

@@ -124,7 +124,7 @@ def test_endpoints_that_do_not_prune_refuse_an_alias_and_say_why(server: Server,
 
 
 def test_endpoints_that_do_not_prune_serve_images_unpruned(server: Server) -> None:
-    """Though this server's default prunes, and though one of them gets a pruning field."""
+    """Though this server's default prunes."""
     url = fresh_url()
     before = server.metrics()
     responses: Body = {
@@ -138,7 +138,6 @@ def test_endpoints_that_do_not_prune_serve_images_unpruned(server: Server) -> No
             }
         ],
         "max_output_tokens": 4,
-        "pruning": "fast",
     }
     source = {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
     content = [{"type": "image", "source": source}, {"type": "text", "text": "Where?"}]

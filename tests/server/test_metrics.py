@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.support.chat import Server, fresh_url, tokens, user
+from tests.support.chat import Body, Server, fresh_url, image_part, kept, tokens, user
 from vllm_vtprune import __version__
 from vllm_vtprune.text import text_pipeline_name
 
@@ -93,6 +93,63 @@ def test_requests_are_counted_by_what_became_of_them(server: Server) -> None:
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long, timeout=120) as answer:
         next(answer.iter_lines())
     wait_for(lambda: server.metrics().since(before, *keys) == (3, 3, 0, 1))
+
+
+REFUSED_LATE: list[Body] = [
+    {"logprobs": True, "top_logprobs": 1000},
+    {"logit_bias": {"99999999": 1.0}},
+    {"structured_outputs": {"regex": "("}},
+]
+"""What vLLM looks at when the images have been pruned."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_refused_late_is_refused_and_no_tokens_are_counted(server: Server, stream: bool) -> None:
+    outcomes = [f"vtprune:requests_total|outcome={outcome}" for outcome in ("refused", "failed", "finished", "aborted")]
+    counters = (
+        "visual_tokens_total",
+        "visual_tokens_kept_total",
+        "keep_ratio_count",
+        "time_to_first_token_seconds_count",
+    )
+    before = server.metrics()
+    for fields in REFUSED_LATE:
+        body = {"messages": [user("Where?", fresh_url())], "stream": stream, **fields}
+        response = server.post(body)
+        assert response.status_code == (200 if stream else 400)
+        assert '"code":400' in response.text.replace(" ", "")
+    assert server.metrics().since(before, *outcomes) == (len(REFUSED_LATE), 0, 0, 0)
+    assert server.metrics().since(before, *(f"vtprune:{name}" for name in counters)) == (0, 0, 0, 0)
+    assert server.metrics().since(before, "vtprune:stage_seconds_count|stage=select") == (len(REFUSED_LATE),)
+
+
+def test_requests_and_tokens_are_counted_by_preset(server: Server) -> None:
+    asked: dict[str, Body] = {
+        "custom": {},  # this server's default is written out
+        "fast": {"pruning": "fast"},
+        "thumbnail": {"model": f"{server.model}@thumbnail"},
+        "none": {"pruning": False},
+    }
+    names = [*asked, "mixed"]
+    known = server.metrics().values
+    presets = server.get("/v1/pruning").json()["presets"]
+    for preset in (*presets, "none", "custom", "mixed"):
+        assert f"vtprune:requests_total|preset={preset}" in known, "before the first of its kind"
+    for counter, each in (("requests_total", 1), ("visual_tokens_total", 576), ("visual_tokens_kept_total", None)):
+        keys = [f"vtprune:{counter}|preset={name}" for name in names]
+        before = server.metrics()
+        kept_tokens = []
+        for body in asked.values():
+            answer = server.ask(**{"messages": [user("Where?", fresh_url())], **body})
+            kept_tokens += [sum(kept(answer))]
+        assert server.metrics().since(before, *keys) == (*([each] * 4 if each else kept_tokens), 0)
+    before = server.metrics()
+    images = [image_part(fresh_url(), pruning=pruning) for pruning in ("fast", tokens(30))]
+    server.ask(messages=[user("Compare.", *images)], pruning=False)
+    server.ask(messages=[user("Where?", image_part(fresh_url(), pruning="fast"))], pruning=False)
+    assert server.post({"messages": [user("Where?", fresh_url())], "pruning": "blanced"}).status_code == 400
+    keys = [f"vtprune:requests_total|preset={name}" for name in ("mixed", "fast", "none")]
+    assert server.metrics().since(before, *keys) == (1, 1, 1)
 
 
 def test_requests_whose_images_are_not_ready_are_waiting(server: Server) -> None:

@@ -166,6 +166,18 @@ def test_the_log_can_be_read_by_a_machine(operated: Server) -> None:
     assert fields["request_id"] == "chatcmpl-find-me"
     assert (fields["method"], fields["preset"], fields["kept_tokens"]) == ("resprune", "fast", 64)
     assert fields["timings_ms"]["ttft"] > 0
+    operated.post(
+        {"messages": [user("Where is the zebra?")], "pruning": "zebra"}, headers={"x-request-id": "find-refused"}
+    )
+    [entry] = [json.loads(line) for line in operated.log.read_text().splitlines() if "find-refused" in line]
+    fields = entry["pruning"]
+    assert (entry["levelname"], fields["outcome"], fields["code"], fields["field"]) == (
+        "INFO",
+        "refused",
+        400,
+        "pruning",
+    )
+    assert fields["why"].startswith("expected an object, false, or a preset: ")
     assert "zebra" not in operated.log.read_text()
 
 

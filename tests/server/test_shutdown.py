@@ -32,7 +32,7 @@ def watched(*finish_reasons: str | None) -> list[RequestOutput]:
         yield result
 
     async def collect() -> list[RequestOutput]:
-        return [result async for result in _watch(results(), Trace(), "model", stream=True)]
+        return [result async for result in _watch(results(), Trace(), stream=True)]
 
     return asyncio.run(collect())
 

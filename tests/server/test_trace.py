@@ -1,9 +1,12 @@
 """A request's record: its short forms and its line in the log."""
 
+import base64
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from prometheus_client import REGISTRY
 from pythonjsonlogger.json import JsonFormatter
 from vllm.logging_utils.formatter import JSON_FORMAT
 
-from tests.support.chat import Server, fresh_url, user
+from tests.support.chat import Body, Server, data_of, fresh_url, image_part, tokens, url_of_bytes, user
 from vllm_vtprune import metrics
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport, StageRun
@@ -100,15 +103,44 @@ def test_a_request_that_was_not_pruned_is_not_logged(logged: StringIO) -> None:
 
 def test_a_request_ends_once() -> None:
     def counted(outcome: str) -> float:
-        return (
-            REGISTRY.get_sample_value("vtprune:requests_total", {"model_name": "of-this-test", "outcome": outcome})
-            or 0.0
-        )
+        labels = {"model_name": "of-this-test", "outcome": outcome, "preset": "none"}
+        return REGISTRY.get_sample_value("vtprune:requests_total", labels) or 0.0
 
     trace = trace_of()
     trace.finish("failed", "of-this-test")
     trace.finish("finished", "of-this-test")
     assert (counted("failed"), counted("finished")) == (1, 0)
+
+
+@pytest.mark.parametrize(("outcome", "counted"), [("finished", 640), ("refused", 0), ("failed", 0), ("aborted", 0)])
+def test_tokens_are_counted_of_requests_that_finished(outcome: metrics.Outcome, counted: int) -> None:
+    model = f"tokens-{outcome}"
+
+    def total(name: str, **labels: str) -> float:
+        families = {sample.name: family for family in REGISTRY.collect() for sample in family.samples}
+        samples = families[name].samples if name in families else []
+        wanted = {"model_name": model, **labels}.items()
+        return sum(sample.value for sample in samples if sample.name == name and wanted <= sample.labels.items())
+
+    trace = trace_of(PRUNED, WHOLE, replace(WHOLE, bypass_reason="budget_not_below_tokens"))
+    trace.note_preset(["fast", "fast"])
+    trace.finish(outcome, model)
+    served = int(counted > 0)
+    assert total("vtprune:visual_tokens_kept_total", preset="fast") == (counted + 576) * served
+    assert total("vtprune:visual_tokens_total", preset="fast") == 3 * 576 * served
+    assert total("vtprune:keep_ratio_count") == 3 * served
+    assert total("vtprune:bypass_total") == served
+    assert total("vtprune:time_to_first_token_seconds_sum", keep_ratio="0.5-0.75") == pytest.approx(0.1 * served)
+
+
+@pytest.mark.parametrize(
+    ("asked", "label"), [(["fast"], "fast"), (["fast", "fast"], "fast"), (["fast", "none"], "mixed")]
+)
+def test_the_preset_of_a_request_is_that_of_all_its_images(asked: list[str], label: str) -> None:
+    trace = Trace()
+    assert trace.preset_label == "none"
+    trace.note_preset(asked)
+    assert trace.preset_label == label
 
 
 def lines_about(log: Path, request_id: str) -> list[str]:
@@ -127,3 +159,60 @@ def test_the_server_s_log_names_the_request_by_its_client_s_id(server: Server, s
     assert "finished: resprune kept 96 of 576 visual tokens of 1 image(s), 0 cached" in line
     assert re.search(r"encode=[\d.]+ .*select=[\d.]+ ttft=[\d.]+ total=[\d.]+", line)
     assert "zebra" not in server.log.read_text(errors="replace")
+
+
+SECRET = "xylophone"
+HIDDEN = base64.b64encode(SECRET.encode() * 3).decode()
+
+# body, what its line ends with
+SECRETIVE: dict[str, tuple[Body | bytes, str]] = {
+    "a policy": (
+        {"pruning": {"method": SECRET}},
+        "400 BadRequestError, pruning.method: expected one of none, resprune, ",
+    ),
+    "a preset": ({"pruning": SECRET}, "400 BadRequestError, pruning: expected an object, false, or a preset: "),
+    "a key": ({"pruning": {HIDDEN: 1}}, "400 BadRequestError, pruning.?: expected one of method, budget, "),
+    "a budget": ({"pruning": tokens(0)}, "400 BadRequestError, pruning.budget.keep: expected an integer from 1"),
+    "an address": (
+        {"messages": [user(SECRET, f"https://{SECRET}.example/{SECRET}.png")]},
+        "400 BadRequestError, messages.0.content.0.image_url: is on the web, from where this server does not fetch",
+    ),
+    "an image": (
+        {"messages": [user(SECRET, url_of_bytes(SECRET.encode() * 3))]},
+        "400 BadRequestError, messages.0.content.0.image_url: ",
+    ),
+    "a path": (
+        {"messages": [user("Hello."), user(SECRET, image_part(f"file:///{SECRET}"))]},
+        "400 BadRequestError, messages.1.content.0.image_url: is a file of the server, which it does not open",
+    ),
+    "a regex": ({"structured_outputs": {"regex": f"({SECRET}"}}, "400 BadRequestError"),
+    "a model": ({"model": f"llava@{SECRET}"}, "404 NotFoundError, model"),
+    "a number": ({"temperature": SECRET}, "400 BadRequestError, temperature"),
+    "no JSON": (f'{{"messages": "{SECRET}", '.encode(), "400 BadRequestError"),
+}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("body", "told"), SECRETIVE.values(), ids=SECRETIVE.keys())
+def test_a_refusal_is_one_line_of_the_server_s_log(server: Server, body: Body | bytes, told: str) -> None:
+    request_id = f"refused-{time.monotonic_ns()}"
+    if isinstance(body, dict):
+        body = {"messages": [user(f"Where is the {SECRET}?", fresh_url())], **body}
+    response = server.post(body, headers={"x-request-id": request_id})
+    assert response.status_code in (400, 404)
+    [line] = lines_about(server.log, request_id)
+    assert "INFO" in line
+    assert f"Request chatcmpl-{request_id} to /v1/chat/completions refused: {told}" in line
+    assert "\\" not in line
+    for secret in (SECRET, HIDDEN, "https:", "file:", ";base64"):
+        assert secret not in line.partition("refused: ")[2]
+
+
+@pytest.mark.engine
+def test_a_refusal_within_a_stream_is_one_too(server: Server) -> None:
+    request_id = f"refused-{time.monotonic_ns()}"
+    body = {"messages": [user("Where?", fresh_url())], "logit_bias": {"99999999": 1.0}, "stream": True}
+    response = server.post(body, headers={"x-request-id": request_id})
+    assert json.loads(data_of(response.text)[0])["error"]["code"] == 400
+    [line] = [line for line in lines_about(server.log, request_id) if "vtprune" in line or "refused" in line]
+    assert f"Request chatcmpl-{request_id} to /v1/chat/completions refused: 400 BadRequestError" in line

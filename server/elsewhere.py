@@ -1,0 +1,118 @@
+"""Routes of vLLM that do not prune: a policy sent there is refused, since vLLM ignores fields it does not know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.anthropic.api_router import translate_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from vllm_vtprune_server.outcome import ROUTE, path_of
+from vllm_vtprune_server.trace import Refusal
+
+KEY = "pruning"
+CONVERSATIONS = ("messages", "input")
+"""Fields of a body that hold messages, or lists of them."""
+
+
+def json_routes(app: FastAPI) -> set[str]:
+    """Paths of an app that take JSON: those that say so to FastAPI, or check for it themselves as vLLM's do."""
+    return {route.path for route in app.routes if isinstance(route, APIRoute) and _takes_json(route)}
+
+
+def _takes_json(route: APIRoute) -> bool:
+    checks = [dependency.dependency for dependency in route.dependencies]
+    return "POST" in route.methods and (route.body_field is not None or validate_json_request in checks)
+
+
+class ElsewhereMiddleware:
+    """Pure ASGI middleware: refuses a policy in the body of a request to a route that would ignore it.
+
+    Args:
+        app: what answers the others.
+        routes: paths of the routes that do not prune.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Collection[str]) -> None:
+        self.app = app
+        self.routes = frozenset(routes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) not in self.routes:
+            await self.app(scope, receive, send)
+            return
+        if Headers(scope=scope).get("content-type", "").startswith("multipart/"):  # files: no JSON
+            await self.app(scope, receive, send)
+            return
+        messages = await _messages_of_body(receive)
+        body = b"".join(message.get("body", b"") for message in messages)
+        param = misplaced_policy(body) if f'"{KEY}"'.encode() in body else None
+        if param is not None:
+            await _refusal(path_of(scope), param)(scope, receive, send)
+            return
+        del body
+        unread = iter(messages)
+
+        async def receive_again() -> Message:
+            return next(unread, None) or await receive()
+
+        await self.app(scope, receive_again, send)
+
+
+async def _messages_of_body(receive: Receive) -> list[Message]:
+    """What a client sends, to its end or until it leaves."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
+        messages.append(await receive())
+    return messages
+
+
+def misplaced_policy(body: bytes) -> str | None:
+    """Path of the first policy in a body of JSON; None if there is none. ``null`` asks for nothing.
+
+    Looked at are the places where ``/v1/chat/completions`` reads one and ``mm_processor_kwargs``; not the schemas of
+    tools, which may name their fields as they like.
+    """
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):  # told by the route
+        return None
+    return next(_policies(data), None) if isinstance(data, Mapping) else None
+
+
+def _policies(data: Mapping[str, Any]) -> Iterator[str]:
+    if data.get(KEY) is not None:
+        yield KEY
+    kwargs = data.get("mm_processor_kwargs")
+    if isinstance(kwargs, Mapping) and kwargs.get(KEY) is not None:
+        yield f"mm_processor_kwargs.{KEY}"
+    for name in CONVERSATIONS:
+        yield from _policies_of_parts(data.get(name), name)
+
+
+def _policies_of_parts(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _policies_of_parts(item, f"{path}.{index}")
+    elif isinstance(value, Mapping):
+        if value.get(KEY) is not None:
+            yield f"{path}.{KEY}"
+        yield from _policies_of_parts(value.get("content"), f"{path}.content")
+
+
+def _refusal(route: str, param: str) -> JSONResponse:
+    message = f"{param}: {route} does not prune; expected it in a request to {ROUTE}, or not at all."
+    error = ErrorInfo(message=message, type="BadRequestError", param=param, code=400)
+    Refusal(route, error.code, error.type, param).log()
+    answer = ErrorResponse(error=error)
+    if route.startswith("/v1/messages"):
+        return translate_error_response(answer)
+    return JSONResponse(answer.model_dump(), status_code=error.code)

@@ -1,0 +1,151 @@
+"""What the client of a chat completion got, read off the answer that it was sent.
+
+Whoever answers (our route, vLLM's handler, its check of API keys, an operator's middleware), the outcome is told here,
+once, by status, error event and whether the client stayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from http.client import responses
+from typing import Any
+
+from opentelemetry.trace import use_span
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_vtprune import metrics
+from vllm_vtprune_server.trace import Refusal, Trace
+from vllm_vtprune_server.tracing import start_request_span
+
+ROUTE = "/v1/chat/completions"
+TRACE = "vtprune_trace"
+"""The name in a request's state of its `Trace`."""
+
+MAX_ERROR = 64 * 1024
+"""Bytes of an error that are looked at."""
+
+# Inside a JSON string a line break would be escaped, so generated text begins no line.
+_ERROR_EVENT = re.compile(rb'^data: (\{"error":.*)$', re.MULTILINE)
+_DONE_EVENT = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
+
+
+class Answer:
+    """One answer, as its parts go by.
+
+    Attributes:
+        abandoned: the client left before it was complete.
+        complete: nothing that matters is to come.
+    """
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        self.complete = False
+        self._status = 0
+        self._is_stream = False
+        self._error = b""
+
+    def take(self, message: Message) -> None:
+        """Look at what is sent, which is not changed."""
+        if message["type"] == "http.response.start":
+            headers = Headers(raw=message["headers"])
+            self._status = message["status"]
+            # What an operator's middleware compresses cannot be read: its status has to do.
+            is_plain = "content-encoding" not in headers
+            self._is_stream = is_plain and headers.get("content-type", "").startswith("text/event-stream")
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self._is_stream:
+                if event := _ERROR_EVENT.search(body):
+                    self._error = event[1]
+                self.complete |= _DONE_EVENT.search(body) is not None
+            else:
+                if self._status >= 400 and len(self._error) < MAX_ERROR:
+                    self._error += body
+                self.complete |= not message.get("more_body", False)
+
+    @property
+    def outcome(self) -> metrics.Outcome:
+        """What the client got, if nothing more is sent."""
+        if self.abandoned:
+            return "aborted"
+        if not self.complete:
+            return "failed"
+        code = self._code()
+        return "finished" if code < 400 else "refused" if code < 500 else "failed"
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What was refused; None where nothing was."""
+        if self.outcome != "refused":
+            return None
+        code, error = self._code(), self._read_error()
+        kind, param = error.get("type") or responses.get(code, ""), error.get("param")
+        return Refusal(ROUTE, code, str(kind), None if param is None else str(param))
+
+    def _code(self) -> int:
+        code = self._read_error().get("code") if self._is_stream else None
+        return code if isinstance(code, int) else 500 if self._is_stream and self._error else self._status
+
+    def _read_error(self) -> dict[str, Any]:
+        try:
+            error = json.loads(self._error)["error"]
+        except (ValueError, KeyError, TypeError):
+            return {}
+        return error if isinstance(error, dict) else {}
+
+
+class OutcomeMiddleware:
+    """Pure ASGI middleware: gives each chat completion a `Trace`, and ends it by what the client got.
+
+    Args:
+        app: what answers.
+        model_name: label of the metrics.
+    """
+
+    def __init__(self, app: ASGIApp, model_name: str) -> None:
+        self.app = app
+        self.model_name = model_name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) != ROUTE:
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id")
+        trace = Trace(request_id=None if request_id is None else f"chatcmpl-{request_id}")
+        scope.setdefault("state", {})[TRACE] = trace
+        start_request_span(trace, headers)
+        answer = Answer()
+
+        async def watched_receive() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not answer.complete:
+                answer.abandoned = True
+            return message
+
+        async def watched_send(message: Message) -> None:
+            answer.take(message)
+            if answer.complete:  # counted before the client can know
+                self._finish(trace, answer)
+            await send(message)
+
+        try:
+            with use_span(trace.span, record_exception=False, set_status_on_exception=False):
+                await self.app(scope, watched_receive, watched_send)
+        except asyncio.CancelledError:
+            answer.abandoned = True
+            raise
+        finally:
+            self._finish(trace, answer)
+
+    def _finish(self, trace: Trace, answer: Answer) -> None:
+        trace.finish(answer.outcome, self.model_name, answer.refusal)
+
+
+def path_of(scope: Scope) -> str:
+    """The path of a request below ``--root-path``."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
