@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -73,7 +72,6 @@ def main() -> None:
     from vllm_vtprune.demo.checkpoint import write_llava_checkpoint  # imports torch: not for --help
 
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
     try:
         with tempfile.TemporaryDirectory() as directory:
             print(f"Starting stock vLLM and ours with a {options.size} checkpoint ...", file=sys.stderr)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -57,7 +56,6 @@ def main() -> None:
     add_slo_arguments(parser)
     options = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     try:
         with running_server(OPTIONS, environment=ENVIRONMENT) as url:
             model = served_model(url)

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import entry_points
 
 from vllm_vtprune import __version__
+from vllm_vtprune.plugin.version import UntestedVllmError
 
 GROUP = "vtprune.commands"
 DESCRIPTION = """Serve vision-language models with fewer visual tokens.
@@ -37,7 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"vllm-vtprune {__version__}")
     parser.add_argument("command", choices=sorted(commands.names), metavar="COMMAND", help="see above")
     command = parser.parse_args(arguments[:1]).command
-    commands[command].load()(arguments[1:])
+    try:
+        commands[command].load()(arguments[1:])
+    except UntestedVllmError as error:
+        sys.exit(f"vtprune {command}: {error}")
 
 
 if __name__ == "__main__":

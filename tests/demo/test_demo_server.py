@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -55,6 +58,15 @@ class Stubborn:
         return left
 
 
+def wait_for(stubborn: Stubborn) -> list[psutil.Process]:
+    """Its processes, once it has said which they are."""
+    deadline = time.monotonic() + 60
+    while not (stubborn.log.exists() and stubborn.log.read_text().endswith("\n")):
+        assert time.monotonic() < deadline, "it did not start"
+        time.sleep(0.05)
+    return stubborn.left()
+
+
 @pytest.fixture
 def stubborn(tmp_path: Path) -> Iterator[Stubborn]:
     started = Stubborn(tmp_path / "log")
@@ -95,6 +107,61 @@ def test_interrupted_while_it_starts_it_is_gone_at_once(stubborn: Stubborn) -> N
         pytest.fail("it was never healthy")
     assert survivors(stubborn.left(), within=30) == []
     assert time.monotonic() - interrupted[0] < server.STOP_TIMEOUT / 2
+
+
+RUNS_IT = """
+import json, sys
+from pathlib import Path
+from vllm_vtprune.demo import server
+server.STOP_TIMEOUT = 0.5
+options = json.loads(sys.argv[1])
+with server.running_server(**{**options, "log": Path(options["log"])}):
+    print("serving", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("behaviour", ["healthy", "never healthy"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_it_ends_with_the_process_that_runs_it(
+    number: signal.Signals, status: int, behaviour: str, stubborn: Stubborn
+) -> None:
+    """A command that is told to end, or killed, leaves nothing behind."""
+    options = {**stubborn.options(behaviour), "log": str(stubborn.log)}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS_IT, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as command:
+        try:
+            if behaviour == "healthy":
+                assert command.stdout is not None
+                assert command.stdout.readline() == b"serving\n"
+            processes = wait_for(stubborn)
+            assert len(processes) == 2
+            command.send_signal(number)
+            assert command.wait(30) == status
+        finally:
+            command.kill()
+    assert survivors(processes, within=30) == []
+
+
+def test_a_handler_of_the_process_s_own_stays(stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STOP_TIMEOUT", 0.5)
+    told = []
+
+    def note(*_: object) -> None:
+        told.append(True)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        with running_server(**stubborn.options("healthy")):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert told == [True]
+        assert signal.getsignal(signal.SIGTERM) is note
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with running_server(**stubborn.options("healthy")):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_interrupt_while_it_stops_does_not_leave_it_running(stubborn: Stubborn) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.engine.qwen_stock_answers import QWEN_OPTIONS
-from tests.support.engines import ROOT, Engine, running_engine
+from tests.support.engines import MODEL_RUNNERS, ROOT, Engine, running_engine
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
 
@@ -26,17 +26,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", params=["V1", pytest.param("V2", marks=pytest.mark.verify)])
+def model_runner(request: pytest.FixtureRequest) -> str:
+    """Which of vLLM's model runners the engines below have, but for `uncached`. `test_v2.py` is V2's in `make test`."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llava_checkpoint(tmp_path_factory.mktemp("llava-tiny"), size="tiny", dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def cached(checkpoint: Path) -> Iterator[Engine]:
+def cached(checkpoint: Path, model_runner: str) -> Iterator[Engine]:
     """vLLM's defaults: every cache is on. Its processes can be looked into."""
     with running_engine(
         checkpoint,
         "cached",
+        environment=MODEL_RUNNERS[model_runner],
         distributed_executor_backend="tests.support.processes.ObservedExecutor",
         worker_extension_cls="tests.support.processes.ObservedWorker",
     ) as engine:
@@ -45,11 +52,11 @@ def cached(checkpoint: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def uncached(checkpoint: Path) -> Iterator[Engine]:
-    """Every cache is off: what the others are compared with."""
+    """Every cache is off, and the model runner is V1: what the others are compared with."""
     with running_engine(
         checkpoint,
         "uncached",
-        environment={"VTPRUNE_FEATURE_CACHE_GB": "0"},
+        environment={"VTPRUNE_FEATURE_CACHE_GB": "0", **MODEL_RUNNERS["V1"]},
         mm_processor_cache_gb=0,
         enable_prefix_caching=False,
     ) as engine:
@@ -57,15 +64,16 @@ def uncached(checkpoint: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def chunked(checkpoint: Path) -> Iterator[Engine]:
+def chunked(checkpoint: Path, model_runner: str) -> Iterator[Engine]:
     """Prefill in chunks smaller than an image, prefix cache on, a memory of one report; takes embeddings as images."""
     with running_engine(
         checkpoint,
         "chunked",
-        environment={"VTPRUNE_REPORT_TABLE_SIZE": "1"},
+        environment={"VTPRUNE_REPORT_TABLE_SIZE": "1", **MODEL_RUNNERS[model_runner]},
         enable_chunked_prefill=True,
         max_num_batched_tokens=64,
         enable_mm_embeds=True,
+        worker_extension_cls="tests.support.processes.ObservedWorker",
     ) as engine:
         yield engine
 
@@ -76,9 +84,9 @@ def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def qwen(qwen_checkpoint: Path) -> Iterator[Engine]:
+def qwen(qwen_checkpoint: Path, model_runner: str) -> Iterator[Engine]:
     """Qwen2.5-VL, every cache on, prefill in chunks smaller than an image."""
-    with running_engine(qwen_checkpoint, "qwen", **QWEN_OPTIONS) as engine:
+    with running_engine(qwen_checkpoint, "qwen", environment=MODEL_RUNNERS[model_runner], **QWEN_OPTIONS) as engine:
         yield engine
 
 

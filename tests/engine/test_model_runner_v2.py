@@ -1,4 +1,4 @@
-"""What Model Runner V2, vLLM's default on GPUs, asks of our model classes: it does not run on a CPU, its parts do.
+"""What Model Runner V2, vLLM's default on GPUs, asks of our model classes, part by part; `test_v2.py` runs it whole.
 
 Its positions come from Triton kernels, which run in Triton's interpreter; its batching of media is plain Python. The
 models are vLLM's own, with their own vision encoders for what is not pruned; transformers says what should come out.

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tests.engine.qwen_stock_answers import video
-from tests.support.engines import TOLERANCE, Answer, Ask, Engine, run_without_plugin, running_engine
+from tests.support.engines import MODEL_RUNNERS, TOLERANCE, Answer, Ask, Engine, run_without_plugin, running_engine
 from tests.support.processes import state
 from tests.support.reference import Reference
 from tests.support.tiled import ASPECTS, FAMILIES, SMALL, Family, picture, pictures
@@ -47,16 +47,18 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def stock(family: Family, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def stock(family: Family, checkpoint: Path, model_runner: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What an engine without the plugin answers."""
     output = tmp_path_factory.mktemp("stock") / "answers.json"
-    run_without_plugin("tests.engine.stock_tiled", family.name, checkpoint, output)
+    environment = MODEL_RUNNERS[model_runner]
+    run_without_plugin("tests.engine.stock_tiled", family.name, checkpoint, output, environment=environment)
     return json.loads(output.read_text())
 
 
 @pytest.fixture(scope="module")
-def engine(family: Family, checkpoint: Path) -> Iterator[Engine]:
-    with running_engine(checkpoint, family.name, **family.engine_options) as engine:
+def engine(family: Family, checkpoint: Path, model_runner: str) -> Iterator[Engine]:
+    environment = MODEL_RUNNERS[model_runner]
+    with running_engine(checkpoint, family.name, environment=environment, **family.engine_options) as engine:
         yield engine
 
 

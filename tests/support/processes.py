@@ -25,7 +25,8 @@ class ObservedWorker:
     """`worker_extension_cls`: adds a method to the worker."""
 
     def worker_state(self) -> dict[str, Any]:
-        return state(self.get_model())  # type: ignore[attr-defined]
+        runner = self.model_runner  # type: ignore[attr-defined]
+        return {**state(runner.get_model()), "model_runner": type(runner).__module__}
 
 
 class ObservedExecutor(MultiprocExecutor):

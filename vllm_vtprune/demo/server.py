@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 START_TIMEOUT = 900.0  # seconds; large models load slowly
 STOP_TIMEOUT = 60.0
@@ -35,6 +38,9 @@ def running_server(
 ) -> Iterator[str]:
     """Run ``vtprune serve ARGUMENTS`` on a free port of this machine; it is stopped when the context ends.
 
+    Meanwhile SIGTERM is `SystemExit` in this process, so that the context ends then too; where this process is killed,
+    the server is killed with it.
+
     Args:
         arguments: the model and options.
         command: what to run with this Python, for comparisons with other servers.
@@ -50,7 +56,8 @@ def running_server(
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory(prefix="vtprune-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="vtprune-") as scratch, ExitStack() as stack:
+        stack.enter_context(_exit_on_sigterm())
         log = Path(scratch) / "server.log" if log is None else log
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -61,6 +68,7 @@ def running_server(
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the server in order
             )
+        stack.enter_context(_killed_with_this_process(process))
         try:
             _wait_until_healthy(process, url, log, on_wait)
         except BaseException:
@@ -108,6 +116,34 @@ def announced_server(
         except KeyboardInterrupt:
             print("\nStopping the server ...", file=sys.stderr, flush=True)  # it ends in order, which takes seconds
             raise
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises `SystemExit`, unless this process has decided otherwise or this is not its main thread."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _raise_exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _raise_exit(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _killed_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Where this process ends within the context, the other one's session is killed: a shell waits for the former."""
+    wait = ["sh", "-c", 'read _; kill -KILL "-$0"', str(process.pid)]
+    with subprocess.Popen(wait, stdin=subprocess.PIPE, start_new_session=True) as waiting:
+        try:
+            yield
+        finally:
+            waiting.kill()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

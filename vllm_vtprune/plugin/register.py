@@ -5,6 +5,10 @@ vLLM calls `register` in every process, possibly more than once, before it looks
 
 from __future__ import annotations
 
+from vllm_vtprune.plugin.loads import name_files
+from vllm_vtprune.plugin.unserved import warn_where_policies_are_ignored
+from vllm_vtprune.plugin.version import require_tested_vllm
+
 ARCHITECTURES: dict[str, str] = {
     "LlavaForConditionalGeneration": "vllm_vtprune.plugin.llava:PrunedLlavaForConditionalGeneration",
     "InternVLForConditionalGeneration": "vllm_vtprune.plugin.internvl:PrunedInternVLForConditionalGeneration",
@@ -15,8 +19,17 @@ ARCHITECTURES: dict[str, str] = {
 
 
 def register() -> None:
-    """Have vLLM serve each architecture by our subclass, which is the stock class where nothing is pruned."""
+    """Have vLLM serve each architecture by our subclass, which is the stock class where nothing is pruned.
+
+    vLLM passes an error on to whoever starts it, so that no model is served unpruned unnoticed.
+
+    Raises:
+        UntestedVllmError: the plugin was not tested with this vLLM.
+    """
+    require_tested_vllm()
     from vllm import ModelRegistry
 
+    name_files()
     for architecture, target in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, target)
+    warn_where_policies_are_ignored()
