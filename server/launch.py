@@ -6,14 +6,20 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.plugin.register import ARCHITECTURES
+from vllm_vtprune.plugin.version import require_tested_vllm
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.presets import PresetsError, read_presets
 from vllm_vtprune_server.policies import Policies
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 PLUGIN = "vtprune"
 PLUGIN_GROUPS = (
@@ -45,13 +51,17 @@ def serve(argv: list[str]) -> None:
         SystemExit: 2 for options that are not valid, 1 for a model or a server that would not prune, or when the engine
             died.
     """
+    require_tested_vllm()
     enable_plugin()
     refuse_without_routes()
+    from vllm import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    from vllm_vtprune.plugin.compat import counts_must_be_fixed
+    from vllm_vtprune_server import memory
+
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
     parser = FlexibleArgumentParser(prog="vtprune")
     command = ServeSubcommand()
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
@@ -77,9 +87,12 @@ def serve(argv: list[str]) -> None:
         "One with the name of a preset of the package replaces it.",
     )
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
+    memory.mark_defaults(serve_parser)
     args = parser.parse_args(["serve", *_with_model(argv)])
     try:
-        policies = Policies.of(args.pruning_default, args.pruning_presets)
+        policies = Policies.of(
+            args.pruning_default, args.pruning_presets, fixed_counts=counts_must_be_fixed(args.kv_transfer_config)
+        )
     except PolicyError as error:
         serve_parser.error(str(error))
     command.validate(args)
@@ -88,8 +101,23 @@ def serve(argv: list[str]) -> None:
     if args.download_dir is not None:
         os.environ.setdefault("VTPRUNE_DOWNLOAD_DIR", str(args.download_dir))
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", PLUGIN)  # server/media.py
-    refuse_unpruned(args, policies.default)
-    command.cmd(args)
+    if getattr(args, "model_tag", None) is not None:
+        args.model = args.model_tag
+    model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
+    refuse_unpruned(model_config, policies.default)
+    memory.keep_embedded_small(args)
+    if problem := memory.cpu_memory_problem(args):
+        sys.exit(f"vtprune serve: {problem}")
+    memory.reserve_gpu_memory(args, model_config)
+    memory.unmark_defaults(args)
+    try:
+        command.cmd(args)
+    except Exception:
+        problem = memory.cpu_memory_problem(args, margin=memory.GROWTH)
+        if not problem:
+            raise
+        traceback.print_exc()
+        sys.exit(f"vtprune serve: {problem}")
 
     from vllm_vtprune_server.shutdown import engine_died
 
@@ -156,31 +184,27 @@ def refuse_other_front_ends(args: argparse.Namespace) -> None:
             sys.exit(f"vtprune serve: {name} cannot be combined with pruning: its front end has none of our routes.")
 
 
-def refuse_unpruned(args: argparse.Namespace, default: PruningPolicy) -> None:
+def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
     """Exit if the model should be pruned and would not be.
 
     vLLM logs a plugin that fails to load and goes on: without this check, a model could be served unpruned silently. A
     model of an architecture that is not ours is served unpruned, unless the default asks for pruning.
     """
-    from vllm import AsyncEngineArgs
     from vllm.model_executor.model_loader import get_model_architecture
 
-    if getattr(args, "model_tag", None) is not None:
-        args.model = args.model_tag
-    model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
     model_class, architecture = get_model_architecture(model_config)
     expected = ARCHITECTURES.get(architecture)
     found = f"{model_class.__module__}:{model_class.__qualname__}"
     if expected is None:
-        unpruned = f"{args.model} has the architecture {architecture}, which cannot be pruned yet"
+        unpruned = f"{model_config.model} has the architecture {architecture}, which cannot be pruned yet"
         known = ", ".join(ARCHITECTURES)
         if default.enabled:
             sys.exit(f"vtprune serve: {unpruned}, but --pruning-default asks for it; expected one of {known}.")
         print(f"vtprune serve: {unpruned}: it is served UNPRUNED. To prune, serve one of {known}.", file=sys.stderr)
     elif found != expected:
         sys.exit(
-            f"vtprune serve: {args.model} would be served unpruned: its architecture {architecture} resolves to "
-            f"{found}, expected {expected}. Is another plugin registering it, or did ours fail to load (see above)?"
+            f"vtprune serve: {model_config.model} would be served unpruned: its architecture {architecture} resolves "
+            f"to {found}, expected {expected}. Is another plugin registering it, or did ours fail to load (see above)?"
         )
 
 

@@ -8,24 +8,29 @@ from typing import Any
 
 import vllm
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion import api_router as stock
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.dev.cache import api_router as stock_resets
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.logger import init_logger
 
 from vllm_vtprune import __version__, metrics
-from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.compat import counts_must_be_fixed
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.unpruned import runtime_without_tower
+from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_tower
 from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_server import media  # noqa: F401  (registers the media connector)
 from vllm_vtprune_server.aliases import AliasedModels
+from vllm_vtprune_server.elsewhere import ElsewhereMiddleware, json_routes
 from vllm_vtprune_server.information import PruningInformation, pruning_information
+from vllm_vtprune_server.outcome import ROUTE, TRACE, OutcomeMiddleware
 from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
-from vllm_vtprune_server.route import REACHED_HANDLER, PruningRoute
+from vllm_vtprune_server.route import PruningRoute
+from vllm_vtprune_server.sender_cache import resend_what_was_not_sent
 from vllm_vtprune_server.serving import PruningServingChat
 from vllm_vtprune_server.shutdown import fail_unfinished_requests, notice_shutdown
 from vllm_vtprune_server.trace import HEADER
@@ -56,11 +61,23 @@ router = APIRouter(route_class=PruningRoute)
 )
 async def create_chat_completion(request: PruningChatCompletionRequest, raw_request: Request) -> Any:
     """Chat completions as vLLM serves them, with the `pruning` field in requests and responses."""
-    setattr(raw_request.state, REACHED_HANDLER, True)
+    request.trace = getattr(raw_request.state, TRACE)
     response = await stock.create_chat_completion(request, raw_request)
     if isinstance(response, Response) and request.trace.report is not None:
         response.headers[HEADER] = request.trace.header()
     return response
+
+
+@router.get("/v1/models/{name:path}", response_model=ModelCard, responses={404: {"model": ErrorResponse}})
+async def retrieve_model(name: str, raw_request: Request) -> Response:
+    """One of the models, adapters and aliases that `GET /v1/models` lists."""
+    registry: AliasedModels = raw_request.app.state.openai_serving_models.registry
+    try:
+        card = await registry.retrieve(name)
+    except LookupError as error:
+        info = ErrorInfo(message=str(error), type="NotFoundError", param="model", code=404)
+        return JSONResponse(ErrorResponse(error=info).model_dump(), status_code=404)
+    return JSONResponse(card.model_dump())
 
 
 @router.get("/v1/pruning")
@@ -78,6 +95,24 @@ async def show_pruning(raw_request: Request) -> PruningInformation:
     )
 
 
+resets = APIRouter()
+"""In the place of vLLM's routes that empty caches of images, where the operator has switched them on."""
+
+
+@resets.post("/reset_mm_cache")
+async def reset_mm_cache(raw_request: Request) -> Response:
+    """Empty vLLM's caches of processed images, and ours of their features."""
+    raw_request.app.state.openai_serving_chat.runtime.forget_images()
+    return await stock_resets.reset_mm_cache(raw_request)
+
+
+@resets.post("/reset_encoder_cache")
+async def reset_encoder_cache(raw_request: Request) -> Response:
+    """Empty the engine's cache of encoded images, and ours of their features."""
+    raw_request.app.state.openai_serving_chat.runtime.forget_images()
+    return await stock_resets.reset_encoder_cache(raw_request)
+
+
 class ServerPlugin:
     """Loaded by vLLM in each API-server process when ``VLLM_PLUGINS`` names ``vtprune``."""
 
@@ -85,7 +120,11 @@ class ServerPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        self._app = app
+        app.add_middleware(ElsewhereMiddleware, routes=json_routes(app) - {ROUTE})
         app.include_router(router)
+        if any(getattr(route, "path", None) == "/reset_mm_cache" for route in app.routes):
+            app.include_router(resets)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Load the tower and take over the chat handler; the server is not healthy before this returns.
@@ -97,22 +136,32 @@ class ServerPlugin:
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
         found = engine_client.renderer.mm_processor
-        processor = found if isinstance(found, PruningProcessor) else None
-        policies = Policies.of(getattr(args, "pruning_default", None), getattr(args, "pruning_presets", None))
+        encodes_only = engine_client.vllm_config.is_mm_encoder_only
+        processor = found if isinstance(found, PruningProcessor) and not encodes_only else None
+        why = "this instance encodes only (mm_encoder_only)" if encodes_only else type(found).__name__
+        policies = Policies.of(
+            getattr(args, "pruning_default", None),
+            getattr(args, "pruning_presets", None),
+            fixed_counts=counts_must_be_fixed(engine_client.vllm_config.kv_transfer_config),
+        )
         if processor is not None:
             policies.refuse_impossible(processor.family)
+            processor.engine = engine_client.vllm_config
+            if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
+                logger.warning("No engine runs on this machine: start this process anew when one reloads its weights")
             runtime = processor.runtime
-            runtime.api_process = compat.api_process(engine_client)
             runtime.warm_up()
             tower = runtime.tower
             built: tuple[str, str, str] = tower.weights, str(tower.device), str(tower.dtype).removeprefix("torch.")
         elif policies.default.enabled:
-            raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {type(found).__name__}")
+            raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {why}")
         else:
-            logger.warning("%s is served UNPRUNED: nothing of ours can prune it (%s)", args.model, type(found).__name__)
-            runtime = runtime_without_tower(engine_client.model_config)
+            logger.warning("%s is served UNPRUNED: nothing of ours can prune it (%s)", args.model, why)
+            ours = isinstance(found, UnprunedProcessor | PruningProcessor)
+            runtime = found.runtime if ours else runtime_without_tower(engine_client.model_config)
             built = "none", "none", "none"
-        metrics.start(runtime.model_name)
+        runtime.clients_write_prompts = True
+        metrics.start(runtime.model_name, policies.presets)
         metrics.BUILD_INFO.labels(runtime.model_name, __version__, vllm.__version__, *built, text_pipeline_name()).set(
             1
         )
@@ -124,5 +173,8 @@ class ServerPlugin:
             policies=policies,
             trust_request_mm_kwargs=args.trust_request_mm_kwargs,
         )
+        self._app.middleware_stack = None  # made by vLLM before it comes here, and made again when the server starts
+        self._app.add_middleware(OutcomeMiddleware, model_name=runtime.model_name)
+        resend_what_was_not_sent(engine_client)
         notice_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 from copy import copy
@@ -12,7 +11,6 @@ from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from fastapi import Request
-from opentelemetry.trace import use_span
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -24,20 +22,21 @@ from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.prompt import in_prompt_order
-from vllm_vtprune.plugin.request import PRUNING_KEY
+from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.runtime import PruningRuntime
+from vllm_vtprune_server.acceptance import Acceptance
 from vllm_vtprune_server.aliases import AliasedModels, UnknownPreset
-from vllm_vtprune_server.errors import explain_image_error
+from vllm_vtprune_server.errors import MediaRefused, explain_image_error, explain_media_error, explain_truncation
 from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.shutdown import ServerStopping, was_cut_short
 from vllm_vtprune_server.stream import with_last_event_completed
 from vllm_vtprune_server.trace import USAGE_KEY, Trace
-from vllm_vtprune_server.tracing import record_stages, start_request_span
-from vllm_vtprune_server.validation import InvalidField, bounded, explain
+from vllm_vtprune_server.tracing import record_stages
+from vllm_vtprune_server.validation import InvalidField, bounded, path_of, placing
 
 Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 
@@ -48,6 +47,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
     processor: PruningProcessor | None  # None: the model cannot be pruned
     runtime: PruningRuntime
     policies: Policies
+    acceptance: Acceptance
     trust_request_mm_kwargs: bool
 
     @classmethod
@@ -76,6 +76,8 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         serving.online_renderer.trust_request_mm_kwargs = True
         serving.processor, serving.runtime = processor, runtime
         serving.policies = policies
+        architecture = None if processor is None else processor.architecture
+        serving.acceptance = Acceptance(serving.online_renderer.renderer, architecture)
         serving.trust_request_mm_kwargs = trust_request_mm_kwargs
         return serving
 
@@ -84,32 +86,18 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
     ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
         if not isinstance(request, PruningChatCompletionRequest):
             return await super().create_chat_completion(request, raw_request)
-        start_request_span(request.trace, {} if raw_request is None else raw_request.headers)
-        try:
-            with use_span(request.trace.span, record_exception=False):
-                response = await self._create(request, raw_request)
-        except Exception as error:
-            request.trace.finish(_outcome(explain(error)), self.runtime.model_name)
-            raise
-        except BaseException:
-            request.trace.finish("aborted", self.runtime.model_name)
-            raise
-        if isinstance(response, ErrorResponse):
-            request.trace.finish(_outcome(response), self.runtime.model_name)
-        return response
-
-    async def _create(
-        self, request: PruningChatCompletionRequest, raw_request: Request | None
-    ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
         try:
             self._resolve_alias(request)
         except UnknownPreset as error:
-            metrics.ERRORS.labels(self.runtime.model_name, "policy").inc()
+            request.trace.unknown_preset = True
             return self.create_error_response(
                 str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"
             )
-        response = await super().create_chat_completion(request, raw_request)
+        with placing(request.body):
+            response = await super().create_chat_completion(request, raw_request)
         if isinstance(response, ErrorResponse):
+            if response.error.code == HTTPStatus.BAD_REQUEST:
+                response.error.param = path_of(response.error.param, response.error.message, request.body)
             return bounded(response)
         if isinstance(response, ChatCompletionResponse):
             _complete(response, request.trace)
@@ -128,26 +116,33 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         if not isinstance(request, PruningChatCompletionRequest):
             return await super().render_chat_request(request)
         trace = request.trace
-        report_id = uuid.uuid4().hex
         client_kwargs = dict(request.mm_processor_kwargs or {})
         try:
             policies = self._read_policies(request, trace)
-            images = self._apply_policies(request, trace.policy, policies, report_id)
+            await self.acceptance.check(request)
+            images = self._apply_policies(request, trace.policy, policies)
             waiting = metrics.REQUESTS_WAITING.labels(self.runtime.model_name).track_inprogress()
             early = None if self.processor is None else EarlyEncoding(self.processor, images, client_kwargs)
             with waiting if request.images else nullcontext(), early or nullcontext():
                 rendered = await super().render_chat_request(request)
         except PolicyError as error:
+            trace.why_refused = f"expected {error.accepted}"
             raise InvalidField(str(error), parameter=error.param) from error
         except Exception as error:
             if compat.says_shut_down(error):
                 raise ServerStopping from error
-            explained = explain_image_error(request.images, error)
+            explained = (
+                explain_image_error(request.images, error)
+                or explain_media_error(request.other_media, error)
+                or explain_truncation(request, error)
+            )
             if explained is None:
                 raise
+            if isinstance(error, MediaRefused):
+                trace.why_refused = str(error.problem)
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
-            trace.report = self._report(bool(images), report_id, rendered[1], trace.policy, policies)
+            trace.report = self._report(rendered[1][0], trace.policy, policies)
             record_stages(trace.report)
         return rendered
 
@@ -175,12 +170,16 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         trace.policy = self.policies.parse(asked)
         trace.preset = asked if isinstance(asked, str) else self.policies.default_preset if asked is None else None
         self._refuse_impossible(trace.policy, param="pruning")
-        policies = []
+        own_label = _preset_label(trace.policy, trace.preset)
+        policies, labels = [], []
         for image in request.images:
             param = f"{image.param}.pruning"
             policy = self.policies.parse(image.pruning, param=param, default=trace.policy)
             self._refuse_impossible(policy, param=param)
             policies.append(policy)
+            named = image.pruning if isinstance(image.pruning, str) else None
+            labels.append(own_label if image.pruning is None else _preset_label(policy, named))
+        trace.note_preset(labels or [own_label])
         return policies
 
     def _refuse_impossible(self, policy: PruningPolicy, param: str) -> None:
@@ -188,11 +187,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             policy.resolve(self.processor.family, param=param)
 
     def _apply_policies(
-        self,
-        request: PruningChatCompletionRequest,
-        own: PruningPolicy,
-        policies: list[PruningPolicy],
-        report_id: str,
+        self, request: PruningChatCompletionRequest, own: PruningPolicy, policies: list[PruningPolicy]
     ) -> list[ExpectedImage]:
         """Hand the policies of a request and of its images to the processor.
 
@@ -205,12 +200,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         texts = [request.text_for(image, policy) for image, policy in zip(request.images, policies, strict=True)]
         request.mm_processor_kwargs = {
             **(request.mm_processor_kwargs or {}),
-            PRUNING_KEY: {
-                **own.dump(),
-                "images": [policy.dump() for policy in policies],
-                "texts": texts,
-                "request_id": report_id,
-            },
+            PRUNING_KEY: PromptPruning(own, tuple(policies), tuple(texts)),
         }
         return [
             ExpectedImage(image.url or "", image.uuid, policy, text)
@@ -218,28 +208,18 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         ]
 
     def _report(
-        self,
-        pruned: bool,
-        report_id: str,
-        engine_inputs: list[Any],
-        policy: PruningPolicy,
-        policies: list[PruningPolicy],
+        self, engine_input: dict[str, Any], policy: PruningPolicy, policies: list[PruningPolicy]
     ) -> RequestReport:
-        runtime = self.runtime
-        if pruned:
-            report = runtime.take_report(report_id)
-            if report is None:
-                raise RuntimeError("the multimodal processor left no pruning report")
+        """The report that the processor put into its output, which is for the engine; or that of a stock request."""
+        report: RequestReport | None = engine_input.pop(REPORT_KEY, None)
+        if report is not None:
             return report
-        placeholders = engine_inputs[0].get("mm_placeholders", {})
+        placeholders = engine_input.get("mm_placeholders", {})
         if self.processor is None:
-            report = RequestReport(unpruned_images(placeholders, policies, policy))
-        else:
-            counts = [placeholder.get_num_embeds() for placeholder in placeholders.get("image", [])]
-            images = [ImageReport("none", count, count) for count in counts]
-            report = RequestReport(in_prompt_order(images, placeholders, policy))
-        runtime.record_request(report, None)
-        return report
+            return RequestReport(unpruned_images(placeholders, policies, policy))
+        counts = [placeholder.get_num_embeds() for placeholder in placeholders.get("image", [])]
+        images = [ImageReport("none", count, count) for count in counts]
+        return RequestReport(in_prompt_order(images, placeholders, policy))
 
     def chat_completion_stream_generator(
         self,
@@ -267,41 +247,30 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         if not isinstance(request, PruningChatCompletionRequest):
             return results
         request.trace.request_id = request_id
-        return _watch(results, request.trace, self.runtime.model_name, stream=bool(request.stream))
+        return _watch(results, request.trace, stream=bool(request.stream))
 
 
-async def _watch(results: Results, trace: Trace, model_name: str, *, stream: bool) -> Results:
-    """Pass results on, note in the trace when the first token came and how the request ended.
+async def _watch(results: Results, trace: Trace, *, stream: bool) -> Results:
+    """Pass results on and note in the trace when the first token came; fail where the engine gave the request up.
 
     A stream shows its first token. Otherwise the one result comes at the end, and vLLM's own statistics tell, unless
     they are off.
     """
-    outcome: metrics.Outcome = "aborted"
-    try:
-        async with aclosing(results):
-            async for result in results:
-                if trace.ttft is None:
-                    stats = result.metrics
-                    if stream:
-                        trace.note_first_token(time.time() - trace.started, model_name)
-                    elif stats is not None and stats.first_token_latency > 0:
-                        first_token = stats.arrival_time + stats.first_token_latency
-                        trace.note_first_token(first_token - trace.started, model_name)
-                if await was_cut_short(result):
-                    raise ServerStopping
-                if result.finished:
-                    outcome = "finished"
-                yield result
-    except Exception:
-        outcome = "failed"
-        raise
-    finally:
-        trace.finish(outcome, model_name)
+    async with aclosing(results):
+        async for result in results:
+            if trace.ttft is None:
+                stats = result.metrics
+                if stream:
+                    trace.ttft = time.time() - trace.started
+                elif stats is not None and stats.first_token_latency > 0:
+                    trace.ttft = stats.arrival_time + stats.first_token_latency - trace.started
+            if await was_cut_short(result):
+                raise ServerStopping
+            yield result
 
 
-def _outcome(answer: ErrorResponse | None) -> metrics.Outcome:
-    """Of a request that was answered with this error; None where the client is not to blame."""
-    return "failed" if answer is None or answer.error.code >= 500 else "refused"
+def _preset_label(policy: PruningPolicy, preset: str | None) -> str:
+    return preset or (metrics.CUSTOM if policy.enabled else metrics.NO_PRESET)
 
 
 def _complete(response: ChatCompletionResponse, trace: Trace) -> None:

@@ -50,7 +50,7 @@ def encoder_of(tower: FakeTower, sizes: list[int] | None = None, cache_bytes: in
     return BatchingEncoder(
         tower.encode,
         FeatureCache(cache_bytes),
-        to_cache=lambda features: features,
+        to_cache=lambda key, features: features,
         max_batch=MAX_BATCH,
         on_batch=lambda size: None if sizes is None else sizes.append(size),
     )
@@ -157,7 +157,7 @@ def test_an_error_after_the_encoder_reaches_them_too(tower: FakeTower, broken: s
         if broken_now:
             raise RuntimeError("too late")
 
-    def keep(features: VisualFeatures) -> VisualFeatures:
+    def keep(key: str, features: VisualFeatures) -> VisualFeatures:
         if broken == "to_cache":
             fail(features)
         return features

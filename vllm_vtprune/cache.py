@@ -44,9 +44,9 @@ class BoundedTable(Generic[K, V]):
                 self._entries.move_to_end(key)
             return value
 
-    def pop(self, key: K) -> V | None:
+    def clear(self) -> None:
         with self._lock:
-            return self._entries.pop(key, None)
+            self._entries.clear()
 
 
 class FeatureCache:
@@ -91,3 +91,8 @@ class FeatureCache:
             while self._nbytes > self._capacity:
                 _, evicted = self._entries.popitem(last=False)
                 self._nbytes -= evicted.nbytes
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self._nbytes = 0

@@ -78,8 +78,8 @@ class BatchingEncoder:
     Args:
         encode: B images -> B features. Called from one thread at a time, with images whose tensors have equal shapes.
         cache: where features are kept, and looked for.
-        to_cache: makes of features what is kept of them, and handed out. What the encoder computes may still be under
-            way before (on a GPU), so errors and time of this call are the encoder's.
+        to_cache: makes of the features of a key what is kept of them, and handed out. What the encoder computes may
+            still be under way before (on a GPU), so errors and time of this call are the encoder's.
         max_batch: most images of one call.
         on_batch: told the size of each batch after it was encoded.
     """
@@ -89,7 +89,7 @@ class BatchingEncoder:
         encode: Callable[[Sequence[PreparedImage]], list[VisualFeatures]],
         cache: FeatureCache,
         *,
-        to_cache: Callable[[VisualFeatures], VisualFeatures],
+        to_cache: Callable[[str, VisualFeatures], VisualFeatures],
         max_batch: int,
         on_batch: Callable[[int], None],
     ) -> None:
@@ -155,7 +155,8 @@ class BatchingEncoder:
     def _encode_batch(self, batch: list[_Work]) -> None:
         began, started = time.time_ns(), time.perf_counter()
         try:
-            encoded = [self._to_cache(features) for features in self._encode([work.image for work in batch])]
+            computed = self._encode([work.image for work in batch])
+            encoded = [self._to_cache(work.key, its) for work, its in zip(batch, computed, strict=True)]
             forward = Forward(began, time.perf_counter() - started)
             for work, features in zip(batch, encoded, strict=True):
                 self.cache.put(work.key, features)

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 __all__ = [
     "VARIABLES",
     "Variable",
+    "any_vllm",
     "device",
     "download_dir",
     "feature_cache_gb",
@@ -90,12 +91,20 @@ def _switch(text: str) -> bool:
     return text == "1"
 
 
+any_vllm = Variable(
+    name="VTPRUNE_ANY_VLLM",
+    default=False,
+    parse=_switch,
+    accepts="0 or 1",
+    doc="1: also run with a version of vLLM that this package was not tested with.",
+)
 device = Variable(
     name="VTPRUNE_DEVICE",
     default="auto",
     parse=_device,
     accepts="auto, cpu, cuda or cuda:INDEX",
-    doc="Where the API process computes visual features. auto: the first GPU where there is one, else the CPU.",
+    doc="Where the API process computes visual features. auto: on the first GPU of its engine; on the CPU only where "
+    "vLLM runs on CPUs. Where that GPU is not visible or not known, the server does not start, and asks for a value.",
 )
 feature_cache_gb = Variable(
     name="VTPRUNE_FEATURE_CACHE_GB",
@@ -167,6 +176,7 @@ fetch_private_addresses = Variable(
 )
 
 VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool] | Variable[Path | None], ...] = (
+    any_vllm,
     device,
     download_dir,
     feature_cache_gb,

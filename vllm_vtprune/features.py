@@ -169,11 +169,17 @@ class VisualFeatures:
         held = {id(t): t.nbytes for t in self._tensors().values()}
         return sum(held.values()) + (self.tiles.ids.nbytes if self.tiles is not None else 0)
 
-    def to(self, device: torch.device | str) -> VisualFeatures:
-        """The same features on ``device``; a tensor that serves as two fields is moved once."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> VisualFeatures:
+        """The same features on ``device``; a tensor that serves as two fields is moved once.
+
+        With ``non_blocking``, as PyTorch does it: to the CPU through pinned memory, and only after the GPU was waited
+        for are they there.
+        """
         moved: dict[int, Tensor] = {}
         for tensor in self._tensors().values():
             if id(tensor) not in moved:
-                moved[id(tensor)] = tensor.to(device)
-        tiles = None if self.tiles is None else replace(self.tiles, ids=self.tiles.ids.to(device))
+                moved[id(tensor)] = tensor.to(device, non_blocking=non_blocking)
+        tiles = self.tiles
+        if tiles is not None:
+            tiles = replace(tiles, ids=tiles.ids.to(device, non_blocking=non_blocking))
         return replace(self, tiles=tiles, **{name: moved[id(t)] for name, t in self._tensors().items()})  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class ImageReport:
         energy: share of the encoder features' spectral energy that the budget keeps, in [0, 1]; None if not measured.
         nouns: the words of the text that the selection was conditioned on.
         text_fallback: why the selection was made without the text although its method looks at it; None if it was not.
-        cached: the plan was made for an earlier request and reused.
+        cached: what an earlier request made of the image was reused.
         bypass_reason: why nothing was pruned although a policy applies; None if it was pruned or if no policy applies.
     """
 
@@ -42,7 +42,7 @@ class ImageReport:
     bypass_reason: BypassReason | None = None
 
     def as_cached(self) -> ImageReport:
-        """The same report, for a request that reuses the plan."""
+        """The same report, for a request that reuses what was made of the image."""
         return replace(self, cached=True)
 
     def to_json(self) -> dict[str, Any]:

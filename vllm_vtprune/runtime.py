@@ -1,4 +1,4 @@
-"""One process's pruning state: the vision tower, its feature cache, and the tables of what was reported.
+"""One process's pruning state: the vision tower, its feature cache, and the table of what was planned.
 
 Everything here is independent of vLLM; the plugin drives it from the multimodal processor.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 
 import torch
@@ -17,15 +18,34 @@ from vllm_vtprune.cache import BoundedTable, FeatureCache
 from vllm_vtprune.encoder import BatchingEncoder, Encoded
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
-from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
+from vllm_vtprune.policy import EnergyBudget, FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.towers.base import VisionTower
 
-CACHE_DEVICE = torch.device("cpu")
+HOST = torch.device("cpu")
 """Where features wait: the engine has the GPU's memory, and copying an image back is quick beside encoding it."""
+
+ON_DEVICE_BYTES = 256 * 1024**2
+"""Of the features that were computed last and stay on a GPU, so that planning does not copy them back."""
 
 ENCODE_BATCH = 8
 """Most images per forward of the tower: bounds its memory."""
+
+WARM_UP_TOKENS, WARM_UP_KEPT = 1152, 128
+"""Enough for each way in which energy is measured to be tried, and for several panels of picks."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What an image became under a policy and a text.
+
+    Attributes:
+        item_hash: of the item, by which vLLM's caches know it; tells which tokens were kept.
+        report: without nouns.
+    """
+
+    item_hash: str
+    report: ImageReport
 
 
 class PruningRuntime:
@@ -42,26 +62,47 @@ class PruningRuntime:
     def __init__(self, load_tower: Callable[[], VisionTower], family: FamilyDefaults, model_name: str) -> None:
         self.family = family
         self.model_name = model_name
-        self.encoder = BatchingEncoder(
-            self._encode,
-            FeatureCache(int(envs.feature_cache_gb() * 1024**3)),
-            to_cache=lambda features: features.to(CACHE_DEVICE),
-            max_batch=ENCODE_BATCH,
-            on_batch=self._count_batch,
-        )
-        self.api_process = ""
-        """Which of several this is, as part of the hash of what it prunes. Each encodes for itself, in batches of its
-        own; features differ in their last bits between batches, and so, now and then, does what is kept."""
-        self.image_reports: BoundedTable[str, ImageReport] = BoundedTable(envs.report_table_size())
-        """What was done to an item, by the hash under which vLLM caches it."""
+        self.clients_write_prompts = False
+        """Whether what prompts carry comes from clients of a server. Then `PromptPruning` alone says how to prune."""
         self.image_sizes: BoundedTable[str, tuple[int, int]] = BoundedTable(envs.report_table_size())
         """Height and width in pixels of images that may be scaled, by the key of their features."""
-        self.request_reports: BoundedTable[str, RequestReport] = BoundedTable(envs.report_table_size())
-        """Reports waiting for whoever sent the request, by request id."""
-        self._asked: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
         self._load_tower = load_tower
         self._tower: VisionTower | None = None
         self._tower_lock = threading.Lock()
+        self.generation = 0
+        """How often the weights were renewed: part of the hash of what is made with them."""
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self._on_device = FeatureCache(ON_DEVICE_BYTES)
+        self.encoder = BatchingEncoder(
+            self._encode,
+            FeatureCache(int(envs.feature_cache_gb() * 1024**3)),
+            to_cache=partial(_to_host, on_device=self._on_device),
+            max_batch=ENCODE_BATCH,
+            on_batch=self._count_batch,
+        )
+        self.planned: BoundedTable[str, Planned] = BoundedTable(envs.report_table_size())
+        """What was made of an image, by the hash of image, policy and text."""
+        self._asked: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
+
+    def renew(self) -> None:
+        """Forget the tower and all that was made with it, because the engine's weights have changed.
+
+        It is loaded when it is needed next. What is being encoded meanwhile reaches nobody who asks afterwards.
+        """
+        with self._tower_lock:
+            self._tower = None
+        self._start_empty()
+        self.generation += 1
+        metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(0)
+
+    def forget_images(self) -> None:
+        """Empty the feature cache."""
+        self.encoder.cache.clear()
+        self._on_device.clear()
+        self._asked.clear()
+        metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(0)
 
     @property
     def tower(self) -> VisionTower:
@@ -77,13 +118,21 @@ class PruningRuntime:
         return self._tower is not None
 
     def warm_up(self) -> None:
-        """Load the tower and the text pipeline, and prune a blank image.
+        """Load the tower and the text pipeline; prune a blank image, and noise of as many tokens as images have.
 
-        So the first request does not wait for them, nor for what PyTorch and Triton prepare on first use.
+        So the first request does not wait for them, nor for what PyTorch and Triton prepare on first use: of a blank
+        image the tokens may be all alike, and next to nothing is computed.
         """
         [features] = self._encode([self.tower.blank()])
-        policy = PruningPolicy.parse({"budget": {"type": "tokens", "keep": 1}}).resolve(self.family)
-        self.plan(features, policy, ())
+        generator = torch.Generator().manual_seed(0)
+        encoder, embeds = (
+            torch.randn(WARM_UP_TOKENS, rows.shape[1], generator=generator).to(rows)
+            for rows in (features.encoder, features.embeds)
+        )
+        budget = {"type": "energy", "min_tokens": WARM_UP_KEPT, "max_tokens": WARM_UP_KEPT}
+        policy = PruningPolicy.parse({"budget": budget})
+        for image in (features, VisualFeatures(encoder, embeds)):  # which has no CLS attention: each resolves it anew
+            self.plan(image, policy, ())
         text.extract_nouns("What is in the image?")
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
@@ -111,42 +160,53 @@ class PruningRuntime:
         self._asked.put(question, True)
         return True
 
-    def plan(self, features: VisualFeatures, policy: PruningPolicy, noun_ids: Sequence[int]) -> PruningPlan:
+    def plan(
+        self, features: VisualFeatures, policy: PruningPolicy, noun_ids: Sequence[int], key: str | None = None
+    ) -> PruningPlan:
         """Choose the tokens of one image.
 
         Args:
             features: what the tower computed.
             policy: a policy with the family's defaults filled in.
             noun_ids: token ids of the nouns to condition on; empty for the text-agnostic form.
+            key: under which the features were encoded, to find those that are still on the tower's device.
         """
         tower = self.tower
-        with cpu_threads(tower.device):
+        on_device = None if key is None else self._on_device.get(key)
+        if policy.selects and (policy.spec.runs_on == "device" or isinstance(policy.budget, EnergyBudget)):
+            features = on_device or features.to(tower.device)
+        with cpu_threads(HOST):  # also beside a GPU: what is small, and most methods, are computed here
             text_embeds = tower.token_rows(noun_ids) if noun_ids else None
-            return plan_tokens(features.to(tower.device), policy, text_embeds, family=self.family)
+            return plan_tokens(features, policy, text_embeds, family=self.family)
 
-    def record_image(self, item_hash: str, report: ImageReport) -> None:
-        """Remember what was done to an item, for the requests that will find it in vLLM's processor cache.
+    def record_plan(self, question: str, item_hash: str, report: ImageReport) -> None:
+        """Remember what was made of an image, for the requests that will find it in vLLM's processor cache.
 
         Those have read the text themselves, which may be long: its nouns are not remembered.
-        """
-        self.image_reports.put(item_hash, replace(report, nouns=()))
 
-    def record_request(self, report: RequestReport, request_id: str | None) -> None:
-        """Count a request in the metrics and hold its report until `take_report` asks for it."""
-        for image in report.images:
-            metrics.VISUAL_TOKENS.labels(self.model_name, image.method).inc(image.visual_tokens)
-            metrics.VISUAL_TOKENS_KEPT.labels(self.model_name, image.method).inc(image.kept_tokens)
-            metrics.KEEP_RATIO.labels(self.model_name, image.method).observe(image.kept_tokens / image.visual_tokens)
-            if image.bypass_reason is not None:
-                metrics.BYPASS.labels(self.model_name, image.bypass_reason).inc()
+        Args:
+            question: hash of image, policy and text.
+            item_hash: of the item that was made.
+            report: of the image.
+        """
+        self.planned.put(question, Planned(item_hash, replace(report, nouns=())))
+
+    def count_stages(self, report: RequestReport) -> None:
+        """Count the time that the stages of a request took."""
         for stage, seconds in report.timings.items():
             metrics.STAGE_SECONDS.labels(self.model_name, stage).observe(seconds)
-        if request_id is not None:
-            self.request_reports.put(request_id, report)
 
-    def take_report(self, request_id: str) -> RequestReport | None:
-        """The report of a request that was processed in this process; each is handed out once."""
-        return self.request_reports.pop(request_id)
+
+def _to_host(key: str, features: VisualFeatures, *, on_device: FeatureCache) -> VisualFeatures:
+    """A copy for the cache; features on a GPU are held there too, while ``on_device`` has room."""
+    device = features.embeds.device
+    if device == HOST:
+        return features
+    copied = features.to(HOST, non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    on_device.put(key, features)
+    return copied
 
 
 class cpu_threads:

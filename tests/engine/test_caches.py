@@ -6,13 +6,15 @@ its own, so that it knows what the caches hold.
 
 from collections.abc import Callable
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.engines import BLOCK, Answer, Ask, Engine, ask_about, assert_same
+from tests.support.engines import BLOCK, Answer, Ask, Engine, ask_about, assert_same, worst_difference
 from tests.support.images import sample_images
 from vllm_vtprune.cache import FeatureCache
+from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 
 pytestmark = pytest.mark.engine
 
@@ -321,3 +323,44 @@ def test_an_item_that_outlived_its_report_is_reported_in_full(chunked: Engine, u
             assert_same(got, answer)
             assert flags(got) == [known]
     assert chunked.encodings() - encoded_before == 2
+
+
+def test_weights_that_the_engine_reloads_are_those_of_pruned_images_too(cached: Engine, checkpoint: Path) -> None:
+    """The engine's own encoder is the reference: with every token kept, both give the same answer."""
+    every_token = {"budget": {"type": "tokens", "keep": 576}}
+    (image,) = sample_images(1, stamp="reloaded")
+    before = cached.ask(Ask(ask_about(BUS), [image], every_token))
+    try:
+        write_llava_checkpoint(checkpoint, size="tiny", dtype="float32", seed=1)
+        cached.llm.collective_rpc("reload_weights")
+        after = cached.ask(Ask(ask_about(BUS), [image], every_token))
+        worst_difference(after.logprobs, cached.ask(Ask(ask_about(BUS), [image])).logprobs)
+        assert after.logprobs[0] != before.logprobs[0]
+        assert flags(after) == [False]
+    finally:
+        write_llava_checkpoint(checkpoint, size="tiny", dtype="float32")
+        cached.llm.collective_rpc("reload_weights")
+        cached.forget_prompts()
+    again = cached.ask(Ask(ask_about(BUS), [image], every_token))
+    assert_same(again, before)
+
+
+def test_an_encoder_whose_rounding_moves_the_budget(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine ends a request whose item it knows with another count; it remembers longer than the processor."""
+    counts = iter((48, 47, 48))
+    plan = cached.runtime.plan
+
+    def rounded(features: Any, policy: Any, *arguments: Any) -> Any:
+        budget = policy.budget.model_copy(update={"keep": next(counts)})
+        return plan(features, policy.model_copy(update={"budget": budget}), *arguments)
+
+    monkeypatch.setattr(cached.runtime, "plan", rounded)
+    (image,) = sample_images(1, stamp="rounding")
+    answers = []
+    for _ in range(3):
+        answers.append(cached.ask(Ask(ask_about(BUS), [image], TOKENS)))
+        cached.llm.reset_mm_cache()
+    assert [kept(answer) for answer in answers] == [[48], [47], [48]]
+    assert [len(answer.token_ids) for answer in answers] == [8, 8, 8]
+    assert answers[2].prefix_hits > answers[1].prefix_hits
+    assert_same(answers[2], answers[0])

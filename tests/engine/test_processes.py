@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import WeightTransferConfig
 
 from tests.support.engines import Ask, Engine, ask_about, assert_same
 from tests.support.images import sample_images
@@ -71,11 +72,23 @@ def test_requests_at_the_same_time_answer_as_one_by_one(cached: Engine, uncached
         assert_same(answer, uncached.ask(request))
 
 
-def engine_config(graphs: bool = False, lora: Any = None, rate: float | None = None) -> Any:
+def engine_config(
+    graphs: bool = False,
+    lora: Any = None,
+    rate: float | None = None,
+    video: str | None = None,
+    transfer: WeightTransferConfig | None = None,
+) -> Any:
+    multimodal = SimpleNamespace(
+        video_pruning_rate=rate,
+        use_gpu_video_backend=lambda: video is not None,
+        media_io_kwargs={"video": {"backend": video}} if video else {},
+    )
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mm_encoder=graphs),
         lora_config=lora,
-        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(video_pruning_rate=rate)),
+        weight_transfer_config=transfer,
+        model_config=SimpleNamespace(multimodal_config=multimodal),
     )
 
 
@@ -85,6 +98,8 @@ def engine_config(graphs: bool = False, lora: Any = None, rate: float | None = N
         ({"graphs": True}, "cudagraph_mm_encoder=True"),
         ({"lora": SimpleNamespace(enable_tower_connector_lora=True)}, "enable_tower_connector_lora=True"),
         ({"rate": 0.5}, "video_pruning_rate=0.5"),
+        ({"transfer": WeightTransferConfig()}, "weight_transfer_config.backend=nccl"),
+        ({"video": "pynvvideocodec"}, "media_io_kwargs.video.backend=pynvvideocodec"),
     ],
 )
 def test_options_that_would_bypass_pruned_embeddings_are_refused(options: dict[str, Any], name: str) -> None:
@@ -96,3 +111,10 @@ def test_options_that_would_bypass_pruned_embeddings_are_refused(options: dict[s
 @pytest.mark.parametrize("rate", [None, 0.0])
 def test_other_options_are_not_refused(lora: Any, rate: float | None) -> None:
     refuse_unsupported(engine_config(lora=lora, rate=rate))
+
+
+def test_gpu_video_decoders_have_their_reserved_memory_alone_where_images_are_encoded_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VTPRUNE_DEVICE", "cpu")
+    refuse_unsupported(engine_config(video="pynvvideocodec"))

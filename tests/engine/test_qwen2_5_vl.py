@@ -17,7 +17,7 @@ import torch
 from PIL import ImageOps
 
 from tests.engine.qwen_stock_answers import answers, questions, video
-from tests.support.engines import BLOCK, TOLERANCE, Ask, Engine, run_without_plugin, uncached, worst
+from tests.support.engines import BLOCK, MODEL_RUNNERS, TOLERANCE, Ask, Engine, run_without_plugin, uncached, worst
 from tests.support.images import sample_images
 from tests.support.qwen2_5_vl import IMAGE, SYSTEM, VIDEO, QwenReference, answered, ask_about
 from tests.support.qwen2_5_vl_answers import Picture, compare, pruned, reports
@@ -250,7 +250,7 @@ def test_a_report_that_was_forgotten_is_made_anew_at_the_size_asked_for(
     policy = {"budget": {"type": "ratio", "keep": 0.5}, "text": {"query": "bus"}}
     request = Ask(ask_about("Where?"), [image], policy, processor_kwargs={"max_pixels": 56_000})
     first = qwen.ask(request)
-    monkeypatch.setattr(qwen.runtime, "image_reports", BoundedTable(8))
+    monkeypatch.setattr(qwen.runtime, "planned", BoundedTable(8))
     monkeypatch.setattr(qwen.runtime.encoder, "cache", FeatureCache(2**30))
     again = qwen.ask(request)
     assert uncached(again.images) == uncached(first.images)
@@ -275,10 +275,12 @@ def test_the_text_of_a_prompt_is_what_its_turns_say(qwen: Engine) -> None:
 
 
 @pytest.mark.verify  # starts another engine; `make test` compares LLaVA-1.5's with stock vLLM's
-def test_off_is_stock(qwen: Engine, qwen_checkpoint: Path, tmp_path: Path) -> None:
+def test_off_is_stock(qwen: Engine, qwen_checkpoint: Path, model_runner: str, tmp_path: Path) -> None:
     """Bit for bit."""
-    run_without_plugin("tests.engine.qwen_stock_answers", qwen_checkpoint, tmp_path / "answers.json")
-    stock = json.loads((tmp_path / "answers.json").read_text())
+    output = tmp_path / "answers.json"
+    environment = MODEL_RUNNERS[model_runner]
+    run_without_plugin("tests.engine.qwen_stock_answers", qwen_checkpoint, output, environment=environment)
+    stock = json.loads(output.read_text())
     assert stock["processor"] == "Qwen2_5_VLMultiModalProcessor"
     assert stock["worker"]["model_class"] == (
         "vllm.model_executor.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration"

@@ -15,6 +15,7 @@ from vllm.plugins import load_general_plugins
 
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 
@@ -46,14 +47,13 @@ def process(processor: Any, image: Image.Image, **kwargs: object) -> Any:
 def test_its_images_pass_and_the_report_says_why(processor: Any) -> None:
     assert isinstance(processor, LlavaMultiModalProcessor)
     stock = process(processor, photograph())
-    policy = {"method": "resprune", "images": [None], "request_id": "one"}
+    policy = {"method": "resprune", "images": [None]}
     asked = process(processor, photograph(), pruning=policy)
     assert asked["prompt_token_ids"] == stock["prompt_token_ids"]
     assert asked["mm_hashes"] == stock["mm_hashes"]
-    [image] = processor.runtime.take_report("one").images
+    [image] = asked[REPORT_KEY].images
     assert (image.visual_tokens, image.kept_tokens, image.bypass_reason) == (577, 577, "unsupported_model")
-    process(processor, photograph(), pruning={"method": "none", "request_id": "two"})
-    [image] = processor.runtime.take_report("two").images
+    [image] = process(processor, photograph(), pruning=False)[REPORT_KEY].images
     assert (image.method, image.bypass_reason) == ("none", None)
 
 

@@ -44,10 +44,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--block-size", str(BLOCK)),
         *("--limit-mm-per-prompt", '{"image": 3}'),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        "--enable-mm-embeds",
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]
-    with running_server(options, log=log, environment={"PYTHONPATH": str(folder)}) as url:
+    with running_server(options, log=log, environment={"PYTHONPATH": str(folder), "VLLM_SERVER_DEV_MODE": "1"}) as url:
         yield Server(url, log)
 
 

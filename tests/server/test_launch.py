@@ -23,6 +23,7 @@ from vllm_vtprune_server.policies import Policies
 
 Run = CompletedProcess[str]
 CLI = ("-m", "vllm_vtprune.cli")
+NIXL = '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'
 # As if our endpoint plugin failed to load, which vLLM logs and then goes on, too.
 WITHOUT_OUR_ROUTES = """
 import sys
@@ -35,6 +36,17 @@ WITHOUT_OUR_MODELS = """
 import sys
 import vllm_vtprune.plugin.register as plugin
 plugin.register = lambda: None
+from vllm_vtprune.cli import main
+main(sys.argv[1:])
+"""
+# As if the engine had found less memory than it asked for, when it had started.
+WITHOUT_MEMORY = """
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm_vtprune_server import memory
+def fail(self, args): raise RuntimeError("Engine core initialization failed. See root cause above.")
+ServeSubcommand.cmd = fail
+memory.GROWTH = 1.0
+import sys
 from vllm_vtprune.cli import main
 main(sys.argv[1:])
 """
@@ -78,6 +90,9 @@ def serve(text_model: Path) -> Iterator[Callable[[str], Run]]:
         "without our routes": ["-c", WITHOUT_OUR_ROUTES, "serve"],
         "bad default": [*CLI, "serve", "--pruning-default", '{"budget": {"threshold": 2}}'],
         "help": [*CLI, "serve", "--help"],
+        "all memory": [*CLI, "serve", "--gpu-memory-utilization", "1"],
+        "no memory": ["-c", WITHOUT_MEMORY, "serve"],
+        "transfer": [*CLI, "serve", "--pruning-default", "balanced", "--kv-transfer-config", NIXL],
     }
     with ThreadPoolExecutor(2) as threads:
         outcomes: dict[str, Future[Run]] = {name: threads.submit(start, *line) for name, line in commands.items()}
@@ -117,6 +132,36 @@ def test_a_default_that_is_no_policy_is_refused(serve: Callable[[str], Run]) -> 
     message = done.stderr.splitlines()[-1]
     assert "--pruning-default.budget.threshold: 2 is not accepted; expected a number above 0 and at most 1." in message
     assert leaks(done.stderr) == []
+
+
+def test_more_memory_than_there_is_is_refused_before_the_engine_starts(serve: Callable[[str], Run]) -> None:
+    done = serve("all memory")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"vtprune serve: vLLM asks for 100% of this machine's memory, which is [\d.]+ GiB, and [\d.]+ of [\d.]+ GiB "
+        r"are free; set VLLM_CPU_KVCACHE_SPACE to fewer GiB for the KV cache, or --gpu-memory-utilization to 0\.\d+",
+        done.stderr.splitlines()[-1],
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_an_engine_that_lacked_memory_is_explained_in_the_last_line(serve: Callable[[str], Run]) -> None:
+    """The embedded model asks for little, unlike others: a part of all memory is never free on a machine in use."""
+    done = serve("no memory")
+    assert done.returncode == 1
+    assert "RuntimeError: Engine core initialization failed" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("vtprune serve: vLLM asks for a KV cache, which is 1.0 GiB, and 0.0 of")
+    assert "set VLLM_CPU_KVCACHE_SPACE to fewer GiB" in last
+
+
+def test_a_default_whose_count_depends_on_features_is_refused_beside_kv_transfer(serve: Callable[[str], Run]) -> None:
+    done = serve("transfer")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        '--pruning-default: a budget of the type "energy" cannot be used with kv_transfer_config.kv_connector='
+        'NixlConnector: instances could disagree; expected a budget of the type "tokens" or "ratio".'
+    )
 
 
 def test_the_embedded_model_is_served_in_float32_on_a_cpu() -> None:
@@ -162,7 +207,7 @@ def test_a_default_is_a_preset_or_json(text: str, value: object) -> None:
         ("", '--pruning-default: "" is not accepted; expected an object, false, or a preset: '),
         ("true", "--pruning-default: true is not accepted; expected "),
         ("[1]", "--pruning-default: [1] is not accepted; expected "),
-        ('{"metod": 1}', "--pruning-default.metod: 1 given for an unknown field; expected one of method, "),
+        ('{"metod": 1}', "--pruning-default.metod: unknown field (did you mean method?); expected one of method, "),
         (
             '{"budget": {"type": "tokens", "keep": 0}}',
             "--pruning-default.budget.keep: 0 is not accepted; expected an integer from 1 to 1000000.",

@@ -6,17 +6,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
-from vllm_vtprune.report import ImageReport
+from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.runtime import PruningRuntime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,17 @@ BLOCK = 32
 KV_CACHE_BYTES = 2**28
 """Of each engine: several run at the same time."""
 
-_request_ids = count()
+MODEL_RUNNERS = {
+    "V1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    "V2": {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "TRITON_INTERPRET": "1",  # its kernels, for which vLLM wants a backend of Triton
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(ROOT / "tests/support/triton_on_cpu"), os.environ.get("PYTHONPATH")))
+        ),
+    },
+}
+"""The environment of an engine with each of vLLM's model runners. V2 is vLLM's default where Triton runs."""
 
 
 def ask_about(question: str, images: int = 1, before: str = "") -> str:
@@ -68,6 +78,18 @@ class Engine:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self.processor = llm.llm_engine.renderer.get_mm_processor()
+        # Not above: workers of stock engines import this module.
+        from vllm_vtprune.plugin.request import REPORT_KEY
+
+        apply = self.processor.apply
+        self._reports: list[RequestReport | None] = []
+
+        def recording(*arguments: Any, **named: Any) -> Any:
+            result = apply(*arguments, **named)
+            self._reports.append(result.get(REPORT_KEY))
+            return result
+
+        self.processor.apply = recording
 
     @property
     def runtime(self) -> PruningRuntime:
@@ -78,10 +100,9 @@ class Engine:
 
     def ask_together(self, requests: Sequence[Ask]) -> list[Answer]:
         """Give the engine all requests at once."""
-        prompts, params, ids = [], [], []
+        prompts, params = [], []
         for request in requests:
             prompt: dict[str, Any] = {"prompt": request.prompt}
-            request_id = None
             media = {"image": list(request.images), "video": list(request.videos)}
             if any(media.values()):
                 prompt["multi_modal_data"] = {modality: items for modality, items in media.items() if items}
@@ -89,28 +110,27 @@ class Engine:
                 prompt["multi_modal_uuids"] = {"image": list(request.uuids)}
             processor_kwargs = dict(request.processor_kwargs)
             if request.pruning is not None:
-                value = request.pruning
-                if isinstance(value, Mapping):
-                    request_id = f"request-{next(_request_ids)}"
-                    value = {**value, "request_id": request_id}
-                processor_kwargs["pruning"] = value
+                processor_kwargs["pruning"] = request.pruning
             if processor_kwargs:
                 prompt["mm_processor_kwargs"] = processor_kwargs
             prompts.append(prompt)
-            ids.append(request_id)
             params.append(SamplingParams(temperature=0, max_tokens=request.max_tokens, logprobs=5, ignore_eos=True))
+        self._reports.clear()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [self._answer(output, request_id) for output, request_id in zip(outputs, ids, strict=True)]
+        reports = iter(self._reports)
+        return [
+            self._answer(output, next(reports) if request.images or request.videos else None, request.pruning)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
 
-    def _answer(self, output: Any, request_id: str | None) -> Answer:
+    def _answer(self, output: Any, report: RequestReport | None, pruning: object) -> Answer:
         completion = output.outputs[0]
-        report = None if request_id is None else self.runtime.take_report(request_id)
         return Answer(
             prompt_ids=list(output.prompt_token_ids),
             token_ids=list(completion.token_ids),
             logprobs=[{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs],
             prefix_hits=output.num_cached_tokens,
-            images=None if report is None else report.images,
+            images=report.images if report is not None and isinstance(pruning, Mapping) else None,
         )
 
     def encodings(self) -> int:
@@ -137,9 +157,13 @@ def running_engine(
     """
     shared = {"max_model_len": 2560, "limit_mm_per_prompt": {"image": 3}, "kv_cache_memory_bytes": KV_CACHE_BYTES}
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
-    before = {variable: os.environ.get(variable) for variable in environment}
-    os.environ.update(environment)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        if "PYTHONPATH" in environment:  # of which the processes that vLLM spawns see nothing: they get this one's path
+            patch.setattr(sys, "path", [*environment["PYTHONPATH"].split(os.pathsep), *sys.path])
+        if "TRITON_INTERPRET" in environment:  # vLLM was imported without
+            patch.setattr("vllm.config.vllm.HAS_TRITON", True)
         llm = LLM(
             model=str(checkpoint),
             served_model_name=name,
@@ -149,22 +173,16 @@ def running_engine(
             block_size=BLOCK,
             **(shared | options),
         )
-    finally:
-        for variable, value in before.items():
-            if value is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = value
     try:
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown(timeout=1)  # then by force: its interpreters take 10 s to clean up
 
 
-def run_without_plugin(module: str, *arguments: object) -> None:
+def run_without_plugin(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
     """Run a module of the tests in a process where vLLM is stock, and wait for it."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    environment = {**os.environ, **(environment or {}), "VLLM_PLUGINS": ""}
     with TemporaryFile("w+") as log:
         status = subprocess.run(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
         log.seek(0)

@@ -6,23 +6,25 @@ Each entry names the version it was read in, why it is needed, and when it can g
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from vllm.config import ModelConfig, VllmConfig
+from vllm import envs as vllm_envs
+from vllm.config import KVTransferConfig, ModelConfig, MultiModalConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
+from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import envs
-from vllm_vtprune.towers.base import PixelNorm, VisionTower, load_tower
+from vllm_vtprune.placement import device_for
+from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
+from vllm_vtprune.towers.base import PixelNorm, VisionTower, load_tower, resolve_device
 
 logger = init_logger("vllm.vtprune")
-
-TESTED_VLLM = "0.32"
 
 _SYNTHETIC_UUID = re.compile(r"renderer-?\d+-mm-\d+-\w+-\d+")
 
@@ -52,23 +54,73 @@ def without_synthetic_uuids(inputs: ProcessorInputs) -> ProcessorInputs:
     return inputs if uuid_items == inputs.mm_uuid_items else replace(inputs, mm_uuid_items=uuid_items)
 
 
+def cache_in_use(inputs: ProcessorInputs) -> BaseMultiModalProcessorCache | None:
+    """The cache in which vLLM will look for the items of a prompt: none where any of its media come as embeddings.
+
+    As vLLM 0.32.0 decides it (multimodal/processing/processor.py, ``_cached_apply_hf_processor``).
+    """
+    return None if any(items.get_passthrough_data() for items in inputs.mm_data_items.values()) else inputs.cache
+
+
+def without_items(
+    cache: BaseMultiModalProcessorCache, mm_hashes: Mapping[str, Sequence[str]]
+) -> BaseMultiModalProcessorCache | None:
+    """A processor cache that has none of some items: the same one, where it can forget them, else none.
+
+    In vLLM 0.32.0 an item that is cached when a request begins may be driven out by others of the same request, which
+    then fails on an assertion (multimodal/cache/lru.py), while the others are taken for sent. Can go when vLLM
+    processes such an item again.
+    """
+    for mm_hash in (mm_hash for hashes in mm_hashes.values() for mm_hash in hashes):
+        cache.invalidate(mm_hash)
+    return None if any(any(cache.is_cached(list(hashes))) for hashes in mm_hashes.values()) else cache
+
+
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise for engine options under which pruned embeddings would not reach the language model.
+    """Raise for engine options under which pruned embeddings would not reach the language model, or memory would fail.
 
     Raises:
         ValueError: encoder CUDA graphs (they bypass ``embed_multimodal``, vLLM 0.32.0 v1/worker), tower LoRA (the
-            frontend tower has no adapters) or vLLM's own pruning of videos (it changes the embeddings of every image,
-            and its positions, which are wrong for portrait images, replace ours) are on.
+            frontend tower has no adapters), vLLM's own pruning of videos (it changes the embeddings of every image,
+            and its positions, which are wrong for portrait images, replace ours), weights that come from a trainer
+            (the frontend tower reads checkpoints) or, unless images are encoded on the CPU, GPU video decoders (they
+            take what ``mm_ipc_gpu_memory_gb`` reserves for the frontend tower) are on.
     """
-    remedy = "switch it off, or run `vllm serve` with VLLM_PLUGINS set to a list without vtprune"
-    if getattr(vllm_config.compilation_config, "cudagraph_mm_encoder", False):
-        raise ValueError(f"compilation_config.cudagraph_mm_encoder=True cannot be combined with vllm-vtprune: {remedy}")
-    lora = vllm_config.lora_config
-    if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
-        raise ValueError(f"enable_tower_connector_lora=True cannot be combined with vllm-vtprune: {remedy}")
-    rate = getattr(vllm_config.model_config.multimodal_config, "video_pruning_rate", None)
-    if rate:
-        raise ValueError(f"video_pruning_rate={rate} cannot be combined with vllm-vtprune: {remedy}")
+    multimodal, transfer = vllm_config.model_config.multimodal_config, vllm_config.weight_transfer_config
+    on = {
+        "compilation_config.cudagraph_mm_encoder": vllm_config.compilation_config.cudagraph_mm_encoder,
+        "enable_tower_connector_lora": vllm_config.lora_config and vllm_config.lora_config.enable_tower_connector_lora,
+        "video_pruning_rate": multimodal and multimodal.video_pruning_rate,
+        "weight_transfer_config.backend": transfer and transfer.backend,
+        "media_io_kwargs.video.backend": multimodal and envs.device() != "cpu" and _gpu_video_backend(multimodal),
+    }
+    for name, value in on.items():
+        if value:
+            raise ValueError(
+                f"{name}={value} cannot be combined with vllm-vtprune: switch it off, or run `vllm serve` with "
+                "VLLM_PLUGINS set to a list without vtprune"
+            )
+
+
+def _gpu_video_backend(multimodal: MultiModalConfig) -> str:
+    """The backend that decodes videos on the GPU; empty where none does."""
+    if not multimodal.use_gpu_video_backend():
+        return ""
+    options = multimodal.media_io_kwargs.get("video", {})
+    return str(options.get("backend") or options.get("video_backend") or vllm_envs.VLLM_VIDEO_LOADER_BACKEND)
+
+
+def counts_must_be_fixed(kv_transfer_config: KVTransferConfig | None) -> str:
+    """The option because of which an image must keep a number of tokens that does not depend on its features.
+
+    Where instances of vLLM exchange KV caches, each encodes an image for itself, and features differ in their last
+    bits: counts that follow from them may then differ, and the caches with them. Empty where there is no such option;
+    connectors that offload within one instance are none (names of vLLM 0.32.0). Can go when counts travel with caches.
+    """
+    connector = None if kv_transfer_config is None else kv_transfer_config.kv_connector
+    if connector in (None, "OffloadingConnector", "SimpleCPUOffloadConnector"):
+        return ""
+    return f"kv_transfer_config.kv_connector={connector}"
 
 
 def model_name(model_config: ModelConfig) -> str:
@@ -77,9 +129,21 @@ def model_name(model_config: ModelConfig) -> str:
     return served[0] if isinstance(served, list) else served or model_config.model
 
 
-def transports_device_tensors(model_config: ModelConfig) -> bool:
-    """Whether items may stay on the GPU on their way to the engine (0.32.0: ``mm_tensor_ipc="torch_shm"``)."""
-    return bool(model_config.get_multimodal_config().mm_tensor_ipc == "torch_shm")
+def is_starting(model: Any) -> bool:
+    """Whether a model of the engine is being built: vLLM 0.32.0 puts it into evaluation mode when it has its weights.
+
+    (model_executor/model_loader/base_loader.py). Can go when a model is told that it is loaded anew.
+    """
+    return bool(model.training)
+
+
+def come_from_checkpoint(weights: object) -> bool:
+    """Whether weights that are loaded into a model are read from a checkpoint, and not handed in by somebody.
+
+    vLLM 0.32.0 reads checkpoints with the loaders' generator ``get_all_weights``
+    (model_executor/model_loader/reload/inplace.py). Can go when the model is told where they come from.
+    """
+    return getattr(weights, "__name__", None) == "get_all_weights"
 
 
 def pixel_norm(model_config: ModelConfig) -> PixelNorm | None:
@@ -97,28 +161,42 @@ def pixel_norm(model_config: ModelConfig) -> PixelNorm | None:
     return PixelNorm(tuple(found.image_mean), tuple(found.image_std), found.rescale_factor)
 
 
-def load_tower_of(model_config: ModelConfig, architecture: str) -> VisionTower:
+def load_tower_of(
+    model_config: ModelConfig, architecture: str, *, largest: int, engine: VllmConfig | None
+) -> VisionTower:
     """Load the frontend tower of a model as the engine loads the model itself.
 
     The processor sees the model's config but not its ``load_format`` or ``download_dir`` (vLLM 0.32.0,
     ``InputProcessingContext``), so those come from the environment, where `vtprune serve` puts them. Can go when the
     context carries the load config.
 
+    Args:
+        model_config: the model's config.
+        architecture: of the model.
+        largest: tokens of the largest image that the processor makes.
+        engine: the engine's config, which a server's processor has and one of `vllm.LLM` has not.
+
     Raises:
-        TowerError: the weights are not there or do not fit.
+        TowerError: the weights are not there or do not fit, or the device is not there or not known.
     """
     load_format = envs.load_format()
+    device = resolve_device(device_for(envs.device(), process_of(engine)))
+    if device.type == "cuda":
+        limit_memory(device, footprint_of(model_config, architecture, largest), engine)
     tower = load_tower(
         Path() if load_format == "dummy" else _model_directory(model_config),
         architecture=architecture,
         hf_config=model_config.hf_config,
         dtype=model_config.dtype,
-        device=envs.device(),
+        device=str(device),
         load_format=load_format,
         seed=model_config.seed,
         pixel_norm=pixel_norm(model_config),
     )
-    logger.info("Frontend vision tower loaded: %s weights, %s, %s", tower.weights, tower.device, tower.dtype)
+    logger.info(
+        "Frontend vision tower loaded: %s weights, %s, %.0f MiB on %s",
+        *(tower.weights, tower.dtype, tower.nbytes / 2**20, tower.device),
+    )
     return tower
 
 
@@ -136,15 +214,6 @@ def _model_directory(model_config: ModelConfig) -> Path:
             allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json"],
         )
     )
-
-
-def api_process(engine_client: Any) -> str:
-    """Which of several API processes this one is; empty where it is the only one.
-
-    vLLM 0.32.0 numbers them in the parallel config alone.
-    """
-    parallel = engine_client.vllm_config.parallel_config
-    return str(parallel._api_process_rank) if parallel._api_process_count > 1 else ""
 
 
 def engine_client_is_stopped(app_state: Any) -> bool:
@@ -165,6 +234,25 @@ def fail_unfinished_requests(engine_client: Any, error: Exception) -> None:
     them itself.
     """
     engine_client.output_processor.propagate_error(error)
+
+
+def after_images_were_sent(engine_client: Any, callback: Callable[[str], None]) -> None:
+    """Have a callback told the hash of each image whose data was handed to the engine, in the order of the requests.
+
+    vLLM 0.32.0 and 0.33.0 send requests over one ordered connection (v1/engine/core_client.py) and tell nobody. Needed
+    to know what the engine has: vLLM notes an image before (renderers/base.py), so that one whose request is refused or
+    given up in between is taken for sent. Can go when vLLM notes it when it is sent.
+    """
+    core = engine_client.engine_core
+    send = core.add_request_async
+
+    async def add_request_async(request: Any) -> None:
+        await send(request)
+        for feature in request.mm_features or ():
+            if feature.data is not None:
+                callback(feature.mm_hash or feature.identifier)
+
+    core.add_request_async = add_request_async
 
 
 def before_shutdown(engine_client: Any, callback: Callable[[], None]) -> None:

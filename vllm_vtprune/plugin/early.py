@@ -21,6 +21,7 @@ from vllm.utils.torch_utils import set_default_torch_num_threads
 from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.plugin.processor import EncodingMedia, PruningProcessor
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.text import read_prompt
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class EarlyEncoding:
     def start(
         self, url: str, media: MediaWithBytes[Image.Image], media_io_kwargs: Mapping[str, Mapping[str, Any]]
     ) -> MediaWithBytes[Image.Image]:
-        """Have an image encoded if the request prunes it. May take as long as preprocessing does.
+        """Have an image encoded, and its text read, if the request prunes it. May take as long as preprocessing does.
 
         An image that was seen under the same policy and text is left to the processor: vLLM's cache most likely holds
         what was made of it, and its features may be forgotten.
@@ -98,22 +99,27 @@ class EarlyEncoding:
                 return media
             image = expected.pop()
         processor, runtime = self._processor, self._processor.runtime
+        generation = runtime.generation
         key = processor.feature_key(media, image.uuid, self._hf_kwargs, media_io_kwargs)
         if not runtime.first_asked(key, image.policy, image.text):
             return media
-        encoding = runtime.encoder.find(key)
+        encoder = runtime.encoder
+        encoding = encoder.find(key)
         if encoding is None:
             try:
                 with set_default_torch_num_threads():
                     prepared = processor.preprocess(media, self._hf_kwargs)
             except Exception:  # what is wrong is told when the request is processed
                 return media
-            encoding = runtime.encoder.submit(key, prepared)
+            encoding = encoder.submit(key, prepared)
+        if image.policy.conditions_on_text:
+            options = image.policy.text
+            read_prompt(image.text, options.clean, options.modifiers)  # it is remembered, for the processor
         with self._lock:
             self._started.append(encoding)
             if self._closed.is_set():
                 encoding.cancel()
-        return EncodingMedia(media.media, media.original_bytes, media.io_config, encoding)
+        return EncodingMedia(media.media, media.original_bytes, media.io_config, encoding, generation)
 
 
 _current: ContextVar[EarlyEncoding | None] = ContextVar("early_encoding", default=None)

@@ -17,6 +17,7 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.weights import NotesLoads
 from vllm_vtprune.policy import INTERNVL
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
@@ -104,7 +105,7 @@ _stock = compat.stock_factories(InternS1ForConditionalGeneration)
 
 
 @MULTIMODAL_REGISTRY.register_processor(PrunedInternVLProcessor, info=_stock.info, dummy_inputs=_stock.dummy_inputs)
-class PrunedInternVLForConditionalGeneration(InternS1ForConditionalGeneration):
+class PrunedInternVLForConditionalGeneration(NotesLoads, InternS1ForConditionalGeneration):
     """The stock model, which also accepts images that arrive as the embeddings to prefill."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -121,6 +122,8 @@ class PrunedInternVLForConditionalGeneration(InternS1ForConditionalGeneration):
         Returns:
             As the stock model; (k, d) for a pruned image.
         """
+        if kwargs.get("image_embeds") is not None:  # by clients, of as many rows each as they like
+            return list(kwargs["image_embeds"])
         kept, sizes = kwargs.pop(KEPT, None), kwargs.pop(KEPT_SIZES, None)
         if sizes is None or not sizes.any():
             return super().embed_multimodal(**kwargs)

@@ -16,6 +16,7 @@ from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.clip import ClipProcessor, has_tower, processor_factory
+from vllm_vtprune.plugin.weights import NotesLoads
 from vllm_vtprune.policy import LLAVA
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
@@ -42,7 +43,7 @@ _stock = compat.stock_factories(LlavaForConditionalGeneration)
 @MULTIMODAL_REGISTRY.register_processor(
     processor_factory(PrunedLlavaProcessor, _stock.processor), info=_stock.info, dummy_inputs=_stock.dummy_inputs
 )
-class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class PrunedLlavaForConditionalGeneration(NotesLoads, LlavaForConditionalGeneration):
     """The stock model, which also accepts images that arrive as the embeddings of the tokens to keep."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -60,6 +61,9 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         Returns:
             As the stock model for pixels alone; else one (tokens, d) tensor for each image.
         """
+        given: Any = kwargs.get("image_embeds")
+        if given is not None:  # by clients, of as many rows each as they like
+            return list(given)
         images = kwargs.get("pixel_values")
         if images is None or (isinstance(images, torch.Tensor) and images.ndim == 4):
             return super().embed_multimodal(**kwargs)

@@ -13,6 +13,7 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.clip import ClipProcessor, has_tower, processor_factory
+from vllm_vtprune.plugin.weights import NotesLoads
 from vllm_vtprune.policy import LLAVA_NEXT
 
 ARCHITECTURE = "LlavaNextForConditionalGeneration"
@@ -40,7 +41,7 @@ _stock = compat.stock_factories(LlavaNextForConditionalGeneration)
     info=_stock.info,
     dummy_inputs=_stock.dummy_inputs,
 )
-class PrunedLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
+class PrunedLlavaNextForConditionalGeneration(NotesLoads, LlavaNextForConditionalGeneration):
     """The stock model, which also accepts images that arrive as the embeddings to prefill."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -59,6 +60,9 @@ class PrunedLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration)
         Returns:
             As the stock model for pixels alone; else one (tokens, d) tensor for each image.
         """
+        given: Any = kwargs.get("image_embeds")
+        if given is not None:  # by clients, of as many rows each as they like
+            return list(given)
         images: Any = kwargs.get("pixel_values")
         in_pixels = [] if images is None else [i for i, image in enumerate(images) if image.ndim == 4]
         if images is None or len(in_pixels) == len(images):

@@ -7,11 +7,16 @@ scaled down (`vllm_vtprune.resize`) passes through it too, under limits of its o
 
 | vLLM's method | what it does here |
 | --- | --- |
-| ``apply`` | settles policy, text and identity of each image once, and reports afterwards |
-| ``_get_mm_hashes`` | stock hash; where the image is pruned, with the policy and the nouns; where scaled, the area |
+| ``apply`` | has images encoded and plans them, which settles what each item is, and adds the report to its output |
+| ``_get_mm_hashes`` | stock hash; of a pruned image with policy, nouns and kept tokens, of a scaled one with its area |
 | ``_get_cache_missing_processor_kwargs`` | keeps the jobs of the images that vLLM's cache lacks, lest they shift |
-| ``_apply_hf_processor_main`` | scales, has encoded what is not on its way, plans, replaces pixels by embeddings |
+| ``_apply_hf_processor_main`` | scales, and puts the planned items in the place of pixels |
 | ``_get_prompt_updates`` | as many placeholders as tokens were kept |
+| ``_merge_mm_kwargs`` | notices a cache that is too small for one request |
+
+The hash of a pruned item tells which tokens were kept. Features differ in their last bits between batches of the
+encoder, and so, now and then, does what is kept of them: the same image under the same policy is another item then, and
+none of vLLM's caches confuses the two.
 
 ``get_dummy_mm_inputs`` is inherited: start-up profiling carries no policy and therefore measures the stock encoder.
 """
@@ -23,12 +28,16 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
@@ -41,22 +50,41 @@ from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.limits import names_what_it_refuses
+from vllm_vtprune.plugin.loads import Load, LoadNotes
 from vllm_vtprune.plugin.prompt import in_prompt_order, noun_ids, text_of, token_counts
-from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
+from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
+from vllm_vtprune.plugin.weights import WeightsElsewhere
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy, RatioBudget, TokensBudget
 from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
 from vllm_vtprune.resize import largest_area
 from vllm_vtprune.runtime import PruningRuntime
+from vllm_vtprune.towers.base import VisionTower
 
-IDENTITY = "vtprune-3"
+logger = init_logger("vllm.vtprune")
+
+IDENTITY = "vtprune-4"
 """Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
+
+
+class CacheTooSmall(Exception):
+    """Images of one request drove others of it out of vLLM's processor cache.
+
+    Attributes:
+        cache: what to process the request with instead.
+    """
+
+    def __init__(self, cache: BaseMultiModalProcessorCache | None) -> None:
+        super().__init__("vLLM's processor cache does not hold the images of one request")
+        self.cache = cache
 
 
 @dataclass
 class EncodingMedia(MediaWithBytes[Image.Image]):
-    """A decoded image whose features are on their way."""
+    """A decoded image whose features are on their way, from a tower of that generation."""
 
     encoding: Future[Encoded] | None = None
+    generation: int = 0
 
 
 @dataclass
@@ -69,7 +97,9 @@ class ImageJob:
     nouns: tuple[str, ...] = ()
     noun_ids: tuple[int, ...] = ()
     text_fallback: text.TextFallback | None = None
-    encoding: Future[Encoded] | None = None  # held, so that the cache may forget the features meanwhile
+    question: str = ""  # hash of image, policy and text
+    encoding: Future[Encoded] | None = None
+    item: PreparedImage | None = None  # of a pruned image that was planned
     whole_tokens: int = 0  # of an image that may be scaled
     area: int | None = None  # in pixels, to which the image is scaled; None where it is not
     processed: bool = False
@@ -98,15 +128,22 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self._model_config = info.ctx.model_config
+        self.engine: VllmConfig | None = None  # a server sets it; vLLM tells processors of the model alone
         if PRUNING_KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise ValueError(
                 "mm_processor_kwargs.pruning is set for the whole engine: expected in each prompt, "
                 "or as --pruning-default of `vtprune serve`"
             )
-        self.runtime = PruningRuntime(
-            lambda: compat.load_tower_of(self._model_config, self.architecture),
-            self.family,
-            compat.model_name(self._model_config),
+        self._load_notes = LoadNotes(self._model_config.model)
+        self._loaded = Load(self._model_config.model, from_checkpoint=True)
+        self.runtime = PruningRuntime(self._load_tower, self.family, compat.model_name(self._model_config))
+
+    def _load_tower(self) -> VisionTower:
+        config = copy(self._model_config)
+        if self._loaded.model != config.model:
+            config.model, config.revision = self._loaded.model, None
+        return compat.load_tower_of(
+            config, self.architecture, largest=self.info.get_max_image_tokens(), engine=self.engine
         )
 
     # What a family says of its items
@@ -223,29 +260,39 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     # Hooks of vLLM
 
+    @names_what_it_refuses
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
+        try:
+            return self._apply(inputs, timing_ctx)
+        except CacheTooSmall as full:
+            return self._apply(replace(inputs, cache=full.cache), timing_ctx)
+
+    def _apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         if PRUNING_KEY not in inputs.hf_processor_mm_kwargs:
             return super().apply(inputs, timing_ctx)
 
         stock = replace(inputs, hf_processor_mm_kwargs=_without_key(inputs.hf_processor_mm_kwargs))
         images = inputs.mm_data_items.get("image")
-        pruning = PromptPruning.parse(
+        pruning = PromptPruning.of(
             inputs.hf_processor_mm_kwargs[PRUNING_KEY],
+            from_client=self.runtime.clients_write_prompts,
             num_images=0 if images is None else len(images),
             prompt_text=lambda: self._prompt_text(inputs.prompt),
         )
         report = RequestReport()
         if isinstance(images, ImageProcessorItems) and any(policy.enabled for policy in pruning.policies):
+            self._follow_engine(pruning)
             jobs = self._jobs(stock, images, pruning, report)
             result = super().apply(self._with_jobs(stock, images, jobs), timing_ctx)
-            self._report_jobs(jobs, images, result, stock.hf_processor_mm_kwargs)
+            self._report_jobs(jobs, result)
         else:
             result = super().apply(stock, timing_ctx)
             for policy, count in zip(pruning.policies, token_counts(result), strict=True):
                 reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
                 report.images.append(ImageReport(policy.method, count, count, bypass_reason=reason))
         report.images = in_prompt_order(report.images, result["mm_placeholders"], pruning.policy)
-        self.runtime.record_request(report, pruning.request_id)
+        self.runtime.count_stages(report)
+        result[REPORT_KEY] = report
         return result
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
@@ -267,35 +314,30 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if jobs is None:
             return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
-        encoder = self.runtime.encoder
         for job in jobs.images:
             job.processed = True
-            if job.policy.selects and job.encoding is None:
-                job.encoding = encoder.find(job.feature_key)
-        in_pixels = [index for index, job in enumerate(jobs.images) if job.encoding is None]
+        in_pixels = [index for index, job in enumerate(jobs.images) if job.item is None]
         for index in in_pixels:
             if mm_items["image"].get(index) is None:  # named by its uuid, and what was known of it is gone
                 raise _no_data(jobs.images[index])
         stock_kwargs = _without_key(hf_kwargs)
         whole = [index for index in in_pixels if jobs.images[index].area is None]
         processed = super()._apply_hf_processor_main(_select_images(mm_items, whole), stock_kwargs)
-        prepared = dict(zip(whole, self._prepared_images(processed, stock_kwargs), strict=True))
-        for index, image in prepared.items():
-            job = jobs.images[index]
-            if job.policy.selects:
-                image = self.for_tower(image, _size(mm_items, index), stock_kwargs)
-                job.encoding = encoder.submit(job.feature_key, image)
+        items = dict(zip(whole, self._prepared_images(processed, stock_kwargs), strict=True))
         for index, job in enumerate(jobs.images):
-            if job.area is not None:
-                prepared[index] = self._scaled(mm_items, index, self.at_area(stock_kwargs, job.area))
-        if any(job.policy.selects or job.area is not None for job in jobs.images):
-            features = self._features(jobs)
-            items = [
-                self._pruned_item(job, features[index], jobs.report) if job.policy.selects else prepared[index]
-                for index, job in enumerate(jobs.images)
-            ]
-            processed.update(self.collate(items))
+            if job.item is not None:
+                items[index] = job.item
+            elif job.area is not None:
+                items[index] = self._scaled(mm_items, index, self.at_area(stock_kwargs, job.area))
+        if len(items) > len(whole):
+            processed.update(self.collate([items[index] for index in range(len(jobs.images))]))
         return processed
+
+    def _merge_mm_kwargs(self, cache: BaseMultiModalProcessorCache, mm_hashes: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._merge_mm_kwargs(cache, mm_hashes, *args, **kwargs)
+        except AssertionError as error:
+            raise CacheTooSmall(compat.without_items(cache, mm_hashes)) from error
 
     def _get_prompt_updates(
         self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -328,32 +370,95 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def _prompt_text(self, prompt: list[int]) -> str:
         return text_of(prompt, self.info.get_tokenizer(), self.image_token_id)
 
+    def _follow_engine(self, pruning: PromptPruning) -> None:
+        """Forget what was made with other weights than the engine's.
+
+        Raises:
+            WeightsElsewhere: tokens are to be selected, and the engine's weights are in no checkpoint.
+        """
+        load = self._load_notes.latest()
+        if load is not None:
+            logger.info("The engine has loaded %s: the frontend vision tower will be loaded anew", load.model)
+            self._loaded = load
+            self.runtime.renew()
+        if not self._loaded.from_checkpoint and any(policy.selects for policy in pruning.policies):
+            raise WeightsElsewhere
+
     def _jobs(
         self, stock: ProcessorInputs, images: ImageProcessorItems, pruning: PromptPruning, report: RequestReport
     ) -> PromptJobs:
+        """Settle what is done with each image, and the item that it becomes.
+
+        Raises:
+            ValueError: an image is named by its uuid, and what is needed of it is not known any more.
+            CancelledError: the request was given up meanwhile.
+            Exception: what encoding an image raised.
+        """
         hashes = dict(self._get_mm_hashes(stock))
         identified = compat.without_synthetic_uuids(stock)
         feature_keys = hashes["image"] if identified is stock else self._get_mm_hashes(identified)["image"]
-        jobs = []
-        for index, policy in enumerate(pruning.policies):
-            job = ImageJob(policy, feature_key=feature_keys[index], item_hash=hashes["image"][index])
-            if policy.enabled:
-                job.policy = policy.resolve(self.family)
-            if job.policy.selects:
-                if job.policy.conditions_on_text:
-                    self._read_text(job, pruning.texts[index], report)
-                job.item_hash = _hash_of(
-                    self.runtime.api_process, job.item_hash, job.policy.selection_digest(), job.noun_ids
-                )
-                data = images.data[index]
-                if isinstance(data, EncodingMedia):
-                    job.encoding = data.encoding
-                elif data is None:
-                    job.encoding = self.runtime.encoder.find(job.feature_key)
-            elif job.policy.enabled:
-                self._choose_area(job, self._size_of(job, images, index), stock.hf_processor_mm_kwargs)
-            jobs.append(job)
+        jobs = [
+            ImageJob(policy.resolve(self.family) if policy.enabled else policy, feature_keys[i], hashes["image"][i])
+            for i, policy in enumerate(pruning.policies)
+        ]
+        hf_kwargs, cache = stock.hf_processor_mm_kwargs, compat.cache_in_use(stock)
+        try:
+            for index, job in enumerate(jobs):
+                if job.policy.selects:
+                    if job.policy.conditions_on_text:
+                        self._read_text(job, pruning.texts[index], report)
+                    if not self._is_cached(job, cache):
+                        job.encoding = self._encoding(job, images.data[index], hf_kwargs)
+                elif job.policy.enabled:
+                    self._choose_area(job, self._size_of(job, images, index), hf_kwargs)
+            for job, features in self._encoded(jobs, report):
+                self._make_item(job, features, report)
+        except BaseException:
+            for job in jobs:
+                if job.encoding is not None:
+                    job.encoding.cancel()
+            raise
         return PromptJobs(jobs, hashes | {"image": [job.item_hash for job in jobs]}, report)
+
+    def _is_cached(self, job: ImageJob, cache: BaseMultiModalProcessorCache | None) -> bool:
+        """Whether vLLM's cache holds what the job asks for; then the job is given its hash and report."""
+        policy = job.policy.selection_digest()
+        job.question = _hash_of(self.runtime.generation, job.item_hash, policy, job.noun_ids)
+        known = self.runtime.planned.get(job.question)
+        if known is None or cache is None or not cache.is_cached([known.item_hash])[0]:
+            return False
+        job.item_hash = known.item_hash
+        job.report = replace(known.report, nouns=job.nouns, text_fallback=job.text_fallback)
+        return True
+
+    def _encoding(self, job: ImageJob, data: Any, hf_kwargs: Mapping[str, object]) -> Future[Encoded]:
+        """The features of an image, which are encoded unless they are at hand or on their way."""
+        encoder = self.runtime.encoder
+        if isinstance(data, EncodingMedia) and data.encoding and data.generation == self.runtime.generation:
+            return data.encoding
+        found = encoder.find(job.feature_key)
+        if found is not None:
+            return found
+        if data is None:
+            raise _no_data(job)
+        return encoder.submit(job.feature_key, self.preprocess(data, hf_kwargs))
+
+    def _encoded(self, jobs: Sequence[ImageJob], report: RequestReport) -> list[tuple[ImageJob, VisualFeatures]]:
+        """Wait for the features of every image that is to be planned."""
+        encoded = [(job, job.encoding.result()) for job in jobs if job.encoding is not None]
+        self.runtime.count_hits(one for _, one in encoded)
+        forwards = {one.forward for _, one in encoded if one.forward is not None}
+        report.stages += [StageRun("encode", forward.began, forward.seconds) for forward in forwards]
+        return [(job, one.features) for job, one in encoded]
+
+    def _make_item(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> None:
+        """Plan an image, and note for later requests what became of it."""
+        plan, embeds = self._plan(job, features, report)
+        assert job.report is not None
+        kept = plan.kept.cpu()
+        job.item = self.pruned_item(embeds.cpu(), features, replace(plan, kept=kept))
+        job.item_hash = _hash_of(job.question, hashlib.sha256(kept.numpy().tobytes()).hexdigest())
+        self.runtime.record_plan(job.question, job.item_hash, job.report)
 
     def _size_of(self, job: ImageJob, images: ImageProcessorItems, index: int) -> tuple[int, int]:
         """Height and width of an image, in pixels; as it was before, where the client only names it.
@@ -376,7 +481,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         k = fixed_count(job.policy.budget, job.whole_tokens)
         if k < job.whole_tokens:
             job.area = largest_area(lambda area: self.num_tokens(size, self.at_area(hf_kwargs, area)), k)
-            job.item_hash = _hash_of(job.item_hash, job.policy.method, job.area)
+            job.item_hash = _hash_of(self.runtime.generation, job.item_hash, job.policy.method, job.area)
 
     def _scaled(self, mm_items: MultiModalDataItems, index: int, hf_kwargs: Mapping[str, object]) -> PreparedImage:
         """The fields of one image of a prompt, which may be scaled otherwise than the others."""
@@ -395,11 +500,11 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def _with_jobs(self, stock: ProcessorInputs, images: ImageProcessorItems, jobs: PromptJobs) -> ProcessorInputs:
         """The inputs that carry the jobs.
 
-        An image that the client named by its uuid, without data, gets a stand-in if its features are at hand; else it
-        stays missing and vLLM answers that its data is not there.
+        An image that the client named by its uuid, without data, gets a stand-in if its item is at hand; else it stays
+        missing and vLLM answers that its data is not there.
         """
         data = [
-            Image.new("RGB", (1, 1)) if image is None and job.encoding is not None else image
+            Image.new("RGB", (1, 1)) if image is None and job.item is not None else image
             for image, job in zip(images.data, jobs.images, strict=True)
         ]
         return replace(
@@ -408,69 +513,31 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             hf_processor_mm_kwargs={**stock.hf_processor_mm_kwargs, PRUNING_KEY: jobs},
         )
 
-    def _features(self, jobs: PromptJobs) -> dict[int, VisualFeatures]:
-        """Wait for the features of every image that is to be pruned, by its index.
-
-        Raises:
-            CancelledError: the request was given up meanwhile.
-            Exception: what encoding one of them raised.
-        """
-        waiting = {index: job.encoding for index, job in enumerate(jobs.images) if job.encoding is not None}
-        try:
-            encoded = {index: encoding.result() for index, encoding in waiting.items()}
-        except BaseException:
-            for encoding in waiting.values():
-                encoding.cancel()
-            raise
-        self.runtime.count_hits(encoded.values())
-        forwards = {one.forward for one in encoded.values() if one.forward is not None}
-        jobs.report.stages += [StageRun("encode", forward.began, forward.seconds) for forward in forwards]
-        return {index: one.features for index, one in encoded.items()}
-
-    def _pruned_item(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> PreparedImage:
-        """Plan one image, and note for later requests what was done."""
-        plan, embeds = self._plan(job, features, report)
-        assert job.report is not None
-        self.runtime.record_image(job.item_hash, job.report)
-        if not compat.transports_device_tensors(self._model_config):
-            embeds = embeds.cpu()
-        return self.pruned_item(embeds, features, plan)
-
     def _plan(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> tuple[PruningPlan, torch.Tensor]:
         """The plan of one image, and (T, d) what is to be prefilled. Puts the image's report into the job."""
-        plan = self.runtime.plan(features, job.policy, job.noun_ids)
+        plan = self.runtime.plan(features, job.policy, job.noun_ids, job.feature_key)
         report.add_timings(plan.timings)
         tower = self.runtime.tower
         embeds = tower.sequence(features, plan).to(self._model_config.dtype)
         job.report = _image_report(job, plan, tower.sequence_length(features), len(embeds))
         return plan, embeds
 
-    def _report_jobs(
-        self, jobs: PromptJobs, images: ImageProcessorItems, result: Any, hf_kwargs: Mapping[str, object]
-    ) -> None:
-        """Report each image, from its job or, where vLLM's cache held the item, from the table."""
-        for index, (job, count) in enumerate(zip(jobs.images, token_counts(result), strict=True)):
+    def _report_jobs(self, jobs: PromptJobs, result: Any) -> None:
+        for job, count in zip(jobs.images, token_counts(result), strict=True):
             if not job.policy.enabled:
-                job.report = ImageReport("none", count, count)
+                report = ImageReport("none", count, count)
             elif not job.policy.selects:
-                job.report = ImageReport(
+                report = ImageReport(
                     job.policy.method,
                     visual_tokens=job.whole_tokens,
                     kept_tokens=count,
-                    cached=not job.processed,
                     bypass_reason="budget_not_below_tokens" if job.area is None else None,
                 )
-            elif job.report is None:
-                known = self.runtime.image_reports.get(job.item_hash)
-                if known is None:  # the item outlived its report
-                    self._apply_hf_processor_main(
-                        _only_image(images.data[index]),
-                        {**hf_kwargs, PRUNING_KEY: replace(jobs, images=[job])},
-                    )
-                    known = job.report
-                assert known is not None
-                job.report = replace(known, nouns=job.nouns, text_fallback=job.text_fallback, cached=True)
-            jobs.report.images.append(job.report)
+            else:
+                assert job.report is not None
+                report = job.report
+            reused = job.policy.enabled and not job.processed
+            jobs.report.images.append(report.as_cached() if reused else report)
 
 
 def _image_report(job: ImageJob, plan: PruningPlan, visual_tokens: int, kept: int) -> ImageReport:

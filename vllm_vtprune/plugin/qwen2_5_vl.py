@@ -24,6 +24,7 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.weights import NotesLoads
 from vllm_vtprune.policy import QWEN2_5_VL
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
@@ -151,7 +152,7 @@ _stock = compat.stock_factories(Qwen2_5_VLForConditionalGeneration)
 
 
 @MULTIMODAL_REGISTRY.register_processor(PrunedQwen2_5_VLProcessor, info=_stock.info, dummy_inputs=_stock.dummy_inputs)
-class PrunedQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
+class PrunedQwen2_5_VLForConditionalGeneration(NotesLoads, Qwen2_5_VLForConditionalGeneration):
     """The stock model, which also accepts images that arrive as the embeddings of the tokens to keep."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

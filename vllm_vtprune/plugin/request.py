@@ -4,7 +4,7 @@
 >>> {"pruning": {"method": "resprune", "texts": ["What colour is the bus?", "Who drives?"]}}
 >>> {"pruning": {"method": "resprune", "images": [None, False, "fast"]}}     # per image; None: as the request
 
-The server sends the same form, with a ``request_id`` under which it collects the report.
+Clients of a server write their policies elsewhere: there this entry holds a `PromptPruning`, which no JSON can be.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 
 PRUNING_KEY = "pruning"
+REPORT_KEY = "pruning"
+"""Where the `RequestReport` is in what the processor returns for such a prompt."""
 PARAM = f"mm_processor_kwargs.{PRUNING_KEY}"
-MAX_REQUEST_ID = 256
+ELSEWHERE = "the policy in the request's own pruning field, which /v1/chat/completions takes"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,26 @@ class PromptPruning:
     policy: PruningPolicy
     policies: tuple[PruningPolicy, ...]
     texts: tuple[str, ...]
-    request_id: str | None
+
+    @classmethod
+    def of(cls, value: object, *, from_client: bool, num_images: int, prompt_text: Callable[[], str]) -> PromptPruning:
+        """The entry of a prompt, in either form.
+
+        Args:
+            value: what the prompt carries under `PRUNING_KEY`.
+            from_client: whether clients of a server may have written it, unless it is a `PromptPruning`.
+            num_images: images in the prompt.
+            prompt_text: gives the text of the whole prompt, for entries without ``texts``.
+
+        Raises:
+            PolicyError: naming the field, its value and what is accepted.
+        """
+        if isinstance(value, PromptPruning):
+            _per_image("images", value.policies, num_images)
+            return value
+        if from_client:
+            raise PolicyError(PARAM, value, ELSEWHERE)
+        return cls.parse(value, num_images, prompt_text)
 
     @classmethod
     def parse(cls, value: object, num_images: int, prompt_text: Callable[[], str]) -> PromptPruning:
@@ -43,10 +64,7 @@ class PromptPruning:
         fields = dict(value) if isinstance(value, Mapping) else {}
         texts = fields.pop("texts", None)
         images = fields.pop("images", None)
-        request_id = fields.pop("request_id", None)
         policy = PruningPolicy.parse(fields if isinstance(value, Mapping) else value, param=PARAM)
-        if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= MAX_REQUEST_ID):
-            raise PolicyError(f"{PARAM}.request_id", request_id, f"a string of at most {MAX_REQUEST_ID} characters")
         policies = tuple(
             PruningPolicy.parse(own, param=f"{PARAM}.images.{index}", default=policy)
             for index, own in enumerate(_per_image("images", images, num_images))
@@ -59,7 +77,7 @@ class PromptPruning:
             if not isinstance(text, str):
                 raise PolicyError(f"{PARAM}.texts.{index}", text, "a string")
             conditions.append(text if own.text.query is None else own.text.query)
-        return cls(policy, policies, tuple(conditions), request_id)
+        return cls(policy, policies, tuple(conditions))
 
 
 def _per_image(name: str, value: object, num_images: int) -> Sequence[object]:

@@ -11,8 +11,9 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.limits import names_what_it_refuses
 from vllm_vtprune.plugin.prompt import in_prompt_order
-from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
+from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.runtime import PruningRuntime
@@ -27,17 +28,21 @@ class UnprunedProcessor(BaseMultiModalProcessor[Any]):
         super().__init__(info, dummy_inputs)
         self.runtime = runtime_without_tower(info.ctx.model_config)
 
+    @names_what_it_refuses
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         if PRUNING_KEY not in inputs.hf_processor_mm_kwargs:
             return super().apply(inputs, timing_ctx)
         kwargs = dict(inputs.hf_processor_mm_kwargs)
         images = inputs.mm_data_items.get("image")
-        pruning = PromptPruning.parse(
-            kwargs.pop(PRUNING_KEY), num_images=0 if images is None else len(images), prompt_text=lambda: ""
+        pruning = PromptPruning.of(
+            kwargs.pop(PRUNING_KEY),
+            from_client=self.runtime.clients_write_prompts,
+            num_images=0 if images is None else len(images),
+            prompt_text=lambda: "",
         )
         result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
-        reports = unpruned_images(result["mm_placeholders"], pruning.policies, pruning.policy)
-        self.runtime.record_request(RequestReport(reports), pruning.request_id)
+        report = RequestReport(unpruned_images(result["mm_placeholders"], pruning.policies, pruning.policy))
+        result[REPORT_KEY] = report
         return result
 
 
