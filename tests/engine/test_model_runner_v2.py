@@ -187,8 +187,8 @@ def test_media_of_all_kinds_in_one_batch(requests: Requests) -> None:
     assert len(found) == len(items) == 9 + 2 * len(moving)
     for item, embeds in zip(items, found, strict=True):
         torch.testing.assert_close(embeds, item.embeds, rtol=0, atol=CLOSE)
-    shared = [{item.pruned for item, embeds in zip(items, found, strict=True) if id(embeds) in call} for call in calls]
-    assert {True, False} in shared, "what is pruned and what is not come in one call"
+    kinds = [{item.pruned for item, embeds in zip(items, found, strict=True) if id(embeds) in call} for call in calls]
+    assert {True, False} not in kinds, "what is pruned and what is not come in one call"
 
     images = [index for index, (modality, _) in enumerate(inputs) if modality == "image"]
     for chosen in [*((index,) for index in images), *pairwise(images)]:  # those of equal counts come stacked

@@ -7,16 +7,8 @@ from typing import Any
 
 from transformers import CLIPVisionConfig
 
-from vllm_vtprune.features import PreparedImage
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import unpruned
-
-
-class ClipProcessor(PruningProcessor):
-    """An item's ``pixel_values`` holds pixels (..., 3, H, W) or, where the image is pruned, (T, d) embeddings."""
-
-    def kept_count(self, item: PreparedImage) -> int | None:
-        return len(item["pixel_values"]) if item["pixel_values"].ndim == 2 else None
 
 
 def has_tower(config: Any) -> bool:
@@ -27,7 +19,7 @@ def has_tower(config: Any) -> bool:
     return isinstance(config.vision_config, CLIPVisionConfig) and config.vision_feature_select_strategy == "default"
 
 
-def processor_factory(pruning: type[ClipProcessor], stock: Any) -> Callable[[Any, Any], Any]:
+def processor_factory(pruning: type[PruningProcessor], stock: Any) -> Callable[[Any, Any], Any]:
     """The factory that vLLM is to build processors with.
 
     Args:

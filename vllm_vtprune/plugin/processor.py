@@ -10,8 +10,8 @@ scaled down (`vllm_vtprune.resize`) passes through it too, under limits of its o
 | ``apply`` | has images encoded and plans them, which settles what each item is, and adds the report to its output |
 | ``_get_mm_hashes`` | stock hash; of a pruned image with policy, nouns and kept tokens, of a scaled one with its area |
 | ``_get_cache_missing_processor_kwargs`` | keeps the jobs of the images that vLLM's cache lacks, lest they shift |
-| ``_apply_hf_processor_main`` | scales, and puts the planned items in the place of pixels |
-| ``_get_prompt_updates`` | as many placeholders as tokens were kept |
+| ``_apply_hf_processor_main`` | leaves out images that are planned, and scales those that are only scaled |
+| ``_get_mm_prompt_updates`` | puts planned items among the others, with as many placeholders as tokens were kept |
 | ``_merge_mm_kwargs`` | notices a cache that is too small for one request |
 
 The hash of a pruned item tells which tokens were kept. Features differ in their last bits between batches of the
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
@@ -41,7 +40,7 @@ from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, TimingContext
+from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import text
@@ -50,6 +49,7 @@ from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.items import kept_count, pruned_item
 from vllm_vtprune.plugin.limits import names_what_it_refuses
 from vllm_vtprune.plugin.loads import Load, LoadNotes
 from vllm_vtprune.plugin.prompt import in_prompt_order, noun_ids, text_of, token_counts
@@ -99,7 +99,7 @@ class ImageJob:
     text_fallback: text.TextFallback | None = None
     question: str = ""  # hash of image, policy and text
     encoding: Future[Encoded] | None = None
-    item: PreparedImage | None = None  # of a pruned image that was planned
+    item: MultiModalKwargsItem | None = None  # of an image that was planned or scaled
     whole_tokens: int = 0  # of an image that may be scaled
     area: int | None = None  # in pixels, to which the image is scaled; None where it is not
     processed: bool = False
@@ -118,8 +118,7 @@ class PromptJobs:
 class PruningProcessor(BaseMultiModalProcessor[Any]):
     """Mixin: stands before the family's stock processor in the bases of a class.
 
-    A family sets `architecture` and `family` and says how an item holds kept embeddings: by `pruned_item`, `kept_count`
-    and, where the fields of its items are not lists with one tensor for each, `collate`.
+    A family sets `architecture` and `family`; `vllm_vtprune.plugin.items` says what a pruned image is.
     """
 
     architecture: str
@@ -148,23 +147,14 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     # What a family says of its items
 
-    @abstractmethod
-    def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
-        """The fields of the item of a pruned image: those that an unpruned one has, and any of its own.
+    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Fields of a pruned image that the positions of its tokens are computed from; none where they are numbered.
 
         Args:
-            embeds: (T, d) to be prefilled, where and as vLLM's transport to the engine takes them.
             features: of the whole image.
-            plan: which of its tokens are kept.
+            kept: (k,) which of its tokens are kept, on the CPU.
         """
-
-    @abstractmethod
-    def kept_count(self, item: PreparedImage) -> int | None:
-        """How many embeddings the item of a pruned image holds; None for one that is not pruned."""
-
-    def collate(self, items: Sequence[PreparedImage]) -> Mapping[str, Any]:
-        """The fields of all images of a prompt, in the form that `_get_mm_fields_config` describes."""
-        return {name: [item[name] for item in items] for name in items[0]}
+        return {}
 
     def placeholder(self, num_tokens: int) -> Any:
         """What stands in the prompt for an image of which ``num_tokens`` are kept, as in vLLM's prompt updates."""
@@ -255,8 +245,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def preprocess(self, media: MediaWithBytes[Image.Image], hf_kwargs: Mapping[str, object]) -> PreparedImage:
         """An image as `apply` would have it encoded. May be called from any thread."""
         items = _only_image(media)
-        [image] = self._prepared_images(self._apply_hf_processor_main(items, hf_kwargs), hf_kwargs)
-        return self.for_tower(image, _size(items, 0), hf_kwargs)
+        [image] = self._image_items(self._apply_hf_processor_main(items, hf_kwargs), hf_kwargs)
+        return self.for_tower(_fields(image), _size(items, 0), hf_kwargs)
 
     # Hooks of vLLM
 
@@ -323,14 +313,10 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         stock_kwargs = _without_key(hf_kwargs)
         whole = [index for index in in_pixels if jobs.images[index].area is None]
         processed = super()._apply_hf_processor_main(_select_images(mm_items, whole), stock_kwargs)
-        items = dict(zip(whole, self._prepared_images(processed, stock_kwargs), strict=True))
-        for index, job in enumerate(jobs.images):
-            if job.item is not None:
-                items[index] = job.item
-            elif job.area is not None:
-                items[index] = self._scaled(mm_items, index, self.at_area(stock_kwargs, job.area))
-        if len(items) > len(whole):
-            processed.update(self.collate([items[index] for index in range(len(jobs.images))]))
+        for index in in_pixels:
+            area = jobs.images[index].area
+            if area is not None:
+                jobs.images[index].item = self._scaled(mm_items, index, self.at_area(stock_kwargs, area))
         return processed
 
     def _merge_mm_kwargs(self, cache: BaseMultiModalProcessorCache, mm_hashes: Any, *args: Any, **kwargs: Any) -> Any:
@@ -339,33 +325,40 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         except AssertionError as error:
             raise CacheTooSmall(compat.without_items(cache, mm_hashes)) from error
 
-    def _get_prompt_updates(
+    def _get_mm_prompt_updates(
         self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
-    ) -> Sequence[PromptUpdate]:
-        updates = super()._get_prompt_updates(
-            mm_items=mm_items,
+    ) -> Any:
+        jobs = _jobs_in(hf_processor_mm_kwargs)
+        if jobs is None:
+            return super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        processed = iter(out_mm_kwargs.get("image", []))
+        items = [next(processed) if job.item is None else job.item for job in jobs.images]
+        in_pixels = [index for index, item in enumerate(items) if kept_count(item) is None]
+        out_mm_kwargs["image"] = [items[index] for index in in_pixels]
+        updates = self._get_prompt_updates(
+            mm_items=_select_images(mm_items, in_pixels),
             hf_processor_mm_kwargs=_without_key(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        if _jobs_in(hf_processor_mm_kwargs) is None:
-            return updates
-        items = out_mm_kwargs.get("image", [])
 
-        def with_kept_count(update: Any) -> Any:
+        def with_pruned(update: Any) -> Any:
             def replacement(index: int) -> Any:
-                kept = self.kept_count(_fields(items[index]))
-                return update.replacement(index) if kept is None else self.placeholder(kept)
+                kept = kept_count(items[index])
+                return update.replacement(in_pixels.index(index)) if kept is None else self.placeholder(kept)
 
             return replace(update, replacement=replacement)
 
-        return [with_kept_count(update) if update.modality == "image" else update for update in updates]
+        updates = [with_pruned(update) if update.modality == "image" else update for update in updates]
+        bound = self._bind_and_group_updates(updates, mm_items.get_all_counts())
+        out_mm_kwargs["image"] = items
+        return bound
 
     # Steps of the above
 
-    def _prepared_images(self, processed: BatchFeature, hf_kwargs: Mapping[str, object]) -> list[PreparedImage]:
+    def _image_items(self, processed: BatchFeature, hf_kwargs: Mapping[str, object]) -> list[MultiModalKwargsItem]:
         """Each image of the output of the HF processor."""
         fields = self._get_mm_fields_config(processed, hf_kwargs)
-        return [_fields(item) for item in MultiModalKwargsItems.from_hf_inputs(processed, fields).get("image", [])]
+        return list(MultiModalKwargsItems.from_hf_inputs(processed, fields).get("image", []))
 
     def _prompt_text(self, prompt: list[int]) -> str:
         return text_of(prompt, self.info.get_tokenizer(), self.image_token_id)
@@ -456,7 +449,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         plan, embeds = self._plan(job, features, report)
         assert job.report is not None
         kept = plan.kept.cpu()
-        job.item = self.pruned_item(embeds.cpu(), features, replace(plan, kept=kept))
+        job.item = pruned_item(embeds.cpu(), self.position_fields(features, kept))
         job.item_hash = _hash_of(job.question, hashlib.sha256(kept.numpy().tobytes()).hexdigest())
         self.runtime.record_plan(job.question, job.item_hash, job.report)
 
@@ -483,10 +476,12 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             job.area = largest_area(lambda area: self.num_tokens(size, self.at_area(hf_kwargs, area)), k)
             job.item_hash = _hash_of(self.runtime.generation, job.item_hash, job.policy.method, job.area)
 
-    def _scaled(self, mm_items: MultiModalDataItems, index: int, hf_kwargs: Mapping[str, object]) -> PreparedImage:
-        """The fields of one image of a prompt, which may be scaled otherwise than the others."""
+    def _scaled(
+        self, mm_items: MultiModalDataItems, index: int, hf_kwargs: Mapping[str, object]
+    ) -> MultiModalKwargsItem:
+        """The item of one image of a prompt, which may be scaled otherwise than the others."""
         image = _only_image(mm_items["image"].get(index))
-        [item] = self._prepared_images(super()._apply_hf_processor_main(image, hf_kwargs), hf_kwargs)
+        [item] = self._image_items(super()._apply_hf_processor_main(image, hf_kwargs), hf_kwargs)
         return item
 
     def _read_text(self, job: ImageJob, prompt: str, report: RequestReport) -> None:

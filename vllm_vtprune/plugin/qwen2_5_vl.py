@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -17,12 +14,11 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLMultiModalProcessor,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig, PlaceholderRange
-from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
-from vllm_vtprune.features import PreparedImage, VisualFeatures
-from vllm_vtprune.plan import PruningPlan
+from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.items import KEPT_POSITIONS, TakesKeptEmbeddings
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.weights import NotesLoads
 from vllm_vtprune.policy import QWEN2_5_VL
@@ -31,11 +27,6 @@ ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
 TURN = "<|im_start|>"
 """Begins each turn of a conversation: the speaker, a line feed, what was said."""
-
-# Fields of an image's item, in a prompt of which any image is pruned, beside vLLM's own.
-NUM_KEPT = "num_kept"  # () int64: k, or 0 where the image is not pruned
-KEPT_EMBEDS = "kept_embeds"  # (k, d)
-KEPT_POSITIONS = "kept_positions"  # (k,) int64, ascending, in the raster of the image's N tokens
 
 
 class PrunedQwen2_5_VLProcessor(PruningProcessor, Qwen2_5_VLMultiModalProcessor):
@@ -48,35 +39,11 @@ class PrunedQwen2_5_VLProcessor(PruningProcessor, Qwen2_5_VLMultiModalProcessor)
     architecture = ARCHITECTURE
     family = QWEN2_5_VL
 
-    def pruned_item(self, embeds: torch.Tensor, features: VisualFeatures, plan: PruningPlan) -> PreparedImage:
+    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
         assert features.grid is not None
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
-        return {
-            "image_grid_thw": torch.tensor([1, *(merge * side for side in features.grid)]),
-            NUM_KEPT: torch.tensor(len(embeds)),
-            KEPT_EMBEDS: embeds,
-            KEPT_POSITIONS: plan.kept.cpu(),
-        }
-
-    def kept_count(self, item: PreparedImage) -> int | None:
-        return int(item[NUM_KEPT]) or None if NUM_KEPT in item else None
-
-    def collate(self, items: Sequence[PreparedImage]) -> Mapping[str, Any]:
-        """What each image lacks, pixels or embeddings, has no rows in their field."""
-        pixels = [item["pixel_values"] for item in items if NUM_KEPT not in item]
-        pruned = [item for item in items if NUM_KEPT in item]
-        stock = {
-            "pixel_values": torch.cat(pixels) if pixels else self._no_pixels,
-            "image_grid_thw": torch.stack([item["image_grid_thw"] for item in items]),
-        }
-        if not pruned:
-            return stock
-        return {
-            **stock,
-            NUM_KEPT: torch.tensor([self.kept_count(item) or 0 for item in items]),
-            KEPT_EMBEDS: torch.cat([item[KEPT_EMBEDS] for item in pruned]),
-            KEPT_POSITIONS: torch.cat([item[KEPT_POSITIONS] for item in pruned]),
-        }
+        grid = torch.tensor([1, *(merge * side for side in features.grid)])
+        return {"image_grid_thw": grid, KEPT_POSITIONS: kept}
 
     def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
         vision = self.info.get_hf_config().vision_config
@@ -111,28 +78,6 @@ class PrunedQwen2_5_VLProcessor(PruningProcessor, Qwen2_5_VLMultiModalProcessor)
         token_id: int = self.info.get_hf_config().image_token_id
         return token_id
 
-    def _get_mm_fields_config(
-        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
-    ) -> Mapping[str, MultiModalFieldConfig]:
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        num_kept = hf_inputs.get(NUM_KEPT)
-        if num_kept is None:
-            return fields
-        patches = torch.where(num_kept > 0, 0, hf_inputs["image_grid_thw"].prod(dim=1))
-        return {
-            **fields,
-            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
-            NUM_KEPT: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-            KEPT_EMBEDS: MultiModalFieldConfig.flat_from_sizes("image", num_kept),
-            KEPT_POSITIONS: MultiModalFieldConfig.flat_from_sizes("image", num_kept, keep_on_cpu=True),
-        }
-
-    @cached_property
-    def _no_pixels(self) -> torch.Tensor:
-        """(0, D), of the type that pixels have: the engine joins them with those of other requests."""
-        blank = MultiModalDataItems({"image": ImageProcessorItems([Image.new("RGB", (56, 56))])})
-        return self._apply_hf_processor_main(blank, {})["pixel_values"][:0].clone()
-
     def _prompt_text(self, prompt: list[int]) -> str:
         """What the turns of a prompt say, but for the system's: every prompt that has none gets a standard one."""
         tokenizer = self.info.get_tokenizer()
@@ -152,38 +97,12 @@ _stock = compat.stock_factories(Qwen2_5_VLForConditionalGeneration)
 
 
 @MULTIMODAL_REGISTRY.register_processor(PrunedQwen2_5_VLProcessor, info=_stock.info, dummy_inputs=_stock.dummy_inputs)
-class PrunedQwen2_5_VLForConditionalGeneration(NotesLoads, Qwen2_5_VLForConditionalGeneration):
+class PrunedQwen2_5_VLForConditionalGeneration(TakesKeptEmbeddings, NotesLoads, Qwen2_5_VLForConditionalGeneration):
     """The stock model, which also accepts images that arrive as the embeddings of the tokens to keep."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         compat.refuse_unsupported(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-
-    def embed_multimodal(self, **kwargs: object) -> Any:
-        """Embeddings of a batch of images or of videos, in order.
-
-        Args:
-            num_kept: (B,) how many embeddings each image comes with; 0 for one that comes in pixels. Without it, the
-                others are the stock model's.
-            kept_embeds: (sum of num_kept, d), image after image.
-            kept_positions: not used here.
-            pixel_values: (P, D) patches of the images that come in pixels.
-            image_grid_thw: (B, 3) of all images.
-
-        Returns:
-            As the stock model for batches without num_kept; else one (tokens, d) tensor for each image.
-        """
-        num_kept, embeds = kwargs.pop(NUM_KEPT, None), kwargs.pop(KEPT_EMBEDS, None)
-        kwargs.pop(KEPT_POSITIONS, None)
-        if not isinstance(num_kept, torch.Tensor) or not isinstance(embeds, torch.Tensor):
-            return super().embed_multimodal(**kwargs)
-        counts = num_kept.tolist()
-        kept = iter(torch.split(embeds, [count for count in counts if count]))
-        if 0 not in counts:
-            return list(kept)
-        grids: Any = kwargs.pop("image_grid_thw")
-        encoded = iter(super().embed_multimodal(**kwargs, image_grid_thw=grids[num_kept.cpu() == 0]))
-        return [next(kept) if count else next(encoded) for count in counts]
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
@@ -235,6 +154,6 @@ def _field(feature: MultiModalFeatureSpec, name: str) -> torch.Tensor:
 
 def _kept_positions(feature: MultiModalFeatureSpec) -> torch.Tensor | None:
     """(k,) which of an image's tokens are in the prompt; None where all are, and for other media."""
-    if feature.data is None or NUM_KEPT not in feature.data or int(_field(feature, NUM_KEPT)) == 0:
+    if feature.data is None or KEPT_POSITIONS not in feature.data:
         return None
     return _field(feature, KEPT_POSITIONS)
