@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -15,10 +16,13 @@ from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from vllm_vtprune_server.content import URL_KEYS, like_pruning
 from vllm_vtprune_server.outcome import ROUTE, path_of
 from vllm_vtprune_server.trace import Refusal
 
 KEY = "pruning"
+MAY_HOLD_ONE = re.compile(rb"(?i)prun|\\u|\x00")
+"""Bodies that are worth parsing: with the key, its letters escaped, or in UTF-16 or 32."""
 CONVERSATIONS = ("messages", "input")
 """Fields of a body that hold messages, or lists of them."""
 
@@ -54,7 +58,7 @@ class ElsewhereMiddleware:
             return
         messages = await _messages_of_body(receive)
         body = b"".join(message.get("body", b"") for message in messages)
-        param = misplaced_policy(body) if f'"{KEY}"'.encode() in body else None
+        param = misplaced_policy(body) if MAY_HOLD_ONE.search(body) else None
         if param is not None:
             await _refusal(path_of(scope), param)(scope, receive, send)
             return
@@ -89,13 +93,15 @@ def misplaced_policy(body: bytes) -> str | None:
 
 
 def _policies(data: Mapping[str, Any]) -> Iterator[str]:
-    if data.get(KEY) is not None:
-        yield KEY
+    yield from (key for key, value in data.items() if value is not None and like_pruning(key))
     kwargs = data.get("mm_processor_kwargs")
     if isinstance(kwargs, Mapping) and kwargs.get(KEY) is not None:
         yield f"mm_processor_kwargs.{KEY}"
     for name in CONVERSATIONS:
         yield from _policies_of_parts(data.get(name), name)
+    extra = data.get("extra_body")
+    if isinstance(extra, Mapping):
+        yield from (f"extra_body.{key}" for key in extra if like_pruning(key))
 
 
 def _policies_of_parts(value: Any, path: str) -> Iterator[str]:
@@ -103,9 +109,9 @@ def _policies_of_parts(value: Any, path: str) -> Iterator[str]:
         for index, item in enumerate(value):
             yield from _policies_of_parts(item, f"{path}.{index}")
     elif isinstance(value, Mapping):
-        if value.get(KEY) is not None:
-            yield f"{path}.{KEY}"
-        yield from _policies_of_parts(value.get("content"), f"{path}.content")
+        yield from (f"{path}.{key}" for key, inner in value.items() if inner is not None and like_pruning(key))
+        for name in ("content", *URL_KEYS):
+            yield from _policies_of_parts(value.get(name), f"{path}.{name}")
 
 
 def _refusal(route: str, param: str) -> JSONResponse:

@@ -13,6 +13,8 @@ from vllm.multimodal.parse import MultiModalDataParser
 from vllm_vtprune_server.validation import InvalidField, shown
 
 VALUES, GRID = "image_embeds", "image_grid_thw"
+NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Types of numbers that vLLM's own reading survives."""
 
 
 class EmbeddingRules:
@@ -63,9 +65,9 @@ class EmbeddingRules:
         shape = " x ".join(map(str, embeds.shape)) or "()"
         if embeds.ndim != 2 or embeds.shape[1] != self._width or not 0 < len(embeds) <= self._limit:
             raise _refused(param, f"a tensor of shape {shape}", accepted)
-        if not embeds.is_floating_point():
+        if embeds.dtype not in NUMBERS:
             raise _refused(param, f"numbers of type {str(embeds.dtype).removeprefix('torch.')}", accepted)
-        if not torch.isfinite(embeds).all():
+        if not torch.isfinite(embeds.float()).all():
             raise _refused(param, "not all numbers are finite", accepted)
         return len(embeds)
 
@@ -89,6 +91,10 @@ def _tensor(param: str, value: object, accepted: str) -> torch.Tensor:
         tensor = ImageEmbeddingMediaIO().load_base64("", value)
     except Exception:  # of base64, pickle, numpy or torch: none is worth telling
         raise _refused(param, "cannot be decoded", f"a saved tensor in base64: {accepted}") from None
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise _refused(param, "a tensor that is not plain", accepted)
+    if tensor.requires_grad or tensor.is_neg() or tensor.is_conj():
+        raise _refused(param, "a tensor with a gradient or a pending operation", "it after .detach().clone()")
     return tensor
 
 

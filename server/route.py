@@ -8,11 +8,8 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from vllm.logger import init_logger
 
 from vllm_vtprune_server.validation import explain
-
-logger = init_logger("vllm.vtprune")
 
 
 class PruningRoute(APIRoute):
@@ -28,8 +25,6 @@ class PruningRoute(APIRoute):
                 answer = explain(error)
                 if answer is None:
                     raise
-                if request.app.state.args.log_error_stack:
-                    logger.exception("A request was refused")
                 return JSONResponse(answer.model_dump(), status_code=answer.error.code)
 
         return handle_readably

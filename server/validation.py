@@ -95,6 +95,8 @@ def path_of(param: str | None, message: str, body: Mapping[str, Any]) -> str:
     """
     if param == "max_tokens" and param not in body and "max_completion_tokens" in body:
         return "max_completion_tokens"  # of the same meaning
+    if param == "logprobs" and body.get("top_logprobs") is not None:
+        return "top_logprobs"
     if param is not None and ("." in param or param in body or param in ChatCompletionRequest.model_fields):
         return param
     if param is not None:
@@ -104,10 +106,19 @@ def path_of(param: str | None, message: str, body: Mapping[str, Any]) -> str:
         return "n"
     found = {text.find(f" {_words(field.removesuffix('_kwargs'))} "): field for field in body if field not in NOT_NAMED}
     found.pop(-1, None)
-    return found[min(found)] if found else "messages"
+    if found:
+        return found[min(found)]
+    return next((field for field, hints in HINTS.items() if field in body and hints.search(text)), "messages")
 
 
 SEPARATORS = re.compile(r"[^a-z0-9]+")
+HINTS = {
+    "structured_outputs": re.compile(r" (regex|grammar|choices?|json|schema|structured) "),
+    "response_format": re.compile(r" (regex|grammar|json|schema|structured) "),
+    "chat_template": re.compile(r" template "),
+    "use_beam_search": re.compile(r" beam "),
+}
+"""Fields that vLLM's errors do not name, and words that they use instead."""
 NOT_NAMED = frozenset({"messages", "model", "n", "user"})
 """Fields whose names are words that an error may use for something else."""
 

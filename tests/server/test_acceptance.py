@@ -177,6 +177,11 @@ BAD_EMBEDDINGS = {
     "null": None,
     "a list": [ROWS[0].tolist()],
     "no grid": {"image_embeds": saved(ROWS)},
+    "with a gradient": saved(ROWS.clone().requires_grad_()),
+    "with a pending operation": saved(torch.complex(ROWS, ROWS).conj().imag),
+    "without values": saved(ROWS.to("meta")),
+    "in 8 bits": saved(ROWS.to(torch.float8_e4m3fn)),
+    "too large for float32": saved(ROWS.double() * 0 + 1e300),
 }
 GRID = [1, 4, 4]  # of which four patches each are a token
 BAD_GRIDS: dict[str, tuple[torch.Tensor, Any, str]] = {

@@ -29,6 +29,12 @@ POLICIES: dict[str, tuple[Body, str | None]] = {
         {"input": [{"role": "user", "content": [{"type": "input_image", "pruning": "fast"}]}]},
         "input.0.content.0.pruning",
     ),
+    "misspelt": ({"prunning": "fast"}, "prunning"),
+    "an argument of the client": ({"extra_body": {"pruning": "fast"}}, "extra_body.pruning"),
+    "inside of a URL": (
+        {"messages": [user("Where?", {"type": "image_url", "image_url": {"url": "data:", "pruning": "fast"}})]},
+        "messages.0.content.0.image_url.pruning",
+    ),
     "a field of a tool": ({"tools": [{"function": {"parameters": {"properties": {"pruning": {}}}}}]}, None),
     "a text about it": ({"messages": [user('"pruning": "fast"')], "prompt": '"pruning"'}, None),
     "none": ({"messages": [user("Where?")], "input": "Where?", "mm_processor_kwargs": None}, None),
@@ -45,6 +51,12 @@ def test_where_a_policy_stands(body: Body, param: str | None) -> None:
 )
 def test_what_is_no_object_holds_none(body: bytes) -> None:
     assert misplaced_policy(body) is None
+
+
+@pytest.mark.parametrize("body", [b'{"prunin\\u0067": "fast"}', '{"pruning": 1}'.encode("utf-16")])
+def test_no_spelling_of_json_hides_it(client: TestClient, body: bytes) -> None:
+    refused = client.post("/invocations", content=body, headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning")
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ MISSPELT = [
 
 @pytest.mark.parametrize("key", MISSPELT)
 def test_a_field_that_is_meant_to_be_ours_is_named(key: str) -> None:
-    meant = "unknown field (did you mean pruning?); expected pruning."
+    meant = "unknown field (did you mean pruning?)."
     assert refusal({"messages": [USER], key: "fast"}) == (f"{key}: {meant}", key)
     image = {"type": "image_url", "image_url": {"url": "data:"}, key: "fast"}
     path = f"messages.0.content.0.{key}"
@@ -252,6 +252,11 @@ def test_no_field_of_an_api_is_taken_for_ours() -> None:
         ("input_tokens", "This model's maximum context length is 5", {"model": "a"}, "messages"),
         ("max_tokens", "max_tokens is too large", {"max_completion_tokens": 9}, "max_completion_tokens"),
         ("max_tokens", "max_tokens is too large", {}, "max_tokens"),
+        ("logprobs", "at most 20", {"logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
+        (None, "Failed to compile the regex", {"structured_outputs": {"regex": "((("}}, "structured_outputs"),
+        (None, "Invalid JSON schema", {"response_format": {}}, "response_format"),
+        (None, "A template cannot be read", {"chat_template": "{"}, "chat_template"),
+        (None, "The regex of your text", {}, "messages"),
         ("stop", "no", {"stop": 5}, "stop"),
         ("video_embeds", "no", said({"type": "text"}, {"type": "video_embeds"}), "messages.0.content.1.type"),
         ("prompt_embeds", "no", said({"type": "prompt_embeds", "prompt_embeds": 5}), PROMPT_EMBEDS),
