@@ -64,6 +64,8 @@ class VisualFeatures:
         tiles: tile of every token, for tiled models.
         cls_attention: ``(N,)`` attention from the encoder's CLS token, mean over heads.
         overview_attention: ``(n,)`` early-layer CLS attention of the overview tile of a tiled model.
+        deepstack: ``(N, p)`` what deeper layers of the language model read of each token, which goes where the token
+            goes; no method looks at it.
         keys: ``(N, d_k)`` keys of the same encoder layer, mean over heads, for the methods that merge by them.
 
     Raises:
@@ -77,12 +79,13 @@ class VisualFeatures:
     cls_attention: Tensor | None = None
     overview_attention: Tensor | None = None
     keys: Tensor | None = None
+    deepstack: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.embeds.shape[0] if self.embeds.ndim else 0
         if n == 0:
             raise ValueError(f"embeds must have shape (N, d) with N >= 1, got {tuple(self.embeds.shape)}")
-        rank = {"encoder": 2, "embeds": 2, "keys": 2, "cls_attention": 1, "overview_attention": 1}
+        rank = {"encoder": 2, "embeds": 2, "keys": 2, "deepstack": 2, "cls_attention": 1, "overview_attention": 1}
         for name, value in self._tensors().items():
             if value.ndim != rank[name] or 0 in value.shape:
                 raise ValueError(f"{name} must have {rank[name]} non-empty dimension(s), got {tuple(value.shape)}")

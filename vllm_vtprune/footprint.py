@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from vllm_vtprune.placement import Footprint
 from vllm_vtprune.selectors.pivots import peak_bytes
-from vllm_vtprune.towers import clip, internvl, qwen2_5_vl
-from vllm_vtprune.towers.base import TOWERS
+from vllm_vtprune.towers import clip, internvl, llava_next, qwen2_5_vl
 
 __all__ = ["footprint"]
 
@@ -26,11 +26,13 @@ class _Family:
         merged: patches of a token.
         columns: of the features beside the embeddings.
         forward: most patches of one forward, of an image of so many.
+        build: encoder and projector, to count their parameters.
     """
 
     merged: Callable[[Any], int]
     columns: Callable[[Any], int]
     forward: Callable[[Any, int], int]
+    build: Callable[[Any], nn.Module]
 
 
 def _side(size: int | Sequence[int]) -> int:
@@ -44,22 +46,34 @@ def _square(vision: Any) -> int:
 
 
 _CLIP = _Family(
+    build=clip.build_module,
     merged=lambda config: 1,
     columns=lambda config: (len(clip.feature_depths(config)) + 1) * config.vision_config.hidden_size,
     forward=lambda config, patches: clip.SQUARES * _square(config.vision_config),
 )
 _FAMILIES = {  # architecture -> family
     "LlavaForConditionalGeneration": _CLIP,
-    "LlavaNextForConditionalGeneration": _CLIP,
+    "LlavaNextForConditionalGeneration": replace(_CLIP, build=llava_next.build_module),
     "InternVLForConditionalGeneration": _Family(
+        build=internvl.build_module,
         merged=lambda config: round(1 / config.downsample_ratio) ** 2,
         columns=lambda config: (round(1 / config.downsample_ratio) ** 2 + 1) * config.vision_config.hidden_size,
         forward=lambda config, patches: internvl.TILES * _square(config.vision_config),
     ),
     "Qwen2_5_VLForConditionalGeneration": _Family(
+        build=qwen2_5_vl.build_module,
         merged=lambda config: config.vision_config.spatial_merge_size**2,
         columns=lambda config: 0,  # encoder and embeds are one tensor
         forward=lambda config, patches: max(patches, qwen2_5_vl.BATCH_PATCHES),
+    ),
+    "Qwen3VLForConditionalGeneration": _Family(
+        merged=lambda config: config.vision_config.spatial_merge_size**2,
+        columns=lambda config: (
+            config.vision_config.hidden_size
+            + len(config.vision_config.deepstack_visual_indexes) * config.text_config.hidden_size
+        ),
+        forward=lambda config, patches: max(patches, qwen2_5_vl.BATCH_PATCHES),
+        build=lambda config: Qwen3VLVisionModel(config.vision_config),
     ),
 }
 
@@ -70,7 +84,7 @@ def footprint(
     """The GPU memory of one API process, from shapes alone: no weights are read.
 
     Args:
-        architecture: of the model, one of `TOWERS`.
+        architecture: of the model, one of those that can be pruned.
         hf_config: the model's config.
         dtype: the model's.
         tokens: of the largest image that the image processor makes.
@@ -87,16 +101,16 @@ def footprint(
     features = dtype.itemsize * tokens * (width + family.columns(hf_config))
     finished = batch * features * (1 - forward / (batch * patches))  # by the time of the last forward
     return Footprint(
-        weights=_parameters(architecture, hf_config) * dtype.itemsize,
+        weights=_parameters(family.build, hf_config) * dtype.itemsize,
         encoding=forward * _patch_bytes(hf_config.vision_config, dtype) + ceil(finished),
         selection=features + peak_bytes(tokens, width, tokens),
         held=held,
     )
 
 
-def _parameters(architecture: str, hf_config: Any) -> int:
-    module = pkgutil.resolve_name(TOWERS[architecture].partition(":")[0])
-    return sum(parameter.numel() for parameter in module.build_module(hf_config).parameters())
+def _parameters(build: Callable[[Any], nn.Module], hf_config: Any) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(hf_config).parameters())
 
 
 def _patch_bytes(vision: Any, dtype: torch.dtype) -> int:

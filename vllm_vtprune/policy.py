@@ -179,6 +179,9 @@ LLAVA_NEXT = FamilyDefaults(
 INTERNVL = FamilyDefaults(  # clip_alpha: that of Qwen2.5-VL, whose language model InternVL3 has; not calibrated
     clip_alpha=0.3, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
 )
+QWEN3_VL = FamilyDefaults(  # clip_alpha: that of Qwen2.5-VL; not calibrated
+    clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"})
+)
 QWEN2_5_VL = FamilyDefaults(clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"}))
 
 DEFAULT_GATE = "minmax"

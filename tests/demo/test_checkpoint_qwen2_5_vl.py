@@ -147,5 +147,6 @@ def test_each_family_has_a_tiny_checkpoint(tmp_path: Path, monkeypatch: pytest.M
         ("llava_next", "LlavaNextForConditionalGeneration"),
         ("internvl", "InternVLForConditionalGeneration"),
         ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
     ):
         assert AutoConfig.from_pretrained(tiny_checkpoint(family)).architectures == [architecture]

@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-VISUAL_TOKENS = {"qwen2_5_vl": 18 * 18, "llava_next": 24 * 24 + 48 * 49, "internvl": 16 * 16}
+VISUAL_TOKENS = {"qwen2_5_vl": 18 * 18, "qwen3_vl": 16 * 16, "llava_next": 24 * 24 + 48 * 49, "internvl": 16 * 16}
 """Of the photograph, which is square: InternVL takes it as a single tile."""
 
 

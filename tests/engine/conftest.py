@@ -15,6 +15,7 @@ from tests.engine.qwen_stock_answers import QWEN_OPTIONS
 from tests.support.engines import MODEL_RUNNERS, ROOT, Engine, running_engine
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,6 +88,18 @@ def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen(qwen_checkpoint: Path, model_runner: str) -> Iterator[Engine]:
     """Qwen2.5-VL, every cache on, prefill in chunks smaller than an image."""
     with running_engine(qwen_checkpoint, "qwen", environment=MODEL_RUNNERS[model_runner], **QWEN_OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def qwen3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen3_vl_checkpoint(tmp_path_factory.mktemp("qwen3-tiny"), size="tiny", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def qwen3(qwen3_checkpoint: Path, model_runner: str) -> Iterator[Engine]:
+    """Qwen3-VL, the same."""
+    with running_engine(qwen3_checkpoint, "qwen3", environment=MODEL_RUNNERS[model_runner], **QWEN_OPTIONS) as engine:
         yield engine
 
 

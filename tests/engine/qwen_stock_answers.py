@@ -1,8 +1,8 @@
-"""Serves unpruned Qwen2.5-VL requests from one fresh engine and writes down every answer.
+"""Serves unpruned requests to a Qwen-VL from one fresh engine and writes down every answer.
 
     python -m tests.engine.qwen_stock_answers CHECKPOINT OUTPUT
 
-`test_qwen2_5_vl.py` runs it as a process without the plugin, and asks the same of an engine with it.
+`test_qwen.py` runs it as a process without the plugin, and asks the same of an engine with it.
 """
 
 import json
@@ -26,7 +26,7 @@ QWEN_OPTIONS: dict[str, Any] = {
     "skip_mm_profiling": True,
     "worker_extension_cls": "tests.support.processes.ObservedWorker",
 }
-"""Of every engine that serves this model in the tests."""
+"""Of every engine that serves such a model in the tests."""
 
 
 def video(frames: int = 4, width: int = 112, height: int = 140) -> tuple[np.ndarray, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """`resize` on Qwen2.5-VL: what enters the engine is a stock image of the smaller picture, under a hash of its own.
 
-The first half asks the multimodal processor alone; the second half, the engine of `test_qwen2_5_vl.py`.
+The first half asks the multimodal processor alone; the second half, the engine of `test_qwen.py`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

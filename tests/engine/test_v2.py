@@ -50,7 +50,7 @@ def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
 
 
 def test_qwen2_5_vl_answers_as_transformers(qwen: Engine, qwen_checkpoint: Path) -> None:
-    """As V1 does in `test_qwen2_5_vl.py`: the positions are worked out by hand."""
+    """As V1 does in `test_qwen.py`: the positions are worked out by hand."""
     assert runner_of(qwen) == "vllm.v1.worker.cpu.model_runner"
     reference = QwenReference(qwen_checkpoint)
     images = [ImageOps.fit(image, size) for image, size in zip(sample_images(2, "V2"), PORTRAIT_LANDSCAPE, strict=True)]

@@ -6,6 +6,7 @@ There is no GPU: vLLM's platform is replaced, and torch says that there are eigh
 import argparse
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from vllm_vtprune.plugin import gpu
 from vllm_vtprune.plugin.compat import counts_must_be_fixed, load_tower_of
 from vllm_vtprune.plugin.register import register
 from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.towers.base import VisionTower, load_tower
 from vllm_vtprune.towers.weights import TowerError
 from vllm_vtprune_server import memory
 from vllm_vtprune_server.policies import Policies
@@ -291,17 +293,22 @@ def test_torch_takes_no_more_than_was_reserved(
     assert (f"--mm-ipc-gpu-memory-gb={reserved:g}" in caplog.text) is warned
 
 
+def build(model_config: ModelConfig, device: torch.device) -> VisionTower:
+    options: dict[str, Any] = dict(architecture="LlavaForConditionalGeneration", hf_config=model_config.hf_config)
+    return load_tower(Path(model_config.model), **options, dtype=model_config.dtype, device=str(device))
+
+
 def test_one_line_says_where_the_tower_is_and_how_large(
     model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="vllm.vtprune"):
-        tower = load_tower_of(model_config, "LlavaForConditionalGeneration", largest=576, engine=None)
+        tower = load_tower_of(model_config, "LlavaForConditionalGeneration", largest=576, engine=None, build=build)
     [line] = {message for message in caplog.messages if "tower" in message}  # other tests may have it caught twice
     assert line.endswith(f", {tower.nbytes / 2**20:.0f} MiB on cpu")
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda")
     with pytest.raises(TowerError, match="device 'cuda' is not there: this process sees 0 GPUs"):
-        load_tower_of(model_config, "LlavaForConditionalGeneration", largest=576, engine=None)
+        load_tower_of(model_config, "LlavaForConditionalGeneration", largest=576, engine=None, build=build)
 
 
 # --- KV transfer --------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Qwen2.5-VL: prompts in its chat form, and a model in plain transformers that reads them where tokens are gone."""
+"""Qwen2.5-VL: prompts in its chat form, and a model in plain transformers that reads them where tokens are gone.
+
+What Qwen3-VL does otherwise is in `qwen3_vl`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from tests.support.reference import Reference
+from vllm_vtprune.policy import QWEN2_5_VL
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -32,13 +36,18 @@ class Medium(NamedTuple):
     grid: tuple[int, int, int]
     kept: torch.Tensor
     time_step: int = 1  # positions from one frame to the next
+    deepstack: torch.Tensor | None = None  # (N, p): what the first layers add to their outputs, layer after layer
+    timestamps: tuple[float, ...] = ()  # of the frames of a video, where the prompt names them
 
 
 class QwenReference(Reference):
     """Built from the checkpoint alone, in float32 with eager attention."""
 
+    model_class: Any = Qwen2_5_VLForConditionalGeneration
+    family = QWEN2_5_VL
+
     def __init__(self, checkpoint: Path) -> None:
-        self.model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        self.model, loading = self.model_class.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         assert not any(loading.values()), f"not every weight of the checkpoint was used: {loading}"
@@ -59,29 +68,36 @@ class QwenReference(Reference):
     def image(self, image: Image.Image, **options: Any) -> Medium:
         """An image of which every token is kept. `options`: of the image processor."""
         inputs = self.processor.image_processor(images=[image.convert("RGB")], return_tensors="pt", **options)
-        [embeds] = self.model.get_image_features(**inputs).pooler_output
-        return self._medium(embeds, inputs["image_grid_thw"])
+        return self._medium(self.model.get_image_features(**inputs), inputs["image_grid_thw"])
 
     @torch.inference_mode()
     def video(self, frames: Any, seconds_per_step: float) -> Medium:
         """A video (frames, height, width, 3), every token of it kept."""
-        inputs = self.processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
-        [embeds] = self.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
         step = int(seconds_per_step * self.model.config.vision_config.tokens_per_second)
-        return self._medium(embeds, inputs["video_grid_thw"])._replace(time_step=step)
+        return self._video(frames)._replace(time_step=step)
 
-    def _medium(self, embeds: torch.Tensor, grid_thw: torch.Tensor) -> Medium:
+    def _video(self, frames: Any) -> Medium:
+        inputs = self.processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+        features = self.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        return self._medium(features, inputs["video_grid_thw"])
+
+    def _medium(self, features: Any, grid_thw: torch.Tensor) -> Medium:
+        [embeds] = features.pooler_output
         frames, height, width = grid_thw[0].tolist()
         merge = self.model.config.vision_config.spatial_merge_size
         return Medium(embeds, (frames, height // merge, width // merge), torch.arange(len(embeds)))
 
     def prompt_ids_of(self, prompt: str, media: Sequence[Medium]) -> list[int]:
         """The prompt's tokens, with as many placeholders for each medium as it keeps tokens."""
-        counts = iter([len(medium.kept) for medium in media])
+        remaining = iter(media)
         ids: list[int] = []
         for token in self.tokenizer(prompt)["input_ids"]:
-            ids += [token] * (next(counts) if token in (self.image_token, self.video_token) else 1)
+            medium = token in (self.image_token, self.video_token)
+            ids += self._placeholders(token, next(remaining)) if medium else [token]
         return ids
+
+    def _placeholders(self, token: int, medium: Medium) -> list[int]:
+        return [token] * len(medium.kept)
 
     def positions(self, prompt_ids: Sequence[int], media: Sequence[Medium], answer: int) -> torch.Tensor:
         """(3, L + answer): time, height and width of each token of a prompt and of its answer, one after the other.
@@ -122,10 +138,18 @@ class QwenReference(Reference):
     ) -> torch.Tensor:
         """The same at given positions (3, L + T - 1)."""
         table = self.model.get_input_embeddings()
-        ids = torch.tensor(prompt_ids)
         embeds = table(torch.tensor([*prompt_ids, *answer[:-1]]))
-        places = ((ids == self.image_token) | (ids == self.video_token)).nonzero()[:, 0]
+        visual = torch.zeros(len(embeds), dtype=torch.bool)
+        visual[: len(prompt_ids)] = torch.isin(
+            torch.tensor(prompt_ids), torch.tensor([self.image_token, self.video_token])
+        )
         if media:
-            embeds[places] = torch.cat([medium.embeds[medium.kept] for medium in media])
-        logits = self.model(inputs_embeds=embeds[None], position_ids=positions[:, None]).logits[0]
-        return logits[len(prompt_ids) - 1 :].float().log_softmax(dim=-1)
+            embeds[visual] = torch.cat([medium.embeds[medium.kept] for medium in media])
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds[None], position_ids=positions[:, None], **self._deeper(visual, media)
+        ).last_hidden_state[0]
+        return self.model.lm_head(hidden[len(prompt_ids) - 1 :]).float().log_softmax(dim=-1)
+
+    def _deeper(self, visual: torch.Tensor, media: Sequence[Medium]) -> dict[str, Any]:
+        """What the language model is given of `media` beside embeddings; `visual`: (L,) where these stand."""
+        return {}

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: what vLLM answered, against transformers."""
+"""Qwen2.5-VL and Qwen3-VL: what vLLM answered, against transformers."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,6 @@ from PIL import Image
 from tests.support.engines import TOLERANCE, Answer, Engine, worst
 from tests.support.qwen2_5_vl import Medium, QwenReference
 from vllm_vtprune import PruningPolicy, plan_tokens
-from vllm_vtprune.policy import QWEN2_5_VL
 from vllm_vtprune.report import ImageReport
 
 TIE = 1e-4
@@ -28,7 +27,8 @@ def pruned(engine: Engine, reference: QwenReference, picture: Picture, policy: A
     assert features is not None
     assert features.grid == picture.whole.grid[1:]
     torch.testing.assert_close(features.embeds, picture.whole.embeds, rtol=0, atol=1e-4)
-    plan = plan_tokens(features, PruningPolicy.parse(policy), reference.noun_embeds(nouns), family=QWEN2_5_VL)
+    torch.testing.assert_close(features.deepstack, picture.whole.deepstack, rtol=0, atol=1e-4)
+    plan = plan_tokens(features, PruningPolicy.parse(policy), reference.noun_embeds(nouns), family=reference.family)
     return picture.whole._replace(kept=plan.kept)
 
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -39,6 +41,10 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+PLACEHOLDERS = {
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+    "video": "<|vision_start|><|video_pad|><|vision_end|>",
+}
 TOKEN_ID = {token: TRAINED_TOKENS + index for index, token in enumerate(SPECIAL_TOKENS)}
 PIXELS: dict[Size, tuple[int, int]] = {"tiny": (56 * 56, 784 * 784), "3b": (56 * 56, 12_845_056)}
 """Fewest and most pixels of an image after it was resized; 28 x 28 make a token."""
@@ -97,37 +103,63 @@ def write_qwen2_5_vl_checkpoint(
         shards: number of weight files; more than one come with an index.
         dtype: of the weights, and the one that the configuration announces.
     """
+    fewest, most = PIXELS[size]
+    return write_qwen_checkpoint(
+        Path(directory),
+        Qwen2_5_VLForConditionalGeneration,
+        qwen2_5_vl_config(size, dtype, tied=size == "3b" if tied is None else tied),
+        Qwen2_5_VLProcessor(
+            image_processor=Qwen2VLImageProcessor(min_pixels=fewest, max_pixels=most),
+            tokenizer=chatml_tokenizer(SPECIAL_TOKENS, max_length=131_072),
+            video_processor=Qwen2VLVideoProcessor(min_pixels=fewest, max_pixels=most),
+            chat_template=chat_template(**PLACEHOLDERS, system="You are a helpful assistant."),
+        ),
+        prefixes=RENAMES[naming],
+        weights=weights,
+        seed=seed,
+        shards=shards,
+    )
+
+
+def write_qwen_checkpoint(
+    directory: Path,
+    model_class: type[PreTrainedModel],
+    config: Any,
+    processor: ProcessorMixin,
+    *,
+    prefixes: tuple[tuple[str, str], ...] = (),
+    texture: float = 2.0,
+    weights: bool,
+    seed: int,
+    shards: int,
+) -> Path:
+    """Write a checkpoint of any Qwen-VL into `directory` and return its path.
+
+    Args:
+        model_class: of transformers, whose weights are written.
+        config: of the model; its `dtype` is that of the weights.
+        processor: with `image_processor`.
+        prefixes: (module's, file's) of the names of the weights, where they differ.
+        texture: how strongly patches differ; more where the processor leaves less contrast in the pixels.
+        weights, seed, shards: as for `write_qwen2_5_vl_checkpoint`.
+    """
     if shards < 1:
         raise ValueError(f"shards must be at least 1, not {shards}")
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = qwen2_5_vl_config(size, dtype, tied=size == "3b" if tied is None else tied)
     config.save_pretrained(directory)
     ends = [TOKEN_ID[END], TOKEN_ID[END_OF_TEXT]]
     GenerationConfig(eos_token_id=ends, pad_token_id=ends[1]).save_pretrained(directory)
-    fewest, most = PIXELS[size]
-    image_processor = Qwen2VLImageProcessor(min_pixels=fewest, max_pixels=most)
-    Qwen2_5_VLProcessor(
-        image_processor=image_processor,
-        tokenizer=chatml_tokenizer(SPECIAL_TOKENS, max_length=131_072),
-        video_processor=Qwen2VLVideoProcessor(min_pixels=fewest, max_pixels=most),
-        chat_template=chat_template(
-            image="<|vision_start|><|image_pad|><|vision_end|>",
-            video="<|vision_start|><|video_pad|><|vision_end|>",
-            system="You are a helpful assistant.",
-        ),
-    ).save_pretrained(directory)
-    image_processor.save_pretrained(
-        directory
-    )  # transformers 5 puts it into processor_config.json; released ones have this
+    processor.save_pretrained(directory)
+    # transformers 5 puts this into processor_config.json; released checkpoints have it in a file of its own
+    processor.image_processor.save_pretrained(directory)
     if weights:
         write_weights(
             directory,
-            _shapes(config),
-            rename=lambda name: renamed(name, RENAMES[naming]),
-            weight=lambda name, shape: _random_weight(name, shape, seed),
+            _shapes(model_class, config),
+            rename=lambda name: renamed(name, prefixes),
+            weight=lambda name, shape: _random_weight(name, shape, seed, texture),
             shards=shards,
-            dtype=getattr(torch, dtype),
+            dtype=config.dtype,
         )
     return directory
 
@@ -155,25 +187,26 @@ def qwen2_5_vl_config(size: Size, dtype: DType = "float32", *, tied: bool = Fals
     )
 
 
-def _shapes(config: Qwen2_5_VLConfig) -> dict[str, Shape]:
+def _shapes(model_class: type[PreTrainedModel], config: Any) -> dict[str, Shape]:
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = model_class(config)
     stored = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         del stored["lm_head.weight"]
     return stored
 
 
-def _random_weight(name: str, shape: Shape, seed: int) -> torch.Tensor:
+def _random_weight(name: str, shape: Shape, seed: int, texture: float) -> torch.Tensor:
     """Weights under which patches look different and the next token depends on all of them."""
     values = noise(name, shape, seed)
-    if "norm" in name or ".ln_q." in name:
-        return values.mul_(0.1).add_(1.0)
     if name.endswith(".bias"):
         return values.mul_(0.1)
+    if "norm" in name or ".ln_q." in name:
+        return values.mul_(0.1).add_(1.0)
     if "embed_tokens" in name:
         return values
     if "patch_embed." in name:
         values -= values.mean(dim=(2, 3, 4), keepdim=True).mul_(0.7)  # look for texture more than for brightness
-    gain = 2.0 if "patch_embed." in name or "lm_head" in name else 1.0  # attention stays even, so each token counts
+        values *= texture
+    gain = 2.0 if "lm_head" in name else 1.0  # attention stays even, so each token counts
     return values.mul_(gain / math.sqrt(math.prod(shape[1:])))

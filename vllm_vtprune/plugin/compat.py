@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm import envs as vllm_envs
 from vllm.config import KVTransferConfig, ModelConfig, MultiModalConfig, VllmConfig
@@ -22,7 +23,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm_vtprune import envs
 from vllm_vtprune.placement import device_for
 from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
-from vllm_vtprune.towers.base import PixelNorm, VisionTower, load_tower, resolve_device
+from vllm_vtprune.towers.base import PixelNorm, VisionTower, resolve_device
 
 logger = init_logger("vllm.vtprune")
 
@@ -162,7 +163,12 @@ def pixel_norm(model_config: ModelConfig) -> PixelNorm | None:
 
 
 def load_tower_of(
-    model_config: ModelConfig, architecture: str, *, largest: int, engine: VllmConfig | None
+    model_config: ModelConfig,
+    architecture: str,
+    *,
+    largest: int,
+    engine: VllmConfig | None,
+    build: Callable[[ModelConfig, torch.device], VisionTower],
 ) -> VisionTower:
     """Load the frontend tower of a model as the engine loads the model itself.
 
@@ -175,24 +181,15 @@ def load_tower_of(
         architecture: of the model.
         largest: tokens of the largest image that the processor makes.
         engine: the engine's config, which a server's processor has and one of `vllm.LLM` has not.
+        build: makes the tower, on a device.
 
     Raises:
         TowerError: the weights are not there or do not fit, or the device is not there or not known.
     """
-    load_format = envs.load_format()
     device = resolve_device(device_for(envs.device(), process_of(engine)))
     if device.type == "cuda":
         limit_memory(device, footprint_of(model_config, architecture, largest), engine)
-    tower = load_tower(
-        Path() if load_format == "dummy" else _model_directory(model_config),
-        architecture=architecture,
-        hf_config=model_config.hf_config,
-        dtype=model_config.dtype,
-        device=str(device),
-        load_format=load_format,
-        seed=model_config.seed,
-        pixel_norm=pixel_norm(model_config),
-    )
+    tower = build(model_config, device)
     logger.info(
         "Frontend vision tower loaded: %s weights, %s, %.0f MiB on %s",
         *(tower.weights, tower.dtype, tower.nbytes / 2**20, tower.device),
@@ -200,7 +197,7 @@ def load_tower_of(
     return tower
 
 
-def _model_directory(model_config: ModelConfig) -> Path:
+def model_directory(model_config: ModelConfig) -> Path:
     """The local directory of a model's files; downloads what the tower needs of a model on a hub, as vLLM does."""
     if Path(model_config.model).is_dir():
         return Path(model_config.model)

@@ -27,6 +27,7 @@ VIDEO_OPTIONS = frozenset({"do_sample_frames", "fps", "max_frames", "min_frames"
 
 SIZE_OPTIONS: dict[str, frozenset[str]] = {
     "Qwen2_5_VLForConditionalGeneration": VIDEO_OPTIONS | {"do_resize", "max_pixels", "min_pixels", "size"},
+    "Qwen3VLForConditionalGeneration": VIDEO_OPTIONS | {"do_resize", "max_pixels", "min_pixels", "size"},
     "InternVLForConditionalGeneration": VIDEO_OPTIONS | {"crop_to_patches", "max_patches", "min_patches"},
 }
 """Architecture -> options that change how many tokens an image has, in shapes that the engine takes."""

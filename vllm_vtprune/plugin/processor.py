@@ -29,12 +29,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
@@ -43,7 +44,7 @@ from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune import text
+from vllm_vtprune import envs, text
 from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
@@ -59,7 +60,7 @@ from vllm_vtprune.policy import FamilyDefaults, PruningPolicy, RatioBudget, Toke
 from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
 from vllm_vtprune.resize import largest_area
 from vllm_vtprune.runtime import PruningRuntime
-from vllm_vtprune.towers.base import VisionTower
+from vllm_vtprune.towers.base import VisionTower, load_tower
 
 logger = init_logger("vllm.vtprune")
 
@@ -142,7 +143,29 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if self._loaded.model != config.model:
             config.model, config.revision = self._loaded.model, None
         return compat.load_tower_of(
-            config, self.architecture, largest=self.info.get_max_image_tokens(), engine=self.engine
+            config,
+            self.architecture,
+            largest=self.info.get_max_image_tokens(),
+            engine=self.engine,
+            build=self.build_tower,
+        )
+
+    def build_tower(self, model_config: ModelConfig, device: torch.device) -> VisionTower:
+        """The model's vision encoder, on a device.
+
+        Raises:
+            TowerError: its weights are not there or do not fit.
+        """
+        load_format = envs.load_format()
+        return load_tower(
+            Path() if load_format == "dummy" else compat.model_directory(model_config),
+            architecture=self.architecture,
+            hf_config=model_config.hf_config,
+            dtype=model_config.dtype,
+            device=str(device),
+            load_format=load_format,
+            seed=model_config.seed,
+            pixel_norm=compat.pixel_norm(model_config),
         )
 
     # What a family says of its items

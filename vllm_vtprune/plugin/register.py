@@ -13,6 +13,7 @@ ARCHITECTURES: dict[str, str] = {
     "LlavaForConditionalGeneration": "vllm_vtprune.plugin.llava:PrunedLlavaForConditionalGeneration",
     "InternVLForConditionalGeneration": "vllm_vtprune.plugin.internvl:PrunedInternVLForConditionalGeneration",
     "LlavaNextForConditionalGeneration": "vllm_vtprune.plugin.llava_next:PrunedLlavaNextForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "vllm_vtprune.plugin.qwen3_vl:PrunedQwen3VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": "vllm_vtprune.plugin.qwen2_5_vl:PrunedQwen2_5_VLForConditionalGeneration",
 }
 """Architecture of a checkpoint -> the class that serves it, as ``module:class`` so that nothing is imported early."""

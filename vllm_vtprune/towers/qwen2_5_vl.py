@@ -143,7 +143,7 @@ class Qwen2_5_VLTower(VisionTower):
         """
         grids = [self._checked_grid(image) for image in images]
         found: list[VisualFeatures] = []
-        for batch in _batches([height * width for height, width in grids]):
+        for batch in batches([height * width for height, width in grids]):
             pixels = torch.cat([images[i]["pixel_values"].to(self.device) for i in batch])
             merged = self._forward(pixels, torch.tensor([[1, *grids[i]] for i in batch]))
             merge = self._config.spatial_merge_size
@@ -196,7 +196,7 @@ class Qwen2_5_VLTower(VisionTower):
         return merged[order.argsort()]
 
 
-def _batches(sizes: Sequence[int]) -> Iterator[range]:
+def batches(sizes: Sequence[int]) -> Iterator[range]:
     """Consecutive images that together stay within `BATCH_PATCHES`, or one that is larger alone."""
     begin, total = 0, 0
     for end, size in enumerate(sizes):

@@ -7,7 +7,7 @@ table `{prefix: (stored prefix, ...)}` says how the files may call them, most us
 import json
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = ["Aliases", "CheckpointReader", "TowerError", "fill_random", "load_into"]
+__all__ = ["Aliases", "CheckpointReader", "TowerError", "fill_random", "load_into", "random_values"]
 
 Aliases = Mapping[str, tuple[str, ...]]
 
@@ -199,13 +199,17 @@ def load_into(module: nn.Module, reader: CheckpointReader, *, device: torch.devi
 
 
 def fill_random(module: nn.Module, *, device: torch.device, dtype: torch.dtype, seed: int) -> None:
-    """Give `module`, built on the meta device, random parameters: the same for the same seed and dtype on any device.
+    """Give `module`, built on the meta device, the parameters that `random_values` draws."""
+    _assign(module, {name: value.to(device) for name, value in random_values(module, dtype=dtype, seed=seed)})
+
+
+def random_values(module: nn.Module, *, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Values for the parameters of `module`, by name, on the CPU: the same for the same seed and dtype on any device.
 
     Matrices have variance 1 / fan-in, so activations keep their scale through the depth of the tower and tokens stay
     distinct; norms are the identity and biases 0. Uniform rather than normal: 300M values in about a second.
     """
     generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         value = torch.empty(parameter.shape, dtype=dtype)
         if name.endswith("bias"):
@@ -216,8 +220,7 @@ def fill_random(module: nn.Module, *, device: torch.device, dtype: torch.dtype, 
             fan_in = parameter.numel() / (parameter.shape[0] if parameter.ndim > 1 else 1)
             bound = (3 / fan_in) ** 0.5  # a uniform law on [-b, b] has variance b^2 / 3
             value.uniform_(-bound, bound, generator=generator)
-        state[name] = value.to(device)
-    _assign(module, state)
+        yield name, value
 
 
 def _assign(module: nn.Module, state: dict[str, Tensor]) -> None:
