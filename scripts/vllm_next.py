@@ -8,14 +8,17 @@ Python works with vLLM's; the compiled code that runs is the older version's.
 """
 
 import json
+import subprocess
 import sys
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 from urllib.request import Request, urlopen
 
 import fsspec
+from aiohttp import ClientError
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = "0.33.0"
@@ -37,15 +40,31 @@ def wheel_url(version: str) -> str:
     sys.exit(f"vllm_next: {INDEX} has no wheel of {version}")
 
 
-def make(version: str, folder: Path) -> None:
-    """Fill an empty folder."""
-    with (
-        fsspec.open(wheel_url(version), block_size=2**20, cache_type="readahead") as remote,
-        zipfile.ZipFile(remote) as wheel,
-    ):
+def unpack(file: IO[bytes], folder: Path) -> None:
+    with zipfile.ZipFile(file) as wheel:
         wanted = [member for member in wheel.infolist() if member.filename.endswith(WANTED)]
         for member in sorted(wanted, key=lambda member: member.header_offset):
             wheel.extract(member, folder)
+
+
+def fetch(version: str, folder: Path) -> None:
+    """Fill an empty folder with the Python of a version; by pip, whole, where PyPI cannot be asked for ranges."""
+    try:
+        with fsspec.open(wheel_url(version), block_size=2**20, cache_type="readahead") as remote:
+            unpack(remote, folder)
+    except (OSError, ClientError) as error:
+        print(f"vllm_next: {type(error).__name__}: pip fetches the whole wheel", file=sys.stderr)
+        with TemporaryDirectory() as scratch:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"vllm=={version}"]
+            subprocess.run([*pip, "--dest", scratch], check=True, stdout=sys.stderr)
+            [wheel] = Path(scratch).glob("*.whl")
+            with wheel.open("rb") as local:
+                unpack(local, folder)
+
+
+def make(version: str, folder: Path) -> None:
+    """Fill an empty folder."""
+    fetch(version, folder)
     info = folder / f"vllm-{version}+cpu.dist-info"
     (folder / f"vllm-{version}.dist-info").rename(info)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
