@@ -101,7 +101,7 @@ def _refuse_inside(path: str, found: Mapping[str, Any], accepted: str) -> None:
 
 
 def _misspelt(path: str) -> InvalidField:
-    return InvalidField(f"{path}: unknown field (did you mean {FIELD}?).", parameter=path)
+    return InvalidField(f"{path}: unknown field (did you mean {FIELD}?); expected a field of the API.", parameter=path)
 
 
 def in_one_form(message: Any) -> Any:

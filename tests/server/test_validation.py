@@ -205,7 +205,7 @@ MISSPELT = [
 
 @pytest.mark.parametrize("key", MISSPELT)
 def test_a_field_that_is_meant_to_be_ours_is_named(key: str) -> None:
-    meant = "unknown field (did you mean pruning?)."
+    meant = "unknown field (did you mean pruning?); expected a field of the API."
     assert refusal({"messages": [USER], key: "fast"}) == (f"{key}: {meant}", key)
     image = {"type": "image_url", "image_url": {"url": "data:"}, key: "fast"}
     path = f"messages.0.content.0.{key}"
