@@ -41,6 +41,7 @@ def wheel_url(version: str) -> str:
 
 
 def unpack(file: IO[bytes], folder: Path) -> None:
+    """Put what is wanted of a wheel into a folder."""
     with zipfile.ZipFile(file) as wheel:
         wanted = [member for member in wheel.infolist() if member.filename.endswith(WANTED)]
         for member in sorted(wanted, key=lambda member: member.header_offset):

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.plugins import load_general_plugins
 
 from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
 from vllm_vtprune.features import VisualFeatures
@@ -104,6 +109,25 @@ def test_random_weights_keep_tokens_apart(model_config: Any, monkeypatch: pytest
     unit = torch.nn.functional.normalize(found.embeds - found.embeds.mean(dim=0), dim=1)
     assert (unit @ unit.T).fill_diagonal_(0).abs().max() < 0.99
     assert torch.equal(encoder.token_rows([3]), Qwen3VLEncoder.of(model_config, torch.device("cpu")).token_rows([3]))
+
+
+@pytest.mark.parametrize("size", [(320, 320), (96, 640), (1500, 900), (64, 64), (33, 200)])
+def test_tokens_are_counted_as_the_image_processor_scales(model_config: Any, size: tuple[int, int]) -> None:
+    """And a picture that is scaled down has no more of them than the budget."""
+    load_general_plugins()
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    picture = Image.new("RGB", size[::-1], "gray")
+
+    def placed(policy: object) -> int:
+        options = {} if policy is None else {"pruning": policy}
+        items = processor.info.parse_mm_data({"image": [picture]})
+        inputs = ProcessorInputs([processor.image_token_id], items, hf_processor_mm_kwargs=options)
+        [place] = processor.apply(inputs, TimingContext())["mm_placeholders"]["image"]
+        return int(place.get_num_embeds())
+
+    whole = placed(None)
+    assert processor.num_tokens(size, {}) == whole
+    assert 1 <= placed({"method": "resize", "budget": {"type": "tokens", "keep": 9}}) <= min(9, whole)
 
 
 def test_another_device_than_vllm_s_is_refused(model_config: Any) -> None:
