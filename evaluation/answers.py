@@ -18,7 +18,8 @@ from vllm_vtprune_evaluation.questions import Picture
 CODE = (
     "vllm_vtprune",
     "vllm_vtprune.selectors",
-    "vllm_vtprune.towers",
+    "vllm_vtprune.plugin.families",
+    "vllm_vtprune.plugin.vision",
     "vllm_vtprune.demo.scenes",
     "vllm_vtprune_evaluation.forward",
     "vllm_vtprune_evaluation.in_llm",

@@ -25,6 +25,7 @@ from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.inspection import InspectionFailed, features_of, pruning_processor
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.policy import EnergyBudget, PruningPolicy, TokensBudget
+from vllm_vtprune.sequence import sequence
 from vllm_vtprune.text import read_prompt
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm
@@ -200,7 +201,7 @@ class Offline:
         runtime = self._processor.runtime
         for (_, nouns), (policy, askers) in reasons.items():
             plan = runtime.plan(features, policy, nouns)
-            yield _Kept(runtime.tower.sequence(features, plan), askers)
+            yield _Kept(sequence(features, plan), askers)
 
     def _nouns(self, policy: PruningPolicy, question: str) -> tuple[int, ...]:
         """Token ids of the nouns that the server would read in a message with the picture and the question."""

@@ -38,11 +38,12 @@ class Acceptance:
 
     Args:
         renderer: of the server.
-        architecture: of the model, where it can be pruned; None where its options are not known.
+        options: of its HF processor that a model which can be pruned takes from requests, beside the values of pixels;
+            None where they are not known.
     """
 
-    def __init__(self, renderer: BaseRenderer[Any], architecture: str | None) -> None:
-        self._architecture = architecture
+    def __init__(self, renderer: BaseRenderer[Any], options: frozenset[str] | None) -> None:
+        self._options = options
         info = None if renderer.mm_processor is None else renderer.mm_processor.info
         self._limits: Mapping[str, int] = {} if info is None else info.allowed_mm_limits
         self._tokens: Collection[str] = ()
@@ -61,8 +62,8 @@ class Acceptance:
             InvalidField: naming the field, its value and what is accepted.
             VLLMValidationError: the same of an option for the image processor.
         """
-        if self._architecture is not None:
-            check_options(self._architecture, request.mm_processor_kwargs or {})
+        if self._options is not None:
+            check_options(self._options, request.mm_processor_kwargs or {})
         media = [("image", image.field) for image in request.images]
         media += [(MODALITIES[part.param.rpartition(".")[2]], part.param) for part in request.other_media]
         self._check_counts(media)

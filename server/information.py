@@ -10,7 +10,7 @@ import vllm
 from pydantic import BaseModel, Field
 
 import vllm_vtprune
-from vllm_vtprune.policy import FamilyDefaults
+from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune.selectors.registry import COSTS, METHODS, Cost, MethodSpec
 from vllm_vtprune.text import text_pipeline_name
@@ -60,31 +60,40 @@ class PruningInformation(BaseModel):
     presets: dict[str, dict[str, Any]] = Field(description="Policies by name.")
     aliases: dict[str, str] = Field(description="Model names that select a preset -> that preset.")
     methods: list[Method]
+    family: str | None = Field(description="The family of models that the model belongs to; null where it is unpruned.")
+    untuned: bool = Field(description="Whether the defaults were not chosen for models of this kind.")
     tower: Tower | None = Field(description="null where the model is served unpruned, whatever a request asks for.")
     text_pipeline: str = Field(description="What finds the nouns of a question.")
     versions: Versions
 
 
 def pruning_information(
-    policies: Policies, runtime: PruningRuntime, *, prunes: bool, models: list[str], aliases: dict[str, str]
+    policies: Policies,
+    runtime: PruningRuntime,
+    *,
+    family: Family | None,
+    models: list[str],
+    aliases: dict[str, str],
 ) -> PruningInformation:
     """The answer of ``GET /v1/pruning``.
 
     Args:
         policies: the operator's.
         runtime: of this process; its tower is loaded if it is not yet.
-        prunes: whether the model can be pruned.
+        family: of the model; None where it cannot be pruned.
         models: the names under which the model is served.
         aliases: model names that select a preset, with that preset.
     """
-    tower = runtime.tower if prunes else None
+    tower = None if family is None else runtime.tower
     return PruningInformation(
         models=models,
         default=policies.default.dump(),
         default_preset=policies.default_preset,
         presets={name: policy.dump() for name, policy in policies.presets.items()},
         aliases=aliases,
-        methods=[_method(spec, runtime.family if prunes else None) for spec in METHODS.values()],
+        family=None if family is None else family.name,
+        untuned=family is not None and not family.tuned,
+        methods=[_method(spec, family) for spec in METHODS.values()],
         tower=None
         if tower is None
         else Tower(
@@ -103,7 +112,7 @@ def pruning_information(
     )
 
 
-def _method(spec: MethodSpec, family: FamilyDefaults | None) -> Method:
+def _method(spec: MethodSpec, family: Family | None) -> Method:
     return Method(
         name=spec.name,
         idea=spec.idea,

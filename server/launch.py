@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_vtprune.demo.checkpoint import embedded_checkpoint
-from vllm_vtprune.plugin.register import ARCHITECTURES
+from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.plugin.version import require_tested_vllm
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.presets import PresetsError, read_presets
@@ -188,24 +188,26 @@ def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
     """Exit if the model should be pruned and would not be.
 
     vLLM logs a plugin that fails to load and goes on: without this check, a model could be served unpruned silently. A
-    model of an architecture that is not ours is served unpruned, unless the default asks for pruning.
+    model that cannot be pruned is served unpruned, unless the default asks for pruning.
     """
     from vllm.model_executor.model_loader import get_model_architecture
 
+    from vllm_vtprune.plugin.model import PrunedModel
+
     model_class, architecture = get_model_architecture(model_config)
-    expected = ARCHITECTURES.get(architecture)
-    found = f"{model_class.__module__}:{model_class.__qualname__}"
-    if expected is None:
-        unpruned = f"{model_config.model} has the architecture {architecture}, which cannot be pruned yet"
-        known = ", ".join(ARCHITECTURES)
-        if default.enabled:
-            sys.exit(f"vtprune serve: {unpruned}, but --pruning-default asks for it; expected one of {known}.")
-        print(f"vtprune serve: {unpruned}: it is served UNPRUNED. To prune, serve one of {known}.", file=sys.stderr)
-    elif found != expected:
+    if issubclass(model_class, PrunedModel):
+        return
+    if architecture in ARCHITECTURES:
         sys.exit(
             f"vtprune serve: {model_config.model} would be served unpruned: its architecture {architecture} resolves "
-            f"to {found}, expected {expected}. Is another plugin registering it, or did ours fail to load (see above)?"
+            f"to {model_class.__module__}:{model_class.__qualname__}, expected {ARCHITECTURES[architecture]}. Is another "
+            "plugin registering it, or did ours fail to load (see above)?"
         )
+    unpruned = f"{model_config.model} has the architecture {architecture}, which cannot be pruned"
+    known = ", ".join(ARCHITECTURES)
+    if default.enabled:
+        sys.exit(f"vtprune serve: {unpruned}, but --pruning-default asks for it; expected one of {known}.")
+    print(f"vtprune serve: {unpruned}: it is served UNPRUNED. To prune, serve one of {known}.", file=sys.stderr)
 
 
 def _with_model(argv: list[str]) -> list[str]:

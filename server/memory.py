@@ -18,7 +18,7 @@ from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.placement import GIB, Process, most_on_one_gpu, reserve
 from vllm_vtprune.plugin.gpu import footprint_of, seen_by_process
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.towers.weights import TowerError
+from vllm_vtprune.tower import TowerError
 
 CPU_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 EMBEDDED_KV_CACHE = GIB
@@ -106,8 +106,8 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
     """Have the engines leave the vision encoders of the API processes their room on the GPUs that they share.
 
     Sets ``--mm-ipc-gpu-memory-gb``, which vLLM 0.32.0 takes off the KV cache on every GPU (multimodal/
-    gpu_ipc_memory.py), unless it was given. Nothing is reserved where images are encoded on a CPU or on a GPU without
-    an engine, nor for models that cannot be pruned and instances that do not prune.
+    gpu_ipc_memory.py), unless it was given. Nothing is reserved where images are encoded on a GPU without an engine,
+    nor for models that cannot be pruned and instances that do not prune.
 
     Raises:
         SystemExit: what was given does not hold the encoders, or their device is not there or not known.
@@ -122,7 +122,7 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
         sharing = most_on_one_gpu(envs.device(), api_processes(args))
         if not sharing:
             return
-        need = footprint_of(model_config, processor.architecture, processor.info.get_max_image_tokens())
+        need = footprint_of(model_config, processor.family, processor.info.get_max_image_tokens())
         found = reserve(need, processes=sharing, card=current_platform.get_device_total_memory(), given=given)
     except TowerError as error:
         sys.exit(f"vtprune serve: {error}")

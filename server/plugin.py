@@ -89,7 +89,7 @@ async def show_pruning(raw_request: Request) -> PruningInformation:
     return pruning_information(
         serving.policies,
         serving.runtime,
-        prunes=serving.processor is not None,
+        family=None if serving.processor is None else serving.processor.family,
         models=[model.name for model in registry.base_model_paths],
         aliases={alias: preset for alias, (_, preset) in registry.aliases.items()},
     )
@@ -150,7 +150,7 @@ class ServerPlugin:
             if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
                 logger.warning("No engine runs on this machine: start this process anew when one reloads its weights")
             runtime = processor.runtime
-            runtime.warm_up()
+            processor.warm_up()
             tower = runtime.tower
             built: tuple[str, str, str] = tower.weights, str(tower.device), str(tower.dtype).removeprefix("torch.")
         elif policies.default.enabled:

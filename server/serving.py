@@ -76,8 +76,8 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         serving.online_renderer.trust_request_mm_kwargs = True
         serving.processor, serving.runtime = processor, runtime
         serving.policies = policies
-        architecture = None if processor is None else processor.architecture
-        serving.acceptance = Acceptance(serving.online_renderer.renderer, architecture)
+        options = None if processor is None else processor.family.options
+        serving.acceptance = Acceptance(serving.online_renderer.renderer, options)
         serving.trust_request_mm_kwargs = trust_request_mm_kwargs
         return serving
 

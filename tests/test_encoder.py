@@ -9,7 +9,7 @@ import torch
 
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.encoder import BatchingEncoder, Encoded
-from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
 
 MAX_BATCH = 4
 LIMIT = 60  # seconds: nothing here should take any
@@ -24,7 +24,7 @@ class FakeTower:
         self.allowed = threading.Semaphore(0)
 
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        pixels = torch.stack([image["pixel_values"] for image in images])
+        pixels = torch.stack([image.item for image in images])
         self.batches.append([float(image.flatten()[0]) for image in pixels])
         self.entered.release()
         assert self.allowed.acquire(timeout=LIMIT)
@@ -61,8 +61,8 @@ def encoder(tower: FakeTower) -> BatchingEncoder:
     return encoder_of(tower)
 
 
-def submit(encoder: BatchingEncoder, value: float, size: int = 3) -> Future[Encoded]:
-    return encoder.submit(f"image {value}", {"pixel_values": torch.full((size,), float(value))})
+def submit(encoder: BatchingEncoder, value: float) -> Future[Encoded]:
+    return encoder.submit(f"image {value}", PreparedImage(torch.full((3,), float(value)), Layout(3)))
 
 
 def value_of(future: Future[Encoded]) -> float:
@@ -90,15 +90,6 @@ def test_what_waits_goes_together_in_order_up_to_the_largest_batch(tower: FakeTo
     assert sizes == [1, 4, 2]
     forwards = [future.result().forward for future in others]
     assert len({id(forward) for forward in forwards}) == 2, "a batch is one run"
-
-
-def test_images_of_several_shapes_are_not_mixed(tower: FakeTower, encoder: BatchingEncoder) -> None:
-    first = submit(encoder, 0)
-    tower.wait_until_busy()
-    others = [submit(encoder, value, size=3 + value % 2) for value in range(1, 5)]
-    tower.go_on()
-    assert [value_of(future) for future in (first, *others)] == [0, 2, 4, 6, 8]
-    assert tower.batches == [[0], [1, 3], [2, 4]]
 
 
 def test_an_image_is_encoded_once_for_all_who_want_it(tower: FakeTower, encoder: BatchingEncoder) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_vtprune import runtime as module
-from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.policy import LLAVA, PruningPolicy
 from vllm_vtprune.runtime import PruningRuntime
 
@@ -55,7 +55,7 @@ def runtime() -> PruningRuntime:
 
 
 def encode(runtime: PruningRuntime, key: str) -> VisualFeatures:
-    return runtime.encoder.submit(key, {}).result(60).features
+    return runtime.encoder.submit(key, PreparedImage({}, Layout(4))).result(60).features
 
 
 def test_a_fresh_image_is_copied_once(runtime: PruningRuntime, copies: Copies, planned: list[VisualFeatures]) -> None:

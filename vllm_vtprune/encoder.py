@@ -13,8 +13,6 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import torch
-
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 
@@ -61,10 +59,6 @@ class _Work:
         return self.askers[-1]
 
     @property
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: tensor.shape for name, tensor in self.image.items()}
-
-    @property
     def abandoned(self) -> bool:
         return all(asker.cancelled() for asker in self.askers)
 
@@ -76,7 +70,7 @@ class BatchingEncoder:
     encoded. What the encoder raises reaches those who asked for that image, and nobody else.
 
     Args:
-        encode: B images -> B features. Called from one thread at a time, with images whose tensors have equal shapes.
+        encode: B images -> B features. Called from one thread at a time.
         cache: where features are kept, and looked for.
         to_cache: makes of the features of a key what is kept of them, and handed out. What the encoder computes may
             still be under way before (on a GPU), so errors and time of this call are the encoder's.
@@ -141,13 +135,13 @@ class BatchingEncoder:
             self._encode_batch(batch)
 
     def _take(self) -> list[_Work]:
-        """The next batch: those of one shape that have waited longest, without the abandoned."""
+        """The next batch: those that have waited longest, without the abandoned."""
         batch: list[_Work] = []
         with self._lock:
             for work in [work for work in self._on_their_way.values() if not work.running]:
                 if work.abandoned:
                     del self._on_their_way[work.key]
-                elif len(batch) < self._max_batch and (not batch or work.shapes == batch[0].shapes):
+                elif len(batch) < self._max_batch:
                     work.running = True
                     batch.append(work)
         return batch

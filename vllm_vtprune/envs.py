@@ -103,8 +103,9 @@ device = Variable(
     default="auto",
     parse=_device,
     accepts="auto, cpu, cuda or cuda:INDEX",
-    doc="Where the API process computes visual features. auto: on the first GPU of its engine; on the CPU only where "
-    "vLLM runs on CPUs. Where that GPU is not visible or not known, the server does not start, and asks for a value.",
+    doc="Where the API process computes visual features, with vLLM's code. auto: on the first GPU of its engine; on "
+    "the CPU where vLLM runs on CPUs, and only there. Where that GPU is not known, the server does not start, and asks "
+    "for cuda:INDEX.",
 )
 feature_cache_gb = Variable(
     name="VTPRUNE_FEATURE_CACHE_GB",
@@ -127,8 +128,9 @@ load_format = Variable(
     default="auto",
     parse=str,
     accepts="a load format of vLLM",
-    doc="How the vision tower gets its weights: dummy for random ones, anything else reads safetensors. "
-    "`vtprune serve` sets it to its own --load-format; set it yourself beside LLM(load_format='dummy').",
+    doc="How vLLM loads the API process's vision encoder: dummy for random weights; with any other format, the "
+    "embeddings of words are read from *.safetensors. `vtprune serve` sets it to its own --load-format; set it "
+    "yourself beside LLM(load_format=...).",
 )
 download_dir: Variable[Path | None] = Variable(
     name="VTPRUNE_DOWNLOAD_DIR",

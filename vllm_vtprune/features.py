@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-PreparedImage = Mapping[str, Tensor]
-"""One image as the image processor of its model prepares it: tensors without a batch dimension, by name."""
 
 Box: TypeAlias = tuple[float, float, float, float]
 """A part of an image: top, left, bottom and right, as shares of its height and width."""
@@ -52,6 +48,42 @@ class Tiles:
 
 
 @dataclass(frozen=True, eq=False)
+class Layout:
+    """How the tokens of an image lie, in the order in which the language model reads them.
+
+    Attributes:
+        patches: how many the encoder computes for the image.
+        grid, tiles: as of `VisualFeatures`.
+        sources: ``(N,)`` int64, for each token the row of the connector's input that it comes from, among those of the
+            image. None where they have the same order.
+        scaled: rows and columns of the canvas that ``sources`` gives instead of that of ``tiles``, to which the model
+            scales it after the connector (bilinear). None where each token comes from one row.
+        places: ``(N,)`` int64, for each token the row of the model's embeddings of the image that it is; the other rows
+            are newlines. None where all rows are tokens.
+    """
+
+    patches: int
+    grid: tuple[int, int] | None = None
+    tiles: Tiles | None = None
+    sources: Tensor | None = None
+    scaled: tuple[int, int] | None = None
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """One image as the image processor of its model leaves it.
+
+    Attributes:
+        item: vLLM's, with the fields that the model takes.
+        layout: how the image's tokens will lie.
+    """
+
+    item: Any
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
 class VisualFeatures:
     """The ``N`` visual tokens of one image.
 
@@ -64,6 +96,7 @@ class VisualFeatures:
         tiles: tile of every token, for tiled models.
         cls_attention: ``(N,)`` attention from the encoder's CLS token, mean over heads.
         overview_attention: ``(n,)`` early-layer CLS attention of the overview tile of a tiled model.
+        newline: ``(d + p,)`` what the model puts after each row of ``tiles.canvas``; None where it puts nothing there.
         deepstack: ``(N, p)`` what deeper layers of the language model read of each token, which goes where the token
             goes; no method looks at it.
         keys: ``(N, d_k)`` keys of the same encoder layer, mean over heads, for the methods that merge by them.
@@ -80,18 +113,19 @@ class VisualFeatures:
     overview_attention: Tensor | None = None
     keys: Tensor | None = None
     deepstack: Tensor | None = None
+    newline: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.embeds.shape[0] if self.embeds.ndim else 0
         if n == 0:
             raise ValueError(f"embeds must have shape (N, d) with N >= 1, got {tuple(self.embeds.shape)}")
-        rank = {"encoder": 2, "embeds": 2, "keys": 2, "deepstack": 2, "cls_attention": 1, "overview_attention": 1}
+        rank = dict(encoder=2, embeds=2, keys=2, deepstack=2, cls_attention=1, overview_attention=1, newline=1)
         for name, value in self._tensors().items():
             if value.ndim != rank[name] or 0 in value.shape:
                 raise ValueError(f"{name} must have {rank[name]} non-empty dimension(s), got {tuple(value.shape)}")
             if not value.is_floating_point():
                 raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
-            if name != "overview_attention" and value.shape[0] != n:
+            if name not in ("overview_attention", "newline") and value.shape[0] != n:
                 raise ValueError(f"{name} has {value.shape[0]} tokens, but embeds has {n}")
         if self.grid is not None and (min(self.grid) < 1 or prod(self.grid) != n):
             raise ValueError(f"grid {self.grid} does not hold {n} tokens")
@@ -126,6 +160,13 @@ class VisualFeatures:
         assert self.tiles.overview is not None
         overview = self.tiles.grids[self.tiles.overview]
         return (overview, self.tiles.canvas) if prod(self.tiles.canvas) else (overview,)
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Rows and columns of ``tiles.canvas``, for features that have one."""
+        assert self.tiles is not None
+        assert self.tiles.canvas is not None
+        return self.tiles.canvas
 
     @property
     def boxes(self) -> tuple[Box | None, ...]:

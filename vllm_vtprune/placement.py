@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from vllm_vtprune.towers.weights import TowerError
+from vllm_vtprune.tower import TowerError
 
 __all__ = ["Footprint", "Process", "Reservation", "allocator_fraction", "device_for", "most_on_one_gpu", "reserve"]
 
@@ -57,53 +57,61 @@ class Process:
 
 
 def device_for(asked: str, process: Process) -> str:
-    """Where a process encodes: on the first GPU of the engine of its rank, where the machine has GPUs.
+    """Where a process encodes: on the first GPU of the engine of its rank, where vLLM runs on GPUs.
 
-    Several API processes take turns over the engines, so that no GPU has more of them than it must.
+    vLLM's code encodes, which runs on vLLM's platform alone. Several API processes take turns over the engines, so that
+    no GPU has more of them than it must.
 
     Args:
-        asked: auto, cpu, cuda or cuda:INDEX; only auto and cuda leave anything to decide.
+        asked: auto, cpu, cuda or cuda:INDEX.
         process: who asks.
 
     Returns:
-        A device for torch.
+        A device for torch: cpu or cuda:INDEX.
 
     Raises:
-        TowerError: it would be a CPU beside an accelerator and nobody asked for that, or the GPU is not known.
+        TowerError: the device is none of vLLM's platform or not visible, or which GPU it is is not known.
     """
-    if asked not in ("auto", "cuda"):
-        return asked
     if process.platform == "cpu":
-        return "cpu" if asked == "auto" else asked
+        if asked not in ("auto", "cpu"):
+            raise _wrong(f"this build of vLLM encodes images on the CPU, not on {asked}", "auto")
+        return "cpu"
     if process.platform not in GPU_PLATFORMS:
-        raise _undecided(f"images cannot be encoded on the platform {process.platform}", "cpu, which is slow")
+        raise TowerError(
+            f"images cannot be encoded on vLLM's platform {process.platform!r}; expected {', '.join(GPU_PLATFORMS)} or "
+            "cpu: a GPU that vLLM finds, or vLLM's CPU build"
+        )
     if not process.visible:
-        raise _undecided("this process sees no GPU to encode images on", "cpu, which is slow")
-    return f"cuda:{_gpu(process)}"
+        raise TowerError("this process sees no GPU to encode images on; expected one in CUDA_VISIBLE_DEVICES")
+    if asked == "cpu":
+        raise _wrong("this build of vLLM encodes images on GPUs, not on the CPU", "auto or cuda:INDEX")
+    if asked in ("auto", "cuda"):
+        return f"cuda:{_gpu(process)}"
+    if int(asked.partition(":")[2]) >= len(process.visible):
+        raise _wrong(f"{asked} is not there: this process sees {len(process.visible)} GPUs", "auto or another index")
+    return asked
 
 
 def _gpu(process: Process) -> int:
     """Index among the visible GPUs of the first one of this process's engine."""
     if process.engines == 0:
-        raise _undecided("no engine runs on this machine, so that none of its GPUs is known to be free", "cuda:INDEX")
+        raise _wrong("no engine runs on this machine, so that none of its GPUs is known to be free", "cuda:INDEX")
     engine = process.first_engine + process.rank % process.engines
     if process.gpus is None:
         if engine:
-            raise _undecided(
-                f"this is data-parallel rank {engine}, whose GPU the processor is not told of", "cuda:INDEX"
-            )
+            raise _wrong(f"this is data-parallel rank {engine}, whose GPU the processor is not told of", "cuda:INDEX")
         return 0
     first = engine * process.gpus
     if process.ray:
         if len(process.visible) > process.engines * process.gpus:
-            raise _undecided(
+            raise _wrong(
                 f"Ray chose which of the {len(process.visible)} visible GPUs the engine has, and does not tell here",
                 "cuda:INDEX",
             )
         return first % len(process.visible)
     given = process.visible if process.assigned is None else process.assigned
     if first >= len(given) or given[first] not in process.visible:
-        raise _undecided(
+        raise _wrong(
             f"GPU {given[first] if first < len(given) else first} of engine {engine} is not visible to this process, "
             f"which sees {len(process.visible)}",
             "cuda:INDEX",
@@ -111,7 +119,7 @@ def _gpu(process: Process) -> int:
     return process.visible.index(given[first])
 
 
-def _undecided(problem: str, answer: str) -> TowerError:
+def _wrong(problem: str, answer: str) -> TowerError:
     return TowerError(f"{problem}; set VTPRUNE_DEVICE to {answer}")
 
 

@@ -173,16 +173,6 @@ _CHOICES_THAT_NEED: dict[tuple[str, str], Input] = {
 }
 
 LLAVA = FamilyDefaults(clip_alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid", "positions"}))
-LLAVA_NEXT = FamilyDefaults(
-    clip_alpha=0.75, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
-)
-INTERNVL = FamilyDefaults(  # clip_alpha: that of Qwen2.5-VL, whose language model InternVL3 has; not calibrated
-    clip_alpha=0.3, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"})
-)
-QWEN3_VL = FamilyDefaults(  # clip_alpha: that of Qwen2.5-VL; not calibrated
-    clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"})
-)
-QWEN2_5_VL = FamilyDefaults(clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"}))
 
 DEFAULT_GATE = "minmax"
 GATE_ALPHAS: Mapping[str, float] = MappingProxyType({"minmax": 0.5})

@@ -81,10 +81,15 @@ class StageRun:
 
 @dataclass
 class RequestReport:
-    """All images of one request, in prompt order, and the stages that their plans took."""
+    """All images of one request, in prompt order, and the stages that their plans took.
+
+    Attributes:
+        untuned: whether the defaults were not chosen for models of this kind.
+    """
 
     images: list[ImageReport] = field(default_factory=list)
     text_pipeline: str | None = None
+    untuned: bool = False
     stages: list[StageRun] = field(default_factory=list)
 
     @property
@@ -148,6 +153,7 @@ class RequestReport:
             "preset": preset,
             "budget": policy.budget.model_dump() if policy.enabled else None,
             "text_pipeline": self.text_pipeline,
+            "untuned": self.untuned,
             "images": [image.to_json() for image in self.images],
             "timings_ms": {
                 stage: None if seconds is None else round(seconds * 1000, 3) for stage, seconds in timings.items()

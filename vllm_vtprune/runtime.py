@@ -20,7 +20,7 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.policy import EnergyBudget, FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
-from vllm_vtprune.towers.base import VisionTower
+from vllm_vtprune.tower import VisionTower
 
 HOST = torch.device("cpu")
 """Where features wait: the engine has the GPU's memory, and copying an image back is quick beside encoding it."""
@@ -117,13 +117,16 @@ class PruningRuntime:
         """Whether the vision tower was loaded, without loading it."""
         return self._tower is not None
 
-    def warm_up(self) -> None:
+    def warm_up(self, image: PreparedImage) -> None:
         """Load the tower and the text pipeline; prune a blank image, and noise of as many tokens as images have.
 
         So the first request does not wait for them, nor for what PyTorch and Triton prepare on first use: of a blank
         image the tokens may be all alike, and next to nothing is computed.
+
+        Args:
+            image: a blank one.
         """
-        [features] = self._encode([self.tower.blank()])
+        [features] = self._encode([image])
         generator = torch.Generator().manual_seed(0)
         encoder, embeds = (
             torch.randn(WARM_UP_TOKENS, rows.shape[1], generator=generator).to(rows)
@@ -131,8 +134,8 @@ class PruningRuntime:
         )
         budget = {"type": "energy", "min_tokens": WARM_UP_KEPT, "max_tokens": WARM_UP_KEPT}
         policy = PruningPolicy.parse({"budget": budget})
-        for image in (features, VisualFeatures(encoder, embeds)):  # which has no CLS attention: each resolves it anew
-            self.plan(image, policy, ())
+        for its in (features, VisualFeatures(encoder, embeds)):  # which has no CLS attention: each resolves it anew
+            self.plan(its, policy, ())
         text.extract_nouns("What is in the image?")
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:

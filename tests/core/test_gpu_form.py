@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.defaults import QWEN
 from tests.support.kernel_forms import form_of
 from tests.support.pretend_device import NAME, PretendDevice
 from vllm_vtprune import PruningPlan, PruningPolicy, VisualFeatures, plan_tokens, text
 from vllm_vtprune.budget import exact_spectrum, spectrum
-from vllm_vtprune.policy import QWEN2_5_VL
+from vllm_vtprune.features import Layout, PreparedImage
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune.selectors import SELECTORS, pivots, pivots_triton
 
@@ -196,9 +197,6 @@ class Tower:
 
     device = torch.device(NAME)
 
-    def blank(self) -> dict[str, Tensor]:
-        return {}
-
     def encode(self, images: Sequence[object]) -> list[VisualFeatures]:
         return [VisualFeatures(torch.ones(64, 96), torch.ones(64, 128), (8, 8)).to(NAME) for _ in images]
 
@@ -207,13 +205,13 @@ def test_after_the_warm_up_nothing_is_left_to_compile(
     device: PretendDevice, drafts: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "extract_nouns", lambda prompt: [])
-    runtime = PruningRuntime(Tower, QWEN2_5_VL, "model")  # type: ignore[arg-type]
+    runtime = PruningRuntime(Tower, QWEN, "model")  # type: ignore[arg-type]
     with device:
-        runtime.warm_up()
+        runtime.warm_up(PreparedImage({}, Layout(256)))
         warm = list(drafts)
         for n, k in ((64, 1), (64, 40), (576, 64), (2880, 128), (1089, 121)):
             features = VisualFeatures(torch.ones(n, 96), tokens_of("random", n, 128)).to(NAME)
-            policy = PruningPolicy.parse({"budget": {"type": "tokens", "keep": k}}).resolve(QWEN2_5_VL)
+            policy = PruningPolicy.parse({"budget": {"type": "tokens", "keep": k}}).resolve(QWEN)
             runtime.plan(features, policy, ())
     assert len(drafts) > len(warm)
     assert {form for form, _, _ in drafts} == {form for form, _, _ in warm}

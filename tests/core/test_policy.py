@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.defaults import QWEN
 from vllm_vtprune.policy import (
     BUILTIN_PRESETS,
     GATE_ALPHAS,
     LLAVA,
     MAX_QUERY_CHARS,
     OFF,
-    QWEN2_5_VL,
     EnergyBudget,
     FamilyDefaults,
     PolicyError,
@@ -211,16 +211,16 @@ def test_conditions_on_text(fields: dict[str, object], conditions: bool) -> None
 def test_resolve_fills_what_the_method_reads() -> None:
     llava = PruningPolicy().resolve(LLAVA)
     assert (llava.gate, llava.alpha, llava.seed_token, llava.importance) == ("minmax", ALPHA, "cls", "auto")
-    qwen = PruningPolicy().resolve(QWEN2_5_VL)
+    qwen = PruningPolicy().resolve(QWEN)
     assert (qwen.gate, qwen.alpha, qwen.seed_token) == ("minmax", ALPHA, "norm")
-    for family, alpha in ((LLAVA, 0.75), (QWEN2_5_VL, 0.3)):
+    for family, alpha in ((LLAVA, 0.75), (QWEN, 0.3)):
         assert PruningPolicy.parse({"gate": "clip"}).resolve(family).alpha == alpha
     asked = PruningPolicy.parse({"alpha": 0.5, "seed_token": "mean"}).resolve(LLAVA)
     assert (asked.alpha, asked.seed_token) == (0.5, "mean")
     assert OFF.resolve(LLAVA) is OFF
     adaptprune = PruningPolicy.parse({"method": "adaptprune", "radius": 3}).resolve(LLAVA)
     assert (adaptprune.importance, adaptprune.sigma_d, adaptprune.sigma_s, adaptprune.radius) == ("cls", 1.5, 0.05, 3)
-    assert PruningPolicy.parse({"method": "adaptprune"}).resolve(QWEN2_5_VL).importance == "norm"
+    assert PruningPolicy.parse({"method": "adaptprune"}).resolve(QWEN).importance == "norm"
     uniform = PruningPolicy.parse({"method": "uniform"})
     assert uniform.resolve(LLAVA) == uniform
     assert PruningPolicy.parse(llava.dump()) == llava
@@ -229,7 +229,7 @@ def test_resolve_fills_what_the_method_reads() -> None:
 
 def test_resolve_refuses_what_the_family_cannot_give() -> None:
     with pytest.raises(PolicyError, match=r'p.seed_token: "cls" needs cls_attention') as raised:
-        PruningPolicy.parse({"seed_token": "cls"}).resolve(QWEN2_5_VL, param="p")
+        PruningPolicy.parse({"seed_token": "cls"}).resolve(QWEN, param="p")
     assert (raised.value.param, raised.value.value) == ("p.seed_token", "cls")
     with pytest.raises(PolicyError, match='"center" needs grid'):
         PruningPolicy.parse({"seed_token": "center"}).resolve(FamilyDefaults(0.5, frozenset()))
@@ -237,7 +237,7 @@ def test_resolve_refuses_what_the_family_cannot_give() -> None:
 
 def test_a_method_the_family_cannot_run_is_refused_with_those_it_can() -> None:
     with pytest.raises(PolicyError, match="method visionzip needs cls_attention, which this model") as raised:
-        PruningPolicy.parse({"method": "visionzip"}).resolve(QWEN2_5_VL, param="p")
+        PruningPolicy.parse({"method": "visionzip"}).resolve(QWEN, param="p")
     assert (raised.value.param, raised.value.value) == ("p.method", "visionzip")
     accepted = raised.value.accepted.removeprefix("one of ").split(", ")
     assert {"none", "resprune", "adaptprune", "divprune", "uniform"} <= set(accepted)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tests.support.defaults import QWEN, TILED
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import fixed_count
-from vllm_vtprune.policy import INTERNVL, LLAVA, LLAVA_NEXT, QWEN2_5_VL, FamilyDefaults, PolicyError, RatioBudget
+from vllm_vtprune.policy import LLAVA, FamilyDefaults, PolicyError, RatioBudget
 from vllm_vtprune.resize import largest_area
 from vllm_vtprune.selectors import METHODS, SELECTORS
 
@@ -38,7 +39,7 @@ def test_it_reads_nothing_but_its_budget() -> None:
             resize(**{field: value})
 
 
-@pytest.mark.parametrize("family", [LLAVA, LLAVA_NEXT, INTERNVL])
+@pytest.mark.parametrize("family", [LLAVA, TILED])
 def test_models_of_a_fixed_resolution_refuse_it(family: FamilyDefaults) -> None:
     with pytest.raises(PolicyError) as raised:
         resize().resolve(family)
@@ -48,9 +49,9 @@ def test_models_of_a_fixed_resolution_refuse_it(family: FamilyDefaults) -> None:
 
 
 def test_qwen_takes_it() -> None:
-    assert resize().resolve(QWEN2_5_VL) == resize()
+    assert resize().resolve(QWEN) == resize()
     with pytest.raises(PolicyError) as raised:
-        PruningPolicy.parse({"method": "tome"}).resolve(QWEN2_5_VL)
+        PruningPolicy.parse({"method": "tome"}).resolve(QWEN)
     assert "resize" in raised.value.accepted.split(", ")
 
 
@@ -58,7 +59,7 @@ def test_it_is_a_method_but_chooses_no_tokens() -> None:
     assert set(METHODS) - set(SELECTORS) == {"resize"}
     features = VisualFeatures(torch.randn(16, 4), torch.randn(16, 4), (4, 4))
     with pytest.raises(PolicyError, match="method resize scales the picture before it is encoded") as raised:
-        plan_tokens(features, resize(), family=QWEN2_5_VL)
+        plan_tokens(features, resize(), family=QWEN)
     assert raised.value.param == "pruning.method"
     assert raised.value.accepted == "one of " + ", ".join(SELECTORS)
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.support.defaults import QWEN
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
-from vllm_vtprune.policy import GATE_ALPHAS, LLAVA, QWEN2_5_VL
+from vllm_vtprune.policy import GATE_ALPHAS, LLAVA
 from vllm_vtprune.selectors.resprune import text_relevance
 
 
@@ -196,7 +197,7 @@ def test_alpha_zero_ignores_the_text_and_each_gate_sets_its_default() -> None:
     plain = plan_tokens(features, policy(40)).order
     assert torch.equal(plan_tokens(features, policy(40, alpha=0), text).order, plain)
     assert torch.equal(plan_tokens(features, policy(40), text[:0]).order, plain)
-    for family, clip_alpha in ((LLAVA, 0.75), (QWEN2_5_VL, 0.3)):
+    for family, clip_alpha in ((LLAVA, 0.75), (QWEN, 0.3)):
         for form, alpha in (("auto", GATE_ALPHAS["minmax"]), ("minmax", GATE_ALPHAS["minmax"]), ("clip", clip_alpha)):
             default = plan_tokens(features, policy(40, gate=form), text, family=family).order
             assert torch.equal(default, plan_tokens(features, policy(40, gate=form, alpha=alpha), text).order)

@@ -16,6 +16,9 @@ from threading import Thread
 
 import pytest
 import yaml
+from vllm import AsyncEngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.plugins import load_general_plugins
 
 from deploy.grafana import plot
 from deploy.grafana.plot import Prometheus
@@ -23,8 +26,10 @@ from tests.support.chat import VISUAL_TOKENS, fresh_url, user
 from tests.support.dockerfile import instructions
 from tests.support.programs import program
 from vllm_vtprune import __version__
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune.demo.checkpoint import tiny_checkpoint, write_llava_checkpoint
 from vllm_vtprune.demo.server import free_port, stop
+from vllm_vtprune.placement import GIB, reserve
+from vllm_vtprune.plugin.gpu import footprint_of
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "ray" / "serve.yaml"
@@ -102,8 +107,20 @@ def test_the_plugin_is_named_in_every_replica() -> None:
     for model in application["args"]["llm_configs"]:
         variables = model["runtime_env"]["env_vars"]
         assert variables["VLLM_PLUGINS"] == variables["VLLM_MEDIA_CONNECTOR"] == "vtprune"
-        reserves = "mm_ipc_gpu_memory_gb" in model["engine_kwargs"]
-        assert reserves is (variables["VTPRUNE_DEVICE"] != "cpu"), "nothing else reserves it"
+
+
+def test_the_engine_leaves_room_for_the_vision_encoder_of_its_replica(tmp_path: Path) -> None:
+    """Nothing else reserves it under Ray."""
+    (application,) = yaml.safe_load(FILE.read_text())["applications"]
+    (model,) = application["args"]["llm_configs"]
+    assert model["model_loading_config"]["model_source"] == "llava-hf/llava-1.5-7b-hf"
+    load_general_plugins()
+    checkpoint = write_llava_checkpoint(tmp_path, size="7b", weights=False, dtype="bfloat16")
+    config = AsyncEngineArgs(model=str(checkpoint), **model["engine_kwargs"]).create_model_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    need = footprint_of(config, processor.family, processor.info.get_max_image_tokens())
+    given = config.get_multimodal_config().mm_ipc_gpu_memory_gb
+    assert reserve(need, processes=1, card=80 * GIB, given=given).warning == ""
 
 
 def test_it_says_what_ray_must_be_started_with_and_the_image_does_so() -> None:
@@ -171,6 +188,7 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
             assert status == 200, answer
             assert [image["kept_tokens"] for image in answer["pruning"]["images"]] == [tokens]
             assert f"kept={tokens}" in header
+    assert found["visible"] is None, "a replica is to see the GPU of its engine"
     (tmp_path / "replica.txt").write_text(found["replica"])
     (tmp_path / "node.txt").write_text(found["node"])
     assert names(found["replica"], "vllm") == set(), "vLLM's are where they are without Ray"

@@ -13,8 +13,8 @@ from vllm_vtprune.plugin.compat import refuse_unsupported
 
 pytestmark = pytest.mark.engine
 
-TOWER = "vllm_vtprune.towers.llava"
-PLUGIN = "vllm_vtprune.plugin.llava"
+TOWER = "vllm_vtprune.plugin.vision"
+PLUGIN = "vllm_vtprune.plugin.families.llava"
 
 
 def test_the_engines_processes_never_load_the_tower(cached: Engine) -> None:
@@ -111,10 +111,3 @@ def test_options_that_would_bypass_pruned_embeddings_are_refused(options: dict[s
 @pytest.mark.parametrize("rate", [None, 0.0])
 def test_other_options_are_not_refused(lora: Any, rate: float | None) -> None:
     refuse_unsupported(engine_config(lora=lora, rate=rate))
-
-
-def test_gpu_video_decoders_have_their_reserved_memory_alone_where_images_are_encoded_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("VTPRUNE_DEVICE", "cpu")
-    refuse_unsupported(engine_config(video="pynvvideocodec"))

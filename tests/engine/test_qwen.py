@@ -36,7 +36,7 @@ TOKENS = {"budget": {"type": "tokens", "keep": 24}}
 
 
 class Family(NamedTuple):
-    """Fixtures of its checkpoint and engine, the classes that serve it, and a module that its engine does not need."""
+    """Fixtures of its checkpoint and engine, and the classes that serve it."""
 
     checkpoint: str
     engine: str
@@ -44,7 +44,6 @@ class Family(NamedTuple):
     processor: str
     stock: str
     pruned: str
-    unneeded: str
 
 
 FAMILIES = {
@@ -54,8 +53,7 @@ FAMILIES = {
         QwenReference,
         "Qwen2_5_VLMultiModalProcessor",
         "vllm.model_executor.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration",
-        "vllm_vtprune.plugin.qwen2_5_vl.PrunedQwen2_5_VLForConditionalGeneration",
-        "vllm_vtprune.towers.qwen2_5_vl",
+        "vllm_vtprune.plugin.families.qwen2_5_vl.PrunedQwen2_5_VLForConditionalGeneration",
     ),
     "qwen3_vl": Family(
         "qwen3_checkpoint",
@@ -63,8 +61,7 @@ FAMILIES = {
         Qwen3Reference,
         "Qwen3VLMultiModalProcessor",
         "vllm.model_executor.models.qwen3_vl.Qwen3VLForConditionalGeneration",
-        "vllm_vtprune.plugin.qwen3_vl.PrunedQwen3VLForConditionalGeneration",
-        "vllm_vtprune.plugin.vision",
+        "vllm_vtprune.plugin.families.qwen3_vl.PrunedQwen3VLForConditionalGeneration",
     ),
 }
 
@@ -339,7 +336,7 @@ def test_off_is_stock(engine: Engine, checkpoint: Path, family: Family, model_ru
     assert stock["worker"]["model_class"] == family.stock
     [worker] = engine.llm.collective_rpc("worker_state")
     assert worker["model_class"] == family.pruned
-    assert family.unneeded not in worker["modules"]
+    assert "vllm_vtprune.plugin.vision" not in worker["modules"]
     assert len(stock["answers"]) == len(questions())
     for pruning in (None, False):
         for expected, found in zip(stock["answers"], answers(engine, pruning), strict=True):

@@ -27,7 +27,7 @@ from vllm_vtprune import PruningPolicy
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.inspection import pruning_processor
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
-from vllm_vtprune.plugin.qwen2_5_vl import PrunedQwen2_5_VLProcessor
+from vllm_vtprune.plugin.families.qwen2_5_vl import PrunedQwen2_5_VLProcessor
 from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.report import ImageReport

@@ -16,7 +16,7 @@ def test_one_process_is_stock_and_the_other_is_ours(stock_runs: dict[str, dict[s
     assert without["worker"]["model_class"] == "vllm.model_executor.models.llava.LlavaForConditionalGeneration"
     assert not [name for name in without["worker"]["modules"] if name.startswith("vllm_vtprune.plugin")]
     assert with_plugin["processor"] == "PrunedLlavaProcessor"
-    assert with_plugin["worker"]["model_class"] == "vllm_vtprune.plugin.llava.PrunedLlavaForConditionalGeneration"
+    assert with_plugin["worker"]["model_class"] == "vllm_vtprune.plugin.families.llava.PrunedLlavaForConditionalGeneration"
 
 
 @pytest.mark.parametrize("variant", ["absent", "false"])
@@ -35,4 +35,4 @@ def test_off_never_loads_the_tower(stock_runs: dict[str, dict[str, Any]]) -> Non
         frontend = stock_runs["with"][moment]
         assert frontend["runtimes"] >= 1
         assert frontend["towers"] == 0
-        assert "vllm_vtprune.towers.llava" not in frontend["modules"]
+        assert "vllm_vtprune.plugin.vision" not in frontend["modules"]

@@ -288,7 +288,7 @@ def test_off_is_stock(family: Family, engine: Engine, stock: Any) -> None:
     assert worker["model_class"] == family.model
     assert worker["towers"] == 0
     assert f"vllm_vtprune.plugin.{family.name}" in worker["modules"]
-    assert f"vllm_vtprune.towers.{family.name}" not in worker["modules"]
+    assert "vllm_vtprune.plugin.vision" not in worker["modules"]
     for pruning in (None, False):
         got = json.loads(json.dumps(answers(engine, family, pruning)))
         assert len(got) == len(stock["answers"]) > 10

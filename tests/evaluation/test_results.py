@@ -9,7 +9,8 @@ import torch
 
 from vllm_vtprune.budget import energy_rank, exact_spectrum
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import LLAVA, QWEN2_5_VL, PolicyError
+from tests.support.defaults import QWEN
+from vllm_vtprune.policy import LLAVA, PolicyError
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune_evaluation.ablations import ABLATIONS, solver_arms
 from vllm_vtprune_evaluation.answers import Answer, Answers, AnswersError, subject
@@ -83,7 +84,7 @@ def test_every_method_at_every_budget_that_it_can_reach() -> None:
 
 def test_methods_that_need_what_a_model_does_not_have_are_left_out() -> None:
     assert usable(METHODS, LLAVA) == [method for method in METHODS if method != "resize"]
-    assert usable(["fastervlm", "resize", "uniform"], QWEN2_5_VL) == ["resize", "uniform"]
+    assert usable(["fastervlm", "resize", "uniform"], QWEN) == ["resize", "uniform"]
 
 
 def test_every_row_of_the_papers_tables_is_a_policy() -> None:

@@ -30,7 +30,7 @@ from vllm_vtprune.text import text_pipeline_name
 
 pytestmark = pytest.mark.engine
 
-REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "images", "timings_ms"}
+REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "untuned", "images", "timings_ms"}
 IMAGE_KEYS = {"method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"}
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]

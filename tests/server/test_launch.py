@@ -103,7 +103,7 @@ def test_a_default_that_the_model_cannot_follow_is_refused(serve: Callable[[str]
     done = serve("text model")
     assert done.returncode == 1
     [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
-    assert f"{text_model} has the architecture LlamaForCausalLM, which cannot be pruned yet" in message
+    assert f"{text_model} has the architecture LlamaForCausalLM, which cannot be pruned" in message
     assert "expected one of LlavaForConditionalGeneration" in message
     assert "Traceback" not in done.stderr
 
@@ -114,7 +114,7 @@ def test_a_model_that_would_be_served_unpruned_is_refused(serve: Callable[[str],
     [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
     assert "would be served unpruned" in message
     assert "vllm.model_executor.models.llava:LlavaForConditionalGeneration" in message, "what it found"
-    assert "vllm_vtprune.plugin.llava:PrunedLlavaForConditionalGeneration" in message, "what it expected"
+    assert "vllm_vtprune.plugin.families.llava:PrunedLlavaForConditionalGeneration" in message, "what it expected"
     assert "Traceback" not in done.stderr
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from starlette.datastructures import State
 
-from vllm_vtprune.plugin.llava import PrunedLlavaProcessor
+from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune_server.plugin import ServerPlugin
 
 OURS = object.__new__(PrunedLlavaProcessor)  # without the tower that the test would have to load

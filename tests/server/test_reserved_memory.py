@@ -6,7 +6,6 @@ There is no GPU: vLLM's platform is replaced, and torch says that there are eigh
 import argparse
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +18,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.placement import CONTEXT, GIB, device_for
-from vllm_vtprune.plugin import gpu
-from vllm_vtprune.plugin.compat import counts_must_be_fixed, load_tower_of
+from vllm_vtprune.plugin import gpu, vision
+from vllm_vtprune.plugin.compat import counts_must_be_fixed
+from vllm_vtprune.plugin.families.llava import WITH_CLIP
 from vllm_vtprune.plugin.register import register
 from vllm_vtprune.policy import PolicyError
-from vllm_vtprune.towers.base import VisionTower, load_tower
-from vllm_vtprune.towers.weights import TowerError
+from vllm_vtprune.tower import TowerError
 from vllm_vtprune_server import memory
 from vllm_vtprune_server.policies import Policies
 
@@ -169,7 +168,6 @@ def test_api_processes_are_those_that_vllm_starts(
         (["--data-parallel-size", "8"], "auto", 0.97),
         (["--api-server-count", "4"], "auto", 3.88),
         (["--mm-ipc-gpu-memory-gb", "7"], "auto", 7.0),
-        ([], "cpu", 0.0),
         ([], "cuda:1", 0.0),  # which has no engine
         (["--headless"], "auto", 0.0),
         (["--mm-encoder-only"], "auto", 0.0),
@@ -208,8 +206,28 @@ def test_a_device_that_is_not_known_is_asked_for_before_the_engine_starts(
     with pytest.raises(SystemExit, match=r"no engine runs on this machine.*; set VTPRUNE_DEVICE to cuda:INDEX"):
         memory.reserve_gpu_memory(parse("--data-parallel-size-local", "0"), model_config)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(SystemExit, match=r"this process sees no GPU.*; set VTPRUNE_DEVICE to cpu"):
+    with pytest.raises(SystemExit, match=r"this process sees no GPU"):
         memory.reserve_gpu_memory(parse(), model_config)
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_encoding_on_the_cpu_beside_a_gpu_is_refused_before_the_engine_starts(
+    parse: Callable[..., argparse.Namespace], model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VTPRUNE_DEVICE", "cpu")
+    with pytest.raises(SystemExit, match=r"on GPUs, not on the CPU; set VTPRUNE_DEVICE to auto or cuda:INDEX"):
+        memory.reserve_gpu_memory(parse(), model_config)
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_api_processes_without_an_engine_encode_on_the_gpu_that_they_are_told(
+    parse: Callable[..., argparse.Namespace], model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VTPRUNE_DEVICE", "cuda:2")
+    args = parse("--data-parallel-size", "2", "--data-parallel-size-local", "0")
+    assert [device_for("cuda:2", process) for process in memory.api_processes(args)] == ["cuda:2", "cuda:2"]
+    memory.reserve_gpu_memory(args, model_config)
+    assert args.mm_ipc_gpu_memory_gb == 0
 
 
 @pytest.mark.usefixtures("eight_gpus")
@@ -285,7 +303,7 @@ def test_torch_takes_no_more_than_was_reserved(
     limits: list[tuple[float, torch.device]] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    need = gpu.footprint_of(model_config, "LlavaForConditionalGeneration", 576)
+    need = gpu.footprint_of(model_config, WITH_CLIP, 576)
     gpu.limit_memory(torch.device("cuda:0"), need, engine(reserved, _api_process_count=processes))
     [(fraction, device)] = limits
     allowed = need.total if share is None else share * GIB
@@ -293,22 +311,17 @@ def test_torch_takes_no_more_than_was_reserved(
     assert (f"--mm-ipc-gpu-memory-gb={reserved:g}" in caplog.text) is warned
 
 
-def build(model_config: ModelConfig, device: torch.device) -> VisionTower:
-    options: dict[str, Any] = dict(architecture="LlavaForConditionalGeneration", hf_config=model_config.hf_config)
-    return load_tower(Path(model_config.model), **options, dtype=model_config.dtype, device=str(device))
-
-
 def test_one_line_says_where_the_tower_is_and_how_large(
     model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="vllm.vtprune"):
-        tower = load_tower_of(model_config, "LlavaForConditionalGeneration", largest=576, engine=None, build=build)
+        tower = vision.load(WITH_CLIP, model_config, largest=576, engine=None)
     [line] = {message for message in caplog.messages if "tower" in message}  # other tests may have it caught twice
     assert line.endswith(f", {tower.nbytes / 2**20:.0f} MiB on cpu")
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda")
-    with pytest.raises(TowerError, match="device 'cuda' is not there: this process sees 0 GPUs"):
-        load_tower_of(model_config, "LlavaForConditionalGeneration", largest=576, engine=None, build=build)
+    with pytest.raises(TowerError, match="encodes images on the CPU, not on cuda; set VTPRUNE_DEVICE to auto"):
+        vision.load(WITH_CLIP, model_config, largest=576, engine=None)
 
 
 # --- KV transfer --------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from tests.support.defaults import QWEN
 from tests.support.reference import Reference
-from vllm_vtprune.policy import QWEN2_5_VL
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -44,7 +44,7 @@ class QwenReference(Reference):
     """Built from the checkpoint alone, in float32 with eager attention."""
 
     model_class: Any = Qwen2_5_VLForConditionalGeneration
-    family = QWEN2_5_VL
+    family = QWEN
 
     def __init__(self, checkpoint: Path) -> None:
         self.model, loading = self.model_class.from_pretrained(

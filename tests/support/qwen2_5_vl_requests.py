@@ -17,7 +17,7 @@ from vllm.plugins import load_general_plugins
 
 from tests.support.images import sample_images
 from tests.support.qwen2_5_vl import IMAGE, VIDEO, Medium, QwenReference, ask_about
-from vllm_vtprune.plugin.qwen2_5_vl import PrunedQwen2_5_VLForConditionalGeneration
+from vllm_vtprune.plugin.families.qwen2_5_vl import PrunedQwen2_5_VLForConditionalGeneration
 
 
 @dataclass(frozen=True)

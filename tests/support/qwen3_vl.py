@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
+from tests.support.defaults import QWEN
 from tests.support.qwen2_5_vl import Medium, QwenReference
-from vllm_vtprune.policy import QWEN3_VL
 
 
 class Qwen3Reference(QwenReference):
     """As for Qwen2.5-VL, but for what differs."""
 
     model_class = Qwen3VLForConditionalGeneration
-    family = QWEN3_VL
+    family = QWEN
 
     @torch.inference_mode()
     def video(self, frames: Any, seconds_per_step: float) -> Medium:

@@ -1,8 +1,8 @@
 """Run by Ray's own Python: serve a configuration of Ray Serve LLM on this machine's CPUs, ask it, say what it answered.
 
 ``python ray_serve.py CONFIG CHECKPOINT REQUESTS`` puts the checkpoint in the place of the configuration's model, sends
-each of the requests (a JSON list of bodies), and prints one JSON object: the answers, ``/metrics`` of the replica, and
-what Ray exports for its node.
+each of the requests (a JSON list of bodies), and prints one JSON object: the answers, ``/metrics`` of the replica, what
+Ray exports for its node, and the GPUs that Ray lets a replica see: null for all of them.
 """
 
 import json
@@ -40,6 +40,14 @@ def on_cpus(arguments: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     return arguments
 
 
+@ray.remote(num_cpus=0)
+class Replica:
+    """What a replica is to Ray: an actor that asks for no GPU."""
+
+    def visible(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def exported() -> str:
     """What Ray exports for this node, as soon as vLLM's requests are in it: Ray collects every ten seconds."""
     (node,) = ray.nodes()
@@ -56,10 +64,12 @@ def main(config: Path, checkpoint: str, requests: Path) -> None:
     read = ServeDeploySchema.model_validate(yaml.safe_load(config.read_text()))
     (application,) = read.applications
     LLMServingArgs.model_validate(application.args)
+    (environment,) = [model["runtime_env"] for model in application.args["llm_configs"]]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20)
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, object_store_memory=200 * 2**20)
     try:
         host = read.http_options.host  # replicas listen there too, and are scraped at the node's address
         serve.start(http_options=HTTPOptions(host=host, port=port))
@@ -73,6 +83,7 @@ def main(config: Path, checkpoint: str, requests: Path) -> None:
             "answers": [[answer.status_code, answer.json(), answer.headers.get("x-vtprune")] for answer in answers],
             "replica": httpx.get(f"http://{replica}/metrics", timeout=60).text,
             "node": exported(),
+            "visible": ray.get(Replica.options(runtime_env=environment).remote().visible.remote()),
         }
         print(json.dumps(found))
     finally:

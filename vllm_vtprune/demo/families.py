@@ -2,14 +2,13 @@
 
 from typing import Literal, TypeAlias
 
+import vllm_vtprune.families
+
 DEFAULT = "llava"
 
 FAMILIES = {
-    "llava": "vllm_vtprune.demo.checkpoint:write_llava_checkpoint",
-    "llava_next": "vllm_vtprune.demo.llava_next:write_llava_next_checkpoint",
-    "internvl": "vllm_vtprune.demo.internvl:write_internvl_checkpoint",
-    "qwen2_5_vl": "vllm_vtprune.demo.qwen2_5_vl:write_qwen2_5_vl_checkpoint",
-    "qwen3_vl": "vllm_vtprune.demo.qwen3_vl:write_qwen3_vl_checkpoint",
+    family: f"vllm_vtprune.demo.{'checkpoint' if family == DEFAULT else family}:write_{family}_checkpoint"
+    for family in vllm_vtprune.families.FAMILIES
 }
 """Family -> the function that writes its tiny checkpoint into a directory, as ``module:function``."""
 

@@ -5,6 +5,7 @@ Each entry names the version it was read in, why it is needed, and when it can g
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,17 +16,12 @@ import torch
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm import envs as vllm_envs
 from vllm.config import KVTransferConfig, ModelConfig, MultiModalConfig, VllmConfig
-from vllm.logger import init_logger
-from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
+from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.utils.cpu_resource_utils import get_memory_node_info
 
 from vllm_vtprune import envs
-from vllm_vtprune.placement import device_for
-from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
-from vllm_vtprune.towers.base import PixelNorm, VisionTower, resolve_device
-
-logger = init_logger("vllm.vtprune")
 
 _SYNTHETIC_UUID = re.compile(r"renderer-?\d+-mm-\d+-\w+-\d+")
 
@@ -37,6 +33,24 @@ def stock_factories(model_class: type) -> Any:
     without repeating its builder functions, which are private too. Can go when the registry offers a lookup.
     """
     return model_class._processor_factory  # type: ignore[attr-defined]
+
+
+def multimodal_architectures() -> list[str]:
+    """Architectures of all multimodal models that vLLM has; 0.32.0 lists them in a private table of its registry."""
+    return list(_MULTIMODAL_MODELS)
+
+
+def stock_model(architecture: str) -> type | None:
+    """vLLM's own class for an architecture; None for one that it does not have.
+
+    Our classes are registered in its place, so it is looked up in the table of `multimodal_architectures`.
+    """
+    if architecture not in _MULTIMODAL_MODELS:
+        return None
+    module, name = _MULTIMODAL_MODELS[architecture]
+    path = module if module.startswith("vllm.") else f"vllm.model_executor.models.{module}"
+    model: type = getattr(importlib.import_module(path), name)
+    return model
 
 
 def without_synthetic_uuids(inputs: ProcessorInputs) -> ProcessorInputs:
@@ -84,8 +98,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ValueError: encoder CUDA graphs (they bypass ``embed_multimodal``, vLLM 0.32.0 v1/worker), tower LoRA (the
             frontend tower has no adapters), vLLM's own pruning of videos (it changes the embeddings of every image,
             and its positions, which are wrong for portrait images, replace ours), weights that come from a trainer
-            (the frontend tower reads checkpoints) or, unless images are encoded on the CPU, GPU video decoders (they
-            take what ``mm_ipc_gpu_memory_gb`` reserves for the frontend tower) are on.
+            (the frontend tower reads checkpoints) or GPU video decoders (they take what ``mm_ipc_gpu_memory_gb``
+            reserves for the frontend tower) are on.
     """
     multimodal, transfer = vllm_config.model_config.multimodal_config, vllm_config.weight_transfer_config
     on = {
@@ -93,7 +107,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "enable_tower_connector_lora": vllm_config.lora_config and vllm_config.lora_config.enable_tower_connector_lora,
         "video_pruning_rate": multimodal and multimodal.video_pruning_rate,
         "weight_transfer_config.backend": transfer and transfer.backend,
-        "media_io_kwargs.video.backend": multimodal and envs.device() != "cpu" and _gpu_video_backend(multimodal),
+        "media_io_kwargs.video.backend": multimodal and _gpu_video_backend(multimodal),
     }
     for name, value in on.items():
         if value:
@@ -124,6 +138,20 @@ def counts_must_be_fixed(kv_transfer_config: KVTransferConfig | None) -> str:
     return f"kv_transfer_config.kv_connector={connector}"
 
 
+def tell_memory_of_cpu() -> None:
+    """Have ``torch.accelerator.get_memory_info`` tell of the machine's memory, where there is no accelerator.
+
+    Gemma 4 of vLLM 0.32.0 asks for it before it encodes (model_executor/models/gemma4_mm.py), and torch raises; only
+    workers replace it (v1/worker/cpu/shm.py). Can go when the model asks vLLM's platform.
+    """
+
+    def available_and_total(device: object = None) -> tuple[int, int]:
+        memory = get_memory_node_info()
+        return memory.available_memory, memory.total_memory
+
+    torch.accelerator.get_memory_info = available_and_total
+
+
 def model_name(model_config: ModelConfig) -> str:
     """The name under which vLLM's own metrics label the model."""
     served = model_config.served_model_name
@@ -145,56 +173,6 @@ def come_from_checkpoint(weights: object) -> bool:
     (model_executor/model_loader/reload/inplace.py). Can go when the model is told where they come from.
     """
     return getattr(weights, "__name__", None) == "get_all_weights"
-
-
-def pixel_norm(model_config: ModelConfig) -> PixelNorm | None:
-    """How the model normalises pixels, where it does that and not the image processor.
-
-    vLLM 0.32.0 leaves it to the models that can (``mm_device_do_normalize``, on by default), with numbers from
-    ``_load_norm_params`` (model_executor/layers/fusion/mm_input_norm.py). Can go when images come normalised or the
-    numbers are public.
-    """
-    if not model_config.get_multimodal_config().mm_device_do_normalize:
-        return None
-    found = _load_norm_params(model_config)
-    if found.is_identity:
-        return None
-    return PixelNorm(tuple(found.image_mean), tuple(found.image_std), found.rescale_factor)
-
-
-def load_tower_of(
-    model_config: ModelConfig,
-    architecture: str,
-    *,
-    largest: int,
-    engine: VllmConfig | None,
-    build: Callable[[ModelConfig, torch.device], VisionTower],
-) -> VisionTower:
-    """Load the frontend tower of a model as the engine loads the model itself.
-
-    The processor sees the model's config but not its ``load_format`` or ``download_dir`` (vLLM 0.32.0,
-    ``InputProcessingContext``), so those come from the environment, where `vtprune serve` puts them. Can go when the
-    context carries the load config.
-
-    Args:
-        model_config: the model's config.
-        architecture: of the model.
-        largest: tokens of the largest image that the processor makes.
-        engine: the engine's config, which a server's processor has and one of `vllm.LLM` has not.
-        build: makes the tower, on a device.
-
-    Raises:
-        TowerError: the weights are not there or do not fit, or the device is not there or not known.
-    """
-    device = resolve_device(device_for(envs.device(), process_of(engine)))
-    if device.type == "cuda":
-        limit_memory(device, footprint_of(model_config, architecture, largest), engine)
-    tower = build(model_config, device)
-    logger.info(
-        "Frontend vision tower loaded: %s weights, %s, %.0f MiB on %s",
-        *(tower.weights, tower.dtype, tower.nbytes / 2**20, tower.device),
-    )
-    return tower
 
 
 def model_directory(model_config: ModelConfig) -> Path:

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_vtprune import envs
+from vllm_vtprune.footprint import Shape, footprint
 from vllm_vtprune.placement import (
     GIB,
     GPU_PLATFORMS,
@@ -22,8 +23,9 @@ from vllm_vtprune.placement import (
     most_on_one_gpu,
     reserve,
 )
+from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.runtime import ENCODE_BATCH, ON_DEVICE_BYTES
-from vllm_vtprune.towers.weights import TowerError
+from vllm_vtprune.tower import TowerError
 
 logger = init_logger("vllm.vtprune")
 
@@ -63,24 +65,24 @@ def seen_by_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> P
     return Process(platform, physical, assigned=tuple(assigned), **facts)
 
 
-def footprint_of(model_config: ModelConfig, architecture: str, largest: int) -> Footprint:
+def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Footprint:
     """The GPU memory that a model's frontend tower takes in one process.
 
     Args:
         model_config: the model's config.
-        architecture: of the model.
+        family: of the model.
         largest: tokens of the largest image that the processor makes.
     """
-    from vllm_vtprune.footprint import footprint  # imports the towers, which the engine's processes must not
-
-    return footprint(
-        architecture,
-        model_config.hf_config,
-        model_config.dtype,
-        tokens=largest,
-        batch=ENCODE_BATCH,
-        held=ON_DEVICE_BYTES,
+    config = model_config.hf_config
+    shape = Shape.of(
+        config.vision_config,
+        parameters=family.parameters(config),
+        width=model_config.hf_text_config.hidden_size,
+        merge=family.merge(config),
+        deepstack=family.deepstack(config),
+        patches=family.patches(config),
     )
+    return footprint(shape, model_config.dtype, tokens=largest, batch=ENCODE_BATCH, held=ON_DEVICE_BYTES)
 
 
 def limit_memory(device: torch.device, need: Footprint, engine: VllmConfig | None) -> None:

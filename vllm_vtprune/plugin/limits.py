@@ -25,13 +25,6 @@ VALUE_OPTIONS = frozenset({"do_convert_rgb", "do_normalize", "do_rescale", "imag
 
 VIDEO_OPTIONS = frozenset({"do_sample_frames", "fps", "max_frames", "min_frames", "num_frames"})
 
-SIZE_OPTIONS: dict[str, frozenset[str]] = {
-    "Qwen2_5_VLForConditionalGeneration": VIDEO_OPTIONS | {"do_resize", "max_pixels", "min_pixels", "size"},
-    "Qwen3VLForConditionalGeneration": VIDEO_OPTIONS | {"do_resize", "max_pixels", "min_pixels", "size"},
-    "InternVLForConditionalGeneration": VIDEO_OPTIONS | {"crop_to_patches", "max_patches", "min_patches"},
-}
-"""Architecture -> options that change how many tokens an image has, in shapes that the engine takes."""
-
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 
 
@@ -56,17 +49,17 @@ class ImageNotTaken(NotTaken):
         self.reason = reason
 
 
-def check_options(architecture: str, options: Mapping[str, object]) -> None:
+def check_options(own: frozenset[str], options: Mapping[str, object]) -> None:
     """Refuse options of a request that the engine would not survive.
 
     Args:
-        architecture: of a model that can be pruned.
+        own: those of the model's family, which may change how many tokens an image has.
         options: for the Hugging Face processor.
 
     Raises:
         NotTaken: naming the option.
     """
-    accepted = VALUE_OPTIONS | SIZE_OPTIONS.get(architecture, frozenset())
+    accepted = VALUE_OPTIONS | own
     for name, value in options.items():
         if name == PRUNING_KEY:
             continue
@@ -89,8 +82,8 @@ def names_what_it_refuses(apply: Apply) -> Apply:
     @wraps(apply)
     def checked(self: Any, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         options = {key: value for key, value in inputs.hf_processor_mm_kwargs.items() if key != PRUNING_KEY}
-        if hasattr(self, "architecture"):
-            check_options(self.architecture, options)
+        if hasattr(self, "family"):
+            check_options(self.family.options, options)
         try:
             return apply(self, inputs, timing_ctx)
         except (VLLMError, PolicyError):

@@ -46,11 +46,13 @@ class KeepsPositions:
             present.append(len(whole_tokens) + torch.arange(begin - read))
             whole_tokens += input_tokens[read:begin]
             kept, tokens = _kept_positions(feature), input_tokens[begin : begin + length]
+            embeds = None
             if kept is None:
                 kept = torch.arange(length)
+                embeds = feature.mm_position.is_embed  # between the frames of a video stand their times
             else:
                 tokens = tokens[:1] * (int(_field(feature, "image_grid_thw").prod()) // merge**2)
-            place = PlaceholderRange(offset=len(whole_tokens), length=len(tokens))
+            place = PlaceholderRange(len(whole_tokens), len(tokens), embeds)
             present.append(len(whole_tokens) + kept)
             whole_tokens += tokens
             whole_features.append(replace(feature, mm_position=place))

@@ -29,13 +29,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
@@ -44,25 +44,31 @@ from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune import envs, text
+from vllm_vtprune import text
 from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded
-from vllm_vtprune.features import Box, PreparedImage, VisualFeatures
+from vllm_vtprune.features import Box, Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.items import kept_count, pruned_item
 from vllm_vtprune.plugin.limits import names_what_it_refuses
 from vllm_vtprune.plugin.loads import Load, LoadNotes
+from vllm_vtprune.plugin.placeholders import Run
 from vllm_vtprune.plugin.prompt import in_prompt_order, noun_ids, text_of, token_counts
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.plugin.weights import WeightsElsewhere
-from vllm_vtprune.policy import FamilyDefaults, PruningPolicy, RatioBudget, TokensBudget
+from vllm_vtprune.policy import PolicyError, PruningPolicy, RatioBudget, TokensBudget
 from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
 from vllm_vtprune.resize import largest_area
 from vllm_vtprune.runtime import PruningRuntime
-from vllm_vtprune.towers.base import VisionTower, load_tower
+from vllm_vtprune.sequence import sequence, sequence_length
+from vllm_vtprune.tower import VisionTower
 
 logger = init_logger("vllm.vtprune")
+
+BLANK = 64
+"""Pixels of the side of the image that is encoded at the start."""
 
 IDENTITY = "vtprune-4"
 """Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
@@ -119,11 +125,20 @@ class PromptJobs:
 class PruningProcessor(BaseMultiModalProcessor[Any]):
     """Mixin: stands before the family's stock processor in the bases of a class.
 
-    A family sets `architecture` and `family`; `vllm_vtprune.plugin.items` says what a pruned image is.
+    A family sets `family` and says how its images lie; `vllm_vtprune.plugin.items` says what a pruned image is.
     """
 
-    architecture: str
-    family: FamilyDefaults
+    family: Family
+
+    @classmethod
+    def prunes(cls, config: Any) -> bool:
+        """Whether a model of the family's architectures with this config can be pruned."""
+        return True
+
+    @classmethod
+    def prunes_with(cls, info: Any) -> bool:
+        """Whether a model can be pruned with its engine's options of the HF processor."""
+        return cls.prunes(info.get_hf_config())
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
@@ -139,39 +154,19 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         self.runtime = PruningRuntime(self._load_tower, self.family, compat.model_name(self._model_config))
 
     def _load_tower(self) -> VisionTower:
+        from vllm_vtprune.plugin import vision  # builds vLLM's model, which engine processes need not import
+
         config = copy(self._model_config)
         if self._loaded.model != config.model:
             config.model, config.revision = self._loaded.model, None
-        return compat.load_tower_of(
-            config,
-            self.architecture,
-            largest=self.info.get_max_image_tokens(),
-            engine=self.engine,
-            build=self.build_tower,
-        )
-
-    def build_tower(self, model_config: ModelConfig, device: torch.device) -> VisionTower:
-        """The model's vision encoder, on a device.
-
-        Raises:
-            TowerError: its weights are not there or do not fit.
-        """
-        load_format = envs.load_format()
-        return load_tower(
-            Path() if load_format == "dummy" else compat.model_directory(model_config),
-            architecture=self.architecture,
-            hf_config=model_config.hf_config,
-            dtype=model_config.dtype,
-            device=str(device),
-            load_format=load_format,
-            seed=model_config.seed,
-            pixel_norm=compat.pixel_norm(model_config),
-        )
+        return vision.load(self.family, config, largest=self.most_tokens(), engine=self.engine)
 
     # What a family says of its items
 
     def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Fields of a pruned image that the positions of its tokens are computed from; none where they are numbered.
+        """Fields of a pruned image that tell where its kept tokens were, for families that need it.
+
+        Those are such whose positions follow the grid, or that have something after each row of it in the prompt.
 
         Args:
             features: of the whole image.
@@ -179,25 +174,49 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """
         return {}
 
-    def placeholder(self, num_tokens: int) -> Any:
-        """What stands in the prompt for an image of which ``num_tokens`` are kept, as in vLLM's prompt updates."""
-        return [self.image_token_id] * num_tokens
+    def placeholder(self, item: MultiModalKwargsItem, num_embeds: int) -> Any:
+        """What stands in the prompt for a pruned image, as in vLLM's prompt updates.
+
+        Args:
+            item: as `pruned_item` made it.
+            num_embeds: how many embeddings it holds.
+        """
+        return self.run.content(num_embeds)
 
     @property
     def image_token_id(self) -> int:
-        """The token that stands for an image in a prompt."""
-        token_id: int = self.info.get_hf_config().image_token_index
-        return token_id
+        """The token that stands for an embedding of an image in a prompt."""
+        return self.run.token
 
-    def for_tower(self, item: PreparedImage, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> PreparedImage:
-        """What the tower takes of an image: the fields of its item, where they tell all that the tower needs to know.
+    @cached_property
+    def run(self) -> Run:
+        """What stands in a prompt for an image, where that is the same for all of them but for its length."""
+        run = self.run_of(Image.new("RGB", (BLANK, BLANK)))
+        assert run is not None, "a family whose image is no run has placeholders of its own"
+        return run
+
+    def run_of(self, image: Image.Image) -> Run | None:
+        """What stock vLLM puts into a prompt for an image; None where it is no run."""
+        items = _only_image(image)
+        processed = self._apply_hf_processor_main(items, {})
+        kwargs = MultiModalKwargsItems.from_hf_inputs(processed, self._get_mm_fields_config(processed, {}))
+        [[update]] = self._get_mm_prompt_updates(items, {}, kwargs)["image"]
+        return Run.of(update.content)
+
+    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+        """How the tokens of an image lie.
 
         Args:
-            item: the fields of an image that is not pruned.
+            item: vLLM's fields of the image, unpruned.
             size: height and width of the image, in pixels.
             hf_kwargs: of the HF processor that made the fields.
         """
-        return item
+        raise NotImplementedError
+
+    def most_tokens(self) -> int:
+        """Tokens of the largest image that the HF processor makes."""
+        count: int = self.info.get_max_image_tokens()
+        return count
 
     def view(self, height: int, width: int) -> Box:
         """The part of an image of that size, in pixels, that the model sees."""
@@ -219,6 +238,10 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         raise NotImplementedError
 
     # For images outside of any request
+
+    def warm_up(self) -> None:
+        """Load the tower and what else the first request would wait for; see `PruningRuntime.warm_up`."""
+        self.runtime.warm_up(self.preprocess(MediaWithBytes(Image.new("RGB", (BLANK, BLANK)), b""), {}))
 
     def encode_alone(self, media: MediaWithBytes[Image.Image]) -> VisualFeatures:
         """What the vision encoder makes of one image."""
@@ -269,7 +292,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """An image as `apply` would have it encoded. May be called from any thread."""
         items = _only_image(media)
         [image] = self._image_items(self._apply_hf_processor_main(items, hf_kwargs), hf_kwargs)
-        return self.for_tower(_fields(image), _size(items, 0), hf_kwargs)
+        return PreparedImage(image, self.layout(image, _size(items, 0), hf_kwargs))
 
     # Hooks of vLLM
 
@@ -292,7 +315,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             num_images=0 if images is None else len(images),
             prompt_text=lambda: self._prompt_text(inputs.prompt),
         )
-        report = RequestReport()
+        report = RequestReport(untuned=not self.family.tuned)
         if isinstance(images, ImageProcessorItems) and any(policy.enabled for policy in pruning.policies):
             self._follow_engine(pruning)
             jobs = self._jobs(stock, images, pruning, report)
@@ -366,8 +389,9 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
         def with_pruned(update: Any) -> Any:
             def replacement(index: int) -> Any:
-                kept = kept_count(items[index])
-                return update.replacement(in_pixels.index(index)) if kept is None else self.placeholder(kept)
+                item = items[index]
+                kept = kept_count(item)
+                return update.replacement(in_pixels.index(index)) if kept is None else self.placeholder(item, kept)
 
             return replace(update, replacement=replacement)
 
@@ -534,11 +558,28 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def _plan(self, job: ImageJob, features: VisualFeatures, report: RequestReport) -> tuple[PruningPlan, torch.Tensor]:
         """The plan of one image, and (T, d) what is to be prefilled. Puts the image's report into the job."""
         plan = self.runtime.plan(features, job.policy, job.noun_ids, job.feature_key)
+        self._refuse_other_mask(job.policy, features.num_tokens, len(plan.kept))
         report.add_timings(plan.timings)
-        tower = self.runtime.tower
-        embeds = tower.sequence(features, plan).to(self._model_config.dtype)
-        job.report = _image_report(job, plan, tower.sequence_length(features), len(embeds))
+        embeds = sequence(features, plan).to(self._model_config.dtype)
+        job.report = _image_report(job, plan, sequence_length(features), len(embeds))
         return plan, embeds
+
+    def _refuse_other_mask(self, policy: PruningPolicy, tokens: int, kept: int) -> None:
+        """Refuse a budget with which an image's tokens would attend to each other otherwise than unpruned.
+
+        Where they attend in both directions, layers with a sliding window treat an image that does not fit into the
+        window otherwise than one that does: vLLM 0.32.0 bounds it in the kernel, or makes it causal
+        (v1/worker/gpu/attn_utils.py, ``compute_mm_prefix_ranges``).
+        """
+        window = self._model_config.get_sliding_window() if self._model_config.is_mm_prefix_lm else None
+        if window is not None and kept <= window < tokens:
+            raise PolicyError(
+                "pruning.budget",
+                policy.budget,
+                f"one that keeps more than {window}, or an image of no more tokens than that",
+                f"{kept} of the {tokens} tokens of an image fit into the sliding window of {window}, in which they "
+                "would attend to each other in both directions, as those of the whole image do not",
+            )
 
     def _report_jobs(self, jobs: PromptJobs, result: Any) -> None:
         for job, count in zip(jobs.images, token_counts(result), strict=True):
@@ -586,10 +627,6 @@ def _jobs_in(hf_kwargs: Mapping[str, object]) -> PromptJobs | None:
 
 def _without_key(hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
     return {key: value for key, value in hf_kwargs.items() if key != PRUNING_KEY}
-
-
-def _fields(item: MultiModalKwargsItem) -> PreparedImage:
-    return {name: field.data for name, field in item.items()}
 
 
 def _only_image(image: Any) -> MultiModalDataItems:

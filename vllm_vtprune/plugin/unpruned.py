@@ -17,8 +17,7 @@ from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.runtime import PruningRuntime
-from vllm_vtprune.towers.base import VisionTower
-from vllm_vtprune.towers.weights import TowerError
+from vllm_vtprune.tower import TowerError, VisionTower
 
 
 class UnprunedProcessor(BaseMultiModalProcessor[Any]):

@@ -7,46 +7,53 @@ current config, groups of a distributed world of one process), which is set here
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from math import isqrt, prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CacheConfig, DeviceConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    LoadConfig,
+    ModelConfig,
+    VllmConfig,
+    get_current_vllm_config,
+    set_current_vllm_config,
+)
+from vllm.config.multimodal import AudioDummyOptions
 from vllm.distributed import (
     ensure_model_parallel_initialized,
     get_tensor_model_parallel_world_size,
     init_distributed_environment,
     model_parallel_is_initialized,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
-from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
-from vllm.platforms import current_platform
+from vllm.multimodal.utils import group_and_batch_mm_items
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_vtprune import envs
-from vllm_vtprune.features import PreparedImage, VisualFeatures
-from vllm_vtprune.plan import PruningPlan
+from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
+from vllm_vtprune.footprint import BATCH_PATCHES
+from vllm_vtprune.placement import device_for
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.towers.base import TokenTable, VisionTower, random_table
-from vllm_vtprune.towers.qwen2_5_vl import batches
-from vllm_vtprune.towers.weights import CheckpointReader, TowerError, random_values
+from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
+from vllm_vtprune.token_table import TokenTable
+from vllm_vtprune.tower import TowerError, VisionTower, Weights
 
-__all__ = ["Encoder", "Qwen3VLEncoder", "build_encoder"]
-
-TOKEN_TABLE = "language_model.embed_tokens.weight"
-ALIASES = {
-    "language_model.embed_tokens.": ("model.language_model.embed_tokens.", "language_model.model.embed_tokens."),
-}
+logger = init_logger("vllm.vtprune")
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Built:
     """A model of vLLM's without its language model.
 
     Attributes:
@@ -59,37 +66,90 @@ class Encoder:
     nbytes: int
 
 
-def build_encoder(model_class: type[nn.Module], model_config: ModelConfig, device: torch.device) -> Encoder:
+def build(model_config: ModelConfig, device: torch.device) -> Built:
     """A model of vLLM's with everything but its language model, on one device, with the weights of the checkpoint.
 
     Args:
-        model_class: vLLM's own.
         model_config: of the model; its vision part is built in the model's dtype.
         device: of vLLM's platform.
 
     Raises:
-        TowerError: the device is not one of vLLM's platform, or this process is one of several that share a model.
+        TowerError: the weights are not there or do not fit, or this process is one of several that share a model.
     """
-    if current_platform.device_type != device.type:
-        raise TowerError(
-            f"this model's images are encoded by vLLM's code for {current_platform.device_type}, not on {device}: set "
-            "VTPRUNE_DEVICE to auto"
-        )
+    if device.type == "cpu":
+        compat.tell_memory_of_cpu()
     config = _encoder_only(model_config, device)
     with set_current_vllm_config(config), current(device):
         _join_world_of_one()
         with set_default_torch_dtype(model_config.dtype), device:
-            model = initialize_model(vllm_config=config, model_class=model_class)
+            model = initialize_model(vllm_config=config)
         parameters = list(model.parameters())
-        held = Encoder(model, sum(map(torch.numel, parameters)), sum(weights.nbytes for weights in parameters))
+        held = Built(model, sum(map(torch.numel, parameters)), sum(weights.nbytes for weights in parameters))
         if config.load_config.load_format == "dummy":
             for name, value in random_values(model, dtype=model_config.dtype, seed=model_config.seed):
                 model.get_parameter(name).data.copy_(value)  # vLLM's own are next to 0, which makes all tokens one
         else:
-            get_model_loader(config.load_config).load_weights(model, config.model_config)
+            _read_weights(model, config)
         process_weights_after_loading(model, config.model_config, device)
     model.requires_grad_(False).eval()
     return held
+
+
+def _read_weights(model: Any, config: VllmConfig) -> None:
+    """Load a model's weights from its checkpoint, and see that all of them came.
+
+    vLLM itself takes a matrix that is missing for loaded (model_executor/model_loader/default_loader.py of 0.32.0,
+    ``track_weights_loading``), and of one that does not fit says no name.
+    """
+    tracked = config.model_config.quantization is None  # or else some are made while others are loaded
+    name = "nothing"
+
+    def noted(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        nonlocal name
+        for named in weights:
+            name = named[0]
+            yield named
+
+    if tracked:
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+    load_weights = model.load_weights
+    model.load_weights = lambda weights: load_weights(noted(weights))
+    try:
+        get_model_loader(config.load_config).load_weights(model, config.model_config)
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise TowerError(
+            f"{config.model_config.model}: its vision encoder cannot be loaded: {reason} (read last: {name})"
+        ) from error
+    finally:
+        del model.load_weights
+    missing = [name for name, weights in model.named_parameters() if tracked and weights.isnan().any()]
+    if missing:
+        raise TowerError(
+            f"{config.model_config.model}: its vision encoder cannot be loaded: {len(missing)} tensors are missing, "
+            f"incomplete or not numbers: {', '.join(missing[:5])}"
+        )
+
+
+def random_values(module: nn.Module, *, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Values for the parameters of a module, by name, on the CPU: the same for the same seed and dtype on any device.
+
+    Matrices have variance 1 / fan-in, so activations keep their scale through the depth of an encoder and tokens stay
+    distinct; norms are the identity and biases 0. Uniform rather than normal: 300M values in about a second.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        value = torch.empty(parameter.shape, dtype=dtype)
+        if name.endswith("bias"):
+            value.zero_()
+        elif parameter.ndim == 1 and name.endswith("weight"):
+            value.fill_(1)
+        else:
+            fan_in = parameter.numel() / (parameter.shape[0] if parameter.ndim > 1 else 1)
+            bound = (3 / fan_in) ** 0.5  # a uniform law on [-b, b] has variance b^2 / 3
+            value.uniform_(-bound, bound, generator=generator)
+        yield name, value
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -102,6 +162,8 @@ def _encoder_only(model_config: ModelConfig, device: torch.device) -> VllmConfig
     # no `replace`: it reads the limits anew, which are not accepted in the form that they are kept in
     alone.multimodal_config = copy(model_config.get_multimodal_config())
     alone.multimodal_config.mm_encoder_only = True
+    silent = {"audio": AudioDummyOptions(count=0)}  # or models that also hear build what they hear with
+    alone.multimodal_config.limit_per_prompt = {**alone.multimodal_config.limit_per_prompt, **silent}
     alone.enforce_eager = True
     directory = envs.download_dir()
     return VllmConfig(
@@ -116,83 +178,216 @@ def _encoder_only(model_config: ModelConfig, device: torch.device) -> VllmConfig
 
 def _join_world_of_one() -> None:
     if not model_parallel_is_initialized():
-        with tempfile.TemporaryDirectory() as folder:
+        any_model = copy(get_current_vllm_config())
+        any_model.model_config = None  # of one without experts, none with could follow
+        with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(any_model):
             init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
     if get_tensor_model_parallel_world_size() > 1:
         raise TowerError("this process holds a part of the model alone, and so cannot hold a whole vision encoder")
 
 
-class Qwen3VLEncoder(VisionTower):
-    """The vision encoder of Qwen3VLForConditionalGeneration.
+def load(family: Family, model_config: ModelConfig, *, largest: int, engine: VllmConfig | None) -> Encoder:
+    """The vision encoder of a model, on the device of this process, with the weights that the engine loads.
 
-    ``encoder`` is what the merger reads, the mean of a token's patches; ``embeds`` is what it gives, and ``deepstack``
-    what the mergers of earlier layers give, side by side.
+    Args:
+        family: of the model.
+        model_config: of the model.
+        largest: tokens of the largest image that the processor makes.
+        engine: the engine's config, which a server's processor has and one of `vllm.LLM` has not.
+
+    Raises:
+        TowerError: the weights are not there or do not fit, or the device is none of vLLM's platform or not known.
+    """
+    device = torch.device(device_for(envs.device(), process_of(engine)))
+    if device.type == "cuda":
+        limit_memory(device, footprint_of(model_config, family, largest), engine)
+    encoder = Encoder(family, model_config, device)
+    logger.info(
+        "Frontend vision tower loaded: %s weights, %s, %.0f MiB on %s",
+        *(encoder.weights, encoder.dtype, encoder.nbytes / 2**20, device),
+    )
+    return encoder
+
+
+class Encoder(VisionTower):
+    """The vision encoder of a model of vLLM's, read by hooks on its way.
+
+    ``encoder`` is what feeds the connector, of merged patches their mean, or ``embeds`` where no more is known of the
+    family; ``embeds`` what the engine would compute;
+    ``cls_attention`` and ``keys`` those of the last attention, the sum and the mean of merged patches;
+    ``overview_attention`` that of the first layer.
+
+    Args:
+        family: of the model.
+        model_config: of the model.
+        device: as `build` takes it.
+
+    Raises:
+        TowerError: as of `build`, or the checkpoint holds no embeddings of words.
     """
 
-    @classmethod
-    def of(cls, model_config: ModelConfig, device: torch.device) -> Qwen3VLEncoder:
-        """That of a model; see `build_encoder`."""
-        return cls(build_encoder(Qwen3VLForConditionalGeneration, model_config, device), model_config)
-
-    def __init__(self, built: Encoder, model_config: ModelConfig) -> None:
-        hf_config = model_config.hf_config
-        shape = (hf_config.text_config.vocab_size, hf_config.text_config.hidden_size)
-        if envs.load_format() == "dummy":
-            table = random_table(*shape, model_config.seed)
+    def __init__(self, family: Family, model_config: ModelConfig, device: torch.device) -> None:
+        self.device, self.dtype = device, model_config.dtype
+        dummy = envs.load_format() == "dummy"
+        self.weights: Weights = "dummy" if dummy else "checkpoint"
+        text = model_config.hf_text_config
+        if dummy:
+            self._table = TokenTable.random(text.vocab_size, text.hidden_size, model_config.seed)
         else:
-            reader = CheckpointReader(compat.model_directory(model_config), ALIASES)
-            reader.plan({TOKEN_TABLE: shape})
-            table = TokenTable(partial(reader.rows, TOKEN_TABLE), *shape)
-        super().__init__(built.model, table, weights="dummy" if envs.load_format() == "dummy" else "checkpoint")
-        self.num_parameters, self.nbytes = built.num_parameters, built.nbytes
-        self._model, self._vision = built.model, hf_config.vision_config
-        self._width: int = shape[1]
-        self._pixel_dtype = torch.float32 if compat.pixel_norm(model_config) is None else torch.uint8
-        self._patches: Tensor | None = None  # (P, C) what the merger was given last
-        # Not of the merger itself: vLLM calls what it could compile past its hooks.
-        built.model.visual.merger.norm.register_forward_pre_hook(self._note_patches)
+            self._table = TokenTable.of_checkpoint(compat.model_directory(model_config), text.hidden_size)
+        built = build(model_config, device)
+        self._model, self.num_parameters, self.nbytes = built.model, built.num_parameters, built.nbytes
+        self._lock = threading.Lock()  # of what the hooks have seen
+        self._width: int = text.hidden_size
+        self._across = family.merge(model_config.hf_config)
+        self._patches = 1 if family.pooled else self._across**2  # of a token, in what the connector is given
+        self._rows = family.rows
+        self._connector = _Inputs(_submodule(built.model, family.connector)) if family.connector else None
+        self._attention = [_Inputs(_submodule(built.model, path)) for path in family.attention or ()]
 
-    def _note_patches(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
-        self._patches = arguments[0]
-
-    def blank(self) -> PreparedImage:
-        side = 4 * self._vision.spatial_merge_size
-        values = self._vision.in_channels * self._vision.temporal_patch_size * self._vision.patch_size**2
-        pixels = torch.zeros(side * side, values, dtype=self._pixel_dtype)
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([1, side, side])}
+    def token_rows(self, token_ids: Sequence[int]) -> Tensor:
+        return self._table.rows(token_ids).to(self.device, self.dtype)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        """As `VisionTower.encode`, for images with `image_grid_thw` (3,) = (1, h, w) and `pixel_values` (h * w, D)."""
-        sizes = [int(image["image_grid_thw"].prod()) for image in images]
-        return [features for batch in batches(sizes) for features in self._encode([images[i] for i in batch])]
+        with self._lock, current(self.device):
+            return [features for batch in batches(images) for features in self._encode(batch)]
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        pixels = torch.cat([image["pixel_values"] for image in images]).to(self.device)
-        grids = torch.stack([image["image_grid_thw"] for image in images])
-        with current(self.device):
-            embeds = self._model.embed_multimodal(pixel_values=pixels, image_grid_thw=grids)
-        assert self._patches is not None
-        merge = self._vision.spatial_merge_size
-        patches, self._patches = self._patches, None
-        means = patches.reshape(-1, merge * merge, patches.shape[-1]).mean(dim=1)
-        found = []
-        encoder = torch.split(means, [len(rows) for rows in embeds])
-        for rows, own, (_, height, width) in zip(embeds, encoder, grids.tolist(), strict=True):
-            found.append(
-                VisualFeatures(
-                    encoder=own.clone(),
-                    embeds=rows[:, : self._width].clone(),
-                    deepstack=rows[:, self._width :].clone() if rows.shape[1] > self._width else None,
-                    grid=(height // merge, width // merge),
-                )
+        hooks = [hook for hook in (self._connector, *self._attention) if hook is not None]
+        for hook in hooks:
+            hook.calls.clear()
+        embeds = [
+            rows
+            for _, fields in group_and_batch_mm_items([image.item for image in images], device=self.device)
+            for rows in self._model.embed_multimodal(**fields)
+        ]
+        tokens = [image.layout.patches // self._across**2 for image in images]
+        encoder, early, attention, keys = None, None, None, None
+        if self._connector is not None:
+            given = [self._rows(self._connector.module, *arguments) for arguments in self._connector.calls]
+            states = torch.cat([rows.flatten(0, -2) for rows in given])
+            encoder = torch.split(states.reshape(sum(tokens), self._patches, -1).mean(dim=1), tokens)
+        if self._attention:
+            first, last = (
+                [_of_cls(inputs.module, *call[:2], across=self._across) for call in inputs.calls]
+                for inputs in self._attention
             )
-        return found
+            early = torch.split(torch.cat([seen for seen, _ in first]), tokens)
+            attention = torch.split(torch.cat([seen for seen, _ in last]), tokens)
+            keys = torch.split(torch.cat([its for _, its in last]), tokens)
+        for hook in hooks:
+            hook.calls.clear()
+        return [
+            self._features(
+                image.layout,
+                embeds[i],
+                *(None if values is None else values[i] for values in (encoder, early, attention, keys)),
+            )
+            for i, image in enumerate(images)
+        ]
 
-    def sequence(self, features: VisualFeatures, plan: PruningPlan) -> Tensor:
-        """(T, d + p): the kept tokens, each with its deepstack; a merged one has that of the token in its place."""
-        if features.deepstack is None:
-            return plan.embeds
-        deepstack = features.deepstack[plan.kept.to(features.deepstack.device)]
-        return torch.cat([plan.embeds, deepstack.to(plan.embeds)], dim=1)
+    def _features(
+        self,
+        layout: Layout,
+        rows: Tensor,
+        encoder: Tensor | None,
+        early: Tensor | None,
+        attention: Tensor | None,
+        keys: Tensor | None,
+    ) -> VisualFeatures:
+        """Those of one image, from the rows that belong to it."""
+
+        def own(values: Tensor) -> Tensor:
+            values = values.clone() if layout.sources is None else values[layout.sources.to(self.device)]
+            return values if layout.scaled is None else scaled(values, layout)
+
+        newline = None
+        if layout.places is not None:
+            places = layout.places.to(self.device)
+            is_token = torch.zeros(len(rows), dtype=torch.bool, device=self.device).index_fill(0, places, True)
+            newline = None if is_token.all() else rows[~is_token][0].clone()
+            rows = rows[places]
+        embeds = rows[:, : self._width].clone()
+        tiles, overview = layout.tiles, None
+        if tiles is not None:
+            tiles = replace(tiles, ids=tiles.ids.to(self.device))
+            if early is not None and tiles.overview is not None:
+                overview = own(early)[tiles.ids == tiles.overview]
+        return VisualFeatures(
+            encoder=embeds if encoder is None else own(encoder),
+            embeds=embeds,
+            grid=layout.grid,
+            tiles=tiles,
+            cls_attention=None if attention is None else own(attention),
+            overview_attention=overview,
+            keys=None if keys is None else own(keys),
+            deepstack=rows[:, self._width :].clone() if rows.shape[1] > self._width else None,
+            newline=newline,
+        )
+
+
+class _Inputs:
+    """The arguments of each call of a module, since `calls` was emptied."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.calls: list[tuple[Tensor, ...]] = []
+        module.register_forward_pre_hook(lambda _, arguments: self.calls.append(arguments))
+
+
+def scaled(values: Tensor, layout: Layout) -> Tensor:
+    """(n, d) the overview and the canvas that is scaled -> (N, d) the overview and the canvas of the tokens."""
+    assert layout.scaled is not None
+    assert layout.tiles is not None
+    overview, canvas = torch.split(values, [len(values) - prod(layout.scaled), prod(layout.scaled)])
+    planes = canvas.T.reshape(1, -1, *layout.scaled)
+    tokens = nn.functional.interpolate(planes, layout.tiles.canvas, mode="bilinear")[0]
+    return torch.cat([overview, tokens.flatten(1).T])
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    module: Any = model
+    for part in path.split("."):
+        module = module[int(part)] if part.lstrip("-").isdigit() else getattr(module, part)
+    found: nn.Module = module
+    return found
+
+
+def _of_cls(attention: Any, query: Tensor, key: Tensor, *, across: int) -> tuple[Tensor, Tensor]:
+    """What the CLS token attends to, without the map of all pairs, and keys; one value, or row, for each token.
+
+    Args:
+        attention: vLLM's layer.
+        query, key: ``(S, 1 + n, heads * d)`` of S squares of n patches.
+        across: patches of a token in either direction, in raster order of the square.
+
+    Returns:
+        ``(T,)`` in float32, the sum over a token's patches of their softmax over all 1 + n, mean over heads; and
+        ``(T, d)`` the mean of its patches' keys, mean over heads.
+    """
+    query, key = (states.view(*states.shape[:2], -1, attention.head_size) for states in (query, key))
+    scores = torch.einsum("shd,snhd->shn", query[:, 0].float(), key.float()) * attention.scale
+    seen = scores.softmax(dim=-1).mean(dim=1)[:, 1:, None]
+    return _blocks(seen, across).sum(dim=1)[:, 0], _blocks(key[:, 1:].mean(dim=2), across).mean(dim=1)
+
+
+def _blocks(patches: Tensor, across: int) -> Tensor:
+    """(S, n, d) in raster order of a square -> (S * n / across^2, across^2, d): its blocks in raster order."""
+    squares, count, width = patches.shape
+    blocks = isqrt(count) // across
+    grid = patches.view(squares, blocks, across, blocks, across, width)
+    return grid.transpose(2, 3).reshape(squares * blocks**2, across**2, width)
+
+
+def batches(images: Sequence[PreparedImage]) -> Iterator[Sequence[PreparedImage]]:
+    """Consecutive images that together stay within `BATCH_PATCHES`, or one that is larger alone."""
+    begin, total = 0, 0
+    for end, image in enumerate(images):
+        if end > begin and total + image.layout.patches > BATCH_PATCHES:
+            yield images[begin:end]
+            begin, total = end, 0
+        total += image.layout.patches
+    if begin < len(images):
+        yield images[begin:]

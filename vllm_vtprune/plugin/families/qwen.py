@@ -1,4 +1,7 @@
-"""What the processors of Qwen's vision-language models have in common: images at their own resolution, ChatML turns."""
+"""What processors have in common of models that take images at their own resolution, with positions of three numbers.
+
+And those of Qwen's, which have ChatML turns.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,24 @@ from typing import Any
 import torch
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.features import Layout, VisualFeatures
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
+from vllm_vtprune.plugin.limits import VIDEO_OPTIONS
 from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.prompt import said_in_turns
+from vllm_vtprune.selectors.registry import Input
 
-TURN = "<|im_start|>"
-"""Begins each turn of a conversation: the speaker, a line feed, what was said."""
+OPTIONS = VIDEO_OPTIONS | {"do_resize", "max_pixels", "min_pixels", "size"}
+PROVIDES: frozenset[Input] = frozenset({"grid", "positions", "dynamic_resolution"})
 
 
-class QwenProcessor(PruningProcessor):
+def merge_size(config: Any) -> int:
+    """Patches of a token in either direction."""
+    size: int = config.vision_config.spatial_merge_size
+    return size
+
+
+class GridProcessor(PruningProcessor):
     """Mixin: the item of a pruned image also holds its grid, and where the kept embeddings stand in it.
 
     The engine may have an image's keys and values at hand and still needs its positions: for items that a model of
@@ -25,9 +37,15 @@ class QwenProcessor(PruningProcessor):
 
     def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
         assert features.grid is not None
-        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        merge = merge_size(self.info.get_hf_config())
         grid = torch.tensor([1, *(merge * side for side in features.grid)])
         return {"image_grid_thw": grid, KEPT_POSITIONS: kept}
+
+    def in_raster(self, item: Mapping[str, Any], sources: torch.Tensor | None = None) -> Layout:
+        """The layout of an image whose tokens are one raster; `sources` as of `Layout`."""
+        _, height, width = item["image_grid_thw"].data.tolist()
+        merge = merge_size(self.info.get_hf_config())
+        return Layout(height * width, grid=(height // merge, width // merge), sources=sources)
 
     def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
         vision = self.info.get_hf_config().vision_config
@@ -39,10 +57,19 @@ class QwenProcessor(PruningProcessor):
                 limits = dict(self.info.get_image_processor().size) | options.get("size", {})
                 least = options.get("min_pixels", limits["shortest_edge"])
                 most = options.get("max_pixels", limits["longest_edge"])
-                height, width = smart_resize(height, width, unit, least, most)
+                height, width = self.resized(height, width, unit, least, most)
         except (TypeError, ArithmeticError) as error:
             raise ValueError(f"an image cannot be scaled with {dict(hf_kwargs)}: {error}") from error
         return (height // unit) * (width // unit)
+
+    def resized(self, height: int, width: int, unit: int, least: int, most: int) -> tuple[int, int]:
+        """Height and width to which the HF processor scales an image: multiples of a unit, within limits of the area.
+
+        Raises:
+            ValueError: the image is too narrow.
+        """
+        scaled: tuple[int, int] = smart_resize(height, width, unit, least, most)
+        return scaled
 
     def at_area(self, hf_kwargs: Mapping[str, object], area: int) -> Mapping[str, object]:
         """Other sizes, the request's and the engine's, give way in each of their forms: ``images_kwargs`` go first."""
@@ -57,21 +84,10 @@ class QwenProcessor(PruningProcessor):
         merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         return {**merged, **merged.get("images_kwargs", {})}
 
-    @property
-    def image_token_id(self) -> int:
-        token_id: int = self.info.get_hf_config().image_token_id
-        return token_id
+
+class QwenProcessor(GridProcessor):
+    """Mixin: as `GridProcessor`, of a model with ChatML turns."""
 
     def _prompt_text(self, prompt: list[int]) -> str:
         """What the turns of a prompt say, but for the system's: every prompt that has none gets a standard one."""
-        tokenizer = self.info.get_tokenizer()
-        turn_id = tokenizer.get_vocab().get(TURN)
-        turns: list[list[int]] = [[]]
-        for token in prompt:
-            if token == turn_id:
-                turns.append([])
-            elif token != self.image_token_id:
-                turns[-1].append(token)
-        before, *texts = (tokenizer.decode(turn, skip_special_tokens=True) for turn in turns)
-        spoken = [said for speaker, _, said in (text.partition("\n") for text in texts) if speaker.strip() != "system"]
-        return "\n".join([before, *spoken])
+        return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|im_start|>")

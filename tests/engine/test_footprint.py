@@ -1,0 +1,87 @@
+"""GPU memory of a vision encoder, worked out from a config, against what vLLM's encoder allocates on the CPU."""
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.media import MediaWithBytes
+from vllm.plugins import load_general_plugins
+
+from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
+from vllm_vtprune.demo.glm4v import write_glm4v_checkpoint
+from vllm_vtprune.demo.internvl import write_internvl_checkpoint
+from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
+from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
+from vllm_vtprune.plugin.gpu import footprint_of
+
+DEPTH = 3  # layers come one after the other, so more of them take no more memory at a time
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that results of torch's operations hold at a time. Their insides are not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._now, self._known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self._now)
+        return results
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+@pytest.mark.parametrize(
+    ("write", "shapes", "count", "dtype"),
+    [
+        (write_llava_checkpoint, "7b", 2, "bfloat16"),
+        (write_llava_next_checkpoint, "7b", 1, "bfloat16"),
+        (write_internvl_checkpoint, "1b", 1, "bfloat16"),
+        (write_glm4v_checkpoint, "released", 2, "bfloat16"),
+        (write_mistral3_checkpoint, "24b", 2, "bfloat16"),
+        (write_qwen2_5_vl_checkpoint, "3b", 2, "float32"),
+        (write_qwen3_vl_checkpoint, "4b", 2, "bfloat16"),
+    ],
+)
+def test_an_encoder_allocates_what_is_expected_of_it(
+    write: Callable[..., Path], shapes: str, count: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VTPRUNE_LOAD_FORMAT", "dummy")
+    load_general_plugins()
+    checkpoint = write(tmp_path, size=shapes, weights=False, dtype=dtype)
+    config = json.loads((checkpoint / "config.json").read_text())
+    vision = config["vision_config"]
+    vision |= {name: DEPTH for name in ("num_hidden_layers", "depth") if name in vision}
+    vision |= {name: [0, 1, 2] for name in ("fullatt_block_indexes", "deepstack_visual_indexes") if name in vision}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    images = [processor.preprocess(MediaWithBytes(Image.new("RGB", (672, 672), "gray"), b""), {}) for _ in range(count)]
+    tower = processor.runtime.tower
+    with Held() as held:
+        found = tower.encode(images)
+    need = footprint_of(model_config, processor.family, found[0].num_tokens)
+    layer = need.weights / DEPTH
+    assert tower.nbytes <= need.weights <= tower.nbytes + layer, "of LLaVA, the last layer is not used"
+    assert held.most <= need.encoding, "for fewer images than may be encoded together"
+    alone = need.encoding * sum(image.layout.patches for image in images) / 16_384
+    assert alone <= 2 * held.most

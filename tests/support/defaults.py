@@ -1,0 +1,6 @@
+"""What kinds of model families give to methods, for tests that need no model."""
+
+from vllm_vtprune.policy import FamilyDefaults
+
+QWEN = FamilyDefaults(clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"}))
+TILED = FamilyDefaults(clip_alpha=0.3, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"}))

@@ -1,0 +1,77 @@
+"""Models of vLLM that have no family of their own: what is known of an image is the embeddings that it becomes.
+
+Those are pruned whose image is one run of placeholders and whose positions are numbered one by one. `__getattr__` gives
+the class that serves an architecture: vLLM's own, where it cannot be pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+from vllm.model_executor.models.interfaces import supports_mrope, supports_multimodal, supports_xdrope
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_vtprune.features import Layout
+from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.model import PrunedModel
+from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.unpruned import unpruned
+
+SIZES = ((64, 64), (600, 64), (64, 600), (900, 900))
+"""Widths and heights, in pixels, of images that are to be runs alike."""
+
+PATCHES = 4
+"""Of a token: a guess, by which batches of the encoder are bounded."""
+
+
+class GenericProcessor(PruningProcessor):
+    """Mixin before any stock processor. ``encoder`` is ``embeds``; there is neither a grid nor attention."""
+
+    family = Family(name="generic", clip_alpha=0.5, provides=frozenset(), connector="", tuned=False)
+
+    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+        return Layout(PATCHES * self.info.get_max_image_tokens())
+
+    def understands(self) -> bool:
+        """Whether images of each of `SIZES` are the same run of placeholders, longer or shorter."""
+        runs = {self.run_of(Image.new("RGB", size)) for size in SIZES}
+        return len(runs) == 1 and None not in runs
+
+
+def build(info: Any, dummy_inputs: Any, stock: Any) -> Any:
+    """The processor of a model.
+
+    Args:
+        info, dummy_inputs: as vLLM gives them.
+        stock: the factories of the model.
+    """
+    config = info.ctx.model_config
+    if "image" in info.supported_mm_limits and not config.is_mm_prefix_lm and not config.is_encoder_decoder:
+        own = type(stock.processor(info, dummy_inputs))
+        processor = type(f"Pruned{own.__name__}", (GenericProcessor, own), {})(info, dummy_inputs)
+        if processor.understands():
+            return processor
+    return unpruned(stock.processor, info, dummy_inputs)
+
+
+def __getattr__(architecture: str) -> type:
+    stock = compat.stock_model(architecture)
+    if stock is None:
+        raise AttributeError(architecture)
+    numbered = not supports_mrope(stock) and not supports_xdrope(stock)
+    if not supports_multimodal(stock) or not numbered or not hasattr(stock, "_processor_factory"):
+        return stock
+    factories = compat.stock_factories(stock)
+    model: Any = type(f"Pruned{architecture}", (PrunedModel, stock), {"_pruning": GenericProcessor})
+
+    def processor(info: Any, dummy_inputs: Any) -> Any:
+        return build(info, dummy_inputs, factories)
+
+    registered: type = MULTIMODAL_REGISTRY.register_processor(
+        processor, info=factories.info, dummy_inputs=factories.dummy_inputs
+    )(model)
+    globals()[architecture] = registered
+    return registered

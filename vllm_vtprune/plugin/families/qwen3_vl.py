@@ -1,0 +1,41 @@
+"""Qwen3-VL (``Qwen3VLForConditionalGeneration``): as Qwen2.5-VL, with more planes of embeddings for deeper layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLMultiModalProcessor
+
+from vllm_vtprune.features import Layout
+from vllm_vtprune.plugin.families.qwen import OPTIONS, PROVIDES, QwenProcessor, merge_size
+from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.model import PrunedModel, processed_by
+from vllm_vtprune.plugin.positions import KeepsPositions
+
+
+def planes(config: Any) -> int:
+    """Layers of the encoder whose features reach deeper layers of the language model."""
+    return len(config.vision_config.deepstack_visual_indexes)
+
+
+class PrunedQwen3VLProcessor(QwenProcessor, Qwen3VLMultiModalProcessor):
+    """One image has a token for each 32 x 32 pixels."""
+
+    family = Family(
+        name="qwen3_vl",
+        clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
+        provides=PROVIDES,
+        connector="visual.merger.norm",
+        merge=merge_size,
+        deepstack=planes,
+        options=OPTIONS,
+    )
+
+    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+        return self.in_raster(item)
+
+
+@processed_by(PrunedQwen3VLProcessor)
+class PrunedQwen3VLForConditionalGeneration(KeepsPositions, PrunedModel, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL, which also takes pruned images: all planes of the embeddings to prefill."""

@@ -1,0 +1,75 @@
+"""What the plugin must know of a model family, beside what its processor says of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+from vllm_vtprune.policy import FamilyDefaults
+
+
+def one(config: Any) -> int:
+    """For encoders whose patches are tokens."""
+    return 1
+
+
+def first_argument(module: nn.Module, states: Tensor, *others: Any) -> Tensor:
+    """For modules that are given the rows as they are."""
+    return states
+
+
+def none(config: Any) -> int:
+    """For families that lack something."""
+    return 0
+
+
+def of_language_model(name: str) -> bool:
+    """Whether a parameter of a model in transformers belongs to its language model."""
+    return "language_model." in name or name.startswith("lm_head.")
+
+
+def parameters_in_transformers(config: PretrainedConfig) -> int:
+    """Parameters of the vision encoder and the connector, counted in transformers' model without allocating it."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return sum(weights.numel() for name, weights in model.named_parameters() if not of_language_model(name))
+
+
+@dataclass(frozen=True)
+class Family(FamilyDefaults):
+    """A family of models that prune alike.
+
+    Attributes:
+        name: in lower case, as of its module.
+        connector: empty, where nothing but the embeddings is known; else the path, in vLLM's model, of the module whose input is what feeds the connector: a row for each token or
+            for each of the patches that it merges. vLLM calls modules that it could compile past their hooks, so of
+            those it is one inside.
+        rows: of that module and the arguments that it is called with, those rows, the patches of a token after each
+            other.
+        pooled: whether those rows are the means of the patches already.
+        attention: paths of the attention of the encoder's first layer and of the one whose output is read, for encoders
+            with a CLS token; a negative number in a path counts layers from the end.
+        merge: of a config, patches of a token in either direction.
+        deepstack: of a config, how many more planes of embeddings a token has.
+        patches: of a config, the most patches of an image, where they are more than those of its tokens; else 0.
+        tuned: whether the defaults were chosen for it.
+        options: what a request may set of the HF processor, beside the values of pixels.
+        parameters: of a config, parameters of encoder and connector.
+    """
+
+    name: str
+    connector: str
+    attention: tuple[str, str] | None = None
+    merge: Callable[[Any], int] = one
+    rows: Callable[..., Tensor] = first_argument
+    pooled: bool = False
+    deepstack: Callable[[Any], int] = none
+    patches: Callable[[Any], int] = none
+    tuned: bool = True
+    options: frozenset[str] = frozenset()
+    parameters: Callable[[Any], int] = parameters_in_transformers

@@ -1,0 +1,127 @@
+"""Rows of a language model's input embedding table, read from a checkpoint without loading the table."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vllm_vtprune.tower import TowerError
+
+INDEX = "model.safetensors.index.json"
+NAMES = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight")
+"""How the names of the table end in checkpoints of language models."""
+ROW_CACHE = 4096
+"""Rows kept in memory: 32 MiB at d = 4096 in bfloat16."""
+
+
+class TokenTable:
+    """Rows of the table. Safe to use from several threads.
+
+    Args:
+        read: M token ids in range -> (M, dim).
+        size, dim: of the table.
+    """
+
+    def __init__(self, read: Callable[[Sequence[int]], Tensor], size: int, dim: int) -> None:
+        self._read = read
+        self.size, self.dim = size, dim
+        self._rows: OrderedDict[int, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def random(cls, size: int, dim: int, seed: int) -> TokenTable:
+        """A random table that is never held: each row drawn from N(0, 0.02^2), the same for the same seed and id."""
+
+        def row(token_id: int) -> Tensor:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + token_id) % 2**32)  # it uses 32 bits
+            return torch.randn(dim, generator=generator) * 0.02
+
+        return cls(lambda ids: torch.stack([row(i) for i in ids]), size, dim)
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path, dim: int) -> TokenTable:
+        """That of a model directory of safetensors files.
+
+        Args:
+            directory: of the checkpoint.
+            dim: width of the table.
+
+        Raises:
+            TowerError: the directory holds no table of floating-point numbers with that width, or files are missing or
+                damaged.
+        """
+        found = [(path, name) for name, path in _files_of(directory).items() if name.endswith(NAMES)]
+        if not found:
+            raise TowerError(f"{directory} holds no embedding table of a language model (…{', …'.join(NAMES)})")
+        problems = []
+        for path, name in found:
+            table = _slice_of(path, name)
+            shape, dtype = table.get_shape(), table.get_dtype()
+            if len(shape) == 2 and shape[1] == dim and dtype in ("F64", "F32", "F16", "BF16"):
+                return cls(partial(_rows, table), shape[0], dim)
+            problems.append(f"{name} is {dtype} of shape {tuple(shape)}")
+        raise TowerError(f"{directory}: {'; '.join(problems)}; expected floating-point numbers of shape (n, {dim})")
+
+    def rows(self, token_ids: Sequence[int]) -> Tensor:
+        """(M, dim): the rows in that order, on the CPU, in the checkpoint's dtype.
+
+        Raises:
+            ValueError: an id is outside of the table.
+        """
+        wrong = [i for i in token_ids if not 0 <= i < self.size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is not in the embedding table: expected 0 to {self.size - 1}")
+        if not token_ids:
+            return torch.empty(0, self.dim)
+        with self._lock:
+            missing = [i for i in dict.fromkeys(token_ids) if i not in self._rows]
+            if missing:
+                self._rows.update(zip(missing, map(torch.clone, self._read(missing)), strict=True))
+            for i in token_ids:
+                self._rows.move_to_end(i)
+            rows = torch.stack([self._rows[i] for i in token_ids])
+            while len(self._rows) > ROW_CACHE:
+                self._rows.popitem(last=False)
+        return rows
+
+
+def _rows(table: Any, ids: Sequence[int]) -> Tensor:
+    return torch.stack([table[i : i + 1][0] for i in ids])
+
+
+def _files_of(directory: Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint, by its name."""
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return {name: directory / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TowerError(f"{index} is not a safetensors index: {error!r}") from error
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise TowerError(f"{directory} holds no *.safetensors, from which the embeddings of words are read")
+    return {name: path for path in paths for name in sorted(_opened(path).keys())}
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise TowerError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _slice_of(path: Path, name: str) -> Any:
+    try:
+        return _opened(path).get_slice(name)
+    except SafetensorError as error:
+        raise TowerError(f"{path} does not hold {name!r}, which {INDEX} places there: {error}") from error
