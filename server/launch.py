@@ -200,8 +200,8 @@ def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
     if architecture in ARCHITECTURES:
         sys.exit(
             f"vtprune serve: {model_config.model} would be served unpruned: its architecture {architecture} resolves "
-            f"to {model_class.__module__}:{model_class.__qualname__}, expected {ARCHITECTURES[architecture]}. Is another "
-            "plugin registering it, or did ours fail to load (see above)?"
+            f"to {model_class.__module__}:{model_class.__qualname__}, expected {ARCHITECTURES[architecture]}. Is "
+            "another plugin registering it, or did ours fail to load (see above)?"
         )
     unpruned = f"{model_config.model} has the architecture {architecture}, which cannot be pruned"
     known = ", ".join(ARCHITECTURES)

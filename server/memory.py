@@ -122,7 +122,7 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
         sharing = most_on_one_gpu(envs.device(), api_processes(args))
         if not sharing:
             return
-        need = footprint_of(model_config, processor.family, processor.info.get_max_image_tokens())
+        need = footprint_of(model_config, processor.family, processor.most_tokens())
         found = reserve(need, processes=sharing, card=current_platform.get_device_total_memory(), given=given)
     except TowerError as error:
         sys.exit(f"vtprune serve: {error}")

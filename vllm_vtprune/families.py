@@ -5,9 +5,16 @@ from __future__ import annotations
 FAMILIES: dict[str, tuple[str, ...]] = {
     "llava": ("LlavaForConditionalGeneration",),
     "llava_next": ("LlavaNextForConditionalGeneration",),
+    "llava_onevision": ("LlavaOnevisionForConditionalGeneration",),
     "internvl": ("InternVLForConditionalGeneration",),
+    "internvl_chat": ("InternVLChatModel",),
+    "glm4v": ("Glm4vForConditionalGeneration", "Glm4vMoeForConditionalGeneration"),
+    "gemma3": ("Gemma3ForConditionalGeneration",),
+    "gemma4": ("Gemma4ForConditionalGeneration",),
+    "mistral3": ("Mistral3ForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
 }
 
 ARCHITECTURES: dict[str, str] = {

@@ -43,11 +43,21 @@ class Shape:
     patches: int = 0
 
     @classmethod
-    def of(cls, vision: Any, *, parameters: int, width: int, merge: int, deepstack: int, patches: int = 0) -> Shape:
-        """Of an encoder with this config; the others as the attributes."""
+    def of(
+        cls,
+        vision: Any,
+        *,
+        parameters: int,
+        width: int,
+        merge: int,
+        deepstack: int,
+        patches: int = 0,
+        intermediate: int = 0,
+    ) -> Shape:
+        """Of an encoder with this config; the others as the attributes, `intermediate` 0 for that of the config."""
         values = 3 * _side(vision.patch_size) ** 2 * getattr(vision, "temporal_patch_size", 1)
         hidden = vision.hidden_size
-        intermediate = getattr(vision, "intermediate_size", 4 * hidden)
+        intermediate = intermediate or getattr(vision, "intermediate_size", 4 * hidden)
         return cls(parameters, hidden, intermediate, values, width, merge, deepstack, patches)
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vllm_vtprune.demo.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, weights_of
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, weights_of
 from vllm_vtprune.overlay import draw_kept, with_caption
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
@@ -79,6 +79,9 @@ def inspect(argv: list[str]) -> None:
         help="without a model: whose small checkpoint to make and take (default: %(default)s)",
     )
     parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that reads the config, where a model brings it"
+    )
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where the drawing goes, such as kept.png"
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
@@ -99,7 +102,11 @@ def inspect(argv: list[str]) -> None:
     try:
         with Image.open(args.image) as picture:
             picture.load()
-        found = examine(pruning_processor(args.model or _checkpoint(args.family)), picture, policy, args.query)
+        processor = pruning_processor(
+            args.model or _checkpoint(args.family),
+            trust_remote_code=args.trust_remote_code or (args.model is None and args.family in WITH_CODE),
+        )
+        found = examine(processor, picture, policy, args.query)
         weights = weights_of(args.model, args.family)
         random = weights == "random"
         (with_caption(found.drawn, "Random weights") if random else found.drawn).save(args.out)
@@ -132,12 +139,13 @@ def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPo
     return Inspection(report.to_json(), draw_kept(picture.convert("RGB"), features, plan.kept, view))
 
 
-def pruning_processor(model: str, dtype: str = "auto") -> PruningProcessor:
+def pruning_processor(model: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PruningProcessor:
     """What prepares and prunes a model's images, without an engine.
 
     Args:
         model: a directory, or a name on the hub.
         dtype: of its vision encoder; "auto" for the model's own.
+        trust_remote_code: whether to run the code that reads the model's config, where the model brings it.
 
     Raises:
         InspectionFailed: the model cannot be read, or its architecture cannot be pruned.
@@ -150,7 +158,7 @@ def pruning_processor(model: str, dtype: str = "auto") -> PruningProcessor:
 
     register()
     try:
-        config = AsyncEngineArgs(model=model, dtype=dtype).create_model_config()
+        config = AsyncEngineArgs(model=model, dtype=dtype, trust_remote_code=trust_remote_code).create_model_config()
         processor = MULTIMODAL_REGISTRY.create_processor(config)
     except (OSError, ValueError) as error:
         raise InspectionFailed(f"{model}: {error}") from error

@@ -47,18 +47,3 @@ class VisionTower(Protocol):
         Raises:
             ValueError: an id is outside of the table.
         """
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
-
-    Raises:
-        TowerError: this process lacks that GPU.
-    """
-    count = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda:0" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise TowerError(f"device {name!r} is not there: this process sees {count} GPUs")
-    return torch.device("cuda:0") if name == "cuda" else device

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.demo.qwen3_vl import qwen3_vl_config, write_qwen3_vl_checkpoint
@@ -102,3 +108,50 @@ def test_the_chat_template_adds_no_system_turn(checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == PROMPT
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen3_vl_checkpoint(tmp_path_factory.mktemp("qwen3_moe"), size="tiny-moe")
+
+
+def test_files_hold_experts_as_released_and_vllm_maps_every_tensor(experts: Path, tmp_path: Path) -> None:
+    """The matrices of experts lie transposed in released files, and in transformers' modules do not."""
+    model, loading = Qwen3VLMoeForConditionalGeneration.from_pretrained(experts, output_loading_info=True)
+    assert not any(loading.values()), loading
+    mlp = "model.language_model.layers.2.mlp"
+    with safe_open(experts / "model.safetensors", "pt") as tensors:
+        names = set(tensors.keys())
+        gate_up, down = (tensors.get_tensor(f"{mlp}.experts.{part}_proj") for part in ("gate_up", "down"))
+        assert tensors.get_slice(f"{mlp}.gate.weight").get_shape() == [8, 256]
+    assert (gate_up.shape, down.shape) == ((8, 256, 2 * 64), (8, 64, 256))
+    assert torch.equal(model.state_dict()[f"{mlp}.experts.gate_up_proj"], gate_up.transpose(1, 2))
+    assert names == set(model.state_dict())
+    again = write_qwen3_vl_checkpoint(tmp_path / "again", size="tiny-moe")
+    assert (again / "model.safetensors").read_bytes() == (experts / "model.safetensors").read_bytes()
+    mapper = pytest.importorskip(
+        "vllm.model_executor.models.qwen3_vl_moe"
+    ).Qwen3VLMoeForConditionalGeneration.hf_to_vllm_mapper
+    mapped = mapper.apply_list(sorted(names))
+    assert len(set(mapped)) == len(mapped) == len(names)
+    assert {name.split(".")[0] for name in mapped} == {"visual", "language_model"}
+
+
+def test_the_answer_depends_on_the_experts(experts: Path) -> None:
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(experts).eval()
+    inputs = AutoProcessor.from_pretrained(experts)(images=photograph(), text=PROMPT, return_tensors="pt")
+    chosen: set[int] = set()
+    for layer in model.model.language_model.layers:
+        layer.mlp.gate.register_forward_hook(lambda gate, given, gives: chosen.update(gives[-1].flatten().tolist()))
+    with torch.inference_mode():
+        whole = model(**inputs).logits[0, -1]
+        assert chosen == set(range(8)), "each expert should get tokens"
+        model.model.language_model.layers[1].mlp.experts.down_proj.data[:4] = 0
+        assert (model(**inputs).logits[0, -1] - whole).abs().max() > 0.01
+
+
+def test_the_30b_checkpoint_without_weights_has_the_released_shapes(tmp_path: Path) -> None:
+    directory = write_qwen3_vl_checkpoint(tmp_path, size="30b-a3b", weights=False, dtype="bfloat16")
+    with torch.device("meta"):
+        model = Qwen3VLMoeForConditionalGeneration(AutoConfig.from_pretrained(directory))
+    assert sum(weight.numel() for weight in model.parameters()) == 31_070_754_032  # Qwen/Qwen3-VL-30B-A3B-Instruct

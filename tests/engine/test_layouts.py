@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import LlavaOnevisionModel
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaOnevisionModel, SiglipVisionConfig
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, get_anyres_image_grid_shape
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -25,6 +25,8 @@ from vllm_vtprune.demo import families as demo
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.internvl import tiled
+from vllm_vtprune.plugin.families.internvl_chat import PrunedInternVLChatProcessor
+from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune.plugin.families.llava_next import anyres
 from vllm_vtprune.plugin.vision import scaled
 
@@ -199,6 +201,19 @@ def test_tiles_show_the_parts_that_their_boxes_say(processor: Any, size: tuple[i
         if middles.std() > 0:
             slope = torch.corrcoef(torch.stack([middles, means[:, colour].to(middles)]))[0, 1]
             assert slope > 0.999
+
+
+def test_checkpoints_whose_tokens_are_not_their_patches_are_not_pruned() -> None:
+    encoders = {"SigLIP": SiglipVisionConfig(), "CLIP": CLIPVisionConfig()}
+    pruned = [
+        (encoder, strategy)
+        for encoder, vision in encoders.items()
+        for strategy in ("default", "full")
+        if PrunedLlavaProcessor.prunes(LlavaConfig(vision_config=vision, vision_feature_select_strategy=strategy))
+    ]
+    assert pruned == [("SigLIP", "full"), ("CLIP", "default")]
+    assert PrunedInternVLChatProcessor.prunes(SimpleNamespace(ps_version="v2"))
+    assert not PrunedInternVLChatProcessor.prunes(SimpleNamespace(ps_version="v1")), "its tokens go down the columns"
 
 
 @pytest.mark.parametrize("processor", ["qwen2_5_vl"], indirect=True)

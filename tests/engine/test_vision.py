@@ -46,7 +46,7 @@ from vllm_vtprune.plugin.family import of_language_model
 from vllm_vtprune.plugin.vision import Encoder
 from vllm_vtprune.selectors.registry import METHODS, SELECTORS
 from vllm_vtprune.sequence import sequence, sequence_length
-from vllm_vtprune.tower import TowerError, resolve_device
+from vllm_vtprune.tower import TowerError
 
 CPU = torch.device("cpu")
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -91,6 +91,22 @@ def internvit(**options: Any) -> Row:
     return Row("model.multi_modal_projector", (f"{layers}.0.attention", f"{layers}.3.attention"), options)
 
 
+def blocks(squares: Tensor, across: int, columns: int | None = None) -> Tensor:
+    """(S, n, ...) -> (S * n / across^2, across^2, ...): the patches of each token, as they lie in their square.
+
+    Args:
+        columns: of patches, where they form no square.
+    """
+    columns = columns or isqrt(squares.shape[1])
+    patch = torch.arange(squares.shape[1]).view(-1, columns)
+    tokens = [
+        patch[row : row + across, column : column + across].flatten()
+        for row in range(0, len(patch), across)
+        for column in range(0, columns, across)
+    ]
+    return squares[:, torch.stack(tokens)].flatten(0, 1)
+
+
 def of_convolution(squares: Tensor) -> Tensor:
     """GLM-4V: (M, d_v, 2, 2) -> (M, 4, d_v)."""
     return squares.flatten(2).transpose(1, 2)
@@ -106,16 +122,25 @@ GLM4V = Row("model.visual.merger", features="model.visual.downsample", patches=o
 
 ROWS = {
     "llava": clip(),
+    "llava with SigLIP": Row("model.multi_modal_projector", options={"siglip": True}),
     "llava_next": clip(image_size=112),
     "llava_onevision": Row("model.multi_modal_projector"),
     "internvl": internvit(image_size=112),
     "internvl with norms of keys": internvit(image_size=112, qk_norm=True),
     "internvl_chat": replace(internvit(), stored="mlp1", twin="internvl"),
+    "gemma3": Row("model.multi_modal_projector", patches=partial(blocks, across=4)),
+    "gemma4": Row("model.embed_vision", features="model.embed_vision.embedding_pre_projection_norm"),
+    "gemma4 large": Row(
+        "model.embed_vision", features="model.embed_vision.embedding_pre_projection_norm", options={"large": True}
+    ),
     "glm4v": GLM4V,
     "glm4v with experts": replace(GLM4V, options={"moe": True}),
     "mistral3": Row("model.multi_modal_projector", patches=of_one_image, preprocessing={"patch_size": 28}),
     "qwen2_5_vl": Row("model.visual.merger"),
     "qwen3_vl": Row("model.visual.merger"),
+    "qwen3_vl with experts": Row("model.visual.merger", options={"size": "tiny-moe"}),
+    "qwen3_5": Row("model.visual.merger"),
+    "qwen3_5 with experts": Row("model.visual.merger", options={"size": "tiny-moe"}),
 }
 
 
@@ -295,22 +320,6 @@ def squares_of(image: PreparedImage) -> Tensor:
     """(S, 3, H, W)"""
     [pixels] = [its.data for name, its in image.item.items() if name.startswith("pixel_values")]
     return pixels
-
-
-def blocks(squares: Tensor, across: int, columns: int | None = None) -> Tensor:
-    """(S, n, ...) -> (S * n / across^2, across^2, ...): the patches of each token, as they lie in their square.
-
-    Args:
-        columns: of patches, where they form no square.
-    """
-    columns = columns or isqrt(squares.shape[1])
-    patch = torch.arange(squares.shape[1]).view(-1, columns)
-    tokens = [
-        patch[row : row + across, column : column + across].flatten()
-        for row in range(0, len(patch), across)
-        for column in range(0, columns, across)
-    ]
-    return squares[:, torch.stack(tokens)].flatten(0, 1)
 
 
 def everything(features: VisualFeatures) -> Any:
@@ -532,7 +541,7 @@ def test_a_tensor_that_is_missing_or_does_not_fit(row: Row, checkpoint: Path) ->
 def test_a_part_of_the_attention_that_is_missing(checkpoint: Path) -> None:
     """vLLM has queries, keys and values in one matrix."""
     stored = [name for name in load_file(checkpoint / "model.safetensors") if "vis" in name]
-    name = next(name for name in stored if name.endswith(("k_proj.weight", "qkv.weight")))
+    name = next(name for name in stored if name.endswith(("k_proj.weight", "k_proj.linear.weight", "qkv.weight")))
     _, without = changed(checkpoint, name, lambda _: None)
     with pytest.raises(TowerError, match=re.split("k_proj|qkv", name.removeprefix("model."))[0]):
         encoder_of(without)
@@ -548,18 +557,6 @@ def test_another_device_than_vllm_s_is_refused(model_config: Any, monkeypatch: p
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda:0")
     with pytest.raises(TowerError, match=r"on the CPU, not on cuda:0; set VTPRUNE_DEVICE to auto"):
         _ = MULTIMODAL_REGISTRY.create_processor(model_config).runtime.tower
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert resolve_device("auto") == resolve_device("cpu") == CPU
-    with pytest.raises(TowerError, match="device 'cuda' is not there: this process sees 0 GPUs"):
-        resolve_device("cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:0")
-    assert resolve_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(TowerError, match="this process sees 2 GPUs"):
-        resolve_device("cuda:2")
 
 
 def test_tokens_are_counted_as_the_image_processor_scales(processor: Any) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.defaults import QWEN
 from vllm_vtprune.budget import energy_rank, exact_spectrum
 from vllm_vtprune.features import VisualFeatures
-from tests.support.defaults import QWEN
 from vllm_vtprune.policy import LLAVA, PolicyError
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune_evaluation.ablations import ABLATIONS, solver_arms

@@ -155,7 +155,12 @@ def running_engine(
         environment: variables that are set while the engine starts.
         options: of `LLM`, beside or instead of those that all engines of the tests share.
     """
-    shared = {"max_model_len": 2560, "limit_mm_per_prompt": {"image": 3}, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+    shared = {
+        "dtype": "float32",
+        "max_model_len": 2560,
+        "limit_mm_per_prompt": {"image": 3},
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    }
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in environment.items():
@@ -167,7 +172,6 @@ def running_engine(
         llm = LLM(
             model=str(checkpoint),
             served_model_name=name,
-            dtype="float32",
             enforce_eager=True,
             max_num_seqs=8,
             block_size=BLOCK,

@@ -23,8 +23,8 @@ vllm.utils.platform_utils.is_uva_available = lambda: False
 from vllm.multimodal.utils import strip_covered_mm_data  # noqa: E402
 from vllm.v1.worker.gpu.mm.rope import RopeState  # noqa: E402
 
-from tests.engine.qwen_stock_answers import video  # noqa: E402
 from tests.support.qwen2_5_vl_requests import requests_to  # noqa: E402
+from tests.support.videos import video  # noqa: E402
 
 CHUNK = 40
 DECODED = 5

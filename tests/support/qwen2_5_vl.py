@@ -1,7 +1,4 @@
-"""Qwen2.5-VL: prompts in its chat form, and a model in plain transformers that reads them where tokens are gone.
-
-What Qwen3-VL does otherwise is in `qwen3_vl`.
-"""
+"""Qwen2.5-VL: prompts in its chat form, a model in plain transformers, and positions by hand where tokens are gone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +8,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from tests.support.defaults import QWEN
 from tests.support.reference import Reference
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -19,14 +15,9 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
-def ask_about(question: str, media: str = IMAGE, before: str = SYSTEM) -> str:
-    """A prompt: what was said before, the media and a question. It ends where the answer begins."""
-    return f"{before}<|im_start|>user\n{media}{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def answered(prompt: str, answer: str) -> str:
-    """What was said before the next turn."""
-    return f"{prompt}{answer}<|im_end|>\n"
+def ask_about(question: str, media: str) -> str:
+    """A prompt: the media and a question. It ends where the answer begins."""
+    return f"{SYSTEM}<|im_start|>user\n{media}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Medium(NamedTuple):
@@ -36,15 +27,12 @@ class Medium(NamedTuple):
     grid: tuple[int, int, int]
     kept: torch.Tensor
     time_step: int = 1  # positions from one frame to the next
-    deepstack: torch.Tensor | None = None  # (N, p): what the first layers add to their outputs, layer after layer
-    timestamps: tuple[float, ...] = ()  # of the frames of a video, where the prompt names them
 
 
 class QwenReference(Reference):
     """Built from the checkpoint alone, in float32 with eager attention."""
 
     model_class: Any = Qwen2_5_VLForConditionalGeneration
-    family = QWEN
 
     def __init__(self, checkpoint: Path) -> None:
         self.model, loading = self.model_class.from_pretrained(
@@ -87,18 +75,6 @@ class QwenReference(Reference):
         merge = self.model.config.vision_config.spatial_merge_size
         return Medium(embeds, (frames, height // merge, width // merge), torch.arange(len(embeds)))
 
-    def prompt_ids_of(self, prompt: str, media: Sequence[Medium]) -> list[int]:
-        """The prompt's tokens, with as many placeholders for each medium as it keeps tokens."""
-        remaining = iter(media)
-        ids: list[int] = []
-        for token in self.tokenizer(prompt)["input_ids"]:
-            medium = token in (self.image_token, self.video_token)
-            ids += self._placeholders(token, next(remaining)) if medium else [token]
-        return ids
-
-    def _placeholders(self, token: int, medium: Medium) -> list[int]:
-        return [token] * len(medium.kept)
-
     def positions(self, prompt_ids: Sequence[int], media: Sequence[Medium], answer: int) -> torch.Tensor:
         """(3, L + answer): time, height and width of each token of a prompt and of its answer, one after the other.
 
@@ -125,31 +101,3 @@ class QwenReference(Reference):
             following += max((frames - 1) * medium.time_step, height - 1, width - 1) + 1
         found += [(following + step,) * 3 for step in range(answer)]
         return torch.tensor(found).T
-
-    @torch.inference_mode()
-    def answer_logprobs(self, prompt: str, media: Sequence[Medium], answer: Sequence[int]) -> torch.Tensor:
-        """(T, vocabulary): as `Reference.logprobs`, with the positions of `positions`."""
-        prompt_ids = self.prompt_ids_of(prompt, media)
-        return self.logprobs_at(self.positions(prompt_ids, media, len(answer) - 1), prompt_ids, media, answer)
-
-    @torch.inference_mode()
-    def logprobs_at(
-        self, positions: torch.Tensor, prompt_ids: Sequence[int], media: Sequence[Medium], answer: Sequence[int]
-    ) -> torch.Tensor:
-        """The same at given positions (3, L + T - 1)."""
-        table = self.model.get_input_embeddings()
-        embeds = table(torch.tensor([*prompt_ids, *answer[:-1]]))
-        visual = torch.zeros(len(embeds), dtype=torch.bool)
-        visual[: len(prompt_ids)] = torch.isin(
-            torch.tensor(prompt_ids), torch.tensor([self.image_token, self.video_token])
-        )
-        if media:
-            embeds[visual] = torch.cat([medium.embeds[medium.kept] for medium in media])
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds[None], position_ids=positions[:, None], **self._deeper(visual, media)
-        ).last_hidden_state[0]
-        return self.model.lm_head(hidden[len(prompt_ids) - 1 :]).float().log_softmax(dim=-1)
-
-    def _deeper(self, visual: torch.Tensor, media: Sequence[Medium]) -> dict[str, Any]:
-        """What the language model is given of `media` beside embeddings; `visual`: (L,) where these stand."""
-        return {}

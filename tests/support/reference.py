@@ -1,4 +1,4 @@
-"""Models in plain transformers that read a prompt in which only some tokens of each image are left."""
+"""Models in plain transformers, and what their language models read of images and videos."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +30,6 @@ class Reference:
         self.checkpoint = checkpoint
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         self._pixels = AutoImageProcessor.from_pretrained(checkpoint)
-        self.image_token = self.model.config.image_token_id
-        self.media_tokens = [self.image_token]
 
     @torch.inference_mode()
     def visual_embeds(self, image: Image.Image) -> torch.Tensor:
@@ -48,31 +46,6 @@ class Reference:
         """(M, d): rows of the input table for words as they stand inside a sentence."""
         ids = [token for noun in nouns for token in self.tokenizer.encode(f" {noun}", add_special_tokens=False)]
         return self.model.get_input_embeddings()(torch.tensor(ids)) if ids else None
-
-    def prompt_ids(self, prompt: str, kept: Sequence[int]) -> list[int]:
-        """The prompt's tokens, with `kept[i]` placeholders for its i-th image."""
-        counts = iter(kept)
-        ids: list[int] = []
-        for token in self.tokenizer(prompt)["input_ids"]:
-            ids += [token] * next(counts) if token == self.image_token else [token]
-        return ids
-
-    @torch.inference_mode()
-    def logprobs(
-        self, prompt_ids: Sequence[int], images: Sequence[torch.Tensor], answer: Sequence[int]
-    ) -> torch.Tensor:
-        """(T, vocabulary): log-probabilities at each of the T tokens of `answer`, given the prompt and those before.
-
-        Positions run from 0 without gaps. Where every token of `answer` is the likeliest of its row, `answer` is what
-        greedy decoding gives.
-        """
-        table = self.model.get_input_embeddings()
-        ids = torch.tensor(prompt_ids)
-        prompt = table(ids)
-        prompt[torch.isin(ids, torch.tensor(self.media_tokens))] = torch.cat(list(images))
-        embeds = torch.cat([prompt, table(torch.tensor(answer[:-1], dtype=torch.long))])
-        logits = self.model(inputs_embeds=embeds[None], position_ids=torch.arange(len(embeds))[None]).logits[0]
-        return logits[len(prompt_ids) - 1 :].float().log_softmax(dim=-1)
 
 
 class LlavaNextReference(Reference):
@@ -107,14 +80,9 @@ class LlavaNextReference(Reference):
 
 
 class InternVLReference(Reference):
-    """InternVL in transformers' layout, whose prompts have a token before and one after each image."""
+    """InternVL in transformers' layout."""
 
     model_class = InternVLForConditionalGeneration
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(checkpoint)
-        self.video_token = self.tokenizer.convert_tokens_to_ids("<video>")
-        self.media_tokens.append(self.video_token)
 
     @torch.inference_mode()
     def visual_embeds(self, image: Image.Image) -> torch.Tensor:
@@ -127,19 +95,3 @@ class InternVLReference(Reference):
         processor = AutoVideoProcessor.from_pretrained(self.checkpoint)
         pixels = processor(videos=[frames], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
         return self.model.get_image_features(pixel_values=pixels.flatten(0, 1)).pooler_output.flatten(0, 1)
-
-    def prompt_ids(self, prompt: str, kept: Sequence[int], frames: int = 0) -> list[int]:
-        """As `Reference.prompt_ids`. `frames`: of a video, to each of which belong as many tokens as to a tile."""
-        before, after = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
-        counts = iter(kept)
-        tile = "<video>" * self.model.config.image_seq_length
-        video = "\n".join(f"Frame{number + 1}: <img>{tile}</img>" for number in range(frames))
-        ids: list[int] = []
-        for token in self.tokenizer(prompt)["input_ids"]:
-            if token == self.image_token:
-                ids += [before, *[token] * next(counts), after]
-            elif token == self.video_token:
-                ids += self.tokenizer(video, add_special_tokens=False)["input_ids"]
-            else:
-                ids.append(token)
-        return ids

@@ -19,6 +19,10 @@ Change: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 """What becomes of what a language model is given, by name; None: it stays."""
 
 
+TYPES = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
+"""By model, what has transformers read images in both directions. vLLM's CPU build reads them causally."""
+
+
 class Reading(NamedTuple):
     """What a language model read and said: ids of the prompt's tokens, log-probabilities (T, vocabulary)."""
 
@@ -31,7 +35,7 @@ class UnprunedReference:
 
     The tokens of an image are content, in the order in which the language model reads them, or structure: newlines
     (LLaVA-NeXT, LLaVA-OneVision) and break tokens (Mistral 3) at the ends of rows. Structure stays where a token of its
-    row does, and where its row never had one.
+    row does, and where its row never had one; after the last row of which a token stays stands what ends an image.
 
     Where positions have one dimension, those left are numbered from 0 without gaps. Where they have three (M-RoPE),
     each token has the position that it has unpruned, and the answer goes on from there too.
@@ -111,7 +115,10 @@ class UnprunedReference:
 
     def _inputs(self, prompt: str, images: Sequence[Image.Image], answer: Sequence[int]) -> dict[str, Tensor]:
         """What the model takes of a prompt and of an answer's first tokens."""
-        inputs = dict(self.processor(text=[prompt], images=list(images) or None, return_tensors="pt"))
+        kind = self.model.config.model_type
+        options = {"add_special_tokens": False} if kind == "gemma4" else {}  # they are in its chat template
+        inputs = dict(self.processor(text=[prompt], images=list(images) or None, return_tensors="pt", **options))
+        inputs.pop(TYPES.get(kind, ""), None)
         length = inputs["input_ids"].shape[1]
         following = {"input_ids": list(answer), "attention_mask": [1] * len(answer)}
         for name, value in inputs.items():
@@ -160,7 +167,32 @@ class UnprunedReference:
                     continue
                 left[place] = not row or left[row].any()
                 row = []
+            if row and not left[row].any():  # the token after the image's last row takes the place of the last break
+                left[run[structure[run] & left[run]][-1]] = False
         return left.nonzero()[:, 0]
+
+
+class TwinReference(UnprunedReference):
+    """Of a checkpoint that transformers has no classes for: the twin that it has reads what vLLM's processor gives.
+
+    Args:
+        twin: a checkpoint with the same weights and token ids.
+        processor: vLLM's, which leaves images unpruned if not told otherwise.
+    """
+
+    def __init__(self, twin: Path, processor: Any) -> None:
+        super().__init__(twin)
+        self._of_vllm = processor
+
+    def _alone(self, image: Image.Image) -> dict[str, Tensor]:
+        return self._inputs("<image>", [image], [])
+
+    def _inputs(self, prompt: str, images: Sequence[Image.Image], answer: Sequence[int]) -> dict[str, Tensor]:
+        processed = self._of_vllm(prompt, self._of_vllm.info.parse_mm_data({"image": list(images)} if images else {}))
+        ids = torch.tensor([[*processed["prompt_token_ids"], *answer]])
+        squares = [item["pixel_values_flat"].data for item in processed["mm_kwargs"].get("image", [])]
+        pixels = {"pixel_values": torch.cat(squares)} if squares else {}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
 
 
 def _pruned(given: Mapping[str, Any], left: Tensor, window: int | None) -> dict[str, Any]:

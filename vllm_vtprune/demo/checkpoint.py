@@ -35,6 +35,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
 )
 
 from vllm_vtprune.demo import weights as weight_files
@@ -128,6 +130,7 @@ def write_llava_checkpoint(
     seed: int = 0,
     shards: int = 1,
     dtype: DType = "float32",
+    siglip: bool = False,
 ) -> Path:
     """Write a LLaVA checkpoint into `directory` and return its path.
 
@@ -139,11 +142,12 @@ def write_llava_checkpoint(
         seed: Each tensor depends on this and on its name, so namings and shards hold the same numbers.
         shards: Number of weight files; more than one come with an index.
         dtype: Of the weights, and the one that the configuration announces.
+        siglip: With an encoder of SigLIP instead of CLIP: no CLS token, and images are scaled without their ratio.
     """
     if shards < 1:
         raise ValueError(f"shards must be at least 1, not {shards}")
     directory = Path(directory)
-    config = llava_config(size, dtype)
+    config = llava_config(size, dtype, siglip)
     _write_all_but_weights(directory, config, demo_tokenizer(size))
     if weights:
         _write_weights(directory, config, naming, seed, shards, getattr(torch, dtype))
@@ -181,16 +185,20 @@ def _write_all_but_weights(directory: Path, config: LlavaConfig, tokenizer: PreT
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=config.image_token_index + 1).save_pretrained(
         directory
     )
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": config.vision_config.image_size},
-        crop_size={"height": config.vision_config.image_size, "width": config.vision_config.image_size},
+    side = config.vision_config.image_size
+    square = {"height": side, "width": side}
+    has_cls = isinstance(config.vision_config, CLIPVisionConfig)
+    image_processor = (
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square)
+        if has_cls
+        else SiglipImageProcessor(size=square)
     )
     LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # the CLS token
+        num_additional_image_tokens=int(has_cls),
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(directory)
     image_processor.save_pretrained(
@@ -198,11 +206,12 @@ def _write_all_but_weights(directory: Path, config: LlavaConfig, tokenizer: PreT
     )  # transformers 5 puts it into processor_config.json; released ones have both
 
 
-def llava_config(size: Size, dtype: DType = "float32") -> LlavaConfig:
+def llava_config(size: Size, dtype: DType = "float32", siglip: bool = False) -> LlavaConfig:
     """The configuration of LLaVA-1.5 in a size, with the token ids of `demo_tokenizer`."""
+    encoder: dict[str, Any] = dict(image_size=336, patch_size=14, **VISION[size])
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
-        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, **VISION[size]),
+        vision_config=SiglipVisionConfig(vision_use_head=False, **encoder) if siglip else CLIPVisionConfig(**encoder),
         text_config=LlamaConfig(
             max_position_embeddings=4096,
             rms_norm_eps=1e-5,
@@ -214,7 +223,7 @@ def llava_config(size: Size, dtype: DType = "float32") -> LlavaConfig:
         image_token_index=IMAGE_TOKEN_ID[size],
         image_seq_length=576,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="full" if siglip else "default",
         dtype=dtype,
     )
 

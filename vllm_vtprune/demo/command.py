@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_vtprune.demo.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, weights_of
+from vllm_vtprune.demo.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, weights_of
 from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.demo.server import ServerFailed, announced_server
 
@@ -130,10 +130,12 @@ def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, 
 
 
 def _checkpoint(family: str) -> list[str]:
-    """The small checkpoint of a family; nothing for the one that a server without a model serves."""
+    """Options that serve the small checkpoint of a family; none for the one that a server without a model serves."""
     from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
 
-    return [] if family == DEFAULT else [str(embedded_checkpoint(family))]
+    if family == DEFAULT:
+        return []
+    return [str(embedded_checkpoint(family)), *(["--trust-remote-code"] if family in WITH_CODE else [])]
 
 
 def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str, Any]:

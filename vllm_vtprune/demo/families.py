@@ -12,6 +12,9 @@ FAMILIES = {
 }
 """Family -> the function that writes its tiny checkpoint into a directory, as ``module:function``."""
 
+WITH_CODE = frozenset({"internvl_chat"})
+"""Families whose checkpoints hold code that reads their config; vLLM runs it with ``trust_remote_code`` alone."""
+
 Weights: TypeAlias = Literal["trained", "random"]
 
 RANDOM_WEIGHTS = (

@@ -28,16 +28,10 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from vllm_vtprune.demo import directories
 from vllm_vtprune.demo.chatml import END, END_OF_TEXT, chat_template, chatml_tokenizer
 from vllm_vtprune.demo.checkpoint import DType
-from vllm_vtprune.demo.qwen2_5_vl import (
-    PLACEHOLDERS,
-    SPECIAL_TOKENS,
-    TOKEN_ID,
-    _random_weight,
-    _shapes,
-    write_qwen_checkpoint,
-)
+from vllm_vtprune.demo.qwen2_5_vl import PLACEHOLDERS, SPECIAL_TOKENS, TOKEN_ID, write_qwen_checkpoint
 from vllm_vtprune.demo.weights import Shape, write_weights
 
 Size = Literal["tiny", "4b", "tiny-moe", "30b-a3b"]
@@ -189,9 +183,8 @@ def write_qwen3_checkpoint(
         shards=shards,
     )
     if weights:
-        write_weights(
-            directory, _shapes(model_class, config), rename=str, weight=weight, shards=shards, dtype=config.dtype
-        )
+        shapes = directories.shapes_of(model_class, config)
+        write_weights(directory, shapes, rename=str, weight=weight, shards=shards, dtype=config.dtype)
     return directory
 
 
@@ -232,7 +225,7 @@ def qwen3_vl_config(size: Size, dtype: DType = "float32", *, tied: bool = False)
 def random_weight(name: str, shape: Shape, seed: int) -> torch.Tensor:
     """Weights under which patches look different, and the next token depends on all of them and on the experts."""
     texture = 4.0  # the processor leaves less contrast in the pixels than that of Qwen2.5-VL
-    values = _random_weight(name, shape, seed, texture)
+    values = directories.random_weight(name, shape, seed, texture)
     if ".experts." in name:  # (experts, to, from) in transformers, (experts, from, to) in files
         return values.mul_(math.sqrt(shape[1])).transpose(1, 2).contiguous()
     return values

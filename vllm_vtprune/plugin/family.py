@@ -46,9 +46,9 @@ class Family(FamilyDefaults):
 
     Attributes:
         name: in lower case, as of its module.
-        connector: empty, where nothing but the embeddings is known; else the path, in vLLM's model, of the module whose input is what feeds the connector: a row for each token or
+        connector: path, in vLLM's model, of the module whose input is what feeds the connector: a row for each token or
             for each of the patches that it merges. vLLM calls modules that it could compile past their hooks, so of
-            those it is one inside.
+            those it is one inside. Empty, where nothing but the embeddings is known.
         rows: of that module and the arguments that it is called with, those rows, the patches of a token after each
             other.
         pooled: whether those rows are the means of the patches already.
@@ -57,6 +57,8 @@ class Family(FamilyDefaults):
         merge: of a config, patches of a token in either direction.
         deepstack: of a config, how many more planes of embeddings a token has.
         patches: of a config, the most patches of an image, where they are more than those of its tokens; else 0.
+        intermediate: of a config, width of the feed-forward part of the encoder's layers, where ``intermediate_size``
+            is another; else 0.
         tuned: whether the defaults were chosen for it.
         options: what a request may set of the HF processor, beside the values of pixels.
         parameters: of a config, parameters of encoder and connector.
@@ -70,6 +72,7 @@ class Family(FamilyDefaults):
     pooled: bool = False
     deepstack: Callable[[Any], int] = none
     patches: Callable[[Any], int] = none
+    intermediate: Callable[[Any], int] = none
     tuned: bool = True
     options: frozenset[str] = frozenset()
     parameters: Callable[[Any], int] = parameters_in_transformers

@@ -81,6 +81,7 @@ def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Foo
         merge=family.merge(config),
         deepstack=family.deepstack(config),
         patches=family.patches(config),
+        intermediate=family.intermediate(config),
     )
     return footprint(shape, model_config.dtype, tokens=largest, batch=ENCODE_BATCH, held=ON_DEVICE_BYTES)
 

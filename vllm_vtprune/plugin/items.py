@@ -39,6 +39,9 @@ def kept_count(item: Mapping[str, MultiModalFieldElem]) -> int | None:
 class TakesKeptEmbeddings:
     """Mixin before a stock model: pruned images pass as they come, all others go to the stock code."""
 
+    _takes_embeds = True
+    """Whether embeddings by clients pass too, as they stand: of as many rows each as they like."""
+
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Embeddings of a batch of images or videos, in order.
 
@@ -50,6 +53,6 @@ class TakesKeptEmbeddings:
             One (T, d) tensor for each pruned image; else as the stock model.
         """
         kept = kwargs.get(KEPT_EMBEDS)
-        if kept is None and "image_grid_thw" not in kwargs:
-            kept = kwargs.get("image_embeds")  # by clients, of as many rows each as they like
+        if kept is None and self._takes_embeds and "image_grid_thw" not in kwargs:
+            kept = kwargs.get("image_embeds")
         return super().embed_multimodal(**kwargs) if kept is None else list(kept)  # type: ignore[misc]

@@ -95,6 +95,10 @@ def names_what_it_refuses(apply: Apply) -> Apply:
             if options and "data is not provided" not in str(error):
                 raise _options_refused(str(error)) from error
             raise
+        except TypeError as error:
+            if options:  # vLLM's own processors take their options by name, and no others
+                raise _options_refused(str(error)) from error
+            raise
 
     return checked  # type: ignore[return-value]
 

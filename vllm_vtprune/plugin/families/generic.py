@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
-from vllm.model_executor.models.interfaces import supports_mrope, supports_multimodal, supports_xdrope
+from vllm.model_executor.models.interfaces import supports_mrope, supports_multimodal
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_vtprune.features import Layout
@@ -33,7 +33,7 @@ class GenericProcessor(PruningProcessor):
     family = Family(name="generic", clip_alpha=0.5, provides=frozenset(), connector="", tuned=False)
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        return Layout(PATCHES * self.info.get_max_image_tokens())
+        return Layout(PATCHES * self.most_tokens())
 
     def understands(self) -> bool:
         """Whether images of each of `SIZES` are the same run of placeholders, longer or shorter."""
@@ -57,15 +57,25 @@ def build(info: Any, dummy_inputs: Any, stock: Any) -> Any:
     return unpruned(stock.processor, info, dummy_inputs)
 
 
+def _sees_numbered_images(stock: Any) -> bool:
+    """Whether a model takes images, and numbers the tokens of a prompt one by one."""
+    if not supports_multimodal(stock) or supports_mrope(stock) or not hasattr(stock, "_processor_factory"):
+        return False
+    try:
+        return bool(stock.get_placeholder_str("image", 1))
+    except Exception:  # models of sounds have no word for an image, and each says so in its own way
+        return False
+
+
 def __getattr__(architecture: str) -> type:
     stock = compat.stock_model(architecture)
     if stock is None:
         raise AttributeError(architecture)
-    numbered = not supports_mrope(stock) and not supports_xdrope(stock)
-    if not supports_multimodal(stock) or not numbered or not hasattr(stock, "_processor_factory"):
+    if not _sees_numbered_images(stock):
         return stock
     factories = compat.stock_factories(stock)
-    model: Any = type(f"Pruned{architecture}", (PrunedModel, stock), {"_pruning": GenericProcessor})
+    own = {"_pruning": GenericProcessor, "_takes_embeds": False}
+    model: Any = type(f"Pruned{architecture}", (PrunedModel, stock), own)
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
         return build(info, dummy_inputs, factories)

@@ -1,4 +1,7 @@
-"""Qwen3-VL (``Qwen3VLForConditionalGeneration``): as Qwen2.5-VL, with more planes of embeddings for deeper layers."""
+"""Qwen3-VL (``Qwen3VLForConditionalGeneration``, with experts ``Qwen3VLMoeForConditionalGeneration``).
+
+As Qwen2.5-VL, without windows and with more planes of embeddings, for deeper layers of the language model (DeepStack).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLMultiModalProcessor
+from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.qwen import OPTIONS, PROVIDES, QwenProcessor, merge_size
@@ -39,3 +43,8 @@ class PrunedQwen3VLProcessor(QwenProcessor, Qwen3VLMultiModalProcessor):
 @processed_by(PrunedQwen3VLProcessor)
 class PrunedQwen3VLForConditionalGeneration(KeepsPositions, PrunedModel, Qwen3VLForConditionalGeneration):
     """Qwen3-VL, which also takes pruned images: all planes of the embeddings to prefill."""
+
+
+@processed_by(PrunedQwen3VLProcessor)
+class PrunedQwen3VLMoeForConditionalGeneration(KeepsPositions, PrunedModel, Qwen3VLMoeForConditionalGeneration):
+    """The same with experts."""

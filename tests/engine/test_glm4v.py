@@ -1,0 +1,82 @@
+"""GLM-4.1V: positions of a prompt with a video between pruned images are those that its tokens have unpruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.plugins import load_general_plugins
+
+from vllm_vtprune.demo.glm4v import write_glm4v_checkpoint
+from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune.plugin.items import KEPT_POSITIONS
+from vllm_vtprune.plugin.vision import build
+
+IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
+PROMPT = f"{IMAGE}one<|begin_of_video|><|video|><|end_of_video|>two{IMAGE}What is it?"
+FRAMES = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin() -> Iterator[None]:
+    load_general_plugins()
+    yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    checkpoint = write_glm4v_checkpoint(tmp_path_factory.mktemp("glm4v"))
+    limits = {"image": 2, "video": 1}
+    options = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=1024, limit_mm_per_prompt=limits)
+    return options.create_model_config()
+
+
+@pytest.fixture(scope="module")
+def processor(model_config: Any) -> Any:
+    return MULTIMODAL_REGISTRY.create_processor(model_config)
+
+
+def video() -> Any:
+    pixels = np.random.default_rng(0).integers(0, 256, (FRAMES, 112, 140, 3), dtype=np.uint8)
+    metadata = {"fps": 2.0, "duration": FRAMES / 2, "total_num_frames": FRAMES, "frames_indices": list(range(FRAMES))}
+    return pixels, metadata | {"video_backend": "opencv", "do_sample_frames": False}
+
+
+def placed(processor: Any, **options: object) -> tuple[list[int], list[MultiModalFeatureSpec]]:
+    images = [photograph().resize(size) for size in ((300, 200), (120, 400))]
+    ids = processor.info.get_tokenizer().encode(PROMPT, add_special_tokens=False)
+    items = processor.info.parse_mm_data({"image": images, "video": [video()]})
+    out = processor.apply(ProcessorInputs(ids, items, hf_processor_mm_kwargs=options), TimingContext())
+    features = [
+        MultiModalFeatureSpec(data=item, modality=modality, identifier=modality, mm_position=place)
+        for modality, places in out["mm_placeholders"].items()
+        for item, place in zip(out["mm_kwargs"][modality], places, strict=True)
+    ]
+    return out["prompt_token_ids"], features
+
+
+def test_a_video_between_pruned_images(processor: Any, model_config: Any) -> None:
+    model = build(model_config, torch.device("cpu")).model
+    whole_ids, whole = placed(processor)
+    positions, delta = model.get_mrope_input_positions(whole_ids, whole)
+    ids, features = placed(processor, pruning={"method": "divprune", "budget": {"type": "ratio", "keep": 0.3}})
+    left = torch.ones(len(whole_ids), dtype=torch.bool)
+    for before, after in zip(whole, features, strict=True):
+        if after.modality == "image":
+            begin = before.mm_position.offset
+            left[begin : begin + before.mm_position.length] = False
+            left[begin + after.data[KEPT_POSITIONS].data] = True
+    assert torch.tensor(whole_ids)[left].tolist() == ids
+    found, its_delta = model.get_mrope_input_positions(ids, features)
+    assert torch.equal(found, positions[:, left])
+    assert its_delta + len(ids) == delta + len(whole_ids)

@@ -1,0 +1,64 @@
+"""Mistral 3: what stands in the prompt for a pruned image, and what of a prompt a question is read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.plugins import load_general_plugins
+
+from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune.report import ImageReport
+
+PROMPT = "<s>[SYSTEM_PROMPT]You write to a librarian.[/SYSTEM_PROMPT][INST][IMG]Where is the dog?[/INST]"
+ROWS, COLUMNS = 8, 11  # of 28 x 28 pixels, of an image of 300 x 200
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    load_general_plugins()
+    checkpoint: Path = write_mistral3_checkpoint(tmp_path_factory.mktemp("mistral3"))
+    options = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=1024)
+    yield MULTIMODAL_REGISTRY.create_processor(options.create_model_config())
+    cleanup_dist_env_and_memory()
+
+
+def placed(processor: Any, policy: object) -> tuple[list[str], ImageReport]:
+    """The tokens that stand for an image, and its report."""
+    tokenizer = processor.info.get_tokenizer()
+    items = processor.info.parse_mm_data({"image": [photograph().resize((300, 200))]})
+    ids = tokenizer.encode(PROMPT, add_special_tokens=False)
+    out = processor.apply(ProcessorInputs(ids, items, hf_processor_mm_kwargs={"pruning": policy}), TimingContext())
+    [place] = out["mm_placeholders"]["image"]
+    tokens = tokenizer.convert_ids_to_tokens(out["prompt_token_ids"][place.offset : place.offset + place.length])
+    assert [token == "[IMG]" for token in tokens] == place.is_embed.tolist()
+    [report] = out["pruning"].images
+    return tokens, report
+
+
+@pytest.mark.parametrize("keep", [1, 3, 20, ROWS * COLUMNS - 1])
+def test_a_row_ends_as_long_as_it_has_a_token(keep: int, processor: Any) -> None:
+    tokens, report = placed(processor, {"method": "divprune", "budget": {"type": "tokens", "keep": keep}})
+    assert (tokens.count("[IMG]"), tokens[-1], tokens.count("[IMG_END]")) == (keep, "[IMG_END]", 1)
+    assert (report.visual_tokens, report.kept_tokens) == (ROWS * COLUMNS, keep)
+    assert tokens.count("[IMG_BREAK]") < min(keep, ROWS)
+    assert all("[IMG]" in pair for pair in pairwise(["[IMG_BREAK]", *tokens])), "no row is empty"
+
+
+def test_all_tokens_are_the_image_of_stock_vllm(processor: Any) -> None:
+    tokens, _ = placed(processor, {"method": "divprune", "budget": {"type": "ratio", "keep": 1.0}})
+    stock, _ = placed(processor, False)
+    assert tokens == stock == [*([*(["[IMG]"] * COLUMNS), "[IMG_BREAK]"] * ROWS)[:-1], "[IMG_END]"]
+
+
+def test_the_question_is_not_what_the_system_says(processor: Any) -> None:
+    assert placed(processor, {})[1].nouns == ("dog",)

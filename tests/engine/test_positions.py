@@ -1,0 +1,110 @@
+"""Positions of three numbers (M-RoPE), without an engine: exactly those that transformers gives the unpruned prompt."""
+
+from __future__ import annotations
+
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.plugins import load_general_plugins
+
+from tests.support.families import Chat, Turn
+from tests.support.images import sample_images
+from vllm_vtprune.demo import families as demo
+from vllm_vtprune.families import ARCHITECTURES, FAMILIES
+from vllm_vtprune.plugin.items import KEPT_EMBEDS
+from vllm_vtprune.plugin.positions import KeepsPositions
+
+M_ROPE = ("glm4v", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+PICTURES = [sample_images(9)[index].resize(size) for index, size in ((0, (200, 400)), (1, (420, 210)), (5, (280, 280)))]
+TURNS = [Turn("What is it?", 2), Turn("And this?", 1), Turn("Compare them.")]
+
+
+def test_every_family_with_such_positions_is_here() -> None:
+    for name, architectures in FAMILIES.items():
+        for architecture in architectures:
+            assert issubclass(pkgutil.resolve_name(ARCHITECTURES[architecture]), KeepsPositions) == (name in M_ROPE)
+
+
+@pytest.fixture(scope="module", params=M_ROPE)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    load_general_plugins()
+    directory = pkgutil.resolve_name(demo.FAMILIES[request.param])(tmp_path_factory.mktemp("family"))
+    return EngineArgs(model=str(directory), dtype="float32", max_model_len=1024).create_model_config()
+
+
+@pytest.fixture(scope="module")
+def processor(config: Any) -> Any:
+    return MULTIMODAL_REGISTRY.create_processor(config)
+
+
+@pytest.fixture(scope="module")
+def expected(config: Any) -> Any:
+    """Of a prompt and the grids of its images: its positions in transformers (3, L), and what follows the last."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config.hf_config)
+
+    def positions(prompt: list[int], grids: Tensor) -> tuple[Tensor, int]:
+        ids = torch.tensor([prompt])
+        kinds = (ids == model.config.image_token_id).int()
+        found, delta = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+        return found[:, 0], len(prompt) + int(delta)
+
+    return positions
+
+
+def kept(item: Any, embeds: Tensor) -> Tensor:
+    """Which of an image's tokens (N, d) are in the prompt, by what the engine is given."""
+    if KEPT_EMBEDS not in item:
+        return torch.arange(len(embeds))
+    return torch.cdist(item[KEPT_EMBEDS].data[:, : embeds.shape[1]], embeds).argmin(dim=1)
+
+
+@pytest.mark.parametrize("keep", [(0.1, 0.5, 0.9), (0.3, None, 0.3), (None, 0.2, None), (0.02, 0.02, 0.02)])
+def test_each_token_stands_where_it_does_unpruned(
+    keep: tuple[float | None, ...], config: Any, processor: Any, expected: Any
+) -> None:
+    items = processor.info.parse_mm_data({"image": PICTURES})
+    prompt = processor.info.get_tokenizer().encode(Chat(Path(config.model)).prompt(TURNS))
+    policies = [each is not None and {"budget": {"type": "ratio", "keep": each}} for each in keep]
+    pruned = processor.apply(
+        ProcessorInputs(prompt, items, hf_processor_mm_kwargs={"pruning": {"images": policies}}), TimingContext()
+    )
+    whole = processor.apply(ProcessorInputs(prompt, items), TimingContext())
+    grids = torch.stack([item["image_grid_thw"].data for item in whole["mm_kwargs"]["image"]])
+    positions, following = expected(whole["prompt_token_ids"], grids)
+
+    left, read = [], 0
+    for index, (place, item) in enumerate(
+        zip(whole["mm_placeholders"]["image"], pruned["mm_kwargs"]["image"], strict=True)
+    ):
+        embeds = processor.encode_alone(items["image"].get(index)).embeds
+        left += [torch.arange(read, place.offset), place.offset + kept(item, embeds)]
+        read = place.offset + place.length
+    left.append(torch.arange(read, len(whole["prompt_token_ids"])))
+
+    ids, places = pruned["prompt_token_ids"], pruned["mm_placeholders"]["image"]
+    model = processor.runtime.tower._model
+    for on_cpu in (False, True):  # alone, as the engine has an image that it does not encode
+        fields = [
+            type(item)({name: field for name, field in item.items() if field.field.keep_on_cpu or not on_cpu})
+            for item in pruned["mm_kwargs"]["image"]
+        ]
+        found, delta = model.get_mrope_input_positions(
+            ids,
+            [
+                MultiModalFeatureSpec(data=data, modality="image", identifier=str(index), mm_position=place)
+                for index, (data, place) in enumerate(zip(fields, places, strict=True))
+            ],
+        )
+        assert torch.equal(found, positions[:, torch.cat(left)])
+        assert delta + len(ids) == following

@@ -1,0 +1,141 @@
+"""The model families as the tests of the engine see them: one row each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
+
+from tests.support.engines import BLOCK, TOLERANCE
+from tests.support.images import sample_images
+from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
+from vllm_vtprune.demo.gemma3 import write_gemma3_checkpoint
+from vllm_vtprune.demo.gemma4 import write_gemma4_checkpoint
+from vllm_vtprune.demo.glm4v import write_glm4v_checkpoint
+from vllm_vtprune.demo.internvl import write_internvl_checkpoint
+from vllm_vtprune.demo.internvl_chat import write_internvl_chat_checkpoint
+from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
+from vllm_vtprune.demo.llava_onevision import write_llava_onevision_checkpoint
+from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune.demo.qwen3_5 import write_qwen3_5_checkpoint
+from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
+
+
+class Turn(NamedTuple):
+    """What a user says, after so many images."""
+
+    text: str
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row. Prompts have the form of the checkpoint's chat template.
+
+    Attributes:
+        write: writes its tiny checkpoint into a folder.
+        sizes: width and height of a portrait, a landscape and a square, each of more tokens than one step prefills.
+        tolerance: of a log-probability.
+        cls: whether its encoder has a CLS token, of which some methods read the attention.
+        options: of the engine.
+        block: tokens of a block of the prefix cache: more, where layers keep keys of different lengths.
+        twin: writes the same weights as transformers has classes for, where it has none for this checkpoint.
+    """
+
+    name: str
+    write: Callable[[Path], Path]
+    sizes: tuple[tuple[int, int], ...] = ((200, 400), (420, 210), (280, 280))
+    tolerance: float = TOLERANCE
+    cls: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    block: int = BLOCK
+    twin: Callable[[Path], Path] | None = None
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """Every cache is on, and prefill goes in chunks smaller than an image."""
+        return {
+            "max_num_batched_tokens": 64,
+            "skip_mm_profiling": True,
+            "worker_extension_cls": "tests.support.processes.ObservedWorker",
+            **self.options,
+        }
+
+    def pictures(self, stamp: str = "") -> list[Image.Image]:
+        """Photographs of the family's `sizes`, RGB; with another stamp, others."""
+        photographs = [sample_images(9, stamp)[index] for index in (0, 1, 5)]
+        return [photo.resize(size) for photo, size in zip(photographs, self.sizes, strict=True)]
+
+
+def write_intern_s1_checkpoint(directory: Path) -> Path:
+    """InternVL's weights under an architecture that vLLM serves with the same class, and that has no family of ours."""
+    write_internvl_checkpoint(directory, image_size=112)
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"architectures": ["InternS1ForConditionalGeneration"]}))
+    return directory
+
+
+LINEAR_ATTENTION = {"worker_extension_cls": "tests.support.linear_attention.Float32Worker"}
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llava", write_llava_checkpoint, cls=True),
+        Family("llava_next", partial(write_llava_next_checkpoint, image_size=112), cls=True),
+        Family("llava_siglip", partial(write_llava_checkpoint, siglip=True)),
+        # vLLM takes no image of more tokens than one of 1153 x 944 pixels, here 156; the landscape is scaled to them.
+        Family("llava_onevision", write_llava_onevision_checkpoint, sizes=((90, 130), (360, 300), (120, 120))),
+        Family("internvl", partial(write_internvl_checkpoint, image_size=112), cls=True),
+        Family(
+            "internvl_chat",
+            partial(write_internvl_chat_checkpoint, seed=1),  # of 0, an answer holds the token of images
+            cls=True,
+            options={"trust_remote_code": True},
+            twin=partial(write_internvl_checkpoint, image_size=112, seed=1),
+        ),
+        Family("generic", write_intern_s1_checkpoint),
+        Family("glm4v", write_glm4v_checkpoint),
+        Family("glm4v_moe", partial(write_glm4v_checkpoint, moe=True)),
+        # Placeholders overlap: vLLM waits for ever where its encoder cache, as large as a step, holds one image alone.
+        Family("gemma3", write_gemma3_checkpoint, options={"max_num_batched_tokens": 128}),
+        Family("gemma4", write_gemma4_checkpoint, block=2 * BLOCK, options={"max_num_batched_tokens": 32}),
+        Family("gemma4_large", partial(write_gemma4_checkpoint, large=True), options={"max_num_batched_tokens": 32}),
+        Family("mistral3", write_mistral3_checkpoint),
+        Family("qwen2_5_vl", write_qwen2_5_vl_checkpoint),
+        Family("qwen3_vl", write_qwen3_vl_checkpoint),
+        Family("qwen3_vl_moe", partial(write_qwen3_vl_checkpoint, size="tiny-moe")),
+        Family("qwen3_5", partial(write_qwen3_5_checkpoint, dtype="float32"), options=LINEAR_ATTENTION),
+        Family(
+            "qwen3_5_moe",
+            partial(write_qwen3_5_checkpoint, size="tiny-moe", dtype="float32"),
+            options=LINEAR_ATTENTION,
+        ),
+    )
+}
+
+
+class Chat:
+    """Writes prompts as a checkpoint's chat template has them."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        has_processor = any(checkpoint.glob("*processor_config.json"))
+        reader = AutoProcessor if has_processor else AutoTokenizer
+        self._processor = reader.from_pretrained(checkpoint, trust_remote_code=True)
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """A conversation of which the last turn is to be answered; the others were, with "A dog."."""
+        messages: list[dict[str, Any]] = []
+        for text, images in turns:
+            content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": "A dog."}]})
+        prompt: str = self._processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        return prompt

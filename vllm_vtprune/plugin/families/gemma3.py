@@ -1,0 +1,67 @@
+"""Gemma 3 (``Gemma3ForConditionalGeneration``): SigLIP on a square; a token is the mean of 4 x 4 patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration, Gemma3MultiModalProcessor
+
+from vllm_vtprune.features import Layout
+from vllm_vtprune.plugin.families.clip import side
+from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.model import PrunedModel, processed_by
+from vllm_vtprune.plugin.processor import PruningProcessor
+from vllm_vtprune.plugin.prompt import said_in_turns
+
+LONG = (1_000_000, 1_000)
+"""Width and height, in pixels, of an image that is cropped if any is."""
+
+
+def across(config: Any) -> int:
+    """Patches of a token in either direction."""
+    return side(config) // isqrt(config.mm_tokens_per_image)
+
+
+class PrunedGemma3Processor(PruningProcessor, Gemma3MultiModalProcessor):
+    """One image is 256 tokens, between two line feeds on either side, which merge with those beside them.
+
+    In "pan and scan", which is off by default, crops of the image follow, with text between them: an engine that is
+    told to do so prunes nothing, and requests cannot ask for it.
+    """
+
+    family = Family(
+        name="gemma3",
+        clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
+        provides=frozenset({"grid", "positions"}),
+        connector="multi_modal_projector.mm_soft_emb_norm",
+        merge=across,
+        pooled=True,
+    )
+
+    @classmethod
+    def prunes_with(cls, info: Any) -> bool:
+        """Not where images are cropped."""
+        width, height = LONG
+        crops = info.get_num_crops(
+            image_width=width, image_height=height, processor=info.get_hf_processor(), mm_kwargs={}
+        )
+        return bool(crops == 0)
+
+    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+        config = self.info.get_hf_config()
+        length = side(config) // across(config)
+        return Layout(side(config) ** 2, grid=(length, length))
+
+    def most_tokens(self) -> int:
+        count: int = self.info.get_hf_config().mm_tokens_per_image
+        return count
+
+    def _prompt_text(self, prompt: list[int]) -> str:
+        return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<start_of_turn>")
+
+
+@processed_by(PrunedGemma3Processor)
+class PrunedGemma3ForConditionalGeneration(PrunedModel, Gemma3ForConditionalGeneration):
+    """Gemma 3, which also takes pruned images."""

@@ -1,0 +1,106 @@
+"""Mistral Small 3.1 and later (``Mistral3ForConditionalGeneration``): Pixtral's encoder, on images of any aspect ratio.
+
+The connector makes one token of 2 x 2 patches. In the prompt, a token of its own stands after each row of an image's
+tokens, another after the last row. A row of which nothing is kept goes with the token after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+from transformers import PixtralVisionConfig
+from vllm.model_executor.models.mistral3 import Mistral3ForConditionalGeneration, Mistral3MultiModalProcessor
+from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.model import PrunedModel, processed_by
+from vllm_vtprune.plugin.processor import PruningProcessor
+
+KEPT_ROWS = "kept_rows"
+"""Field: (r,) int64, how many tokens are kept of each row of which any are, from the top."""
+
+
+def across(config: Any) -> int:
+    """Patches of a token in either direction."""
+    size: int = config.spatial_merge_size
+    return size
+
+
+def means(projector: Any, patches: Tensor, sizes: Any) -> Tensor:
+    """(P, C) the patches of several images, each in raster order, -> (T, C) the mean of those of each token.
+
+    Args:
+        projector: vLLM's connector.
+        patches: its input.
+        sizes: height and width of each image, in pixels.
+    """
+    merger = projector.patch_merger
+    grids = [(height // merger.patch_size, width // merger.patch_size) for height, width in sizes]
+    maps = zip(torch.split(patches, [rows * columns for rows, columns in grids]), grids, strict=True)
+    pooled = [avg_pool2d(its.view(*grid, -1).permute(2, 0, 1), merger.spatial_merge_size) for its, grid in maps]
+    return torch.cat([its.flatten(1).T for its in pooled])
+
+
+class PrunedMistral3Processor(PruningProcessor, Mistral3MultiModalProcessor):
+    """One image has a token for each 28 x 28 pixels."""
+
+    family = Family(
+        name="mistral3",
+        clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
+        provides=frozenset({"grid", "positions"}),
+        connector="multi_modal_projector",
+        rows=means,
+        merge=across,
+        pooled=True,
+    )
+
+    @classmethod
+    def prunes(cls, config: Any) -> bool:
+        return isinstance(config.vision_config, PixtralVisionConfig)
+
+    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+        config = self.info.get_hf_config()
+        unit = config.vision_config.patch_size * across(config)
+        rows, columns = (pixels // unit for pixels in item["pixel_values"].data.shape[-2:])
+        return Layout(rows * columns * across(config) ** 2, grid=(rows, columns))
+
+    def most_tokens(self) -> int:
+        size = self.info.get_image_size_with_most_features()
+        count: int = self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+        return count
+
+    def position_fields(self, features: VisualFeatures, kept: Tensor) -> Mapping[str, Tensor]:
+        assert features.grid is not None
+        counts = kept.div(features.grid[1], rounding_mode="floor").bincount()
+        return {KEPT_ROWS: counts[counts > 0]}
+
+    @property
+    def image_token_id(self) -> int:
+        token_id: int = self.info.get_hf_config().image_token_index
+        return token_id
+
+    def placeholder(self, item: MultiModalKwargsItem, num_embeds: int) -> Any:
+        processor, vocabulary = self.info.get_hf_processor(), self.info.get_tokenizer().get_vocab()
+        row_end, image_end = (vocabulary[token] for token in (processor.image_break_token, processor.image_end_token))
+        rows = [[self.image_token_id] * count + [row_end] for count in item[KEPT_ROWS].data.tolist()]
+        tokens = [token for row in rows for token in row]
+        return PromptUpdateDetails.select_token_id([*tokens[:-1], image_end], self.image_token_id)
+
+    def _prompt_text(self, prompt: list[int]) -> str:
+        """What a prompt says, but for the system's turn: every prompt that has none gets a standard one."""
+        vocabulary = self.info.get_tokenizer().get_vocab()
+        begin, end = (vocabulary.get(token) for token in ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"))
+        if begin in prompt and end in prompt:
+            prompt = prompt[: prompt.index(begin)] + prompt[prompt.index(end) + 1 :]
+        return super()._prompt_text(prompt)
+
+
+@processed_by(PrunedMistral3Processor)
+class PrunedMistral3ForConditionalGeneration(PrunedModel, Mistral3ForConditionalGeneration):
+    """Mistral Small 3.1, which also takes pruned images."""
