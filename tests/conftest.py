@@ -29,7 +29,7 @@ settings.load_profile("unhurried")
 LONG_FIXTURES = {"image", "deployed", "watched"}  # what the Dockerfile makes, its server, a Prometheus that watches it
 SHARED = {
     "server": "server",
-    **dict.fromkeys(("cached", "uncached", "chunked", "stock_runs"), "llava"),
+    **dict.fromkeys(("cached", "uncached", "chunked"), "llava"),
     "qwen": "qwen",
     **dict.fromkeys(LONG_FIXTURES, "image"),
 }
@@ -58,9 +58,13 @@ def leave_to_verify(item: pytest.Item) -> None:
 
 
 def group_of(item: pytest.Item) -> str:
-    """What a test shares an engine with, or its file."""
+    """What a test shares an engine with, or its file: each family apart, where its engines start one by one."""
     shared = {SHARED[name] for name in fixtures_of(item) & SHARED.keys()}
-    return shared.pop() if shared else item.nodeid.partition("::")[0]
+    if shared:
+        return shared.pop()
+    file = item.nodeid.partition("::")[0]
+    family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+    return f"{file} {family}" if isinstance(family, str) else file
 
 
 def fixtures_of(item: pytest.Item) -> set[str]:

@@ -1,9 +1,5 @@
 """The engines of this folder, each started once: a start takes longer than most tests."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.qwen_stock_answers import QWEN_OPTIONS
-from tests.support.engines import MODEL_RUNNERS, ROOT, Engine, running_engine
+from tests.support.engines import MODEL_RUNNERS, Engine, running_engine
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
 from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
+
+QWEN_OPTIONS: dict[str, Any] = {
+    "max_model_len": 4096,
+    "limit_mm_per_prompt": {"image": 4, "video": 1},
+    "enable_chunked_prefill": True,
+    "max_num_batched_tokens": 64,
+    "skip_mm_profiling": True,
+    "worker_extension_cls": "tests.support.processes.ObservedWorker",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,21 +105,3 @@ def qwen3(qwen3_checkpoint: Path, model_runner: str) -> Iterator[Engine]:
     """Qwen3-VL, the same."""
     with running_engine(qwen3_checkpoint, "qwen3", environment=MODEL_RUNNERS[model_runner], **QWEN_OPTIONS) as engine:
         yield engine
-
-
-@pytest.fixture(scope="session")
-def stock_runs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What `stock_answers.py` wrote, without the plugin and with it. The two engines run at the same time."""
-    folder = tmp_path_factory.mktemp("stock")
-    variants = {"without": ["absent"], "with": ["false", "absent"]}  # pruning off comes first
-    runs = {}
-    for name, asked in variants.items():
-        environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
-        if name == "without":
-            environment["VLLM_PLUGINS"] = ""
-        command = [sys.executable, "-m", "tests.engine.stock_answers", str(checkpoint), str(folder / name), *asked]
-        with (folder / f"{name}.log").open("w") as log:
-            runs[name] = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    for name, run in runs.items():
-        assert run.wait() == 0, (folder / f"{name}.log").read_text()[-4000:]
-    return {name: json.loads((folder / name).read_text()) for name in variants}

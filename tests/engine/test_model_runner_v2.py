@@ -22,13 +22,12 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
-from tests.engine.conftest import ROOT
-from tests.engine.qwen_stock_answers import video
+from tests.support.engines import ROOT
 from tests.support.images import sample_images
 from tests.support.qwen2_5_vl import IMAGE, VIDEO, QwenReference
 from tests.support.reference import InternVLReference, LlavaNextReference, Reference
 from tests.support.served import Served, served
-from tests.support.tiled import SMALL
+from tests.support.videos import video
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.internvl import write_internvl_checkpoint
@@ -54,9 +53,9 @@ class Family:
 
 FAMILIES = {
     "llava": Family(write_llava_checkpoint, Reference, "<image>"),
-    "llava_next": Family(partial(write_llava_next_checkpoint, image_size=SMALL), LlavaNextReference, "<image>"),
+    "llava_next": Family(partial(write_llava_next_checkpoint, image_size=112), LlavaNextReference, "<image>"),
     "internvl": Family(
-        partial(write_internvl_checkpoint, image_size=SMALL), InternVLReference, "<IMG_CONTEXT>", "<video>"
+        partial(write_internvl_checkpoint, image_size=112), InternVLReference, "<IMG_CONTEXT>", "<video>"
     ),
     "qwen2_5_vl": Family(write_qwen2_5_vl_checkpoint, QwenReference, IMAGE, VIDEO),
 }

@@ -34,21 +34,6 @@ def test_the_engines_processes_never_load_the_tower(cached: Engine) -> None:
         assert process["towers"] == 0
 
 
-def test_starting_up_does_not_load_the_tower(stock_runs: dict[str, dict[str, Any]]) -> None:
-    started = stock_runs["with"]["started"]
-    assert PLUGIN in started["modules"]
-    assert TOWER not in started["modules"]
-    assert started["towers"] == 0
-
-
-def test_the_very_first_request_may_be_unpruned(stock_runs: dict[str, dict[str, Any]]) -> None:
-    asked = stock_runs["with"]["answers"]
-    assert next(iter(asked)) == "false"
-    prompt_ids, token_ids, _ = asked["false"][0]
-    assert len(prompt_ids) > 576
-    assert len(token_ids) == 8
-
-
 def test_profiling_measures_the_stock_encoder(cached: Engine) -> None:
     dummy = cached.processor.get_dummy_mm_inputs(mm_counts={"image": 2})
     assert [tuple(item["pixel_values"].data.shape) for item in dummy["mm_kwargs"]["image"]] == [(3, 336, 336)] * 2

@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaWithBytes
 from vllm.plugins import load_general_plugins
 
-from tests.engine.qwen_stock_answers import video
-from tests.support.engines import BLOCK, Ask, Engine, assert_same, uncached
+from tests.engine.mixtures import TOKENS, ask_about_a_video, reports
+from tests.engine.test_families import QUESTION, Checker, Shown
+from tests.support.engines import BLOCK, Answer, Ask, Engine, assert_same, uncached
+from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.images import sample_images
-from tests.support.qwen2_5_vl import IMAGE, VIDEO, Medium, QwenReference, ask_about
-from tests.support.qwen2_5_vl_answers import Picture, compare, pruned, reports
+from tests.support.videos import VideoReference
 from vllm_vtprune import PruningPolicy
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.inspection import pruning_processor
@@ -53,7 +56,6 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"images_kwargs": {"size": {"shortest_edge": 1_000, "longest_edge": 60_000}}},
     {"do_resize": False},
 )
-TOKENS = {"budget": {"type": "tokens", "keep": 24}}
 
 
 def resize(keep: float) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def process(
     if pruning is not None:
         kwargs["pruning"] = pruning
     return processor(
-        ask_about("What is it?", IMAGE * len(images)),
+        "<|image_pad|>" * len(images),
         processor.info.parse_mm_data({"image": list(images)}, validate=False),
         None if uuids is None else {"image": list(uuids)},
         hf_processor_mm_kwargs=kwargs,
@@ -247,73 +249,71 @@ def photo() -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def reference(qwen_checkpoint: Path) -> QwenReference:
-    return QwenReference(qwen_checkpoint)
+def checker(qwen: Engine, qwen_checkpoint: Path) -> Checker:
+    reference = VideoReference(qwen_checkpoint)
+    its = reference.processor.image_processor
+    its.size = {"shortest_edge": UNIT**2, "longest_edge": its.size["longest_edge"]}  # or the smallest would be enlarged
+    return Checker(FAMILIES["qwen2_5_vl"], qwen, reference, Chat(qwen_checkpoint))
 
 
-def pictures_of(reference: QwenReference, name: str, size: tuple[int, int], count: int) -> list[Picture]:
-    images = (ImageOps.fit(image, size) for image in sample_images(count, stamp=name))
-    return [Picture(image, f"{name}-{index}", reference.image(image)) for index, image in enumerate(images)]
+def pictures_of(name: str, size: tuple[int, int], count: int) -> list[Image.Image]:
+    return [ImageOps.fit(image, size) for image in sample_images(count, stamp=name)]
 
 
-def scaled(reference: QwenReference, picture: Picture, k: int) -> Medium:
-    """What transformers makes of the picture where it may have at most `k` tokens."""
-    grid, area = best_grid(picture.image.size, k)
-    medium = reference.image(picture.image, size={"shortest_edge": area, "longest_edge": area})
-    assert medium.grid == (1, *grid)
-    return medium
+def scaled(checker: Checker, image: Image.Image, k: int) -> Shown:
+    """What transformers reads of the picture where it may have at most `k` tokens."""
+    area = best_grid(image.size, k)[1]
+    size, processor = SizeDict(shortest_edge=area, longest_edge=area), checker.reference.processor.image_processor
+    [smaller] = processor.resize(pil_to_tensor(image)[None], size, resample=processor.resample, factor=UNIT)
+    return Shown("scaled", to_pil_image(smaller), False)
 
 
 def counts(images: Iterable[ImageReport]) -> list[tuple[str, int, int]]:
     return [(image.method, image.visual_tokens, image.kept_tokens) for image in images]
 
 
+def compare(checker: Checker, answer: Answer, prompt: str, shown: Sequence[Shown]) -> None:
+    checker.compare(answer, Ask(prompt), shown)
+
+
 @pytest.mark.parametrize(("size", "k"), [((500, 400), 60), ((200, 800), 25), ((300, 300), 1)], ids=str)
-def test_answers_are_those_of_the_smaller_picture(
-    size: tuple[int, int], k: int, qwen: Engine, reference: QwenReference
-) -> None:
-    [picture] = pictures_of(reference, f"resize {k}", size, 1)
-    prompt = ask_about("Where is the bus?")
+def test_answers_are_those_of_the_smaller_picture(size: tuple[int, int], k: int, checker: Checker) -> None:
+    [image] = pictures_of(f"resize {k}", size, 1)
+    qwen, prompt, name = checker.engine, checker.chat.prompt([Turn(QUESTION, 1)]), f"resize {k}"
     encoded_before = qwen.encodings()
-    answer = qwen.ask(Ask(prompt, [picture.image], resize(k), [picture.uuid]))
+    answer = qwen.ask(Ask(prompt, [image], resize(k), [name]))
     assert qwen.encodings() == encoded_before
-    small = scaled(reference, picture, k)
-    compare(reference, answer, prompt, [small])
-    assert counts(reports(answer)) == [("resize", len(picture.whole.embeds), len(small.embeds))]
-    _, area = best_grid(size, k)
+    compare(checker, answer, prompt, [scaled(checker, image, k)])
+    (rows, columns), area = best_grid(size, k)
     by_hand = {"size": {"shortest_edge": area, "longest_edge": area}}
-    stock = qwen.ask(Ask(prompt, [picture.image], processor_kwargs=by_hand))
+    stock = qwen.ask(Ask(prompt, [image], processor_kwargs=by_hand))
     assert assert_same(replace(answer, images=None), stock) == 0
-    whole = qwen.ask(Ask(prompt, [picture.image], uuids=[picture.uuid]))
-    compare(reference, whole, prompt, [picture.whole])
+    whole = qwen.ask(Ask(prompt, [image], uuids=[name]))
+    compare(checker, whole, prompt, [Shown(name, image, False)])
+    tokens = whole.prompt_ids.count(checker.reference.model.config.image_token_id)
+    assert counts(reports(answer)) == [("resize", tokens, rows * columns)]
 
 
-def test_scaled_pruned_unpruned_and_cached_in_every_order(qwen: Engine, reference: QwenReference) -> None:
-    policies = [resize(20), TOKENS, False, resize(5000)]
+def test_scaled_pruned_unpruned_and_cached_in_every_order(checker: Checker) -> None:
+    qwen, policies = checker.engine, [resize(20), TOKENS, False, resize(5000)]
+    prompt = checker.chat.prompt([Turn(QUESTION, 4)])
     for number, order in enumerate(list(permutations(range(4)))[::5]):
-        pictures = pictures_of(reference, f"resize order {number}", (224, 336), 4)
-        seen = pictures[0]
-        qwen.ask(Ask(ask_about("It?"), [seen.image], resize(20), [seen.uuid]))
-        in_order = [(pictures[index], policies[index]) for index in order]
+        images = pictures_of(f"resize order {number}", (224, 336), 4)
+        names = [f"resize order {number} {index}" for index in range(4)]
+        qwen.ask(Ask(checker.chat.prompt([Turn(QUESTION, 1)]), images[:1], resize(20), names[:1]))
         request = Ask(
-            ask_about("Compare them.", IMAGE * 4),
-            [picture.image for picture, _ in in_order],
-            {"images": [policy for _, policy in in_order], "texts": ["the bus"] * 4},
-            [picture.uuid for picture, _ in in_order],
+            prompt,
+            [images[index] for index in order],
+            {"images": [policies[index] for index in order]},
+            [names[index] for index in order],
         )
         answer, again = qwen.ask(request), qwen.ask(request)
-        variants = [
-            scaled(reference, pictures[0], 20),
-            pruned(qwen, reference, pictures[1], TOKENS, ["bus"]),
-            pictures[2].whole,
-            pictures[3].whole,
-        ]
-        media = [variants[index] for index in order]
-        named = ["resize", "resprune", "none", "resize"]
-        expected = [(named[index], 96, len(variants[index].kept)) for index in order]
+        shown = [Shown(*each) for each in zip(names, images, (False, TOKENS, False, False), strict=True)]
+        shown[0] = scaled(checker, images[0], 20)
+        named, kept = ["resize", "resprune", "none", "resize"], [15, 24, 96, 96]
         for each in (answer, again):
-            compare(reference, each, request.prompt, media)
-            assert counts(reports(each)) == expected
+            compare(checker, each, prompt, [shown[index] for index in order])
+            assert counts(reports(each)) == [(named[index], 96, kept[index]) for index in order]
             whys = [report.bypass_reason for report in reports(each)]
             assert whys == ["budget_not_below_tokens" if index == 3 else None for index in order]
         assert [report.cached for report in reports(answer)] == [index == 0 for index in order]
@@ -321,59 +321,47 @@ def test_scaled_pruned_unpruned_and_cached_in_every_order(qwen: Engine, referenc
         assert again.prefix_hits >= (len(again.prompt_ids) - BLOCK) // BLOCK * BLOCK
 
 
-def test_requests_in_one_batch_answer_as_alone(qwen: Engine, reference: QwenReference) -> None:
-    pictures = pictures_of(reference, "resize batch", (300, 260), 4)
-    policies: list[Any] = [resize(30), None, {**TOKENS, "texts": ["the bus"]}, resize(0.5)]
-    prompt = ask_about("Where is the bus?")
-    asked = [
-        Ask(prompt, [picture.image], policy, [picture.uuid]) for picture, policy in zip(pictures, policies, strict=True)
+def test_requests_in_one_batch_answer_as_alone(checker: Checker) -> None:
+    images = pictures_of("resize batch", (300, 260), 4)
+    policies: list[Any] = [resize(30), None, TOKENS, resize(0.5)]
+    names = [f"resize batch {index}" for index in range(4)]
+    prompt = checker.chat.prompt([Turn(QUESTION, 1)])
+    asked = [Ask(prompt, [image], policy, [name]) for image, policy, name in zip(images, policies, names, strict=True)]
+    answers = checker.engine.ask_together(asked)
+    shown = [
+        scaled(checker, images[0], 30),
+        Shown(names[1], images[1], False),
+        Shown(names[2], images[2], TOKENS),
+        scaled(checker, images[3], 50),
     ]
-    answers = qwen.ask_together(asked)
-    media = [
-        scaled(reference, pictures[0], 30),
-        pictures[1].whole,
-        pruned(qwen, reference, pictures[2], TOKENS, ["bus"]),
-        scaled(reference, pictures[3], 50),
-    ]
-    assert [len(medium.kept) for medium in media] == [30, 99, 24, 48]
-    for answer, medium in zip(answers, media, strict=True):
-        compare(reference, answer, prompt, [medium])
+    image_token = checker.reference.model.config.image_token_id
+    assert [answer.prompt_ids.count(image_token) for answer in answers] == [30, 99, 24, 48]
+    for answer, each in zip(answers, shown, strict=True):
+        compare(checker, answer, prompt, [each])
 
 
-def test_videos_pass_unpruned_in_either_order(qwen: Engine, reference: QwenReference) -> None:
-    frames, metadata = video()
-    shown = reference.video(frames, 1.0)
-    for index, media in enumerate((IMAGE + VIDEO, VIDEO + IMAGE)):
-        [picture] = pictures_of(reference, f"resize video {index}", (224, 280), 1)
-        prompt = ask_about("What moves before the bus?", media)
-        answer = qwen.ask(Ask(prompt, [picture.image], resize(24), videos=[(frames, metadata)]))
-        small = scaled(reference, picture, 24)
-        compare(reference, answer, prompt, [small, shown] if index == 0 else [shown, small])
-        expected = [("resize", 80, len(small.kept), None), ("resize", *[len(shown.embeds)] * 2, "unsupported_modality")]
-        found = [
-            (*one, report.bypass_reason) for one, report in zip(counts(reports(answer)), reports(answer), strict=True)
-        ]
-        assert found == (expected if index == 0 else expected[::-1])
+def test_videos_pass_unpruned_in_either_order(checker: Checker) -> None:
+    ask_about_a_video(checker, "<|video_pad|>", resize(24), lambda still: scaled(checker, still.image, 24))
 
 
-def test_a_budget_that_changes_nothing_leaves_the_stock_item(qwen: Engine, reference: QwenReference) -> None:
-    [picture] = pictures_of(reference, "resize nothing", (400, 300), 1)
-    prompt = ask_about("Where?")
-    stock = qwen.ask(Ask(prompt, [picture.image]))
-    answer = qwen.ask(Ask(prompt, [picture.image], resize(1.0)))
+def test_a_budget_that_changes_nothing_leaves_the_stock_item(qwen: Engine) -> None:
+    [image] = pictures_of("resize nothing", (400, 300), 1)
+    prompt = "<|image_pad|>Where?"
+    stock = qwen.ask(Ask(prompt, [image]))
+    answer = qwen.ask(Ask(prompt, [image], resize(1.0)))
     assert answer.prefix_hits >= (len(answer.prompt_ids) - BLOCK) // BLOCK * BLOCK > 0, "one hash for both"
     assert_same(replace(answer, images=None), stock)
     [report] = reports(answer)
     assert (report.kept_tokens, report.bypass_reason) == (report.visual_tokens, "budget_not_below_tokens")
 
 
-def test_a_picture_may_be_named_alone_once_it_was_seen(qwen: Engine, reference: QwenReference) -> None:
-    [picture] = pictures_of(reference, "resize named", (400, 300), 1)
-    prompt = ask_about("Where?")
-    first = qwen.ask(Ask(prompt, [picture.image], resize(40), [picture.uuid]))
-    again = qwen.ask(Ask(prompt, [None], resize(40), [picture.uuid]))
+def test_a_picture_may_be_named_alone_once_it_was_seen(qwen: Engine) -> None:
+    [image] = pictures_of("resize named", (400, 300), 1)
+    prompt = "<|image_pad|>Where?"
+    first = qwen.ask(Ask(prompt, [image], resize(40), ["named"]))
+    again = qwen.ask(Ask(prompt, [None], resize(40), ["named"]))
     assert_same(again, first)
     assert [report.cached for report in reports(first) + reports(again)] == [False, True]
     assert uncached(again.images) == first.images
     with pytest.raises(ValueError, match="data is not provided"):
-        qwen.ask(Ask(prompt, [None], resize(12), [picture.uuid]))
+        qwen.ask(Ask(prompt, [None], resize(12), ["named"]))

@@ -1,38 +1,39 @@
-"""With pruning off, vLLM with the plugin answers bit for bit as vLLM without it."""
+"""With pruning off, vLLM with the plugin is vLLM without it: fresh engines, which never prune."""
 
-import math
+from __future__ import annotations
+
 from typing import Any
 
 import pytest
 
-from tests.engine.stock_answers import IMAGES, TEXTS
+from tests.engine.stock_families import WITHOUT_PLUGIN, fresh_process, serve
+from tests.support.families import FAMILIES
 
 pytestmark = pytest.mark.engine
 
 
-def test_one_process_is_stock_and_the_other_is_ours(stock_runs: dict[str, dict[str, Any]]) -> None:
-    without, with_plugin = stock_runs["without"], stock_runs["with"]
-    assert without["processor"] == "LlavaMultiModalProcessor"
-    assert without["worker"]["model_class"] == "vllm.model_executor.models.llava.LlavaForConditionalGeneration"
-    assert not [name for name in without["worker"]["modules"] if name.startswith("vllm_vtprune.plugin")]
-    assert with_plugin["processor"] == "PrunedLlavaProcessor"
-    assert with_plugin["worker"]["model_class"] == "vllm_vtprune.plugin.families.llava.PrunedLlavaForConditionalGeneration"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """LLaVA's, with the plugin and without it, at the same time."""
+    checkpoint = FAMILIES["llava"].write(tmp_path_factory.mktemp("llava"))
+    with fresh_process() as with_plugin, fresh_process() as without:
+        ours = with_plugin.submit(serve, "llava", checkpoint, {}, (False, None))  # the very first request is unpruned
+        stock = without.submit(serve, "llava", checkpoint, WITHOUT_PLUGIN)
+        return ours.result(), stock.result()
 
 
-@pytest.mark.parametrize("variant", ["absent", "false"])
-def test_off_is_stock(stock_runs: dict[str, dict[str, Any]], variant: str) -> None:
-    stock, ours = stock_runs["without"]["answers"]["absent"], stock_runs["with"]["answers"][variant]
-    assert len(stock) == IMAGES + 2 + len(TEXTS)
-    for (prompt_ids, token_ids, logprobs), answer in zip(stock, ours, strict=True):
-        assert len(token_ids) == len(logprobs) == 8
-        assert all(math.isfinite(value) for step in logprobs for _, value in step)
-        assert answer == [prompt_ids, token_ids, logprobs]  # floats too: not a bit may differ
-    assert len({tuple(token_ids) for _, token_ids, _ in stock}) > IMAGES, "the answers depend on what was asked"
+def test_off_is_stock(runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    ours, stock = runs
+    assert stock["worker"]["model_class"] == "vllm.model_executor.models.llava.LlavaForConditionalGeneration"
+    pruned = "vllm_vtprune.plugin.families.llava.PrunedLlavaForConditionalGeneration"
+    assert ours["worker"]["model_class"] == pruned
+    assert ours["answers"] == stock["answers"] * 2  # floats too: not a bit may differ
 
 
-def test_off_never_loads_the_tower(stock_runs: dict[str, dict[str, Any]]) -> None:
-    for moment in ("started", "served"):
-        frontend = stock_runs["with"][moment]
-        assert frontend["runtimes"] >= 1
-        assert frontend["towers"] == 0
-        assert "vllm_vtprune.plugin.vision" not in frontend["modules"]
+@pytest.mark.parametrize("moment", ["started", "served"])
+def test_off_never_loads_the_tower(moment: str, runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    frontend = runs[0][moment]
+    assert "vllm_vtprune.plugin.families.llava" in frontend["modules"]
+    assert "vllm_vtprune.plugin.vision" not in frontend["modules"]
+    assert frontend["runtimes"] >= 1
+    assert frontend["towers"] == 0

@@ -6,13 +6,12 @@ Prefill goes in chunks smaller than an image, and every cache is on. `make verif
 from pathlib import Path
 
 import pytest
-from PIL import ImageOps
 
+from tests.engine.test_families import LANDSCAPE, PORTRAIT, QUESTION, Checker
 from tests.support.engines import BLOCK, Ask, Engine, ask_about, assert_same
+from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.images import sample_images
-from tests.support.qwen2_5_vl import IMAGE, QwenReference
-from tests.support.qwen2_5_vl import ask_about as ask_qwen_about
-from tests.support.qwen2_5_vl_answers import Picture, compare, pruned, reports
+from tests.support.unpruned import UnprunedReference
 
 pytestmark = [
     pytest.mark.engine,
@@ -23,7 +22,6 @@ TOKENS = {"budget": {"type": "tokens", "keep": 24}}
 ENERGY = {"budget": {"type": "energy", "threshold": 0.95, "min_tokens": 1}}
 CHUNK = 64  # tokens of a step, of both engines
 BUS = "Where is the bus?"
-PORTRAIT_LANDSCAPE = ((224, 448), (448, 252))
 
 
 def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
@@ -50,33 +48,21 @@ def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
 
 
 def test_qwen2_5_vl_answers_as_transformers(qwen: Engine, qwen_checkpoint: Path) -> None:
-    """As V1 does in `test_qwen.py`: the positions are worked out by hand."""
     assert runner_of(qwen) == "vllm.v1.worker.cpu.model_runner"
-    reference = QwenReference(qwen_checkpoint)
-    images = [ImageOps.fit(image, size) for image, size in zip(sample_images(2, "V2"), PORTRAIT_LANDSCAPE, strict=True)]
-    tall, wide = (Picture(image, f"V2-{image.size}", reference.image(image)) for image in images)
-    assert min(len(picture.whole.embeds) for picture in (tall, wide)) > CHUNK
-    for shown in (
-        [(tall, TOKENS)],
-        [(tall, {"budget": {"type": "ratio", "keep": 0.9}})],
-        [(wide, ENERGY)],
-        [(wide, False)],
-        [(tall, False), (wide, TOKENS)],
-        [(wide, ENERGY), (tall, {"budget": {"type": "ratio", "keep": 0.5}})],
+    checker = Checker(FAMILIES["qwen2_5_vl"], qwen, UnprunedReference(qwen_checkpoint), Chat(qwen_checkpoint))
+    half, most = ({"budget": {"type": "ratio", "keep": keep}} for keep in (0.5, 0.9))
+    for policies in (
+        {PORTRAIT: TOKENS},
+        {PORTRAIT: most},
+        {LANDSCAPE: ENERGY},
+        {LANDSCAPE: False},
+        {PORTRAIT: False, LANDSCAPE: TOKENS},
+        {LANDSCAPE: ENERGY, PORTRAIT: half},
     ):
-        request = Ask(
-            ask_qwen_about(BUS, IMAGE * len(shown)),
-            [picture.image for picture, _ in shown],
-            {"images": [policy for _, policy in shown], "texts": [BUS] * len(shown)},
-            [picture.uuid for picture, _ in shown],
-        )
-        first, again = qwen.ask(request), qwen.ask(request)
-        media = [
-            pruned(qwen, reference, picture, policy, ["bus"]) if policy else picture.whole for picture, policy in shown
-        ]
-        for answer in (first, again):
-            compare(reference, answer, request.prompt, media)
-            assert [report.kept_tokens for report in reports(answer)] == [len(medium.kept) for medium in media]
+        shown = [checker.shown(index, policy) for index, policy in policies.items()]
+        turns = [Turn(QUESTION, len(shown))]
+        first, again = checker.ask(turns, shown), checker.ask(turns, shown)
+        assert all(report.visual_tokens > CHUNK for report in first.images or ())
         assert again.prefix_hits == (len(first.prompt_ids) - 1) // BLOCK * BLOCK
 
 
