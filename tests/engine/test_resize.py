@@ -323,7 +323,7 @@ def test_scaled_pruned_unpruned_and_cached_in_every_order(checker: Checker) -> N
 
 def test_requests_in_one_batch_answer_as_alone(checker: Checker) -> None:
     images = pictures_of("resize batch", (300, 260), 4)
-    policies: list[Any] = [resize(30), None, TOKENS, resize(0.5)]
+    policies: list[Any] = [resize(30), None, resize(0.5), TOKENS]
     names = [f"resize batch {index}" for index in range(4)]
     prompt = checker.chat.prompt([Turn(QUESTION, 1)])
     asked = [Ask(prompt, [image], policy, [name]) for image, policy, name in zip(images, policies, names, strict=True)]
@@ -331,11 +331,11 @@ def test_requests_in_one_batch_answer_as_alone(checker: Checker) -> None:
     shown = [
         scaled(checker, images[0], 30),
         Shown(names[1], images[1], False),
-        Shown(names[2], images[2], TOKENS),
-        scaled(checker, images[3], 50),
+        scaled(checker, images[2], 50),
+        Shown(names[3], images[3], TOKENS),
     ]
     image_token = checker.reference.model.config.image_token_id
-    assert [answer.prompt_ids.count(image_token) for answer in answers] == [30, 99, 24, 48]
+    assert [answer.prompt_ids.count(image_token) for answer in answers] == [30, 99, 48, 24]
     for answer, each in zip(answers, shown, strict=True):
         compare(checker, answer, prompt, [each])
 

@@ -1,13 +1,11 @@
 """A real vLLM engine on a tiny checkpoint, and what a test asks it."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -181,16 +179,6 @@ def running_engine(
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown(timeout=1)  # then by force: its interpreters take 10 s to clean up
-
-
-def run_without_plugin(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
-    """Run a module of the tests in a process where vLLM is stock, and wait for it."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = {**os.environ, **(environment or {}), "VLLM_PLUGINS": ""}
-    with TemporaryFile("w+") as log:
-        status = subprocess.run(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-        log.seek(0)
-        assert status == 0, log.read()[-4000:]
 
 
 def assert_same(answer: Answer, expected: Answer) -> float:
