@@ -67,6 +67,10 @@ if os.environ.get("VTPRUNE_VERIFY"):
     }
 
 
+PARAMETERS = [pytest.param(name, marks=[pytest.mark.verify] * family.verify) for name, family in FAMILIES.items()]
+"""Variants of a family, of which another row runs in `make test`, are left to `make verify`."""
+
+
 class Shown(NamedTuple):
     """An image of a prompt. `name`: what the client calls it. `policy`: False leaves it unpruned."""
 
@@ -75,7 +79,7 @@ class Shown(NamedTuple):
     policy: Any
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
@@ -96,6 +100,9 @@ def without_plugin() -> Iterator[Executor]:
 def stock(family: Family, checkpoint: Path, model_runner: str, without_plugin: Executor) -> Any:
     """What an engine without the plugin answers."""
     environment = MODEL_RUNNERS[model_runner] | WITHOUT_PLUGIN
+    if "worker_extension_cls" in family.options:  # which vLLM's worker class of a process takes once
+        with fresh_process() as alone:
+            return alone.submit(serve, family.name, checkpoint, environment).result()
     return without_plugin.submit(serve, family.name, checkpoint, environment).result()
 
 

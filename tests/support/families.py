@@ -47,6 +47,7 @@ class Family:
         options: of the engine.
         block: tokens of a block of the prefix cache: more, where layers keep keys of different lengths.
         twin: writes the same weights as transformers has classes for, where it has none for this checkpoint.
+        verify: whether it is left to `make verify`, as another row runs nearly the same code.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     block: int = BLOCK
     twin: Callable[[Path], Path] | None = None
+    verify: bool = False
 
     @property
     def engine_options(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ FAMILIES = {
     for family in (
         Family("llava", write_llava_checkpoint, cls=True),
         Family("llava_next", partial(write_llava_next_checkpoint, image_size=112), cls=True),
-        Family("llava_siglip", partial(write_llava_checkpoint, siglip=True)),
+        Family("llava_siglip", partial(write_llava_checkpoint, siglip=True), verify=True),
         # vLLM takes no image of more tokens than one of 1153 x 944 pixels, here 156; the landscape is scaled to them.
         Family("llava_onevision", write_llava_onevision_checkpoint, sizes=((90, 130), (360, 300), (120, 120))),
         Family("internvl", partial(write_internvl_checkpoint, image_size=112), cls=True),
@@ -103,20 +105,26 @@ FAMILIES = {
         ),
         Family("generic", write_intern_s1_checkpoint),
         Family("glm4v", write_glm4v_checkpoint),
-        Family("glm4v_moe", partial(write_glm4v_checkpoint, moe=True)),
+        Family("glm4v_moe", partial(write_glm4v_checkpoint, moe=True), verify=True),
         # Placeholders overlap: vLLM waits for ever where its encoder cache, as large as a step, holds one image alone.
         Family("gemma3", write_gemma3_checkpoint, options={"max_num_batched_tokens": 128}),
         Family("gemma4", write_gemma4_checkpoint, block=2 * BLOCK, options={"max_num_batched_tokens": 32}),
-        Family("gemma4_large", partial(write_gemma4_checkpoint, large=True), options={"max_num_batched_tokens": 32}),
+        Family(
+            "gemma4_large",
+            partial(write_gemma4_checkpoint, large=True),
+            options={"max_num_batched_tokens": 32},
+            verify=True,
+        ),
         Family("mistral3", write_mistral3_checkpoint),
         Family("qwen2_5_vl", write_qwen2_5_vl_checkpoint),
         Family("qwen3_vl", write_qwen3_vl_checkpoint),
-        Family("qwen3_vl_moe", partial(write_qwen3_vl_checkpoint, size="tiny-moe")),
+        Family("qwen3_vl_moe", partial(write_qwen3_vl_checkpoint, size="tiny-moe"), verify=True),
         Family("qwen3_5", partial(write_qwen3_5_checkpoint, dtype="float32"), options=LINEAR_ATTENTION),
         Family(
             "qwen3_5_moe",
             partial(write_qwen3_5_checkpoint, size="tiny-moe", dtype="float32"),
             options=LINEAR_ATTENTION,
+            verify=True,
         ),
     )
 }

@@ -74,7 +74,7 @@ def __getattr__(architecture: str) -> type:
     if not _sees_numbered_images(stock):
         return stock
     factories = compat.stock_factories(stock)
-    own = {"_pruning": GenericProcessor, "_takes_embeds": False}
+    own = {"_pruning": GenericProcessor, "_takes_embeds": False, "__module__": __name__}
     model: Any = type(f"Pruned{architecture}", (PrunedModel, stock), own)
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
