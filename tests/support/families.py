@@ -47,7 +47,7 @@ class Family:
         options: of the engine.
         block: tokens of a block of the prefix cache: more, where layers keep keys of different lengths.
         twin: writes the same weights as transformers has classes for, where it has none for this checkpoint.
-        verify: whether it is left to `make verify`, as another row runs nearly the same code.
+        verify: whether it is left to `make verify`, as other tests run nearly the same code.
     """
 
     name: str
@@ -90,7 +90,7 @@ LINEAR_ATTENTION = {"worker_extension_cls": "tests.support.linear_attention.Floa
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llava", write_llava_checkpoint, cls=True),
+        Family("llava", write_llava_checkpoint, cls=True, verify=True),
         Family("llava_next", partial(write_llava_next_checkpoint, image_size=112), cls=True),
         Family("llava_siglip", partial(write_llava_checkpoint, siglip=True), verify=True),
         # vLLM takes no image of more tokens than one of 1153 x 944 pixels, here 156; the landscape is scaled to them.
