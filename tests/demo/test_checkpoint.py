@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def test_the_chat_template_has_the_released_form(checkpoint: Path, messages: lis
 
 
 def test_vllm_sees_that_the_chat_template_takes_parts(checkpoint: Path) -> None:
-    hf = pytest.importorskip("vllm.renderers.hf")
+    hf = import_module("vllm.renderers.hf")
     template = (checkpoint / "chat_template.jinja").read_text()
     assert hf._detect_content_format(template, default="string") == "openai"
 

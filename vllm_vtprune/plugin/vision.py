@@ -214,9 +214,8 @@ class Encoder(VisionTower):
     """The vision encoder of a model of vLLM's, read by hooks on its way.
 
     ``encoder`` is what feeds the connector, of merged patches their mean, or ``embeds`` where no more is known of the
-    family; ``embeds`` what the engine would compute;
-    ``cls_attention`` and ``keys`` those of the last attention, the sum and the mean of merged patches;
-    ``overview_attention`` that of the first layer.
+    family; ``embeds`` what the engine would compute; ``cls_attention`` and ``keys`` those of the last attention, the
+    sum and the mean of merged patches; ``overview_attention`` that of the first layer.
 
     Args:
         family: of the model.

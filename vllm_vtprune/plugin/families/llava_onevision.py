@@ -33,7 +33,7 @@ def most_patches(config: Any) -> int:
 
 
 class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalProcessor):
-    """One image is an overview of 729 tokens and up to 7,800 of the canvas, a newline after each of its rows."""
+    """An overview of 729 tokens and a canvas of about nine times as many, with a newline after each row."""
 
     family = Family(
         name="llava_onevision",
