@@ -12,6 +12,9 @@ from torch import Tensor
 Box: TypeAlias = tuple[float, float, float, float]
 """A part of an image: top, left, bottom and right, as shares of its height and width."""
 
+EMBED = -1
+"""Among the ids of the tokens that stand in a prompt for an image, those that stand for one of its tokens."""
+
 
 def require_finite(name: str, values: Tensor) -> None:
     """Raise a ValueError unless all ``values`` are finite in float32; reads them once, through their sum."""
@@ -60,6 +63,7 @@ class Layout:
             scales it after the connector (bilinear). None where each token comes from one row.
         places: ``(N,)`` int64, for each token the row of the model's embeddings of the image that it is; the other rows
             are newlines. None where all rows are tokens.
+        prompt: as of `VisualFeatures`.
     """
 
     patches: int
@@ -68,6 +72,7 @@ class Layout:
     sources: Tensor | None = None
     scaled: tuple[int, int] | None = None
     places: Tensor | None = None
+    prompt: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +105,8 @@ class VisualFeatures:
         deepstack: ``(N, p)`` what deeper layers of the language model read of each token, which goes where the token
             goes; no method looks at it.
         keys: ``(N, d_k)`` keys of the same encoder layer, mean over heads, for the methods that merge by them.
+        prompt: ids of what stands in a prompt for the image, `EMBED` for each of its N tokens. None where that is the
+            same for all images but for their number of tokens.
 
     Raises:
         ValueError: when shapes or types contradict each other; the message names the field.
@@ -114,6 +121,7 @@ class VisualFeatures:
     keys: Tensor | None = None
     deepstack: Tensor | None = None
     newline: Tensor | None = None
+    prompt: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         n = self.embeds.shape[0] if self.embeds.ndim else 0
@@ -129,6 +137,8 @@ class VisualFeatures:
                 raise ValueError(f"{name} has {value.shape[0]} tokens, but embeds has {n}")
         if self.grid is not None and (min(self.grid) < 1 or prod(self.grid) != n):
             raise ValueError(f"grid {self.grid} does not hold {n} tokens")
+        if self.prompt is not None and self.prompt.count(EMBED) != n:
+            raise ValueError(f"prompt has places for {self.prompt.count(EMBED)} tokens, but embeds has {n}")
         if self.tiles is not None and self.tiles.ids.shape != (n,):
             raise ValueError(f"tiles.ids must have shape ({n},), got {tuple(self.tiles.ids.shape)}")
         if self.tiles is not None and self.tiles.boxes and len(self.tiles.boxes) != len(self.tiles.grids):

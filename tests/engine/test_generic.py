@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_architecture
@@ -17,12 +18,14 @@ from tests.support.families import write_intern_s1_checkpoint
 from vllm_vtprune import PruningPolicy
 from vllm_vtprune.demo.gemma3 import write_gemma3_checkpoint
 from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.families import ARCHITECTURES
+from vllm_vtprune.features import EMBED
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.families import generic
 from vllm_vtprune.plugin.families.generic import GenericProcessor
 from vllm_vtprune.plugin.model import PrunedModel
-from vllm_vtprune.plugin.placeholders import Run
+from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor
 
 
@@ -47,16 +50,35 @@ def test_another_architecture_is_pruned_by_what_its_images_become(model_config: 
     assert processor.family.inputs == {"text", "encoder"}
 
 
-@pytest.mark.parametrize("write", [write_mistral3_checkpoint, write_gemma3_checkpoint])
-def test_images_that_are_no_run_or_see_themselves_whole_are_not_pruned(write: Any, tmp_path: Path) -> None:
-    """Mistral puts a token after each row; Gemma 3 attends in both directions."""
-    config = config_of(write(tmp_path))
-    model, _ = get_model_architecture(config)
-    stock = compat.stock_factories(compat.stock_model(config.architecture) or model)
+def stock_of(checkpoint: Path) -> tuple[Any, Any, Any]:
+    """As `generic.build` takes them, of a model that has a family of its own."""
+    config = config_of(checkpoint)
+    stock = compat.stock_factories(compat.stock_model(config.architecture))
     info = stock.info(MULTIMODAL_REGISTRY._create_processing_ctx(config))
-    processor = generic.build(info, stock.dummy_inputs(info), stock)
+    return info, stock.dummy_inputs(info), stock
+
+
+def test_images_that_see_themselves_whole_are_not_pruned(tmp_path: Path) -> None:
+    """Gemma 3 attends in both directions."""
+    processor = generic.build(*stock_of(write_gemma3_checkpoint(tmp_path)))
     assert isinstance(processor, UnprunedProcessor)
     assert not isinstance(processor, GenericProcessor)
+
+
+def test_text_between_the_tokens_of_an_image_stays(tmp_path: Path) -> None:
+    """Mistral puts a token after each row."""
+    processor = generic.build(*stock_of(write_mistral3_checkpoint(tmp_path)))
+    assert isinstance(processor, GenericProcessor)
+    items = processor.info.parse_mm_data({"image": [photograph().resize((300, 200))]})
+    counts, texts = [], []
+    for keep in (1.0, 0.1):
+        policy = {"method": "divprune", "budget": {"type": "ratio", "keep": keep}}
+        inputs = ProcessorInputs([processor.image_token_id], items, hf_processor_mm_kwargs={"pruning": policy})
+        prompt = processor.apply(inputs, TimingContext())["prompt_token_ids"]
+        texts.append([token for token in prompt if token != processor.image_token_id])
+        counts.append(len(prompt) - len(texts[-1]))
+    assert texts[0] == texts[1]
+    assert (len(texts[0]), counts) == (8, [88, 9])
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2VLForConditionalGeneration", "WhisperForConditionalGeneration"])
@@ -78,23 +100,36 @@ def test_embeddings_by_clients_go_to_the_stock_code(monkeypatch: pytest.MonkeyPa
     assert model.embed_multimodal(object.__new__(model), kept_embeds=[1]) == [1]
 
 
+E = EMBED
+
+
 @pytest.mark.parametrize(
-    ("tokens", "embeds", "run"),
+    ("tokens", "embeds", "ids", "is_run"),
     [
-        ([7, 7, 7], None, Run((), 7, ())),
-        ([1, 7, 7, 2], [7], Run((1,), 7, (2,))),
-        ([1, 7, 3, 7, 2], [7], None),  # text between
-        ([1, 7, 8, 2], [7, 8], None),  # tokens of two kinds
-        ([1, 2], [7], None),  # none at all
+        ([7, 7, 7], None, (E, E, E), True),
+        ([1, 7, 7, 2], [7], (1, E, E, 2), True),
+        ([1, 7, 7, 3, 7, 2], [7], (1, E, E, 3, E, 2), False),
+        ([1, 7, 8, 2], [7, 8], None, False),  # tokens of two kinds
+        ([1, 2], [7], None, False),  # none at all
     ],
 )
-def test_a_run_is_told_from_other_placeholders(tokens: list[int], embeds: list[int] | None, run: Run | None) -> None:
+def test_what_stands_for_an_image_is_read_off_vllm_s_own(
+    tokens: list[int], embeds: list[int] | None, ids: tuple[int, ...] | None, is_run: bool
+) -> None:
     content = PromptUpdateDetails(tokens) if embeds is None else PromptUpdateDetails.select_token_ids(tokens, embeds)
-    assert Run.of(content) == run
-    if run is not None:
-        shorter = run.content(1)
-        assert Run.of(shorter) == run
-        assert shorter.full == [*run.before, run.token, *run.after]
+    placeholder = Placeholder.of(content)
+    if ids is None:
+        assert placeholder is None
+        return
+    assert placeholder == Placeholder(7, ids)
+    assert Placeholder.of(placeholder.content()) == placeholder
+    assert placeholder.content().full == tokens
+    kept = placeholder.keeping(torch.tensor([1]))
+    assert kept.ids == tuple(token for place, token in enumerate(ids) if token != E or place == ids.index(E) + 1)
+    assert placeholder.is_run == is_run
+    if is_run:
+        assert placeholder.resized(1) == kept
+        assert placeholder.resized(5).num_embeds == 5
 
 
 def test_the_report_of_a_request_says_untuned(model_config: Any) -> None:

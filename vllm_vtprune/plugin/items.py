@@ -16,6 +16,8 @@ KEPT_EMBEDS = "kept_embeds"
 """Field: (T, d) what is prefilled for the image."""
 KEPT_POSITIONS = "kept_positions"
 """Field, of families whose positions follow the grid: (k,) int64, ascending, which of the image's tokens are kept."""
+KEPT_PROMPT = "kept_prompt"
+"""Field, of families that have text between an image's tokens: (L,) int64 what stands in the prompt, as of `EMBED`."""
 
 
 def pruned_item(embeds: Tensor, on_cpu: Mapping[str, Tensor]) -> MultiModalKwargsItem:

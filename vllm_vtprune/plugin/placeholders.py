@@ -1,42 +1,67 @@
-"""What stands in a prompt for an image."""
+"""What stands in a prompt for an image: tokens that each stand for an embedding, and text before, between and after."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from vllm.multimodal.processing import PromptUpdateDetails
+
+from vllm_vtprune.features import EMBED
 
 
 @dataclass(frozen=True)
-class Run:
-    """One token for each embedding of an image, with the same tokens before and after in every prompt.
+class Placeholder:
+    """Of one image.
 
     Attributes:
-        before, after: token ids of text that belong to the image.
-        token: stands for an embedding.
+        token: id of the token that stands for an embedding.
+        ids: of all tokens; `EMBED` for those that stand for an embedding.
     """
 
-    before: tuple[int, ...]
     token: int
-    after: tuple[int, ...]
+    ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, content: PromptUpdateDetails) -> Run | None:
-        """The run that vLLM puts in for an image; None where it is not one."""
+    def of(cls, content: PromptUpdateDetails) -> Placeholder | None:
+        """What vLLM puts in; None where several tokens stand for embeddings, or none does."""
         tokens = content.full
-        is_embed = torch.ones(len(tokens), dtype=torch.bool) if content.is_embed is None else content.is_embed(tokens)
-        places = is_embed.nonzero()[:, 0].tolist()
-        if not places or places[-1] - places[0] >= len(places) or len({tokens[place] for place in places}) > 1:
-            return None
-        return cls(tuple(tokens[: places[0]]), tokens[places[0]], tuple(tokens[places[-1] + 1 :]))
+        is_embed = [True] * len(tokens) if content.is_embed is None else content.is_embed(tokens).tolist()
+        ids = tuple(EMBED if embed else token for token, embed in zip(tokens, is_embed, strict=True))
+        stand_ins = {token for token, embed in zip(tokens, is_embed, strict=True) if embed}
+        return cls(stand_ins.pop(), ids) if len(stand_ins) == 1 else None
 
-    def content(self, num_embeds: int) -> PromptUpdateDetails:
-        """For an image with so many embeddings."""
-        begin = len(self.before)
+    @property
+    def num_embeds(self) -> int:
+        """Embeddings of the image."""
+        return self.ids.count(EMBED)
 
-        def is_embed(tokens: list[int]) -> torch.Tensor:
-            places = torch.arange(len(tokens))
-            return (places >= begin) & (places < begin + num_embeds)
+    @property
+    def is_run(self) -> bool:
+        """Whether no text stands between the embeddings."""
+        begin = self.ids.index(EMBED)
+        return self.ids[begin : begin + self.num_embeds].count(EMBED) == self.num_embeds
 
-        return PromptUpdateDetails([*self.before, *[self.token] * num_embeds, *self.after], is_embed)
+    def resized(self, num_embeds: int) -> Placeholder:
+        """A run with another number of embeddings and the same text before and after."""
+        assert self.is_run, "what text stays between embeddings depends on which of them stay"
+        begin = self.ids.index(EMBED)
+        after = self.ids[begin + self.num_embeds :]
+        return Placeholder(self.token, (*self.ids[:begin], *[EMBED] * num_embeds, *after))
+
+    def keeping(self, kept: Tensor) -> Placeholder:
+        """With some of the embeddings and all of the text.
+
+        Args:
+            kept: (k,) int64, which embeddings, on the CPU.
+        """
+        ids = torch.tensor(self.ids)
+        stays = ids != EMBED
+        stays[(~stays).nonzero()[kept, 0]] = True
+        return Placeholder(self.token, tuple(ids[stays].tolist()))
+
+    def content(self) -> PromptUpdateDetails:
+        """What goes into a prompt."""
+        is_embed = torch.tensor(self.ids) == EMBED
+        return PromptUpdateDetails([self.token if each == EMBED else each for each in self.ids], lambda _: is_embed)

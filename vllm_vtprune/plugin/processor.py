@@ -51,10 +51,10 @@ from vllm_vtprune.features import Box, Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.plugin.items import kept_count, pruned_item
+from vllm_vtprune.plugin.items import KEPT_PROMPT, kept_count, pruned_item
 from vllm_vtprune.plugin.limits import names_what_it_refuses
 from vllm_vtprune.plugin.loads import Load, LoadNotes
-from vllm_vtprune.plugin.placeholders import Run
+from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.prompt import in_prompt_order, noun_ids, text_of, token_counts
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.plugin.weights import WeightsElsewhere
@@ -163,47 +163,57 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     # What a family says of its items
 
-    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Fields of a pruned image that tell where its kept tokens were, for families that need it.
-
-        Those are such whose positions follow the grid, or that have something after each row of it in the prompt.
+    def fields_of(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Fields of a pruned image beside its embeddings: what depends on where the kept tokens were.
 
         Args:
             features: of the whole image.
             kept: (k,) which of its tokens are kept, on the CPU.
         """
-        return {}
+        if features.prompt is None:
+            return {}
+        return {KEPT_PROMPT: torch.tensor(self.keeping(Placeholder(self.image_token_id, features.prompt), kept).ids)}
 
-    def placeholder(self, item: MultiModalKwargsItem, num_embeds: int) -> Any:
-        """What stands in the prompt for a pruned image, as in vLLM's prompt updates.
+    def keeping(self, whole: Placeholder, kept: torch.Tensor) -> Placeholder:
+        """What stands in the prompt for a pruned image, for families that have text between its tokens.
 
         Args:
-            item: as `pruned_item` made it.
-            num_embeds: how many embeddings it holds.
+            whole: what stands there unpruned.
+            kept: (k,) which of the image's tokens are kept, on the CPU.
         """
-        return self.run.content(num_embeds)
+        return whole.keeping(kept)
 
     @property
     def image_token_id(self) -> int:
         """The token that stands for an embedding of an image in a prompt."""
-        return self.run.token
+        return self._placeholder_of_blank.token
 
     @cached_property
-    def run(self) -> Run:
-        """What stands in a prompt for an image, where that is the same for all of them but for its length."""
-        run = self.run_of(Image.new("RGB", (BLANK, BLANK)))
-        assert run is not None, "a family whose image is no run has placeholders of its own"
-        return run
+    def _placeholder_of_blank(self) -> Placeholder:
+        blank = Image.new("RGB", (BLANK, BLANK))
+        placeholder = self.placeholder_of(self.stock_item(blank), (BLANK, BLANK), {})
+        assert placeholder is not None, "a family's image has one token for each embedding"
+        return placeholder
 
-    def run_of(self, image: Image.Image) -> Run | None:
-        """What stock vLLM puts into a prompt for an image; None where it is no run."""
-        items = _only_image(image)
-        processed = self._apply_hf_processor_main(items, {})
-        kwargs = MultiModalKwargsItems.from_hf_inputs(processed, self._get_mm_fields_config(processed, {}))
-        [[update]] = self._get_mm_prompt_updates(items, {}, kwargs)["image"]
-        return Run.of(update.content)
+    def stock_item(self, image: Image.Image) -> MultiModalKwargsItem:
+        """vLLM's own item of an image, RGB."""
+        [item] = self._image_items(self._apply_hf_processor_main(_only_image(image), {}), {})
+        return item
 
-    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+    def placeholder_of(
+        self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]
+    ) -> Placeholder | None:
+        """What stock vLLM puts into a prompt for an image; None where several tokens stand for embeddings.
+
+        Args:
+            item, size, hf_kwargs: as for `layout`.
+        """
+        stand_in = _only_image(Image.new("1", size[::-1]))  # vLLM asks for the size alone
+        items = MultiModalKwargsItems({"image": [item]})
+        [[update]] = self._get_mm_prompt_updates(stand_in, hf_kwargs, items)["image"]
+        return Placeholder.of(update.content)
+
+    def layout(self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         """How the tokens of an image lie.
 
         Args:
@@ -391,7 +401,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             def replacement(index: int) -> Any:
                 item = items[index]
                 kept = kept_count(item)
-                return update.replacement(in_pixels.index(index)) if kept is None else self.placeholder(item, kept)
+                return update.replacement(in_pixels.index(index)) if kept is None else self._content_of(item, kept)
 
             return replace(update, replacement=replacement)
 
@@ -401,6 +411,12 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return bound
 
     # Steps of the above
+
+    def _content_of(self, item: MultiModalKwargsItem, num_embeds: int) -> Any:
+        """What stands in the prompt for a pruned image, as in vLLM's prompt updates."""
+        if KEPT_PROMPT in item:
+            return Placeholder(self.image_token_id, tuple(item[KEPT_PROMPT].data.tolist())).content()
+        return self._placeholder_of_blank.resized(num_embeds).content()
 
     def _image_items(self, processed: BatchFeature, hf_kwargs: Mapping[str, object]) -> list[MultiModalKwargsItem]:
         """Each image of the output of the HF processor."""
@@ -496,7 +512,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         plan, embeds = self._plan(job, features, report)
         assert job.report is not None
         kept = plan.kept.cpu()
-        job.item = pruned_item(embeds.cpu(), self.position_fields(features, kept))
+        job.item = pruned_item(embeds.cpu(), self.fields_of(features, kept))
         job.item_hash = _hash_of(job.question, hashlib.sha256(kept.numpy().tobytes()).hexdigest())
         self.runtime.record_plan(job.question, job.item_hash, job.report)
 

@@ -324,6 +324,7 @@ class Encoder(VisionTower):
             keys=None if keys is None else own(keys),
             deepstack=rows[:, self._width :].clone() if rows.shape[1] > self._width else None,
             newline=newline,
+            prompt=layout.prompt,
         )
 
 

@@ -1,7 +1,8 @@
 """Models of vLLM that have no family of their own: what is known of an image is the embeddings that it becomes.
 
-Those are pruned whose image is one run of placeholders and whose positions are numbered one by one. `__getattr__` gives
-the class that serves an architecture: vLLM's own, where it cannot be pruned.
+Those are pruned in whose prompts one token stands for each embedding, and whose positions are numbered one by one. Text
+between the tokens of an image stays. `__getattr__` gives the class that serves an architecture: vLLM's own, where it
+cannot be pruned.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Any
 from PIL import Image
 from vllm.model_executor.models.interfaces import supports_mrope, supports_multimodal
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel
+from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import unpruned
 
 SIZES = ((64, 64), (600, 64), (64, 600), (900, 900))
-"""Widths and heights, in pixels, of images that are to be runs alike."""
+"""Widths and heights, in pixels, of images for which the same token is to stand."""
 
 PATCHES = 4
 """Of a token: a guess, by which batches of the encoder are bounded."""
@@ -32,13 +35,25 @@ class GenericProcessor(PruningProcessor):
 
     family = Family(name="generic", clip_alpha=0.5, provides=frozenset(), connector="", tuned=False)
 
-    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        return Layout(PATCHES * self.most_tokens())
+    def layout(self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+        placeholder = self.placeholder_of(item, size, hf_kwargs)
+        assert placeholder is not None
+        return Layout(PATCHES * placeholder.num_embeds, prompt=placeholder.ids)
 
     def understands(self) -> bool:
-        """Whether images of each of `SIZES` are the same run of placeholders, longer or shorter."""
-        runs = {self.run_of(Image.new("RGB", size)) for size in SIZES}
-        return len(runs) == 1 and None not in runs
+        """Whether one token stands for each embedding of an image, the same for images of each of `SIZES`."""
+        placeholders = [self._placeholder_for(Image.new("RGB", size)) for size in SIZES]
+        return None not in placeholders and len({placeholder.token for placeholder in placeholders if placeholder}) == 1
+
+    def most_tokens(self) -> int:
+        """Of the image that vLLM measures its encoder with."""
+        data = self.dummy_inputs.get_dummy_mm_data(self._model_config.max_model_len, {"image": 1}, {})
+        placeholder = self._placeholder_for(data["image"][0])
+        assert placeholder is not None
+        return placeholder.num_embeds
+
+    def _placeholder_for(self, image: Image.Image) -> Placeholder | None:
+        return self.placeholder_of(self.stock_item(image), image.size[::-1], {})
 
 
 def build(info: Any, dummy_inputs: Any, stock: Any) -> Any:

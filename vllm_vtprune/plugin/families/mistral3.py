@@ -15,15 +15,12 @@ from torch.nn.functional import avg_pool2d
 from transformers import PixtralVisionConfig
 from vllm.model_executor.models.mistral3 import Mistral3ForConditionalGeneration, Mistral3MultiModalProcessor
 from vllm.multimodal.inputs import MultiModalKwargsItem
-from vllm.multimodal.processing import PromptUpdateDetails
 
-from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.features import EMBED, Layout
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
+from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.processor import PruningProcessor
-
-KEPT_ROWS = "kept_rows"
-"""Field: (r,) int64, how many tokens are kept of each row of which any are, from the top."""
 
 
 def across(config: Any) -> int:
@@ -64,33 +61,26 @@ class PrunedMistral3Processor(PruningProcessor, Mistral3MultiModalProcessor):
     def prunes(cls, config: Any) -> bool:
         return isinstance(config.vision_config, PixtralVisionConfig)
 
-    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+    def layout(self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         config = self.info.get_hf_config()
         unit = config.vision_config.patch_size * across(config)
         rows, columns = (pixels // unit for pixels in item["pixel_values"].data.shape[-2:])
-        return Layout(rows * columns * across(config) ** 2, grid=(rows, columns))
+        placeholder = self.placeholder_of(item, size, hf_kwargs)
+        assert placeholder is not None
+        return Layout(rows * columns * across(config) ** 2, grid=(rows, columns), prompt=placeholder.ids)
 
     def most_tokens(self) -> int:
         size = self.info.get_image_size_with_most_features()
         count: int = self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
         return count
 
-    def position_fields(self, features: VisualFeatures, kept: Tensor) -> Mapping[str, Tensor]:
-        assert features.grid is not None
-        counts = kept.div(features.grid[1], rounding_mode="floor").bincount()
-        return {KEPT_ROWS: counts[counts > 0]}
-
-    @property
-    def image_token_id(self) -> int:
-        token_id: int = self.info.get_hf_config().image_token_index
-        return token_id
-
-    def placeholder(self, item: MultiModalKwargsItem, num_embeds: int) -> Any:
-        processor, vocabulary = self.info.get_hf_processor(), self.info.get_tokenizer().get_vocab()
-        row_end, image_end = (vocabulary[token] for token in (processor.image_break_token, processor.image_end_token))
-        rows = [[self.image_token_id] * count + [row_end] for count in item[KEPT_ROWS].data.tolist()]
-        tokens = [token for row in rows for token in row]
-        return PromptUpdateDetails.select_token_id([*tokens[:-1], image_end], self.image_token_id)
+    def keeping(self, whole: Placeholder, kept: Tensor) -> Placeholder:
+        """A row's break goes where the row does; after the last that stays stands what ends an image."""
+        ids = whole.keeping(kept).ids
+        ids = ids[ids.index(EMBED) :]
+        following = (*ids[1:], EMBED)
+        ends = tuple(each for each, after in zip(ids, following, strict=True) if EMBED in (each, after))
+        return Placeholder(whole.token, ends)
 
     def _prompt_text(self, prompt: list[int]) -> str:
         """What a prompt says, but for the system's turn: every prompt that has none gets a standard one."""

@@ -35,7 +35,7 @@ class GridProcessor(PruningProcessor):
     this kind has no need to encode, it keeps what stays on the CPU (``keep_on_cpu``).
     """
 
-    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def fields_of(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
         assert features.grid is not None
         merge = merge_size(self.info.get_hf_config())
         grid = torch.tensor([1, *(merge * side for side in features.grid)])
