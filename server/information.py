@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 import vllm_vtprune
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.runtime import PruningRuntime
+from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.selectors.registry import COSTS, METHODS, Cost, MethodSpec
 from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_server.policies import Policies
@@ -38,7 +38,7 @@ class Tower(BaseModel):
     weights: Literal["checkpoint", "dummy"]
     device: str
     dtype: str
-    parameters: int
+    parameters: int | None = Field(description="null until the first request that needs the encoder has loaded it.")
 
 
 class Versions(BaseModel):
@@ -69,9 +69,8 @@ class PruningInformation(BaseModel):
 
 def pruning_information(
     policies: Policies,
-    runtime: PruningRuntime,
+    processor: PruningProcessor | None,
     *,
-    family: Family | None,
     models: list[str],
     aliases: dict[str, str],
 ) -> PruningInformation:
@@ -79,12 +78,11 @@ def pruning_information(
 
     Args:
         policies: the operator's.
-        runtime: of this process; its tower is loaded if it is not yet.
-        family: of the model; None where it cannot be pruned.
+        processor: of the model; None where it cannot be pruned.
         models: the names under which the model is served.
         aliases: model names that select a preset, with that preset.
     """
-    tower = None if family is None else runtime.tower
+    family = None if processor is None else processor.family
     return PruningInformation(
         models=models,
         default=policies.default.dump(),
@@ -94,14 +92,7 @@ def pruning_information(
         family=None if family is None else family.name,
         untuned=family is not None and not family.tuned,
         methods=[_method(spec, family) for spec in METHODS.values()],
-        tower=None
-        if tower is None
-        else Tower(
-            weights=tower.weights,
-            device=str(tower.device),
-            dtype=str(tower.dtype).removeprefix("torch."),
-            parameters=tower.num_parameters,
-        ),
+        tower=None if processor is None else _tower(processor),
         text_pipeline=text_pipeline_name(),
         versions=Versions(
             vllm_vtprune=vllm_vtprune.__version__,
@@ -109,6 +100,14 @@ def pruning_information(
             torch=torch.__version__,
             transformers=version("transformers"),
         ),
+    )
+
+
+def _tower(processor: PruningProcessor) -> Tower:
+    weights, device, dtype = processor.encoder_facts.labels
+    loaded = processor.runtime.loaded_tower
+    return Tower(
+        weights=weights, device=device, dtype=dtype, parameters=None if loaded is None else loaded.num_parameters
     )
 
 

@@ -88,8 +88,7 @@ async def show_pruning(raw_request: Request) -> PruningInformation:
     serving: PruningServingChat = state.openai_serving_chat
     return pruning_information(
         serving.policies,
-        serving.runtime,
-        family=None if serving.processor is None else serving.processor.family,
+        serving.processor,
         models=[model.name for model in registry.base_model_paths],
         aliases={alias: preset for alias, (_, preset) in registry.aliases.items()},
     )
@@ -127,7 +126,10 @@ class ServerPlugin:
             app.include_router(resets)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Load the tower and take over the chat handler; the server is not healthy before this returns.
+        """Take over the chat handler; the server is not healthy before this returns.
+
+        The vision encoder is loaded where the operator has set up a policy that selects tokens; else by the first
+        request that does.
 
         Raises:
             RuntimeError: the model cannot be pruned, and the default asks for it.
@@ -150,9 +152,11 @@ class ServerPlugin:
             if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
                 logger.warning("No engine runs on this machine: start this process anew when one reloads its weights")
             runtime = processor.runtime
-            processor.warm_up()
-            tower = runtime.tower
-            built: tuple[str, str, str] = tower.weights, str(tower.device), str(tower.dtype).removeprefix("torch.")
+            if policies.selects:
+                processor.warm_up()
+            else:
+                logger.info("The first request that prunes loads the vision encoder: no default or preset here does")
+            built: tuple[str, ...] = processor.encoder_facts.labels
         elif policies.default.enabled:
             raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {why}")
         else:

@@ -21,12 +21,15 @@ class Policies:
         default_preset: the preset that the default is; None where it was written out, or where there is none.
         fixed_counts: the engine's option under which the number of tokens to keep must not depend on their features;
             empty where it may.
+        selects: whether the default, or a preset of the operator's own, selects tokens. The package's presets do, and
+            nobody may ask for them.
     """
 
     presets: Mapping[str, PruningPolicy]
     default: PruningPolicy
     default_preset: str | None
     fixed_counts: str = ""
+    selects: bool = False
 
     @classmethod
     def of(
@@ -48,7 +51,8 @@ class Policies:
         """
         known = builtin_presets() | dict(presets or {})
         policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=known)
-        policies = cls(known, policy, default if isinstance(default, str) else None, fixed_counts)
+        selects = any(each.selects for each in (policy, *(presets or {}).values()))
+        policies = cls(known, policy, default if isinstance(default, str) else None, fixed_counts, selects)
         policies._refuse_counts(policy, DEFAULT_PARAM, default)
         return policies
 

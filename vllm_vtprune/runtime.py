@@ -113,9 +113,9 @@ class PruningRuntime:
             return self._tower
 
     @property
-    def tower_loaded(self) -> bool:
-        """Whether the vision tower was loaded, without loading it."""
-        return self._tower is not None
+    def loaded_tower(self) -> VisionTower | None:
+        """The vision tower, if it was loaded."""
+        return self._tower
 
     def warm_up(self, image: PreparedImage) -> None:
         """Load the tower and the text pipeline; prune a blank image, and noise of as many tokens as images have.

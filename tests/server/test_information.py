@@ -9,9 +9,10 @@ from tests.support.chat import Server, fresh_url, kept, user
 from tests.support.rendering import endpoint
 from vllm_vtprune import __version__
 from vllm_vtprune.demo.checkpoint import tiny_checkpoint
-from vllm_vtprune.policy import BUILTIN_PRESETS
+from vllm_vtprune.policy import BUILTIN_PRESETS, PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.text import text_pipeline_name
+from vllm_vtprune_server.policies import Policies
 
 pytestmark = pytest.mark.engine
 
@@ -77,6 +78,41 @@ def test_it_tells_what_runs(information: dict[str, Any]) -> None:
     versions = {"vllm_vtprune": __version__} | {name: version(name) for name in ("torch", "transformers")}
     assert versions.items() <= information["versions"].items()
     assert information["versions"]["vllm"].startswith("0.32")
+
+
+def test_the_first_request_that_prunes_loads_the_encoder() -> None:
+    with endpoint(tiny_checkpoint()) as served:
+
+        def parameters() -> int | None:
+            tower = served.client.get("/v1/pruning").json()["tower"]
+            assert (tower["weights"], tower["dtype"]) == ("checkpoint", "bfloat16")
+            loaded: int | None = tower["parameters"]
+            return loaded
+
+        messages = [user("Where?", fresh_url())]
+        assert parameters() is None
+        served.post({"messages": messages, "pruning": False})
+        assert parameters() is None
+        assert kept(served.post({"messages": messages}).json()) == [8]
+        assert (parameters() or 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("default", "presets", "selects"),
+    [
+        (None, {}, False),
+        ("off", {}, False),
+        ({"method": "resize", "budget": {"type": "ratio", "keep": 0.5}}, {}, False),
+        ("balanced", {}, True),
+        (None, {"mine": {"method": "divprune"}}, True),
+        (None, {"mine": {"method": "none"}}, False),
+    ],
+)
+def test_an_operator_who_sets_up_a_policy_has_the_encoder_loaded_at_the_start(
+    default: Any, presets: dict[str, Any], selects: bool
+) -> None:
+    own = {name: PruningPolicy.parse(value) for name, value in presets.items()}
+    assert Policies.of(default, own).selects == selects
 
 
 def test_its_schema_is_typed(server: Server) -> None:

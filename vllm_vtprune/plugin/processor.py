@@ -30,7 +30,7 @@ from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -64,6 +64,9 @@ from vllm_vtprune.resize import largest_area
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune.sequence import sequence, sequence_length
 from vllm_vtprune.tower import VisionTower
+
+if TYPE_CHECKING:
+    from vllm_vtprune.plugin.vision import Facts as EncoderFacts
 
 logger = init_logger("vllm.vtprune")
 
@@ -160,6 +163,17 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if self._loaded.model != config.model:
             config.model, config.revision = self._loaded.model, None
         return vision.load(self.family, config, largest=self.most_tokens(), engine=self.engine)
+
+    @property
+    def encoder_facts(self) -> EncoderFacts:
+        """What is known of the encoder of this API process before it is loaded.
+
+        Raises:
+            TowerError: it has no device to be on.
+        """
+        from vllm_vtprune.plugin import vision
+
+        return vision.Facts.of(self._model_config, self.engine)
 
     # What a family says of its items
 

@@ -53,6 +53,36 @@ logger = init_logger("vllm.vtprune")
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known of an encoder before it is loaded.
+
+    Attributes:
+        weights: as of `VisionTower`.
+        device: of this process, on which it encodes.
+        dtype: of the features.
+    """
+
+    weights: Weights
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model_config: ModelConfig, engine: VllmConfig | None) -> Facts:
+        """Those of a model's encoder; the arguments as for `load`.
+
+        Raises:
+            TowerError: the device is none of vLLM's platform or not known.
+        """
+        weights: Weights = "dummy" if envs.load_format() == "dummy" else "checkpoint"
+        return cls(weights, torch.device(device_for(envs.device(), process_of(engine))), model_config.dtype)
+
+    @property
+    def labels(self) -> tuple[Weights, str, str]:
+        """Weights, device and dtype, in words."""
+        return self.weights, str(self.device), str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
 class Built:
     """A model of vLLM's without its language model.
 
@@ -199,7 +229,7 @@ def load(family: Family, model_config: ModelConfig, *, largest: int, engine: Vll
     Raises:
         TowerError: the weights are not there or do not fit, or the device is none of vLLM's platform or not known.
     """
-    device = torch.device(device_for(envs.device(), process_of(engine)))
+    device = Facts.of(model_config, engine).device
     if device.type == "cuda":
         limit_memory(device, footprint_of(model_config, family, largest), engine)
     encoder = Encoder(family, model_config, device)
