@@ -12,6 +12,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "gemma3": ("Gemma3ForConditionalGeneration",),
     "gemma4": ("Gemma4ForConditionalGeneration",),
     "mistral3": ("Mistral3ForConditionalGeneration",),
+    "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),

@@ -112,6 +112,11 @@ def of_convolution(squares: Tensor) -> Tensor:
     return squares.flatten(2).transpose(1, 2)
 
 
+def of_shuffle(squares: Tensor) -> Tensor:
+    """Idefics3: (S, t, 4 d_v) -> (S * t, 4, d_v)."""
+    return squares.flatten(0, 1).unflatten(1, (4, -1))
+
+
 def of_one_image(patches: Tensor, sizes: Any) -> Tensor:
     """Mistral 3: (h * w, d_v) in raster order -> (h * w / 4, 4, d_v), for patches of 14 pixels."""
     [(height, width)] = [(int(height) // 14, int(width) // 14) for height, width in sizes]
@@ -135,6 +140,7 @@ ROWS = {
     ),
     "glm4v": GLM4V,
     "glm4v with experts": replace(GLM4V, options={"moe": True}),
+    "idefics3": Row("model.connector", features="model.connector.modality_projection", patches=of_shuffle),
     "mistral3": Row("model.multi_modal_projector", patches=of_one_image, preprocessing={"patch_size": 28}),
     "qwen2_5_vl": Row("model.visual.merger"),
     "qwen3_vl": Row("model.visual.merger"),

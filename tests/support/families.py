@@ -18,6 +18,7 @@ from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.demo.gemma3 import write_gemma3_checkpoint
 from vllm_vtprune.demo.gemma4 import write_gemma4_checkpoint
 from vllm_vtprune.demo.glm4v import write_glm4v_checkpoint
+from vllm_vtprune.demo.idefics3 import write_idefics3_checkpoint
 from vllm_vtprune.demo.internvl import write_internvl_checkpoint
 from vllm_vtprune.demo.internvl_chat import write_internvl_chat_checkpoint
 from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
@@ -115,6 +116,7 @@ FAMILIES = {
             options={"max_num_batched_tokens": 32},
             verify=True,
         ),
+        Family("idefics3", write_idefics3_checkpoint),
         Family("mistral3", write_mistral3_checkpoint),
         Family("qwen2_5_vl", write_qwen2_5_vl_checkpoint),
         Family("qwen3_vl", write_qwen3_vl_checkpoint),

@@ -136,7 +136,7 @@ class UnprunedReference:
             changed = change(given)
             return None if changed is None else (arguments, changed)
 
-        handle = self.model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.model.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
         try:
             logits: Tensor = self.model(**inputs, use_cache=False).logits[0]
         finally:

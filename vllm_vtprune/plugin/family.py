@@ -30,7 +30,7 @@ def none(config: Any) -> int:
 
 def of_language_model(name: str) -> bool:
     """Whether a parameter of a model in transformers belongs to its language model."""
-    return "language_model." in name or name.startswith("lm_head.")
+    return "language_model." in name or "text_model." in name or name.startswith("lm_head.")
 
 
 def parameters_in_transformers(config: PretrainedConfig) -> int:

@@ -34,8 +34,10 @@ from vllm.distributed import (
     model_parallel_is_initialized,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal.utils import group_and_batch_mm_items
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -113,6 +115,7 @@ def build(model_config: ModelConfig, device: torch.device) -> Built:
         _join_world_of_one()
         with set_default_torch_dtype(model_config.dtype), device:
             model = initialize_model(vllm_config=config)
+        _leave_out_heads(model)
         parameters = list(model.parameters())
         held = Built(model, sum(map(torch.numel, parameters)), sum(weights.nbytes for weights in parameters))
         if config.load_config.load_format == "dummy":
@@ -123,6 +126,13 @@ def build(model_config: ModelConfig, device: torch.device) -> Built:
         process_weights_after_loading(model, config.model_config, device)
     model.requires_grad_(False).eval()
     return held
+
+
+def _leave_out_heads(model: nn.Module) -> None:
+    """Some models of vLLM's keep the head of the language model that they leave out."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ParallelLMHead):
+            model.set_submodule(name, StageMissingLayer("language_model", module))
 
 
 def _read_weights(model: Any, config: VllmConfig) -> None:

@@ -58,7 +58,15 @@ class PrunedInternVLProcessor(PruningProcessor, InternS1MultiModalProcessor):
         return tiled(rows, columns, patches, across(config))
 
 
-def tiled(rows: int, columns: int, patches: int, across: int, *, thumbnail: bool = True) -> Layout:
+def tiled(
+    rows: int,
+    columns: int,
+    patches: int,
+    across: int,
+    *,
+    thumbnail: bool = True,
+    prompt: tuple[int, ...] | None = None,
+) -> Layout:
     """The layout of an image of so many rows and columns of tiles, and the thumbnail where it has several.
 
     Args:
@@ -66,10 +74,11 @@ def tiled(rows: int, columns: int, patches: int, across: int, *, thumbnail: bool
         patches: of a tile's side.
         across: patches of a token in either direction.
         thumbnail: whether several have one.
+        prompt: as of `Layout`.
     """
     side = patches // across
     if rows * columns == 1:
-        return Layout(patches**2, grid=(side, side))
+        return Layout(patches**2, grid=(side, side), prompt=prompt)
     boxes: list[Box | None] = [
         (row / rows, column / columns, (row + 1) / rows, (column + 1) / columns)
         for row in range(rows)
@@ -79,7 +88,7 @@ def tiled(rows: int, columns: int, patches: int, across: int, *, thumbnail: bool
         boxes.append(None)
     count = len(boxes)
     tiles = Tiles(torch.arange(count).repeat_interleave(side**2), ((side, side),) * count, tuple(boxes))
-    return Layout(count * patches**2, tiles=tiles)
+    return Layout(count * patches**2, tiles=tiles, prompt=prompt)
 
 
 @processed_by(PrunedInternVLProcessor)

@@ -1,0 +1,65 @@
+"""Idefics3 and SmolVLM: SigLIP on tiles of the image, then on the whole image.
+
+Pixel shuffle makes one token of a block of patches. In the prompt, text stands before each tile (which row and column
+it is of) and after the last tile of a row; all of it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.model_executor.models.idefics3 import Idefics3ForConditionalGeneration, Idefics3MultiModalProcessor
+from vllm.model_executor.models.smolvlm import SmolVLMForConditionalGeneration
+from vllm.multimodal.inputs import MultiModalKwargsItem
+
+from vllm_vtprune.features import Layout
+from vllm_vtprune.plugin.families.internvl import tiled
+from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.model import PrunedModel, processed_by
+from vllm_vtprune.plugin.processor import PruningProcessor
+
+
+def across(config: Any) -> int:
+    """Patches of a token in either direction."""
+    scale: int = config.scale_factor
+    return scale
+
+
+class PrunedIdefics3Processor(PruningProcessor, Idefics3MultiModalProcessor):
+    """One image is up to 16 tiles and the whole, each of as many tokens."""
+
+    family = Family(
+        name="idefics3",
+        clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
+        provides=frozenset({"positions"}),
+        connector="model.connector.modality_projection",
+        merge=across,
+        options=frozenset({"do_image_splitting", "max_image_size", "size"}),
+    )
+
+    def layout(self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
+        config, processor = self.info.get_hf_config(), self.info.get_hf_processor(**hf_kwargs)
+        given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        _, rows, columns = processor.image_processor.get_number_of_image_patches(*size, given)
+        placeholder = self.placeholder_of(item, size, hf_kwargs)
+        assert placeholder is not None
+        patches = config.vision_config.image_size // config.vision_config.patch_size
+        return tiled(max(rows, 1), max(columns, 1), patches, across(config), prompt=placeholder.ids)
+
+    def most_tokens(self) -> int:
+        side = self.info.get_hf_processor().image_processor.size["longest_edge"]
+        count: int = self.info.get_num_image_tokens(
+            image_width=side, image_height=side, processor=self.info.get_hf_processor(), mm_kwargs={}
+        )
+        return count
+
+
+@processed_by(PrunedIdefics3Processor)
+class PrunedIdefics3ForConditionalGeneration(PrunedModel, Idefics3ForConditionalGeneration):
+    """Idefics3 and the first SmolVLM, which also take pruned images."""
+
+
+@processed_by(PrunedIdefics3Processor)
+class PrunedSmolVLMForConditionalGeneration(PrunedModel, SmolVLMForConditionalGeneration):
+    """SmolVLM2, which also takes pruned images."""
