@@ -17,7 +17,7 @@ RATE ?= 3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo test verify lint format loadtest soak observe clean
+.PHONY: help setup demo train-demo test verify lint format docs loadtest soak observe clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,15 @@ test: lint ## lint, then the tests (a fixed sample of every large grid)
 
 verify: setup ## the tests with the whole grids; writes docs/verification.json
 	$(BIN)/python scripts/verify.py
+
+build/docs/bin/mkdocs: pyproject.toml
+	python3 -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	build/docs/bin/python -m pip install --quiet --disable-pip-version-check --group docs
+	@touch $@
+
+docs: build/docs/bin/mkdocs ## build the documentation as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
 
 loadtest: setup ## stock vLLM and ours under load, compared; USERS, SECONDS_EACH, ROUNDS, ARGS
 	@$(BIN)/python -m loadtests.compare --out build/loadtest --users $(USERS) --seconds $(SECONDS_EACH) \

@@ -1,6 +1,6 @@
 """Print where the replicas of Ray Serve answer, as a file for Prometheus's ``file_sd_configs``.
 
-Run it every minute on a node of the cluster, as replicas come and go; deploy/README.md says how. Ray tells where they
+Run it every minute on a node of the cluster, as replicas come and go; docs/deploy.md says how. Ray tells where they
 are to its own load balancer and to nobody else, so this asks what that asks; another version of Ray may differ.
 """
 

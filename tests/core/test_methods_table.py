@@ -1,5 +1,6 @@
-"""The README's table of methods says what the registry says."""
+"""The documentation's table of methods says what the registry says, and links each paper."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors import METHODS, MethodSpec
 
 ROOT = Path(vllm_vtprune.__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs/methods.md").read_text()
+LINK = re.compile(r"\[(.+)\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)")
 INPUTS = {
     "cls_attention": "CLS attention",
     "keys": "encoder keys",
@@ -18,21 +20,23 @@ INPUTS = {
 }
 
 
-def row(spec: MethodSpec) -> str:
+def row(spec: MethodSpec) -> list[str]:
     reads = "no"
     if spec.reads_text:
         reads = "yes" if PruningPolicy(method=spec.name).conditions_on_text else "if asked to"
     needs = ", ".join(words for name, words in INPUTS.items() if name in spec.needs)
-    file = spec.module.replace(".", "/") + ".py"
-    cells = (f"`{spec.name}`", spec.idea, spec.paper, reads, needs, f"[{Path(file).name}]({file})")
-    return "| " + " | ".join(cells) + " |"
+    file = spec.module.replace(".", "/").removeprefix("vllm_vtprune/") + ".py"
+    return [f"`{spec.name}`", spec.idea, spec.paper, reads, needs, f"`{file}`"]
 
 
-def test_readme_has_every_method_and_no_other() -> None:
-    table = README.split("| method | idea |")[1].split("\n\n")[0]
-    assert [line.replace("|  |", "| |") for line in table.splitlines()[2:]] == [
-        row(spec).replace("|  |", "| |") for spec in METHODS.values()
-    ]
+def test_every_method_has_its_row_and_no_other() -> None:
+    table = PAGE.split("| method | idea |")[1].split("\n\n")[0]
+    written = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+    for cells in written:
+        link = LINK.fullmatch(cells[2])
+        assert link or cells[2] == "baseline", f"{cells[0]}: the paper has no link"
+        cells[2] = cells[2] if link is None else link[1].replace("\\", "")
+    assert written == [row(spec) for spec in METHODS.values()]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -61,7 +61,7 @@ def test_the_text_pipeline_s_model_is_pinned_for_the_spacy_that_is_installed() -
     (model,) = re.findall(r"en_core_web_sm-([\d.]+)-py3", added)
     assert model.split(".")[:2] == PINNED["spacy"].split(".")[:2]
     digest, url = re.fullmatch(r"--checksum=sha256:(\w+)\s+(\S+)\s+\S+", added).groups()  # type: ignore[union-attr]
-    assert f"{url}#sha256={digest}" in (ROOT / "README.md").read_text(), "the README's command installs another"
+    assert f"{url}#sha256={digest}" in (ROOT / "docs/install.md").read_text(), "the documented command installs another"
 
 
 def test_nothing_that_vllm_brings_is_pinned_and_what_we_ask_for_is() -> None:

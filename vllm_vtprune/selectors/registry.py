@@ -7,8 +7,8 @@ To add a method: write ``selectors/<name>.py`` with a function
     select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor
 
 that returns the ``(k,)`` int64 positions it keeps, first pick first (or, if it merges tokens, a
-:class:`~vllm_vtprune.selectors.merged.Merged`), add a row below, to the table in ``README.md`` and to the matrix in
-``tests/core/test_selector_matrix.py``. The caller (:func:`vllm_vtprune.plan.plan_tokens`) has already resolved the
+:class:`~vllm_vtprune.selectors.merged.Merged`), add a row below, to the table in ``docs/methods.md`` and to the matrix
+in ``tests/core/test_selector_matrix.py``. The caller (:func:`vllm_vtprune.plan.plan_tokens`) has already resolved the
 policy, checked the features and brought ``k`` into ``1..max_keep``; it sorts and gathers.
 
 A method that ``preprocesses`` has no ``select``: the multimodal processor of a family that provides what it needs
