@@ -1,5 +1,6 @@
 """The README's table of methods says what the registry says."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_readme_has_every_method_and_no_other() -> None:
     assert [line.replace("|  |", "| |") for line in table.splitlines()[2:]] == [
         row(spec).replace("|  |", "| |") for spec in METHODS.values()
     ]
+
+
+def test_readme_says_which_methods_look_at_what_the_connector_reads() -> None:
+    sentence = re.search(r"(.*) always compare tokens by\s+what the connector reads, (.*) where `features`", README)
+    assert sentence is not None
+    always, if_asked = ({*re.findall(r"`(\w+)`", names)} for names in sentence.groups())
+    assert always == {name for name, spec in METHODS.items() if "encoder" in spec.needs}
+    assert if_asked == {name for name, spec in METHODS.items() if "encoder" in spec.uses}
 
 
 @pytest.mark.parametrize("name", METHODS)
