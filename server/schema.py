@@ -19,6 +19,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "relevance": "How a token's likeness to several nouns becomes one number",
         "seed_token": "The token that resprune begins with",
         "rank_by": "What resprune ranks by: energy not yet explained, or likeness to the text alone",
+        "features": "What resprune and divprune compare tokens by: embeds, what feeds the connector, or both",
         "importance": "What adaptprune, its baselines and cover take for importance; auto: cls where there is one",
         "sigma_d": "Reach of adaptprune's suppression by distance, in tokens; null: the published code's",
         "sigma_s": "Reach of adaptprune's suppression by likeness; null: the published code's",

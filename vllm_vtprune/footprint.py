@@ -77,7 +77,9 @@ class Shape:
 
 
 def footprint(shape: Shape, dtype: torch.dtype, *, tokens: int, batch: int, held: int) -> Footprint:
-    """The GPU memory of one API process.
+    """The GPU memory of one API process, under policies whose ``features`` is ``projected``.
+
+    ``both`` takes ``8 * tokens * shape.hidden`` bytes more at most, 0.16 GiB for 16,384 tokens of Qwen2.5-VL-7B.
 
     Args:
         shape: of the encoder.

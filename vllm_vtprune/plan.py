@@ -14,7 +14,7 @@ from vllm_vtprune.features import VisualFeatures, require_finite
 from vllm_vtprune.policy import LLAVA, FamilyDefaults, MethodBudget, PolicyError, PruningPolicy
 from vllm_vtprune.precision import full_float32
 from vllm_vtprune.selectors.merged import Merged
-from vllm_vtprune.selectors.registry import SELECTORS, Input, MethodSpec
+from vllm_vtprune.selectors.registry import SELECTORS, Input
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,9 @@ def plan_tokens(
     policy = policy.resolve(replace(family, provides=_provided(features)))
     require_finite("embeds", features.embeds)
     for name in ("encoder", "cls_attention", "overview_attention", "keys"):
-        if name in policy.spec.reads and (given := getattr(features, name)) is not None:
+        if name in policy.reads and (given := getattr(features, name)) is not None:
             require_finite(name, given)
-    read = features if policy.spec.runs_on == "device" else _on_cpu(features, policy.spec)
+    read = features if policy.spec.runs_on == "device" else _on_cpu(features, policy.reads)
     if text_embeds is not None:
         text_embeds = _checked_text(text_embeds, read) if policy.conditions_on_text else None
 
@@ -99,13 +99,13 @@ def plan_tokens(
     return PruningPlan(kept, order, k, energy, embeds, timings)
 
 
-def _on_cpu(features: VisualFeatures, method: MethodSpec) -> VisualFeatures:
-    """The same features on the CPU; of those on a GPU, without what the method does not read."""
+def _on_cpu(features: VisualFeatures, reads: frozenset[Input]) -> VisualFeatures:
+    """The same features on the CPU; of those on a GPU, without what nobody reads."""
     if features.embeds.device.type == "cpu":
         return features
     names: set[Input] = {"cls_attention", "overview_attention", "keys"}
-    unread: dict[str, Any] = dict.fromkeys(names - method.reads)
-    encoder = features.encoder if "encoder" in method.reads else features.embeds
+    unread: dict[str, Any] = dict.fromkeys(names - reads)
+    encoder = features.encoder if "encoder" in reads else features.embeds
     return replace(features, encoder=encoder, **unread).to("cpu")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -170,6 +170,8 @@ _CHOICES_THAT_NEED: dict[tuple[str, str], Input] = {
     ("seed_token", "cls"): "cls_attention",
     ("seed_token", "center"): "grid",
     ("importance", "cls"): "cls_attention",
+    ("features", "encoder"): "encoder",
+    ("features", "both"): "encoder",
 }
 
 LLAVA = FamilyDefaults(clip_alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid", "positions"}))
@@ -202,6 +204,9 @@ class PruningPolicy(_Strict):
         default="auto", description='"auto", "cls", "norm", "relevance", "mean" or "center"'
     )
     rank_by: Literal["residual", "relevance"] = Field(default="residual", description='"residual" or "relevance"')
+    features: Literal["projected", "encoder", "both"] = Field(
+        default="projected", description='"projected", "encoder" or "both"'
+    )
     importance: Literal["auto", "cls", "relevance", "norm", "residual"] = Field(
         default="auto", description='"auto", "cls", "relevance", "norm" or "residual"'
     )
@@ -337,7 +342,12 @@ class PruningPolicy(_Strict):
     @property
     def conditions_on_text(self) -> bool:
         """Whether the text can change which tokens are kept."""
-        return self.enabled and self.spec.reads_text and "text" not in self.spec.idle(self)
+        return self.enabled and "text" in self.reads
+
+    @property
+    def reads(self) -> frozenset[Input]:
+        """The inputs, beside ``embeds``, that can change which tokens are kept; only for an enabled policy."""
+        return self.spec.reads - self.spec.idle(self)
 
     @property
     def _used(self) -> frozenset[str]:
@@ -351,8 +361,8 @@ class PruningPolicy(_Strict):
         """The policy with a value in the place of every ``null`` and ``auto`` that the method reads.
 
         Raises:
-            PolicyError: when the method, or the seed token or importance asked for, needs an input that the family
-                does not provide.
+            PolicyError: when the method, or the seed token, importance or features asked for, need an input that the
+                family does not provide.
         """
         if not self.enabled:
             return self
@@ -370,9 +380,11 @@ class PruningPolicy(_Strict):
             accepted = "one of " + ", ".join([NONE, *(name for name, spec in METHODS.items() if family.supports(spec))])
             raise PolicyError(f"{param}.method", self.method, accepted, problem)
         for (name, value), source in _CHOICES_THAT_NEED.items():
-            if getattr(self, name) == value and source not in family.provides:
+            if getattr(self, name) == value and source not in family.inputs:
                 problem = f'"{value}" needs {source}, which this model\'s vision tower does not give'
-                raise PolicyError(f"{param}.{name}", value, "another value", problem)
+                values = get_args(type(self).model_fields[name].annotation)
+                others = [f'"{one}"' for one in values if _CHOICES_THAT_NEED.get((name, one)) in (None, *family.inputs)]
+                raise PolicyError(f"{param}.{name}", value, " or ".join(others), problem)
         return self.model_copy(update=filled)
 
     def selection_digest(self) -> str:

@@ -39,6 +39,14 @@ def test_every_method_has_its_row_and_no_other() -> None:
     assert written == [row(spec) for spec in METHODS.values()]
 
 
+def test_readme_says_which_methods_look_at_what_the_connector_reads() -> None:
+    sentence = re.search(r"(.*) always compare tokens by\s+what the connector reads, (.*) where `features`", README)
+    assert sentence is not None
+    always, if_asked = ({*re.findall(r"`(\w+)`", names)} for names in sentence.groups())
+    assert always == {name for name, spec in METHODS.items() if "encoder" in spec.needs}
+    assert if_asked == {name for name, spec in METHODS.items() if "encoder" in spec.uses}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_is_a_file_that_names_its_paper(name: str) -> None:
     spec = METHODS[name]

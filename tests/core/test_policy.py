@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.defaults import QWEN
+from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.policy import (
     BUILTIN_PRESETS,
     GATE_ALPHAS,
@@ -28,8 +29,8 @@ DOCUMENTED = json.loads("""
             "power_iterations": 2},
  "text": {"scope": "message", "query": null, "clean": true, "modifiers": true},
  "gate": "auto", "alpha": null, "relevance": "max", "seed_token": "auto", "rank_by": "residual",
- "importance": "auto", "sigma_d": null, "sigma_s": null, "radius": null, "correction": true, "distance": true,
- "similarity": true, "seed": 0}
+ "features": "projected", "importance": "auto", "sigma_d": null, "sigma_s": null, "radius": null, "correction": true,
+ "distance": true, "similarity": true, "seed": 0}
 """)
 
 
@@ -120,10 +121,12 @@ WRONG: list[tuple[object, str, str]] = [
     ({"relevance": "sum"}, "relevance", '"max", "mean" or "mean_token"'),
     ({"seed_token": 3}, "seed_token", "3 is not accepted"),
     ({"rank_by": "norm"}, "rank_by", '"residual" or "relevance"'),
+    ({"features": "patches"}, "features", '"projected", "encoder" or "both"'),
     ({"method": "random", "seed": -1}, "seed", "an integer from 0"),
     ({"method": "random", "seed": 2**63}, "seed", "an integer from 0"),
     ({"sigma_d": 1.5}, "sigma_d", "1.5 given, but method resprune does not use sigma_d"),
     ({"correction": False}, "correction", "false given, but method resprune does not use correction"),
+    ({"method": "cdpruner", "features": "both"}, "features", "method cdpruner does not use features"),
     ({"method": "uniform", "alpha": 0.5}, "alpha", "method uniform does not use alpha"),
     ({"method": "random", "text": {"query": "dog"}}, "text", "method random does not use text"),
     ({"method": "none", "budget": {"type": "ratio", "keep": 0.5}}, "budget", "method none does not use budget"),
@@ -235,6 +238,16 @@ def test_resolve_refuses_what_the_family_cannot_give() -> None:
         PruningPolicy.parse({"seed_token": "center"}).resolve(FamilyDefaults(0.5, frozenset()))
 
 
+@pytest.mark.parametrize("method", ["resprune", "divprune"])
+@pytest.mark.parametrize("features", ["encoder", "both"])
+def test_a_model_of_which_only_embeddings_are_known_is_compared_by_them_alone(method: str, features: str) -> None:
+    policy = PruningPolicy.parse({"method": method, "features": features})
+    policy.resolve(QWEN)
+    with pytest.raises(PolicyError, match=f'"{features}" needs encoder, which this model') as raised:
+        policy.resolve(Family(0.5, frozenset(), name="generic", connector=""), param="p")
+    assert (raised.value.param, raised.value.accepted) == ("p.features", '"projected"')
+
+
 def test_a_method_the_family_cannot_run_is_refused_with_those_it_can() -> None:
     with pytest.raises(PolicyError, match="method visionzip needs cls_attention, which this model") as raised:
         PruningPolicy.parse({"method": "visionzip"}).resolve(QWEN, param="p")
@@ -242,6 +255,22 @@ def test_a_method_the_family_cannot_run_is_refused_with_those_it_can() -> None:
     accepted = raised.value.accepted.removeprefix("one of ").split(", ")
     assert {"none", "resprune", "adaptprune", "divprune", "uniform"} <= set(accepted)
     assert not {"visionzip", "scope", "tome", "hired"} & set(accepted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "inputs"),
+    [
+        ({}, {"text", "cls_attention", "grid"}),
+        ({"alpha": 0, "seed_token": "norm"}, {"cls_attention", "grid"}),
+        ({"alpha": 0, "features": "encoder"}, {"encoder", "cls_attention", "grid"}),
+        ({"features": "both"}, {"text", "encoder", "cls_attention", "grid"}),
+        ({"method": "divprune"}, set()),
+        ({"method": "divprune", "features": "encoder"}, {"encoder"}),
+        ({"method": "scope"}, {"encoder", "cls_attention"}),
+    ],
+)
+def test_what_a_policy_reads(fields: dict[str, object], inputs: set[str]) -> None:
+    assert PruningPolicy.parse(fields).reads == inputs
 
 
 def digest(**fields: object) -> str:
@@ -263,6 +292,7 @@ def test_digest_is_stable_hex() -> None:
         ({"gate": "clip"}, {"gate": "clip", "alpha": 0.75}),
         ({"alpha": 0}, {"alpha": 0, "gate": "clip"}),
         ({}, {"seed_token": "cls"}),
+        ({}, {"features": "projected"}),
         ({}, {"text": {"query": "dog", "clean": False, "scope": "last_turn"}}),
         ({"budget": {"threshold": 1}}, {"budget": {"threshold": 1.0, "type": "energy"}}),
         ({"alpha": 0.0}, {"alpha": -0.0}),
@@ -288,6 +318,12 @@ def test_different_selections_have_different_digests() -> None:
         {"relevance": "mean"},
         {"seed_token": "norm"},
         {"rank_by": "relevance"},
+        {"features": "encoder"},
+        {"features": "both"},
+        {"alpha": 0, "features": "encoder"},
+        {"method": "divprune"},
+        {"method": "divprune", "features": "encoder"},
+        {"method": "divprune", "features": "both"},
         {"budget": {"threshold": 0.98}},
         {"budget": {"min_tokens": 33}},
         {"budget": {"max_tokens": 100}},
@@ -324,6 +360,7 @@ def test_dump_is_what_a_client_would_write() -> None:
         "relevance": "max",
         "seed_token": "cls",
         "rank_by": "residual",
+        "features": "projected",
     }
     assert OFF.dump() == {"method": "none"}
     uniform = PruningPolicy.parse({"method": "uniform", "budget": {"type": "tokens", "keep": 9}})

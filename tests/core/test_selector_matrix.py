@@ -25,6 +25,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "resprune-no-text": ("resprune", {"alpha": 0}),
     "resprune-relevance-only": ("resprune", {"rank_by": "relevance"}),
     "resprune-mean-seed": ("resprune", {"seed_token": "mean", "relevance": "mean_token"}),
+    "resprune-encoder": ("resprune", {"features": "encoder"}),
+    "resprune-both": ("resprune", {"features": "both"}),
+    "divprune-encoder": ("divprune", {"features": "encoder"}),
+    "divprune-both": ("divprune", {"features": "both"}),
     "adaptprune": ("adaptprune", {}),
     "adaptprune-relevance": ("adaptprune", {"importance": "relevance", "similarity": False}),
     "adaptprune-residual": ("adaptprune", {"importance": "residual", "distance": False, "sigma_s": 0.5}),
@@ -235,7 +239,7 @@ def test_not_finite_is_an_error_where_it_is_read(case: str, bad: float) -> None:
 
     for name in TENSORS:
         features = changed(image(tiled=True), spoilt, name)
-        if name == "embeds" or name in METHODS[CASES[case][0]].reads:
+        if name == "embeds" or name in PruningPolicy.parse({"method": CASES[case][0], **CASES[case][1]}).reads:
             with pytest.raises(ValueError, match=f"{name} must be finite"):
                 run(case, features, 5)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from vllm_vtprune.policy import FamilyDefaults
+from vllm_vtprune.selectors.registry import Input
 
 
 def one(config: Any) -> int:
@@ -76,3 +77,7 @@ class Family(FamilyDefaults):
     tuned: bool = True
     options: frozenset[str] = frozenset()
     parameters: Callable[[Any], int] = parameters_in_transformers
+
+    @property
+    def inputs(self) -> frozenset[Input]:
+        return super().inputs if self.connector else super().inputs - {"encoder"}

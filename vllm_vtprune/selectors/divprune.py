@@ -9,17 +9,17 @@ from torch import Tensor
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.similarity import unit_rows
+from vllm_vtprune.selectors.similarity import compared_rows, unit_rows
 
 SAME = 1 - 1e-6  # cosine from which on two tokens differ by what may be rounding
 
 
 def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)`` in order of selection, by cosine of ``embeds (N, d)``.
+    """Positions ``(k,)`` in order of selection, by cosine of the rows that ``policy.features`` names.
 
     The first is the token whose nearest neighbour is farthest.
     """
-    unit = unit_rows(features.embeds)
+    unit = unit_rows(compared_rows(features, policy))
     cosines = unit @ unit.T
     cosines.clamp_(max=SAME).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
     pick = int(cosines.amax(dim=1).argmin())

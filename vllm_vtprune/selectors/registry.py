@@ -79,8 +79,8 @@ class MethodSpec:
             host for each pick, and have no matrix in float64.
         preprocesses: the method scales the picture before it is encoded, and chooses none of its tokens: there is no
             ``select``, and budgets that need features are refused.
-        idle: the parameters that cannot change the picks, given the others; ``"text"`` among them means that the
-            policy does not look at the text.
+        idle: the parameters that cannot change the picks, given the others; ``"text"`` or ``"encoder"`` among them
+            means that the policy does not look at that input.
     """
 
     name: str
@@ -102,7 +102,7 @@ class MethodSpec:
 
     @property
     def reads(self) -> frozenset[Input]:
-        """The inputs, beside ``embeds``, that can change what the method returns."""
+        """The inputs, beside ``embeds``, that can change what the method returns under some policy."""
         return self.needs | self.uses
 
     @property
@@ -118,12 +118,16 @@ class MethodSpec:
         return cast("OwnCount", import_module(self.module).own_count)
 
 
+def _features_idle(policy: PruningPolicy) -> frozenset[str]:
+    return frozenset({"features", "encoder"}) if policy.features == "projected" else _NOTHING
+
+
 def _resprune_idle(policy: PruningPolicy) -> frozenset[str]:
-    if policy.rank_by == "relevance":
-        return _NOTHING  # without a text it ranks by residual, so every parameter can matter
-    if policy.alpha == 0 and policy.seed_token != "relevance":
-        return frozenset({"text", "relevance", "gate"})
-    return _NOTHING
+    idle = _features_idle(policy)
+    # `rank_by: relevance` ranks by residual without a text, so every parameter can matter
+    if policy.rank_by != "relevance" and policy.alpha == 0 and policy.seed_token != "relevance":
+        idle |= {"text", "relevance", "gate"}
+    return idle
 
 
 def _importance_idle(policy: PruningPolicy) -> frozenset[str]:
@@ -158,8 +162,8 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 paper="ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning",
                 module="vllm_vtprune.selectors.resprune",
                 cost="greedy",
-                uses=frozenset({"text", "cls_attention", "grid"}),
-                parameters=frozenset({"text", "gate", "alpha", "relevance", "seed_token", "rank_by"}),
+                uses=frozenset({"text", "encoder", "cls_attention", "grid"}),
+                parameters=frozenset({"text", "gate", "alpha", "relevance", "seed_token", "rank_by", "features"}),
                 equivariant=True,
                 runs_on="device",
                 idle=_resprune_idle,
@@ -182,7 +186,10 @@ METHODS: Mapping[str, MethodSpec] = MappingProxyType(
                 paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
                 module="vllm_vtprune.selectors.divprune",
                 cost="greedy",
+                uses=frozenset({"encoder"}),
+                parameters=frozenset({"features"}),
                 equivariant=True,
+                idle=_features_idle,
             ),
             MethodSpec(
                 name="cdpruner",

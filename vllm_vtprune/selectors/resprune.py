@@ -14,7 +14,7 @@ from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.gate import gate
 from vllm_vtprune.selectors.pivots import weighted_pivots
-from vllm_vtprune.selectors.similarity import squared_lengths
+from vllm_vtprune.selectors.similarity import compared_rows, squared_lengths
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -23,28 +23,38 @@ def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds:
     """Positions ``(k,)`` in order of selection.
 
     Args:
-        features: ``embeds (N, d)``; ``cls_attention`` and ``grid`` for the seed tokens that look at them.
+        features: ``embeds (N, d)``; ``encoder (N, d_v)`` for ``policy.features`` that name it; ``cls_attention`` and
+            ``grid`` for the seed tokens that look at them.
         k: tokens to keep, ``1..N``.
-        policy: ``gate``, ``alpha``, ``relevance``, ``seed_token`` and ``rank_by``, resolved.
+        policy: ``gate``, ``alpha``, ``relevance``, ``seed_token``, ``rank_by`` and ``features``, resolved. Residual
+            energy, and the seed tokens ``norm`` and ``mean``, are of the rows that ``features`` names; relevance is of
+            ``embeds``, the only ones in the space of the text.
         text_embeds: ``(M, d)`` rows for the text's nouns. Without them every gate is 1, ``rank_by`` is ``residual``,
             and the seed token ``relevance`` is ``norm``.
 
     Once the chosen tokens span all others, the rest follows by gate, then by index. All ties go to the smallest index.
     """
-    tokens = features.embeds.float()
-    energy = squared_lengths(tokens)
-    if not 1e-18 < energy.max() < 1e18:  # products would leave the range of float32
-        tokens = tokens / energy.max().sqrt().clamp(min=TINY).float()
-        energy = squared_lengths(tokens)
-
+    tokens, energy = _in_range(features.embeds.float())
     relevance = None
     if text_embeds is not None:
         relevance = text_relevance(tokens, text_embeds.float(), policy.relevance)
         relevance /= energy.sqrt().clamp(min=TINY).to(relevance.dtype)
     if relevance is not None and policy.rank_by == "relevance":
         return relevance.sort(descending=True, stable=True).indices[:k]
+    if policy.features != "projected":
+        del tokens  # before as much again is allocated
+        tokens, energy = _in_range(compared_rows(features, policy))
     weight = torch.ones_like(energy) if relevance is None else gate(relevance, policy.gate, policy.alpha or 0.0)
     return weighted_pivots(tokens, energy, weight, _seed_token(features, policy, tokens, energy, relevance), k)
+
+
+def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens whose products stay in the range of float32, scaled alike where they would not, and squared lengths."""
+    energy = squared_lengths(tokens)
+    if not 1e-18 < energy.max() < 1e18:
+        tokens = tokens / energy.max().sqrt().clamp(min=TINY).float()
+        energy = squared_lengths(tokens)
+    return tokens, energy
 
 
 def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
