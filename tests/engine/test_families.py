@@ -90,20 +90,19 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def without_plugin() -> Iterator[Executor]:
+def without_plugin(model_runner: str) -> Iterator[Executor]:
     """A process where vLLM is stock, for the engines of all families: it takes long to import vLLM."""
-    with fresh_process() as process:
+    with fresh_process(MODEL_RUNNERS[model_runner] | WITHOUT_PLUGIN) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
 def stock(family: Family, checkpoint: Path, model_runner: str, without_plugin: Executor) -> Any:
     """What an engine without the plugin answers."""
-    environment = MODEL_RUNNERS[model_runner] | WITHOUT_PLUGIN
     if "worker_extension_cls" in family.options:  # which vLLM's worker class of a process takes once
-        with fresh_process() as alone:
-            return alone.submit(serve, family.name, checkpoint, environment).result()
-    return without_plugin.submit(serve, family.name, checkpoint, environment).result()
+        with fresh_process(MODEL_RUNNERS[model_runner] | WITHOUT_PLUGIN) as alone:
+            return alone.submit(serve, family.name, checkpoint).result()
+    return without_plugin.submit(serve, family.name, checkpoint).result()
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +111,7 @@ def checker(
 ) -> Iterator[Checker]:
     environment = MODEL_RUNNERS[model_runner]
     with running_engine(checkpoint, family.name, environment=environment, **family.engine_options) as engine:
+        assert engine.model_runner == model_runner
         if family.twin is None:
             reference = UnprunedReference(checkpoint)
         else:
@@ -260,6 +260,7 @@ def test_off_is_stock(family: Family, checker: Checker, stock: Any) -> None:
     """The prompts, tokens and log-probabilities of an engine without the plugin: not a bit may differ."""
     assert stock["worker"]["model_class"].startswith("vllm.model_executor.models.")
     worker = checker.engine.llm.collective_rpc("worker_state")[0]
+    assert stock["worker"]["model_runner"] == worker["model_runner"]
     assert worker["model_class"].startswith("vllm_vtprune.plugin.")
     [theirs] = stock["answers"]
     assert len(theirs) == len(questions(family, checker.chat, None))
