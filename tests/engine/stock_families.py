@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tests.support.engines import Ask, Engine, running_engine
+from tests.support.engines import Ask, Engine, running_engine, variables
 from tests.support.families import FAMILIES, Chat, Family, Turn
 from tests.support.processes import state
 
@@ -20,9 +22,13 @@ WITHOUT_PLUGIN = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The environment of a stock engine. It starts no other process, which would have to import vLLM anew."""
 
 
-def fresh_process() -> ProcessPoolExecutor:
-    """A process that has loaded no plugins of vLLM."""
-    return ProcessPoolExecutor(1, get_context("spawn"))
+@contextmanager
+def fresh_process(environment: Mapping[str, str]) -> Iterator[Executor]:
+    """A process with these variables, some of which vLLM reads as it is imported; it has loaded no plugins of vLLM."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with variables(environment):
+            process.submit(os.getpid).result()  # by which it starts
+        yield process
 
 
 def questions(family: Family, chat: Chat, pruning: object) -> list[Ask]:
@@ -42,20 +48,15 @@ def answers(engine: Engine, family: Family, chat: Chat, pruning: object = None) 
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
-def serve(
-    name: str, checkpoint: Path, environment: Mapping[str, str], prunings: Sequence[object] = (None,)
-) -> dict[str, Any]:
+def serve(name: str, checkpoint: Path, prunings: Sequence[object] = (None,)) -> dict[str, Any]:
     """Start the engine of a family and ask it, once for each value of the pruning key, of which None leaves it out.
-
-    Args:
-        environment: variables that are set while the engine starts.
 
     Returns:
         "answers" to each of `prunings`, and the `state` of this process when it "started" and when it had "served", and
         of its "worker".
     """
     family, chat = FAMILIES[name], Chat(checkpoint)
-    with running_engine(checkpoint, f"{name}-stock", environment, **family.engine_options) as engine:
+    with running_engine(checkpoint, f"{name}-stock", **family.engine_options) as engine:
         return {
             "started": state(),
             "answers": [answers(engine, family, chat, pruning) for pruning in prunings],

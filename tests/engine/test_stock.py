@@ -16,9 +16,9 @@ pytestmark = pytest.mark.engine
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """LLaVA's, with the plugin and without it, at the same time."""
     checkpoint = FAMILIES["llava"].write(tmp_path_factory.mktemp("llava"))
-    with fresh_process() as with_plugin, fresh_process() as without:
-        ours = with_plugin.submit(serve, "llava", checkpoint, {}, (False, None))  # the very first request is unpruned
-        stock = without.submit(serve, "llava", checkpoint, WITHOUT_PLUGIN)
+    with fresh_process({}) as with_plugin, fresh_process(WITHOUT_PLUGIN) as without:
+        ours = with_plugin.submit(serve, "llava", checkpoint, (False, None))  # the very first request is unpruned
+        stock = without.submit(serve, "llava", checkpoint)
         return ours.result(), stock.result()
 
 

@@ -25,7 +25,7 @@ BUS = "Where is the bus?"
 
 
 def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
-    assert runner_of(chunked) == "vllm.v1.worker.cpu.model_runner"
+    assert chunked.model_runner == "V2"
     one, two = sample_images(2, stamp="V2")
     requests = [
         Ask(ask_about(BUS), [one], {"budget": {"type": "tokens", "keep": 200}}),
@@ -48,7 +48,7 @@ def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
 
 
 def test_qwen2_5_vl_answers_as_transformers(qwen: Engine, qwen_checkpoint: Path) -> None:
-    assert runner_of(qwen) == "vllm.v1.worker.cpu.model_runner"
+    assert qwen.model_runner == "V2"
     checker = Checker(FAMILIES["qwen2_5_vl"], qwen, UnprunedReference(qwen_checkpoint), Chat(qwen_checkpoint))
     half, most = ({"budget": {"type": "ratio", "keep": keep}} for keep in (0.5, 0.9))
     for policies in (
@@ -64,9 +64,3 @@ def test_qwen2_5_vl_answers_as_transformers(qwen: Engine, qwen_checkpoint: Path)
         first, again = checker.ask(turns, shown), checker.ask(turns, shown)
         assert all(report.visual_tokens > CHUNK for report in first.images or ())
         assert again.prefix_hits == (len(first.prompt_ids) - 1) // BLOCK * BLOCK
-
-
-def runner_of(engine: Engine) -> str:
-    """The module of the model runner."""
-    [worker] = engine.llm.collective_rpc("worker_state")
-    return worker["model_runner"]

@@ -90,6 +90,13 @@ class Engine:
         self.processor.apply = recording
 
     @property
+    def model_runner(self) -> str:
+        """Which of MODEL_RUNNERS its worker, an `ObservedWorker`, really has."""
+        [worker] = self.llm.collective_rpc("worker_state")
+        modules = {"vllm.v1.worker.cpu_model_runner": "V1", "vllm.v1.worker.cpu.model_runner": "V2"}
+        return modules[worker["model_runner"]]
+
+    @property
     def runtime(self) -> PruningRuntime:
         return self.processor.runtime
 
@@ -144,6 +151,17 @@ class Engine:
 
 
 @contextmanager
+def variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, for this process and for those that it starts meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        if "PYTHONPATH" in environment:  # of which processes that are spawned see nothing: they get this one's path
+            patch.setattr(sys, "path", [*environment["PYTHONPATH"].split(os.pathsep), *sys.path])
+        yield
+
+
+@contextmanager
 def running_engine(
     checkpoint: Path, name: str, environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Engine]:
@@ -160,11 +178,7 @@ def running_engine(
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
     }
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in environment.items():
-            patch.setenv(variable, value)
-        if "PYTHONPATH" in environment:  # of which the processes that vLLM spawns see nothing: they get this one's path
-            patch.setattr(sys, "path", [*environment["PYTHONPATH"].split(os.pathsep), *sys.path])
+    with variables(environment), pytest.MonkeyPatch.context() as patch:
         if "TRITON_INTERPRET" in environment:  # vLLM was imported without
             patch.setattr("vllm.config.vllm.HAS_TRITON", True)
         llm = LLM(
