@@ -34,9 +34,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import machine
-from vllm_vtprune.demo.command import data_url
-from vllm_vtprune.demo.families import FAMILIES as WRITERS
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_checkpoints.families import FAMILIES as WRITERS
+from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_server.process import running_server
 
 NAME = "model"
 QUESTION = "What is in the picture?"

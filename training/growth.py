@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from training.model import LOOKING, Codebook
-from vllm_vtprune.demo.checkpoint import RENAMES
-from vllm_vtprune.demo.scenes import code_size
-from vllm_vtprune.demo.scenes.labels import POSITION_SIZE
+from vllm_vtprune_checkpoints.llava import RENAMES
+from vllm_vtprune_evaluation.scenes import code_size
+from vllm_vtprune_evaluation.scenes.labels import POSITION_SIZE
 
 LOOKED = -2  # the layer of the earlier model whose attention was trained
 

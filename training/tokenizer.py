@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vllm_vtprune.demo import words
-from vllm_vtprune.demo.checkpoint import BOS, EOS, IMAGE_TOKEN, PAD_TOKEN, UNK, llava_tokenizer
-from vllm_vtprune.demo.scenes import make_scene, pack
+from vllm_vtprune_checkpoints import words
+from vllm_vtprune_checkpoints.llava import BOS, EOS, IMAGE_TOKEN, PAD_TOKEN, UNK, llava_tokenizer
+from vllm_vtprune_evaluation.scenes import make_scene, pack
 
 VOCABULARY = 1024
 ROLES = ("USER:", "ASSISTANT:")  # of the chat template; else they would be spelled too

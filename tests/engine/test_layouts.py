@@ -21,7 +21,6 @@ from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.demo import families as demo
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.internvl import tiled
@@ -29,6 +28,7 @@ from vllm_vtprune.plugin.families.internvl_chat import PrunedInternVLChatProcess
 from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune.plugin.families.llava_next import anyres
 from vllm_vtprune.plugin.vision import scaled
+from vllm_vtprune_checkpoints import families as demo
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 LENGTH = 24  # tokens of a square's side

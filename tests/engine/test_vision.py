@@ -35,10 +35,6 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
 from vllm_vtprune import PruningPolicy, plan_tokens
-from vllm_vtprune.demo import checkpoint as demo_llava
-from vllm_vtprune.demo import families as demo
-from vllm_vtprune.demo import llava_next as demo_llava_next
-from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import vision
@@ -47,6 +43,10 @@ from vllm_vtprune.plugin.vision import Encoder
 from vllm_vtprune.selectors.registry import METHODS, SELECTORS
 from vllm_vtprune.sequence import sequence, sequence_length
 from vllm_vtprune.tower import TowerError
+from vllm_vtprune_checkpoints import families as demo
+from vllm_vtprune_checkpoints import llava as demo_llava
+from vllm_vtprune_checkpoints import llava_next as demo_llava_next
+from vllm_vtprune_evaluation.photo import photograph
 
 CPU = torch.device("cpu")
 CLOSE = dict(rtol=1e-4, atol=1e-4)

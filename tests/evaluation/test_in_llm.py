@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vllm_vtprune.budget import energy_rank
-from vllm_vtprune.demo.checkpoint import (
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+from vllm_vtprune_checkpoints.llava import (
     IMAGE_TOKEN_ID,
     demo_tokenizer,
     random_weight,
     save_llava_checkpoint,
     write_llava_checkpoint,
 )
-from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 from vllm_vtprune_evaluation.in_llm import VTW, AdaptPrune, FastV, InLLM, Pruning, PyramidDrop
 from vllm_vtprune_evaluation.in_llm.driver import Reading
 from vllm_vtprune_evaluation.in_llm.pruning import Entrance

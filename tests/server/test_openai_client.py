@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, image_part, kept, user
-from vllm_vtprune.demo.checkpoint import demo_tokenizer
+from vllm_vtprune_checkpoints.llava import demo_tokenizer
 
 pytestmark = pytest.mark.engine
 

@@ -30,7 +30,7 @@ Body = dict[str, Any]
 
 def random_model() -> list[str]:
     """Options that serve the checkpoint with random weights, whose answers depend on every visual token."""
-    from vllm_vtprune.demo.checkpoint import tiny_checkpoint  # takes seconds to import
+    from vllm_vtprune_checkpoints.llava import tiny_checkpoint  # takes seconds to import
 
     return [str(tiny_checkpoint()), "--served-model-name", "vtprune-demo"]
 

@@ -12,8 +12,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vllm_vtprune.demo.chatml import END, END_OF_TEXT, chat_template, chatml_tokenizer
-from vllm_vtprune.demo.qwen2_5_vl import MROPE_SECTION, PIXELS, SPECIAL_TOKENS, TEXT, TOKEN_ID
+from vllm_vtprune_checkpoints.chatml import END, END_OF_TEXT, chat_template, chatml_tokenizer
+from vllm_vtprune_checkpoints.qwen2_5_vl import MROPE_SECTION, PIXELS, SPECIAL_TOKENS, TEXT, TOKEN_ID
 
 
 def write_foreign_checkpoint(directory: Path) -> Path:
