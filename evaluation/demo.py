@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_vtprune_checkpoints.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, weights_of
+from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
 from vllm_vtprune_evaluation.photo import data_url, photograph
 from vllm_vtprune_server.process import ServerFailed, announced_server
 
@@ -129,8 +129,6 @@ def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, 
 
 def _checkpoint(family: str) -> list[str]:
     """Options that serve the small checkpoint of a family; none for the one that a server without a model serves."""
-    from vllm_vtprune_checkpoints.llava import embedded_checkpoint  # takes seconds to import
-
     if family == DEFAULT:
         return []
     return [str(embedded_checkpoint(family)), *(["--trust-remote-code"] if family in WITH_CODE else [])]

@@ -14,7 +14,7 @@ from PIL import Image
 from vllm_vtprune.overlay import draw_kept, with_caption
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
-from vllm_vtprune_checkpoints.families import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, weights_of
+from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
 
 if TYPE_CHECKING:
     from vllm.multimodal.media import MediaWithBytes
@@ -103,7 +103,7 @@ def inspect(argv: list[str]) -> None:
         with Image.open(args.image) as picture:
             picture.load()
         processor = pruning_processor(
-            args.model or _checkpoint(args.family),
+            args.model or str(embedded_checkpoint(args.family)),
             trust_remote_code=args.trust_remote_code or (args.model is None and args.family in WITH_CODE),
         )
         found = examine(processor, picture, policy, args.query)
@@ -187,12 +187,6 @@ def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:
     from vllm.multimodal.media import MediaWithBytes
 
     return MediaWithBytes(picture, repr(picture.size).encode() + picture.tobytes())  # what an image is told by
-
-
-def _checkpoint(family: str) -> str:
-    from vllm_vtprune_checkpoints.llava import embedded_checkpoint  # takes seconds to import
-
-    return str(embedded_checkpoint(family))
 
 
 def _json_or_name(text: str) -> object:

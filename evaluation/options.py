@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from vllm_vtprune_checkpoints import TRAINED
 from vllm_vtprune_server.process import announced_server
 
 SERVE_OPTIONS = ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log")
@@ -78,9 +79,7 @@ def shown(path: Path) -> str:
 
 def embedded_model() -> str:
     """The model that comes with the package."""
-    from vllm_vtprune_checkpoints.llava import embedded_checkpoint  # takes seconds to import
-
-    return str(embedded_checkpoint())
+    return str(TRAINED)
 
 
 def weights_digest(model: str) -> str:

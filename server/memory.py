@@ -18,7 +18,7 @@ from vllm_vtprune.placement import GIB, Process, most_on_one_gpu, reserve
 from vllm_vtprune.plugin.gpu import footprint_of, seen_by_process
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.tower import TowerError
-from vllm_vtprune_checkpoints.llava import embedded_checkpoint
+from vllm_vtprune_checkpoints import embedded_checkpoint
 
 CPU_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 EMBEDDED_KV_CACHE = GIB

@@ -1,4 +1,4 @@
-"""Released checkpoints, by the names and shapes of their tensors: vLLM's encoder takes each of them once.
+"""Released checkpoints, by the names and shapes of all their tensors: vLLM's encoder takes each of them once.
 
 Nothing is held in memory: vLLM's model and the tensors are on the meta device.
 """
@@ -6,7 +6,6 @@ Nothing is held in memory: vLLM's model and the tensors are on the meta device.
 from __future__ import annotations
 
 import math
-import pkgutil
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -26,11 +25,10 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.plugin import vision
 from vllm_vtprune.plugin.family import of_language_model
 from vllm_vtprune.token_table import NAMES
-from vllm_vtprune_checkpoints import families as demo
+from vllm_vtprune_checkpoints import write_checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -119,12 +117,12 @@ class Row:
     """A released checkpoint.
 
     Attributes:
-        size: of the demo's checkpoint that has its config.
+        size: of our checkpoint that has its config.
         tensors: beside those of its language model.
         table: name of the table of embeddings.
         unread: a regular expression of the names that vLLM leaves out.
         in_memory: whether vLLM also reads it as transformers 5 has it in memory.
-        options: of the function that writes the demo's.
+        options: of the maker of ours.
     """
 
     size: str
@@ -164,8 +162,7 @@ def row(name: str) -> Row:
 
 
 def write(name: str, directory: Path, **options: Any) -> Path:
-    written: Path = pkgutil.resolve_name(demo.FAMILIES[name.split()[0]])(directory, **ROWS[name].options, **options)
-    return written
+    return write_checkpoint(name.split()[0], directory, **ROWS[name].options, **options)
 
 
 @pytest.fixture(scope="module")
@@ -199,15 +196,6 @@ def assert_consumed_once(model_config: Any, tensors: Shapes, unread: str) -> Non
     assert read == sum(map(torch.numel, held.values()))
 
 
-def test_every_family_is_here() -> None:
-    """Here, or beside the test of its checkpoint."""
-    rows = {name.split()[0] for name in ROWS}
-    assert rows <= set(FAMILIES)
-    for family in set(FAMILIES) - rows:
-        beside = Path(__file__).with_name(f"test_checkpoint_{family}.py")
-        assert "released" in beside.read_text(), family
-
-
 def test_vllm_consumes_the_released_tensors_once(row: Row, model_config: Any) -> None:
     text = model_config.hf_text_config
     table = {row.table: (text.vocab_size, text.hidden_size)}
@@ -227,7 +215,7 @@ def test_the_list_is_all_that_transformers_has(row: Row, in_memory: Shapes) -> N
     assert Counter(row.tensors.values()) == Counter(in_memory.values())
 
 
-def test_the_demos_checkpoint_is_called_as_the_released_one(name: str, row: Row, tmp_path: Path) -> None:
+def test_our_checkpoint_is_called_as_the_released_one(name: str, row: Row, tmp_path: Path) -> None:
     with safe_open(write(name, tmp_path) / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert row.table in names

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.support.process_tree import interruptible, kill, survivors
-from vllm_vtprune_checkpoints.llava import tiny_checkpoint
+from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.asking import IN_FLIGHT
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.options import embedded_model

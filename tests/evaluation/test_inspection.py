@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from vllm_vtprune.overlay import CAPTION
-from vllm_vtprune_checkpoints.families import DEFAULT, FAMILIES
-from vllm_vtprune_checkpoints.llava import tiny_checkpoint
+from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, tiny_checkpoint
 from vllm_vtprune_evaluation.inspection import features_of, inspect, pruning_processor
 from vllm_vtprune_evaluation.photo import photograph
 
@@ -105,3 +104,10 @@ def test_each_image_is_encoded_for_itself() -> None:
     first, second, again = (features_of(processor, Image.fromarray(pixels)) for pixels in (upright, lying, upright))
     assert torch.equal(first.encoder, again.encoder)
     assert not torch.allclose(first.encoder, second.encoder)
+
+
+def test_the_photograph_is_one() -> None:
+    photo = photograph()
+    assert photo.mode == "RGB"
+    assert min(photo.size) >= 336
+    assert len(photo.getcolors(1 << 20) or ()) > 10_000

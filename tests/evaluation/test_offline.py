@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune_checkpoints.llava import TRAINED, random_weight, tiny_checkpoint
+from vllm_vtprune_checkpoints import TRAINED, tiny_checkpoint
+from vllm_vtprune_checkpoints.writing import random_weight
 from vllm_vtprune_evaluation import command
 from vllm_vtprune_evaluation.answers import Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, energy, fixed, own_counts

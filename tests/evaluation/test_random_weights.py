@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_vtprune_checkpoints.families import RANDOM_WEIGHTS
-from vllm_vtprune_checkpoints.llava import TRAINED
+from vllm_vtprune_checkpoints import RANDOM_WEIGHTS, TRAINED
 from vllm_vtprune_evaluation import demo as command
 from vllm_vtprune_evaluation.demo import Subject, demo
 from vllm_vtprune_evaluation.inspection import inspect

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from vllm_vtprune_checkpoints.llava import TRAINED
+from vllm_vtprune_checkpoints import TRAINED
 from vllm_vtprune_evaluation.in_llm import InLLM
 from vllm_vtprune_evaluation.questions import is_right, pictures
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.chat import VISUAL_TOKENS, Server, user
 from vllm_vtprune.policy import EnergyBudget
 from vllm_vtprune.presets import read_presets
-from vllm_vtprune_checkpoints.llava import tiny_checkpoint
+from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
 from vllm_vtprune_evaluation.calibrate import calibrate
 from vllm_vtprune_evaluation.command import evaluate

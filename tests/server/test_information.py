@@ -11,7 +11,7 @@ from vllm_vtprune import __version__
 from vllm_vtprune.policy import BUILTIN_PRESETS
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.text import text_pipeline_name
-from vllm_vtprune_checkpoints.llava import tiny_checkpoint
+from vllm_vtprune_checkpoints import tiny_checkpoint
 
 pytestmark = pytest.mark.engine
 

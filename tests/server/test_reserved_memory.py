@@ -23,7 +23,7 @@ from vllm_vtprune.plugin.families.llava import WITH_CLIP
 from vllm_vtprune.plugin.register import register
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.tower import TowerError
-from vllm_vtprune_checkpoints.llava import embedded_checkpoint
+from vllm_vtprune_checkpoints import embedded_checkpoint
 from vllm_vtprune_server import memory
 from vllm_vtprune_server.policies import Policies
 
