@@ -15,6 +15,7 @@ FROM python:3.12-slim-bookworm AS wheels
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY vllm_vtprune vllm_vtprune
+COPY checkpoints checkpoints
 COPY server server
 COPY evaluation evaluation
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

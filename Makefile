@@ -35,8 +35,8 @@ train-demo: setup ## train the demo model, or go on with it (HOURS=3 on two core
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/packages && ln -sfn ../../server build/packages/vllm_vtprune_server
-	@ln -sfn ../../evaluation build/packages/vllm_vtprune_evaluation
+	@mkdir -p build/packages
+	@for name in checkpoints evaluation server; do ln -sfn ../../$$name build/packages/vllm_vtprune_$$name; done
 	$(BIN)/mypy
 
 format: setup ## let ruff rewrite what it can

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pkgutil
 import statistics
 import sys
 import tempfile
@@ -34,9 +33,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import machine
-from vllm_vtprune.demo.command import data_url
-from vllm_vtprune.demo.families import FAMILIES as WRITERS
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_checkpoints import write_checkpoint
+from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_server.process import running_server
 
 NAME = "model"
 QUESTION = "What is in the picture?"
@@ -96,8 +95,7 @@ def main() -> None:
     for name in args.families:
         family = replace(FAMILIES[name], options=("--dtype", args.dtype, *FAMILIES[name].options))
         with tempfile.TemporaryDirectory() as directory:
-            write = pkgutil.resolve_name(WRITERS[name])
-            write(directory, size=args.size or family.size, weights=False, dtype=args.dtype)
+            write_checkpoint(name, Path(directory), size=args.size or family.size, weights=False, dtype=args.dtype)
             samples = measure(Path(directory), family, args.images, args.rounds)
         for row in summary(samples):
             rows.append({"family": name, "size": args.size or family.size, "dtype": args.dtype, **row})

@@ -26,8 +26,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from vllm_vtprune.demo.command import data_url
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_server.process import running_server
 
 FULL_BY = 200  # requests
 TOLERANCE = 0.05

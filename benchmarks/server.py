@@ -33,8 +33,8 @@ import httpx
 
 from benchmarks.statistics import PairedRatio, paired_ratio
 from benchmarks.ttft import NAME, QUESTION, STOCK_COMMAND, machine, picture
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_server.process import running_server
 
 KINDS = ("stock", "off", "balanced")
 OPTIONS = (

@@ -42,9 +42,9 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from benchmarks.machine import machine
 from benchmarks.statistics import PairedRatio, paired_ratio
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
-from vllm_vtprune.demo.command import data_url
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_server.process import running_server
 
 NAME = "llava"
 QUESTION = "What is in the picture?"

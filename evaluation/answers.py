@@ -20,7 +20,7 @@ CODE = (
     "vllm_vtprune.selectors",
     "vllm_vtprune.plugin.families",
     "vllm_vtprune.plugin.vision",
-    "vllm_vtprune.demo.scenes",
+    "vllm_vtprune_evaluation.scenes",
     "vllm_vtprune_evaluation.forward",
     "vllm_vtprune_evaluation.in_llm",
     "vllm_vtprune_evaluation.offline",

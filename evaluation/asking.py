@@ -9,10 +9,10 @@ from typing import Any
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
-from vllm_vtprune.demo.command import data_url
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm
 from vllm_vtprune_evaluation.options import weights_digest
+from vllm_vtprune_evaluation.photo import data_url
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 ANSWER_TOKENS = 12

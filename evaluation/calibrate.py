@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vtprune.demo.server import ServerFailed
-from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import PRESET_NAME
 from vllm_vtprune.selectors.registry import SELECTORS
 from vllm_vtprune_evaluation.answers import Answer, Answers, AnswersError, subject
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
 from vllm_vtprune_evaluation.asking import Unasked, ask_all
+from vllm_vtprune_evaluation.inspection import InspectionFailed
 from vllm_vtprune_evaluation.options import (
     add_model_arguments,
     count,
@@ -30,6 +29,7 @@ from vllm_vtprune_evaluation.questions import Picture, SampleError, pictures, pl
 from vllm_vtprune_evaluation.report import aligned, markdown
 from vllm_vtprune_evaluation.spectra import Sample, sample_pictures
 from vllm_vtprune_evaluation.thresholds import mean_kept, threshold_for
+from vllm_vtprune_server.process import ServerFailed
 
 LARGEST = 0.9999  # threshold: beyond it, rounding decides
 SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of a picture's tokens, that are tried in turn

@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vllm_vtprune.demo.server import ServerFailed
-from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune_evaluation import arms as ways
@@ -23,6 +21,7 @@ from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
 from vllm_vtprune_evaluation.asking import Unasked, ask_all
 from vllm_vtprune_evaluation.gallery import draw_gallery
 from vllm_vtprune_evaluation.in_llm import InLLM, Pruning
+from vllm_vtprune_evaluation.inspection import InspectionFailed
 from vllm_vtprune_evaluation.offline import SERVED_AS, OfflineFailed, answer_offline, check_model
 from vllm_vtprune_evaluation.options import (
     add_model_arguments,
@@ -57,6 +56,7 @@ from vllm_vtprune_evaluation.results import (
 )
 from vllm_vtprune_evaluation.spectra import Sample, sample_pictures
 from vllm_vtprune_evaluation.thresholds import threshold_for
+from vllm_vtprune_server.process import ServerFailed
 
 METHODS_BY_DEFAULT = ("resprune", "adaptprune", "divprune", "fastervlm", "random", "uniform")
 CALIBRATION_QUESTIONS = 1500  # of validation scenes: some 230 pictures, by which "+E" finds its thresholds

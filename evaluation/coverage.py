@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vllm_vtprune.demo.scenes import Question, Scene, patches_of
-from vllm_vtprune.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.registry import SELECTORS
 from vllm_vtprune_evaluation.arms import Arm, grid
+from vllm_vtprune_evaluation.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune_evaluation.options import count, embedded_model
 from vllm_vtprune_evaluation.questions import Picture, pictures
 from vllm_vtprune_evaluation.report import markdown
+from vllm_vtprune_evaluation.scenes import Question, Scene, patches_of
 
 HEAD = ("", "on things", "things seen", "asked, seen", "asked, kept")
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from vllm_vtprune.demo.scenes.layout import DENSITIES
-from vllm_vtprune.inspection import examine, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
+from vllm_vtprune_evaluation.inspection import examine, pruning_processor
 from vllm_vtprune_evaluation.questions import Picture
 from vllm_vtprune_evaluation.report import BLUE, VERMILLION, save
 from vllm_vtprune_evaluation.results import DEFAULT_METHOD
+from vllm_vtprune_evaluation.scenes.layout import DENSITIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from vllm_vtprune.demo.server import announced_server
+from vllm_vtprune_checkpoints import TRAINED
+from vllm_vtprune_server.process import announced_server
 
 SERVE_OPTIONS = ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log")
 SMALL_OPTIONS = ("--max-model-len", "2048")  # enough for the embedded model's 576 tokens
@@ -78,9 +79,7 @@ def shown(path: Path) -> str:
 
 def embedded_model() -> str:
     """The model that comes with the package."""
-    from vllm_vtprune.demo.checkpoint import embedded_checkpoint  # takes seconds to import
-
-    return str(embedded_checkpoint())
+    return str(TRAINED)
 
 
 def weights_digest(model: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vllm_vtprune.demo.scenes import Question, Scene, Split, ask, make_scene, paint
+from vllm_vtprune_evaluation.scenes import Question, Scene, Split, ask, make_scene, paint
 from vllm_vtprune_server.images import ImageIntake
 from vllm_vtprune_server.problem import MediaProblem
 

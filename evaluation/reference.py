@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vllm_vtprune.inspection import InspectionFailed
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm, energy
 from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.in_llm import VTW, AdaptPrune, Budget, FastV, InLLM, Pruning, PyramidDrop
 from vllm_vtprune_evaluation.in_llm.pyramiddrop import least_mean, quarters
+from vllm_vtprune_evaluation.inspection import InspectionFailed
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 Pairs = Sequence[tuple[Arm, Pruning | None]]

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.inspection import features_of, pruning_processor
 from vllm_vtprune.policy import FamilyDefaults
+from vllm_vtprune_evaluation.inspection import features_of, pruning_processor
 from vllm_vtprune_evaluation.questions import Picture
 from vllm_vtprune_evaluation.thresholds import Measured
 

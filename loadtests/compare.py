@@ -32,7 +32,7 @@ from loadtests.options import add_slo_arguments, count, p99_limits
 from loadtests.records import Record
 from loadtests.report import table, table_rows, write_report
 from loadtests.results import broken, percentile, result, samples, span
-from vllm_vtprune.demo.server import ServerFailed, running_server
+from vllm_vtprune_server.process import ServerFailed, running_server
 
 STOCK, OFF, PRUNED = ARMS = ("stock", "off", "balanced")
 COMPARED = [kind for kind in KINDS if kind != "PolicyMix"]  # which brings policies of its own
@@ -69,7 +69,7 @@ def main() -> None:
     )
     add_slo_arguments(parser)
     options = parser.parse_args()
-    from vllm_vtprune.demo.checkpoint import write_llava_checkpoint  # imports torch: not for --help
+    from vllm_vtprune_checkpoints.llava import write_llava_checkpoint  # imports torch: not for --help
 
     options.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -150,7 +150,7 @@ def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
         notes=[
             f"Stock vLLM and ours took turns on one machine: {options.rounds} rounds of {options.seconds} s each, "
             f"{options.users} users in a closed loop, the same pictures and questions for all arms of a round. "
-            f"The checkpoint is the {options.size} one of vllm_vtprune/demo with random weights.",
+            f"The checkpoint is the {options.size} LLaVA with random weights.",
             *(f"{name}: {text}." for name, text in ratios.items()),
         ],
     )

@@ -38,7 +38,7 @@ from loadtests.drive import DriveFailed, drive
 from loadtests.options import count, positive
 from loadtests.report import table, table_rows
 from loadtests.results import broken, result
-from vllm_vtprune.demo.server import ServerFailed, free_port, running_server, stop
+from vllm_vtprune_server.process import ServerFailed, free_port, running_server, stop
 
 CONFIGURATION = Path(__file__).parent.parent / "deploy" / "prometheus" / "prometheus.yml"
 EVERY = "1s"

@@ -35,7 +35,7 @@ from loadtests.options import add_slo_arguments, count, p99_limits, positive
 from loadtests.records import Record
 from loadtests.report import table, table_rows, write_report
 from loadtests.results import PUNCTUAL, broken, result, span
-from vllm_vtprune.demo.server import ServerFailed, running_server
+from vllm_vtprune_server.process import ServerFailed, running_server
 
 LABEL = "soak"
 IN_TIME = 0.95  # of the requests

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllm_vtprune.demo.words import OBJECTS, QUALITIES
+from vllm_vtprune_checkpoints.words import OBJECTS, QUALITIES
 
 Message = dict[str, Any]
 

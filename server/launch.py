@@ -11,11 +11,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.plugin.version import require_tested_vllm
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.presets import PresetsError, read_presets
+from vllm_vtprune_checkpoints import embedded_checkpoint
 from vllm_vtprune_server.policies import Policies
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info, get_visible_memory_node
 
 from vllm_vtprune import envs
-from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.placement import GIB, Process, most_on_one_gpu, reserve
 from vllm_vtprune.plugin.gpu import footprint_of, seen_by_process
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.tower import TowerError
+from vllm_vtprune_checkpoints import embedded_checkpoint
 
 CPU_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 EMBEDDED_KV_CACHE = GIB

@@ -29,10 +29,10 @@ from tests.support.chat import (
     url_of_bytes,
     user,
 )
-from vllm_vtprune.demo.server import running_server
 from vllm_vtprune.plugin import version
 from vllm_vtprune.plugin.register import register
 from vllm_vtprune.plugin.version import UntestedVllmError, is_tested, require_tested_vllm
+from vllm_vtprune_server.process import running_server
 
 ROOT = Path(__file__).resolve().parents[1]
 NEWEST = "0.33.0"

@@ -4,7 +4,7 @@ Trained end to end on pictures, a model of this size stays at chance for long: t
 model never finds the picture. So the two learn apart, and meet when each is good at its part (`stages.py`):
 
 1. `language`: the language model answers questions about symbolic codes of patches in place of a picture. Codes are
-   what a perfect encoder would say of each patch (`vllm_vtprune/demo/scenes/labels.py`), a little blurred. 24 questions
+   what a perfect encoder would say of each patch (`evaluation/scenes/labels.py`), a little blurred. 24 questions
    with their answers are packed behind each picture, so its many tokens are computed once for all of them. The canvas
    grows from 8 x 8 patches to 24 x 24: a small one has the same questions for a fraction of the tokens.
 2. `tower`: encoder and projector learn to emit those codes, on pages full of words, numbers and shapes; every patch is

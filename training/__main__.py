@@ -20,7 +20,7 @@ from training.loop import curve, run_stage
 from training.schedule import stages
 from training.stages import Stage, Trainee, answer_accuracy
 from training.tokenizer import scene_tokenizer
-from vllm_vtprune.demo.checkpoint import save_llava_checkpoint
+from vllm_vtprune_checkpoints.llava import save_llava_checkpoint
 
 EXAMPLE = """examples:
   python -m training                          # all stages, about three hours on two cores; the same again goes on

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training.model import GRID, Looks, Packed
 from training.tokenizer import EOS_ID, PAD_ID
-from vllm_vtprune.demo.scenes import (
+from vllm_vtprune_evaluation.scenes import (
     FIELDS,
     Question,
     Scene,
@@ -29,7 +29,7 @@ from vllm_vtprune.demo.scenes import (
     patch_labels,
     patches_of,
 )
-from vllm_vtprune.demo.scenes.layout import MOST_COUNTED, Density
+from vllm_vtprune_evaluation.scenes.layout import MOST_COUNTED, Density
 
 Array = NDArray[np.float32]
 

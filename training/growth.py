@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from training.model import LOOKING, Codebook
-from vllm_vtprune.demo.checkpoint import RENAMES
-from vllm_vtprune.demo.scenes import code_size
-from vllm_vtprune.demo.scenes.labels import POSITION_SIZE
+from vllm_vtprune_checkpoints.llava import NAMES
+from vllm_vtprune_checkpoints.writing import released
+from vllm_vtprune_evaluation.scenes import code_size
+from vllm_vtprune_evaluation.scenes.labels import POSITION_SIZE
 
 LOOKED = -2  # the layer of the earlier model whose attention was trained
 
@@ -34,10 +35,9 @@ def begin_with(model: LlavaForConditionalGeneration, checkpoint: Path, fainter: 
     Raises:
         KeyError, RuntimeError: the checkpoint is of another architecture, or of other widths.
     """
-    earlier = {
-        _module_name(name): weight.float() for name, weight in load_file(checkpoint / "model.safetensors").items()
-    }
     state = model.state_dict()
+    inside = {released(name, NAMES): name for name in state}
+    earlier = {inside[name]: weight.float() for name, weight in load_file(checkpoint / "model.safetensors").items()}
     layers = model.config.text_config.num_hidden_layers
     known = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in earlier if "language_model.layers" in name)
     places = _places(known, layers)
@@ -55,13 +55,6 @@ def begin_with(model: LlavaForConditionalGeneration, checkpoint: Path, fainter: 
     model.load_state_dict(state)
     if fainter != 1.0:
         _rescale_position(model, fainter)
-
-
-def _module_name(name: str) -> str:
-    for inside, written in RENAMES["vllm"]:
-        if name.startswith(written):
-            return inside + name.removeprefix(written)
-    return name
 
 
 def _places(known: int, layers: int) -> list[int | None]:

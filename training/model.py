@@ -15,8 +15,8 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from training.tokenizer import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, VOCABULARY
-from vllm_vtprune.demo.scenes import FIELDS, code_size
-from vllm_vtprune.demo.scenes.labels import POSITION_SIZE
+from vllm_vtprune_evaluation.scenes import FIELDS, code_size
+from vllm_vtprune_evaluation.scenes.labels import POSITION_SIZE
 
 GRID = 24
 WIDTH = 256  # of the language model

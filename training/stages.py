@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration
 
 from training.batches import Batch, Batches, random_positions, usual_positions
 from training.model import GRID, LAYERS, Codebook, answer_logits, encode, new_model
-from vllm_vtprune.demo.scenes import FIELDS, code_size
+from vllm_vtprune_evaluation.scenes import FIELDS, code_size
 
 SHARPNESS = 12.0  # of the softmax that reads a value from a code
 LOOK_WEIGHT = 0.3

@@ -5,12 +5,12 @@ Words in the pictures are in capitals, so the model spells what it reads and can
 
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vllm_vtprune.demo import words
-from vllm_vtprune.demo.checkpoint import BOS, EOS, IMAGE_TOKEN, PAD_TOKEN, UNK, llava_tokenizer
-from vllm_vtprune.demo.scenes import make_scene, pack
+from vllm_vtprune_checkpoints import words
+from vllm_vtprune_checkpoints.llava import FIRST_TOKENS, llava_tokenizer
+from vllm_vtprune_evaluation.scenes import make_scene, pack
 
 VOCABULARY = 1024
 ROLES = ("USER:", "ASSISTANT:")  # of the chat template; else they would be spelled too
@@ -38,16 +38,11 @@ def scene_tokenizer(earlier: Path | None = None) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(ROLES) - 2,
-        special_tokens=[UNK, BOS, EOS],
+        special_tokens=list(FIRST_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     questions = [question for seed in range(200) for question in pack(make_scene("train", seed), 20)]
     asked = [f"{question.text} {question.answer}" for question in questions]
     tokenizer.train_from_iterator(asked * 20 + list(words.sentences(2000)), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
-    )
-    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
-    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True), AddedToken(PAD_TOKEN, special=True)])
-    return llava_tokenizer(tokenizer)
+    return llava_tokenizer(0, base=tokenizer, plain=ROLES)

@@ -3,11 +3,11 @@
 import pytest
 
 from vllm_vtprune.chunks import pointing_words
-from vllm_vtprune.demo.scenes.layout import COLOURS, make_scene
-from vllm_vtprune.demo.scenes.questions import KINDS, ask
 from vllm_vtprune.fields import quote_keys, tag_fields
 from vllm_vtprune.policy import LLAVA, PolicyError, PruningPolicy, TextOptions
 from vllm_vtprune.text import MAX_CHARS, clean_instruction, extract_nouns, read_prompt
+from vllm_vtprune_evaluation.scenes.layout import COLOURS, make_scene
+from vllm_vtprune_evaluation.scenes.questions import KINDS, ask
 
 # prompt -> its nouns, and what describes them; the first are of the nine kinds of question about scenes
 DESCRIBED = {

@@ -15,7 +15,7 @@ from deploy.grafana.plot import Prometheus
 from loadtests.observe import running_prometheus
 from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, user
 from tests.support.dockerfile import Image, build
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_server.process import running_server
 
 ROOT = Path(__file__).parents[2]
 LOAD_SECONDS = 20

@@ -26,10 +26,11 @@ from tests.support.chat import VISUAL_TOKENS, fresh_url, user
 from tests.support.dockerfile import instructions
 from tests.support.programs import program
 from vllm_vtprune import __version__
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint, write_llava_checkpoint
-from vllm_vtprune.demo.server import free_port, stop
 from vllm_vtprune.placement import GIB, reserve
 from vllm_vtprune.plugin.gpu import footprint_of
+from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_server.process import free_port, stop
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "ray" / "serve.yaml"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.support.engines import MODEL_RUNNERS, Engine, running_engine
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
-from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
-from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune_checkpoints.qwen3_vl import write_qwen3_vl_checkpoint
 
 QWEN_OPTIONS: dict[str, Any] = {
     "max_model_len": 4096,

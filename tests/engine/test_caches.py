@@ -14,7 +14,7 @@ import pytest
 from tests.support.engines import BLOCK, Answer, Ask, Engine, ask_about, assert_same, worst_difference
 from tests.support.images import sample_images
 from vllm_vtprune.cache import FeatureCache
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 
 pytestmark = pytest.mark.engine
 

@@ -16,14 +16,14 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaWithBytes
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
-from vllm_vtprune.demo.glm4v import write_glm4v_checkpoint
-from vllm_vtprune.demo.internvl import write_internvl_checkpoint
-from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
-from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
-from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
-from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
 from vllm_vtprune.plugin.gpu import footprint_of
+from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
+from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
+from vllm_vtprune_checkpoints.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune_checkpoints.qwen3_vl import write_qwen3_vl_checkpoint
 
 DEPTH = 3  # layers come one after the other, so more of them take no more memory at a time
 

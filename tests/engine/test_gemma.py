@@ -23,14 +23,14 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from tests.support.images import sample_images
-from vllm_vtprune.demo.gemma3 import write_gemma3_checkpoint
-from vllm_vtprune.demo.gemma4 import write_gemma4_checkpoint
 from vllm_vtprune.plugin import vision
 from vllm_vtprune.plugin.family import parameters_in_transformers
 from vllm_vtprune.plugin.limits import NotTaken
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor
 from vllm_vtprune.policy import PolicyError
+from vllm_vtprune_checkpoints.gemma3 import write_gemma3_checkpoint
+from vllm_vtprune_checkpoints.gemma4 import write_gemma4_checkpoint
 
 WINDOW = 32
 """Of the Gemma 4 below, whose square image has 64 tokens."""

@@ -16,9 +16,6 @@ from vllm.plugins import load_general_plugins
 
 from tests.support.families import write_intern_s1_checkpoint
 from vllm_vtprune import PruningPolicy
-from vllm_vtprune.demo.gemma3 import write_gemma3_checkpoint
-from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
-from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.features import EMBED
 from vllm_vtprune.plugin import compat
@@ -27,6 +24,9 @@ from vllm_vtprune.plugin.families.generic import GenericProcessor
 from vllm_vtprune.plugin.model import PrunedModel
 from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor
+from vllm_vtprune_checkpoints.gemma3 import write_gemma3_checkpoint
+from vllm_vtprune_checkpoints.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune_evaluation.photo import photograph
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.demo.glm4v import write_glm4v_checkpoint
-from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.vision import build
+from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
+from vllm_vtprune_evaluation.photo import photograph
 
 IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
 PROMPT = f"{IMAGE}one<|begin_of_video|><|video|><|end_of_video|>two{IMAGE}What is it?"

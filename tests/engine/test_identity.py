@@ -21,7 +21,6 @@ from vllm.plugins import load_general_plugins
 from tests.support.engines import ask_about
 from tests.support.images import sample_images
 from vllm_vtprune.cache import BoundedTable, FeatureCache
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.compat import without_items
@@ -30,6 +29,7 @@ from vllm_vtprune.plugin.processor import EncodingMedia
 from vllm_vtprune.plugin.request import REPORT_KEY, PromptPruning
 from vllm_vtprune.plugin.weights import NotesLoads, WeightsElsewhere
 from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 
 BUS = "Where is the bus?"
 TOKENS = {"budget": {"type": "tokens", "keep": 48}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,6 @@ from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.demo import families as demo
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.internvl import tiled
@@ -29,6 +27,7 @@ from vllm_vtprune.plugin.families.internvl_chat import PrunedInternVLChatProcess
 from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune.plugin.families.llava_next import anyres
 from vllm_vtprune.plugin.vision import scaled
+from vllm_vtprune_checkpoints import write_checkpoint
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 LENGTH = 24  # tokens of a square's side
@@ -149,7 +148,7 @@ def test_tiles_and_their_thumbnail(rows: int, columns: int, thumbnail: bool) -> 
 def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of a checkpoint without weights: no model is built."""
     load_general_plugins()
-    directory = pkgutil.resolve_name(demo.FAMILIES[request.param])(tmp_path_factory.mktemp("family"), weights=False)
+    directory = write_checkpoint(request.param, tmp_path_factory.mktemp("family"), weights=False)
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 4096, "trust_remote_code": True}
     config = EngineArgs(model=str(directory), **options).create_model_config()
     return MULTIMODAL_REGISTRY.create_processor(config)

@@ -16,7 +16,7 @@ from tests.support.engines import BLOCK, MODEL_RUNNERS, Ask, Engine, running_eng
 from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.unpruned import UnprunedReference
 from vllm_vtprune import PruningPolicy, plan_tokens
-from vllm_vtprune.demo.qwen3_5 import write_qwen3_5_checkpoint
+from vllm_vtprune_checkpoints.qwen3_5 import write_qwen3_5_checkpoint
 
 pytestmark = pytest.mark.engine
 

@@ -15,9 +15,9 @@ from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
-from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.report import ImageReport
+from vllm_vtprune_checkpoints.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune_evaluation.photo import photograph
 
 PROMPT = "<s>[SYSTEM_PROMPT]You write to a librarian.[/SYSTEM_PROMPT][INST][IMG]Where is the dog?[/INST]"
 ROWS, COLUMNS = 8, 11  # of 28 x 28 pixels, of an image of 300 x 200

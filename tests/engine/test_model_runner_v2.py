@@ -29,10 +29,10 @@ from tests.support.reference import InternVLReference, LlavaNextReference, Refer
 from tests.support.served import Served, served
 from tests.support.videos import video
 from vllm_vtprune import PruningPolicy, plan_tokens
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
-from vllm_vtprune.demo.internvl import write_internvl_checkpoint
-from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
-from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
+from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
 
 ANSWERED = 5
 """The first token of an answer."""

@@ -19,10 +19,10 @@ from vllm.plugins import load_general_plugins
 
 from tests.support.families import Chat, Turn
 from tests.support.images import sample_images
-from vllm_vtprune.demo import families as demo
 from vllm_vtprune.families import ARCHITECTURES, FAMILIES
 from vllm_vtprune.plugin.items import KEPT_EMBEDS
 from vllm_vtprune.plugin.positions import KeepsPositions
+from vllm_vtprune_checkpoints import write_checkpoint
 
 M_ROPE = ("glm4v", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 PICTURES = [sample_images(9)[index].resize(size) for index, size in ((0, (200, 400)), (1, (420, 210)), (5, (280, 280)))]
@@ -38,7 +38,7 @@ def test_every_family_with_such_positions_is_here() -> None:
 @pytest.fixture(scope="module", params=M_ROPE)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     load_general_plugins()
-    directory = pkgutil.resolve_name(demo.FAMILIES[request.param])(tmp_path_factory.mktemp("family"))
+    directory = write_checkpoint(request.param, tmp_path_factory.mktemp("family"))
     return EngineArgs(model=str(directory), dtype="float32", max_model_len=1024).create_model_config()
 
 

@@ -27,13 +27,13 @@ from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.images import sample_images
 from tests.support.videos import VideoReference
 from vllm_vtprune import PruningPolicy
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
-from vllm_vtprune.inspection import pruning_processor
 from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
 from vllm_vtprune.plugin.families.qwen2_5_vl import PrunedQwen2_5_VLProcessor
 from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.report import ImageReport
+from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_evaluation.inspection import pruning_processor
 
 pytestmark = pytest.mark.engine
 

@@ -20,8 +20,8 @@ from tests.support.families import FAMILIES, Chat, Family, Turn
 from tests.support.processes import state
 from tests.support.unpruned import UnprunedReference
 from tests.support.videos import VideoReference
-from vllm_vtprune.demo.internvl import write_internvl_checkpoint
-from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
+from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
+from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
 
 pytestmark = pytest.mark.engine
 

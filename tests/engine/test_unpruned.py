@@ -13,11 +13,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
-from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_evaluation.photo import photograph
 
 QUESTION = "USER: <image>\nWhere is the bus? ASSISTANT:"
 

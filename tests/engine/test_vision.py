@@ -7,7 +7,6 @@ made from is told by its value: the row of the connector's output that it equals
 from __future__ import annotations
 
 import inspect
-import pkgutil
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -35,10 +34,6 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
 from vllm_vtprune import PruningPolicy, plan_tokens
-from vllm_vtprune.demo import checkpoint as demo_llava
-from vllm_vtprune.demo import families as demo
-from vllm_vtprune.demo import llava_next as demo_llava_next
-from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import vision
@@ -47,6 +42,8 @@ from vllm_vtprune.plugin.vision import Encoder
 from vllm_vtprune.selectors.registry import METHODS, SELECTORS
 from vllm_vtprune.sequence import sequence, sequence_length
 from vllm_vtprune.tower import TowerError
+from vllm_vtprune_checkpoints import write_checkpoint
+from vllm_vtprune_evaluation.photo import photograph
 
 CPU = torch.device("cpu")
 CLOSE = dict(rtol=1e-4, atol=1e-4)
@@ -168,9 +165,7 @@ def plugin() -> Iterator[None]:
 
 
 def write(family: str, directory: Path, **options: Any) -> Path:
-    writer = pkgutil.resolve_name(demo.FAMILIES[family.split()[0]])
-    written: Path = writer(directory, **ROWS[family].options, **options)
-    return written
+    return write_checkpoint(family.split()[0], directory, **ROWS[family].options, **options)
 
 
 def config_of(directory: Path, **options: Any) -> Any:
@@ -590,10 +585,9 @@ def placed(processor: Any, picture: Image.Image, **options: object) -> int:
     ("name", "layers"),
     [("llava", -1), ("llava", 2), ("llava", [-3]), ("llava_next", [-3, -2]), ("llava_next", [1, 3, 2])],
 )
-def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path) -> None:
     """What feeds the connector may be another layer than the released one, or several side by side."""
-    with_layers(layers, monkeypatch)
-    directory = write(name, tmp_path)
+    directory = write(name, tmp_path, feature_layer=layers)
     deepest = max(layer % 5 for layer in ([layers] if isinstance(layers, int) else layers))
     row, model = clip(deepest - 1), loaded(directory)
     processor = MULTIMODAL_REGISTRY.create_processor(config_of(directory))
@@ -605,20 +599,7 @@ def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path, monkeypatc
     test_the_vision_encoder_is_all_that_is_held(processor.runtime.tower, model, row, directory)
 
 
-def test_several_layers_side_by_side_in_llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_layers_side_by_side_in_llava(tmp_path: Path) -> None:
     """vLLM's class does not have them: it reads one layer, for which the connector of the checkpoint is too wide."""
-    with_layers([-3, -2], monkeypatch)
     with pytest.raises(TowerError, match=r"multi_modal_projector\.linear_1\.weight"):
-        encoder_of(write("llava", tmp_path))
-
-
-def with_layers(layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the checkpoints that are written from now on feed other layers to the connector."""
-    for module, name in ((demo_llava, "llava_config"), (demo_llava_next, "llava_next_config")):
-
-        def changed(make: Any, *arguments: Any) -> Any:
-            config = make(*arguments)
-            config.vision_feature_layer = layers
-            return config
-
-        monkeypatch.setattr(module, name, partial(changed, getattr(module, name)))
+        encoder_of(write("llava", tmp_path, feature_layer=[-3, -2]))

@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from tests.support.process_tree import interruptible, kill, survivors
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
-from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.asking import IN_FLIGHT
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.options import embedded_model
+from vllm_vtprune_evaluation.photo import photograph
 
 TIMEOUT = 300  # seconds
 MESSAGE = "\nInterrupted; the same command goes on.\n"
@@ -180,7 +180,7 @@ time.sleep(600)
 WITH_IT = """
 import os, sys
 os.environ["PID_FILE"] = sys.argv[1]
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_server.process import running_server
 running_server.__wrapped__.__kwdefaults__["command"] = ["-c", sys.argv[2]]
 from vllm_vtprune_evaluation.command import evaluate
 evaluate(sys.argv[3:])

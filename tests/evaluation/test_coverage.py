@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vllm_vtprune.demo.scenes import Item, Question, Scene, make_scene, patch_labels, patches_of
 from vllm_vtprune_evaluation.coverage import coverage, measure
 from vllm_vtprune_evaluation.questions import pictures
+from vllm_vtprune_evaluation.scenes import Item, Question, Scene, make_scene, patch_labels, patches_of
 
 
 @pytest.fixture(scope="module")

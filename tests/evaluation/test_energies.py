@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_vtprune.demo.scenes import Question, make_scene
 from vllm_vtprune_evaluation.energies import KEEPS, MEANS, by_density, by_spectrum, interval, right_at
 from vllm_vtprune_evaluation.questions import Picture
+from vllm_vtprune_evaluation.scenes import Question, make_scene
 
 QUESTIONS = 4
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, energy, fixed
 from vllm_vtprune_evaluation.gallery import draw_gallery, first_of_each_density, gallery_figure, shown_arms

@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vllm_vtprune.budget import energy_rank
-from vllm_vtprune.demo.checkpoint import (
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+from vllm_vtprune_checkpoints.llava import (
     IMAGE_TOKEN_ID,
-    demo_tokenizer,
-    random_weight,
+    llava_tokenizer,
     save_llava_checkpoint,
     write_llava_checkpoint,
 )
-from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
+from vllm_vtprune_checkpoints.writing import random_weight
 from vllm_vtprune_evaluation.in_llm import VTW, AdaptPrune, FastV, InLLM, Pruning, PyramidDrop
 from vllm_vtprune_evaluation.in_llm.driver import Reading
 from vllm_vtprune_evaluation.in_llm.pruning import Entrance
@@ -77,7 +77,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = LlavaForConditionalGeneration(config)
     model.load_state_dict({name: random_weight(name, tuple(w.shape), 3) for name, w in model.state_dict().items()})
-    return save_llava_checkpoint(tmp_path_factory.mktemp("llava"), model, demo_tokenizer(), dtype="float32")
+    return save_llava_checkpoint(tmp_path_factory.mktemp("llava"), model, llava_tokenizer(), dtype="float32")
 
 
 @pytest.fixture(scope="module")

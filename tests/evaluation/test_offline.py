@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vllm_vtprune.demo.checkpoint import TRAINED, random_weight, tiny_checkpoint
-from vllm_vtprune.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune_checkpoints import TRAINED, tiny_checkpoint
+from vllm_vtprune_checkpoints.writing import random_weight
 from vllm_vtprune_evaluation import command
 from vllm_vtprune_evaluation.answers import Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, energy, fixed, own_counts
@@ -20,6 +20,7 @@ from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm import InLLM
+from vllm_vtprune_evaluation.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune_evaluation.offline import Offline, OfflineFailed, answer_offline
 from vllm_vtprune_evaluation.questions import Picture, pictures
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_vtprune.demo.checkpoint import TRAINED
+from vllm_vtprune_checkpoints import TRAINED
 from vllm_vtprune_evaluation.answers import Answers
 from vllm_vtprune_evaluation.questions import pictures
 from vllm_vtprune_evaluation.reference import answer_all, layers_of, reference_arms, reference_model

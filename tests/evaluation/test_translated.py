@@ -2,8 +2,8 @@
 
 import pytest
 
-from vllm_vtprune.demo.scenes import ask, make_scene
 from vllm_vtprune.text import read_prompt
+from vllm_vtprune_evaluation.scenes import ask, make_scene
 from vllm_vtprune_evaluation.translated import LANGUAGES, translate
 
 

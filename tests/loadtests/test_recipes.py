@@ -13,7 +13,7 @@ import pytest
 
 from loadtests.drive import KINDS, drive
 from tests.support.chat import VISUAL_TOKENS, Server, random_model
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_server.process import running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.chat import SMALL_KV_CACHE, Server
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_server.process import running_server
 
 DEFAULT_KEEP = 96
 BLOCK = 32

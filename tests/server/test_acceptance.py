@@ -16,9 +16,9 @@ from PIL import Image
 from tests.support.chat import image_part, leaks, url_of, user
 from tests.support.foreign import write_foreign_checkpoint
 from tests.support.rendering import Endpoint, endpoint
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
-from vllm_vtprune.demo.internvl import write_internvl_checkpoint
-from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
+from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
 
 WRITE: dict[str, Callable[[Path], Path]] = {
     "llava": lambda folder: tiny_checkpoint(),

@@ -26,7 +26,7 @@ from tests.support.chat import (
     url_of_bytes,
     user,
 )
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
+from vllm_vtprune_checkpoints import tiny_checkpoint
 
 pytestmark = pytest.mark.engine
 

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.chat import VISUAL_TOKENS, Server, user
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
-from vllm_vtprune.demo.command import data_url
-from vllm_vtprune.demo.photo import photograph
 from vllm_vtprune.policy import EnergyBudget
 from vllm_vtprune.presets import read_presets
+from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
 from vllm_vtprune_evaluation.calibrate import calibrate
 from vllm_vtprune_evaluation.command import evaluate
+from vllm_vtprune_evaluation.photo import data_url, photograph
 
 pytestmark = pytest.mark.engine
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tests.support.chat import Server, image_part, kept, text_of, url_of, user
 from tests.support.foreign import write_foreign_checkpoint
-from vllm_vtprune.demo.internvl import write_internvl_checkpoint
-from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
-from vllm_vtprune.demo.photo import photograph
-from vllm_vtprune.demo.server import ServerFailed, running_server
+from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
+from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
+from vllm_vtprune_evaluation.photo import photograph
+from vllm_vtprune_server.process import ServerFailed, running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 

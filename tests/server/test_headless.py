@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chat import SMALL_KV_CACHE, VISUAL_TOKENS, Server, fresh_url, kept, random_model, user
-from vllm_vtprune.demo.server import free_port, running_server, stop
+from vllm_vtprune_server.process import free_port, running_server, stop
 
 pytestmark = [
     pytest.mark.engine,

@@ -8,10 +8,10 @@ import pytest
 from tests.support.chat import Server, fresh_url, kept, user
 from tests.support.rendering import endpoint
 from vllm_vtprune import __version__
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.policy import BUILTIN_PRESETS, PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.text import text_pipeline_name
+from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_server.policies import Policies
 
 pytestmark = pytest.mark.engine

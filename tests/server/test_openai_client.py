@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from tests.support.chat import VISUAL_TOKENS, Server, fresh_url, image_part, kept, user
-from vllm_vtprune.demo.checkpoint import demo_tokenizer
+from vllm_vtprune_checkpoints.llava import llava_tokenizer
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +46,7 @@ def request_(server: Server) -> dict[str, Any]:
 
 def no_blanks() -> dict[str, int]:
     """A bias against white space: JSON may have any amount of it, and random weights may never have enough."""
-    tokenizer = demo_tokenizer("tiny")
+    tokenizer = llava_tokenizer()
     return {str(token): -100 for token in range(len(tokenizer)) if not tokenizer.decode([token]).strip()}
 
 

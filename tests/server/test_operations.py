@@ -29,8 +29,8 @@ from tests.support.chat import (
 )
 from tests.support.collector import Collector, running_collector
 from tests.support.process_tree import command_of, family, kill, survivors
-from vllm_vtprune.demo.server import running_server
 from vllm_vtprune.report import STAGES
+from vllm_vtprune_server.process import running_server
 
 pytestmark = pytest.mark.engine
 

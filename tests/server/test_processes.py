@@ -23,7 +23,7 @@ from tests.support.chat import (
     user,
 )
 from tests.support.process_tree import command_of, family, kill, survivors
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_server.process import running_server
 
 pytestmark = pytest.mark.engine
 

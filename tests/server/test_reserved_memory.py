@@ -16,7 +16,6 @@ from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_vtprune.demo.checkpoint import embedded_checkpoint
 from vllm_vtprune.placement import CONTEXT, GIB, device_for
 from vllm_vtprune.plugin import gpu, vision
 from vllm_vtprune.plugin.compat import counts_must_be_fixed
@@ -24,6 +23,7 @@ from vllm_vtprune.plugin.families.llava import WITH_CLIP
 from vllm_vtprune.plugin.register import register
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.tower import TowerError
+from vllm_vtprune_checkpoints import embedded_checkpoint
 from vllm_vtprune_server import memory
 from vllm_vtprune_server.policies import Policies
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.support.chat import Body, Server, image_part, url_of
 from tests.support.images import sample_images
-from vllm_vtprune.demo.internvl import write_internvl_checkpoint
-from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
-from vllm_vtprune.demo.server import running_server
+from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
+from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune_server.process import running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 

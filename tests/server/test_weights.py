@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, image_part, user
 from tests.support.engines import TOLERANCE
-from vllm_vtprune.demo.checkpoint import tiny_checkpoint, write_llava_checkpoint
+from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 
 pytestmark = pytest.mark.engine
 

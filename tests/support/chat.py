@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_vtprune_checkpoints import tiny_checkpoint
+
 DONE = "[DONE]"
 VISUAL_TOKENS = 576
 """Of an image, in a checkpoint of LLaVA's family."""
@@ -30,8 +32,6 @@ Body = dict[str, Any]
 
 def random_model() -> list[str]:
     """Options that serve the checkpoint with random weights, whose answers depend on every visual token."""
-    from vllm_vtprune.demo.checkpoint import tiny_checkpoint  # takes seconds to import
-
     return [str(tiny_checkpoint()), "--served-model-name", "vtprune-demo"]
 
 

@@ -14,19 +14,19 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from tests.support.engines import BLOCK, TOLERANCE
 from tests.support.images import sample_images
-from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
-from vllm_vtprune.demo.gemma3 import write_gemma3_checkpoint
-from vllm_vtprune.demo.gemma4 import write_gemma4_checkpoint
-from vllm_vtprune.demo.glm4v import write_glm4v_checkpoint
-from vllm_vtprune.demo.idefics3 import write_idefics3_checkpoint
-from vllm_vtprune.demo.internvl import write_internvl_checkpoint
-from vllm_vtprune.demo.internvl_chat import write_internvl_chat_checkpoint
-from vllm_vtprune.demo.llava_next import write_llava_next_checkpoint
-from vllm_vtprune.demo.llava_onevision import write_llava_onevision_checkpoint
-from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
-from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
-from vllm_vtprune.demo.qwen3_5 import write_qwen3_5_checkpoint
-from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
+from vllm_vtprune_checkpoints.gemma3 import write_gemma3_checkpoint
+from vllm_vtprune_checkpoints.gemma4 import write_gemma4_checkpoint
+from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
+from vllm_vtprune_checkpoints.idefics3 import write_idefics3_checkpoint
+from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
+from vllm_vtprune_checkpoints.internvl_chat import write_internvl_chat_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
+from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
+from vllm_vtprune_checkpoints.llava_onevision import write_llava_onevision_checkpoint
+from vllm_vtprune_checkpoints.mistral3 import write_mistral3_checkpoint
+from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
+from vllm_vtprune_checkpoints.qwen3_5 import write_qwen3_5_checkpoint
+from vllm_vtprune_checkpoints.qwen3_vl import write_qwen3_vl_checkpoint
 
 
 class Turn(NamedTuple):

@@ -12,8 +12,16 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vllm_vtprune.demo.chatml import END, END_OF_TEXT, chat_template, chatml_tokenizer
-from vllm_vtprune.demo.qwen2_5_vl import MROPE_SECTION, PIXELS, SPECIAL_TOKENS, TEXT, TOKEN_ID
+from vllm_vtprune_checkpoints.qwen2_5_vl import (
+    MROPE_SECTION,
+    PIXELS,
+    PLACEHOLDERS,
+    SPECIAL_TOKENS,
+    TEXT,
+    TOKEN_ID,
+    VISION_IDS,
+)
+from vllm_vtprune_checkpoints.tokens import END, END_OF_TEXT, chatml_template, make_tokenizer
 
 
 def write_foreign_checkpoint(directory: Path) -> Path:
@@ -29,10 +37,7 @@ def write_foreign_checkpoint(directory: Path) -> Path:
             eos_token_id=TOKEN_ID[END],
             **TEXT["tiny"],
         ),
-        image_token_id=TOKEN_ID["<|image_pad|>"],
-        video_token_id=TOKEN_ID["<|video_pad|>"],
-        vision_start_token_id=TOKEN_ID["<|vision_start|>"],
-        vision_end_token_id=TOKEN_ID["<|vision_end|>"],
+        **VISION_IDS,
         tie_word_embeddings=False,
         dtype="float32",
     )
@@ -44,11 +49,9 @@ def write_foreign_checkpoint(directory: Path) -> Path:
     image_processor = Qwen2VLImageProcessor(min_pixels=fewest, max_pixels=most)
     Qwen2VLProcessor(
         image_processor=image_processor,
-        tokenizer=chatml_tokenizer(SPECIAL_TOKENS, max_length=32_768),
+        tokenizer=make_tokenizer(SPECIAL_TOKENS, max_length=32_768),
         video_processor=Qwen2VLVideoProcessor(min_pixels=fewest, max_pixels=most),
-        chat_template=chat_template(
-            image="<|vision_start|><|image_pad|><|vision_end|>", video="<|vision_start|><|video_pad|><|vision_end|>"
-        ),
+        chat_template=chatml_template(**PLACEHOLDERS),
     ).save_pretrained(directory)
     image_processor.save_pretrained(directory)
     return directory

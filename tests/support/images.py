@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vllm_vtprune.demo.photo import photograph
+from vllm_vtprune_evaluation.photo import photograph
 
 
 def sample_images(n: int, stamp: str = "") -> list[Image.Image]:

@@ -11,9 +11,9 @@ from training.growth import begin_with
 from training.model import LAYERS, Codebook, answer_logits, encode
 from training.stages import Trainee
 from training.tokenizer import scene_tokenizer
-from vllm_vtprune.demo.checkpoint import save_llava_checkpoint
-from vllm_vtprune.demo.scenes import code_size
-from vllm_vtprune.demo.scenes.labels import POSITION_SIZE
+from vllm_vtprune_checkpoints.llava import save_llava_checkpoint
+from vllm_vtprune_evaluation.scenes import code_size
+from vllm_vtprune_evaluation.scenes.labels import POSITION_SIZE
 
 pytestmark = pytest.mark.verify
 

@@ -20,8 +20,8 @@ from training.optimizer import Muon, orthogonal
 from training.schedule import stages
 from training.stages import Phase, Stage, Trainee, answer_accuracy, loss_of, read_fields
 from training.tokenizer import IMAGE_ID, VOCABULARY, scene_tokenizer
-from vllm_vtprune.demo.checkpoint import save_llava_checkpoint
-from vllm_vtprune.demo.scenes import FIELDS, ask, code_size, make_scene, paint
+from vllm_vtprune_checkpoints.llava import save_llava_checkpoint
+from vllm_vtprune_evaluation.scenes import FIELDS, ask, code_size, make_scene, paint
 
 pytestmark = pytest.mark.verify
 

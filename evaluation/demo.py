@@ -1,0 +1,191 @@
+"""`vtprune demo`: one picture on a real server, asked about without and with pruning."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
+from vllm_vtprune_evaluation.photo import data_url, photograph
+from vllm_vtprune_server.process import ServerFailed, announced_server
+
+PHOTOGRAPH_QUESTION = "What is the astronaut wearing, and what is behind her?"
+SCENE, SCENE_KIND = 43, "detail"  # of the test split, which training never saw
+POLICY = {"method": "resprune", "budget": {"type": "energy", "threshold": 0.99}}
+ARMS: dict[str, object] = {"unpruned": False, "pruned": POLICY}
+
+SERVE_OPTIONS = (
+    "--max-model-len",
+    "4096",
+    "--enforce-eager",
+    "--no-enable-log-requests",
+    "--disable-uvicorn-access-log",
+)
+SMALL_KV_CACHE = ("--kv-cache-memory-bytes", str(2**30))  # of a small model; two short requests need no more
+
+EXAMPLE = """example:
+  vtprune demo --json | tail -n 1 | python -m json.tool
+"""
+
+
+def demo(argv: list[str]) -> None:
+    """Run the demo.
+
+    Args:
+        argv: the command line after ``vtprune demo``.
+
+    Raises:
+        SystemExit: 1 if the server does not start or a request fails, 130 when interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vtprune demo",
+        description="Start a server, ask it about a picture without and with pruning, and stop it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.add_argument(
+        "--family",
+        choices=list(FAMILIES),
+        default=DEFAULT,
+        help="whose small checkpoint to serve: the trained one of llava, or a random one of another (default: "
+        "%(default)s)",
+    )
+    parser.add_argument("--model", help="another model to serve")
+    parser.add_argument("--question", help="what to ask (default: one that suits the picture)")
+    args = parser.parse_args(argv)
+
+    from openai import OpenAIError
+
+    weights = weights_of(args.model, args.family)
+    trained = weights == "trained"
+    subject = scene() if trained else Subject(photograph(), PHOTOGRAPH_QUESTION)
+    if args.question:
+        subject = Subject(subject.picture, args.question)
+    try:
+        result = run(subject, [args.model] if args.model else [*_checkpoint(args.family), *SMALL_KV_CACHE])
+    except KeyboardInterrupt:
+        print("\nInterrupted; the server is stopped.", file=sys.stderr)
+        sys.exit(130)
+    except (ServerFailed, OpenAIError) as error:
+        sys.exit(f"vtprune demo: {error}")
+    if args.json:
+        asked = {"question": subject.question, "right_answer": subject.answer, "weights": weights}
+        print(json.dumps({**asked, **result}))
+        return
+    if weights == "random":
+        print(RANDOM_WEIGHTS)
+    print(f"{subject}\n{table(result)}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture and what is asked about it; `answer` is the right one, where it is known."""
+
+    picture: Image.Image
+    question: str
+    answer: str | None = None
+
+    def __str__(self) -> str:
+        return self.question if self.answer is None else f"{self.question} (Right is: {self.answer})"
+
+
+def scene() -> Subject:
+    """One of the scenes that the model in the package is made for, on a photograph."""
+    from vllm_vtprune_evaluation.scenes import ask as questions_about
+    from vllm_vtprune_evaluation.scenes import make_scene, paint
+
+    picture = make_scene("test", SCENE)
+    [question] = questions_about(picture, kinds=[SCENE_KIND])
+    return Subject(paint(picture), question.text, question.answer)
+
+
+def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Ask a server of our own about the picture, once for each of `ARMS`.
+
+    Args:
+        subject: what is asked about.
+        arguments: of `vtprune serve`, its model first; without one, it serves the model that comes with the package.
+
+    Returns:
+        For each arm ``ttft_ms`` (milliseconds from sending the request to the first token, seen by the client),
+        ``answer`` and ``pruning``, the server's report.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments[0] if named else "the model that comes with the package"
+    with announced_server(name, [*arguments, *SERVE_OPTIONS]) as url:
+        print(f"Serving on {url}. Warming up ...", file=sys.stderr)
+        for policy in ARMS.values():
+            ask(url, Image.new("RGB", (336, 336), "gray"), subject.question, policy)
+        return {arm: ask(url, subject.picture, subject.question, policy) for arm, policy in ARMS.items()}
+
+
+def _checkpoint(family: str) -> list[str]:
+    """Options that serve the small checkpoint of a family; none for the one that a server without a model serves."""
+    if family == DEFAULT:
+        return []
+    return [str(embedded_checkpoint(family)), *(["--trust-remote-code"] if family in WITH_CODE else [])]
+
+
+def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str, Any]:
+    """One streamed chat completion about an image, through the OpenAI client."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0)
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": question},
+    ]
+    model = client.models.list().data[0].id
+    ttft: float | None = None
+    answer, report = "", None
+    started = time.perf_counter()
+    stream: Iterable[Any] = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+        extra_body={"pruning": policy},
+    )
+    for chunk in stream:
+        text = chunk.choices[0].delta.content if chunk.choices else None
+        if text:
+            ttft = time.perf_counter() - started if ttft is None else ttft
+            answer += text
+        report = (chunk.model_extra or {}).get("pruning", report)
+    return {"ttft_ms": None if ttft is None else round(ttft * 1000, 1), "answer": answer.strip(), "pruning": report}
+
+
+def table(result: dict[str, dict[str, Any]]) -> str:
+    """The result for people: one line for each arm."""
+    rows = [("", "visual tokens", "kept", "budget", "energy", "first token", "answer")]
+    for arm, outcome in result.items():
+        report = outcome["pruning"]
+        image = report["images"][0]
+        budget = report["budget"]
+        rows.append(
+            (
+                arm,
+                str(image["visual_tokens"]),
+                str(image["kept_tokens"]),
+                "-" if budget is None else f"{budget['type']} {budget.get('threshold', budget.get('keep', ''))}",
+                "-" if image["energy"] is None else f"{image['energy']:.4f}",
+                "-" if outcome["ttft_ms"] is None else f"{outcome['ttft_ms']:.0f} ms",
+                _shortened(outcome["answer"]),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _shortened(text: str, length: int = 40) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"

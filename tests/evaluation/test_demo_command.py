@@ -1,0 +1,114 @@
+"""`vtprune demo` from end to end, and interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.process_tree import command_of, family, interruptible, kill, survivors
+from vllm_vtprune_evaluation.demo import POLICY
+from vllm_vtprune_evaluation.questions import is_right
+
+pytestmark = pytest.mark.engine
+
+TIMEOUT = 300  # seconds
+STOPPED_WITHIN = 30  # seconds: well before it would lose patience with the server
+GONE_WITHIN = 60  # seconds after the demo's own end
+
+
+@dataclass
+class Demo:
+    """A demo that runs, and every process that was seen to belong to it."""
+
+    process: subprocess.Popen[bytes]
+    stdout: Path
+    stderr: Path
+    seen: set[psutil.Process] = field(default_factory=set)
+
+    def wait(self, until: Callable[["Demo"], bool] = lambda demo: False) -> None:
+        """Until the demo ends, or the condition holds."""
+        deadline = time.monotonic() + TIMEOUT
+        while self.process.poll() is None and not until(self):
+            assert time.monotonic() < deadline, self.stderr.read_text()
+            try:
+                self.seen.update(family(self.process.pid))
+            except psutil.NoSuchProcess:
+                continue
+            time.sleep(0.2)
+
+    def has_started(self, name: str) -> bool:
+        """Whether a process of that name runs among those seen."""
+        return any(name in command_of(process) for process in self.seen)
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Demo]:
+    stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
+    with stdout.open("wb") as out, stderr.open("wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_vtprune.cli", "demo", "--json"],
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            preexec_fn=interruptible,
+        )
+    started = Demo(process, stdout, stderr)
+    try:
+        yield started
+    finally:
+        kill(list(started.seen))
+        process.kill()
+        process.wait()
+
+
+def test_one_picture_unpruned_and_pruned(demo: Demo) -> None:
+    demo.wait()
+    assert demo.process.returncode == 0, demo.stderr.read_text()
+    lines = demo.stdout.read_text().splitlines()
+    result = json.loads(lines[-1])
+    assert list(result) == ["question", "right_answer", "weights", "unpruned", "pruned"]
+    assert result["weights"] == "trained"
+    for arm in (result["unpruned"], result["pruned"]):
+        assert set(arm) == {"ttft_ms", "answer", "pruning"}
+        assert arm["ttft_ms"] > 0
+        assert is_right(arm["answer"], result["right_answer"])
+        assert arm["pruning"]["timings_ms"]["ttft"] <= arm["ttft_ms"], "seen by the client, later than by the server"
+        [image] = arm["pruning"]["images"]
+        assert image["visual_tokens"] == 576
+        assert image["bypass_reason"] is None
+
+    unpruned, pruned = result["unpruned"]["pruning"], result["pruned"]["pruning"]
+    assert (unpruned["method"], pruned["method"]) == ("none", POLICY["method"])
+    assert unpruned["images"][0]["kept_tokens"] == 576
+    assert 32 <= pruned["images"][0]["kept_tokens"] < 576
+    assert pruned["images"][0]["energy"] >= pruned["budget"]["threshold"] == 0.99
+    assert pruned["images"][0]["nouns"], "of the question about the scene"
+
+    assert len(demo.seen) >= 3, "itself, the server, its engine"
+    assert survivors(list(demo.seen), within=GONE_WITHIN) == []
+
+
+@pytest.mark.verify  # another start; test_running_server.py interrupts a stand-in for the server
+def test_interrupted_while_the_engine_starts_it_stops_the_server(demo: Demo) -> None:
+    demo.wait(lambda demo: demo.has_started("EngineCore"))
+    assert demo.process.poll() is None, demo.stderr.read_text()
+    assert "Serving on" not in demo.stderr.read_text()
+    assert len(demo.seen) >= 3, "itself, the server, its engine"
+
+    interrupted = time.monotonic()
+    demo.process.send_signal(signal.SIGINT)
+    demo.wait()
+    assert time.monotonic() - interrupted < STOPPED_WITHIN
+    assert demo.process.returncode == 130, demo.stderr.read_text()
+    assert demo.stderr.read_text().endswith("Interrupted; the server is stopped.\n")
+    assert demo.stdout.read_text() == ""
+    assert survivors(list(demo.seen), within=GONE_WITHIN) == []

@@ -1,0 +1,113 @@
+"""`vtprune inspect` on checkpoints made on the spot; no engine runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vllm_vtprune.overlay import CAPTION
+from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, tiny_checkpoint
+from vllm_vtprune_evaluation.inspection import features_of, inspect, pruning_processor
+from vllm_vtprune_evaluation.photo import photograph
+
+KEEP = 0.25
+RATIO = json.dumps({"budget": {"type": "ratio", "keep": KEEP}})
+RESIZE = json.dumps({"method": "resize", "budget": {"type": "ratio", "keep": KEEP}})
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half as high as wide."""
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    photograph().crop((0, 0, 512, 256)).save(path)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    inspect([*map(str, argv), "--json"])
+    report: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return report
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "kept.png"
+    report = run(
+        capsys, photo, "--query", "Where is the astronaut?", "--family", family, "--pruning", RATIO, "--out", out
+    )
+    assert report["method"] == "resprune"
+    assert report["nouns"] == ["astronaut"]
+    assert 0 < report["kept_tokens"] < 0.3 * report["visual_tokens"]
+    random = family != DEFAULT
+    assert report["weights"] == ("random" if random else "trained")
+    with Image.open(out) as drawn:
+        assert drawn.height == 256 + (CAPTION if random else 0)
+        assert drawn.width in (512, 2 * 512 + 8)
+        dark = np.asarray(drawn.convert("L").crop((0, 256, drawn.width, drawn.height))) < 128
+        assert dark.any() == random, "a caption below the picture"
+
+
+def test_as_much_of_the_picture_stays_as_tokens(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "kept.png"
+    report = run(capsys, photo, "--pruning", RATIO, "--out", out)
+    assert (report["kept_tokens"], report["text_fallback"]) == (144, "no_nouns")
+    with Image.open(photo) as before, Image.open(out) as after:
+        same = (np.asarray(before.convert("RGB")) == np.asarray(after)).all(axis=2)
+    assert same[:, 128:384].mean() == pytest.approx(KEEP, abs=0.02), "the square that the model sees"
+    white = (np.asarray(photograph().crop((0, 0, 512, 256))) == 255).all(axis=2)
+    assert not (same & ~white)[:, :128].any()
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["--pruning", "blanced", "--out", "a.png"], 2, "--pruning"),
+        (["--pruning", "off", "--out", "a.png"], 2, "keeps every token"),
+        (["--pruning", '{"alpha": -1}', "--out", "a.png"], 2, "--pruning.alpha"),
+        (["--pruning", RESIZE, "--out", "a.png", "--family", "qwen2_5_vl"], 2, "there is nothing to draw"),
+        (["--out", "a.xyz"], 2, "names no format"),
+        (["--pruning", '{"method": "hired"}', "--out", "a.png", "--family", "qwen2_5_vl"], "vtprune inspect:", "hired"),
+    ],
+)
+def test_bad_options(
+    argv: list[str], status: int | str, message: str, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        inspect([str(photo), *argv])
+    if isinstance(status, int):
+        assert stopped.value.code == status
+        assert message in capsys.readouterr().err
+    else:
+        assert status in str(stopped.value.code)
+        assert message in str(stopped.value.code)
+
+
+def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no picture")
+    for image in (text, tmp_path / "missing.png"):
+        with pytest.raises(SystemExit, match=image.name):
+            inspect([str(image), "--out", str(tmp_path / "a.png")])
+
+
+def test_each_image_is_encoded_for_itself() -> None:
+    """Also one whose pixels, written one after the other, are those of another."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    upright, lying = noise.reshape(60, 40, 3), noise
+    processor = pruning_processor(str(tiny_checkpoint()))
+    first, second, again = (features_of(processor, Image.fromarray(pixels)) for pixels in (upright, lying, upright))
+    assert torch.equal(first.encoder, again.encoder)
+    assert not torch.allclose(first.encoder, second.encoder)
+
+
+def test_the_photograph_is_one() -> None:
+    photo = photograph()
+    assert photo.mode == "RGB"
+    assert min(photo.size) >= 336
+    assert len(photo.getcolors(1 << 20) or ()) > 10_000
