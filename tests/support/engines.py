@@ -1,5 +1,6 @@
 """A real vLLM engine on a tiny checkpoint, and what a test asks it."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.envs import disable_envs_cache
 
 from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.runtime import PruningRuntime
@@ -24,6 +26,9 @@ TOLERANCE = 1e-3
 
 BLOCK = 32
 """Tokens of a KV-cache block, the least that the CPU kernels take: the prefix cache works in whole blocks."""
+
+OBSERVED_WORKER = "tests.support.processes.ObservedWorker"
+"""The extension of the worker's class that engines have in this process."""
 
 KV_CACHE_BYTES = 2**28
 """Of each engine: several run at the same time."""
@@ -167,6 +172,10 @@ def running_engine(
 ) -> Iterator[Engine]:
     """Start an engine whose metrics are labelled `name`, and stop it.
 
+    It runs in this process where nothing is asked for that needs others, which would have to import vLLM anew: a kind
+    of executor, Triton's interpreter, which kernels are made for as they are imported, or an extension of the worker's
+    class, of which a process takes one.
+
     Args:
         environment: variables that are set while the engine starts.
         options: of `LLM`, beside or instead of those that all engines of the tests share.
@@ -178,6 +187,13 @@ def running_engine(
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
     }
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
+    if (
+        "TRITON_INTERPRET" not in environment
+        and "distributed_executor_backend" not in options
+        and options.get("worker_extension_cls", OBSERVED_WORKER) == OBSERVED_WORKER
+    ):
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        shared |= {"distributed_executor_backend": "uni", "worker_extension_cls": OBSERVED_WORKER}
     with variables(environment), pytest.MonkeyPatch.context() as patch:
         if "TRITON_INTERPRET" in environment:  # vLLM was imported without
             patch.setattr("vllm.config.vllm.HAS_TRITON", True)
@@ -189,10 +205,13 @@ def running_engine(
             block_size=BLOCK,
             **(shared | options),
         )
+    disable_envs_cache()  # for what starts next in this process
     try:
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown(timeout=1)  # then by force: its interpreters take 10 s to clean up
+        del llm
+        gc.collect()
 
 
 def assert_same(answer: Answer, expected: Answer) -> float:
