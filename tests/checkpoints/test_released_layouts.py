@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,11 +20,10 @@ from transformers import AutoModelForImageTextToText
 from vllm.config import set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.plugin import vision
+from vllm_vtprune.plugin import compat, vision
 from vllm_vtprune.plugin.family import of_language_model
 from vllm_vtprune.token_table import NAMES
 from vllm_vtprune_checkpoints import write_checkpoint
@@ -198,10 +196,7 @@ def in_memory(model_config: Any) -> Shapes:
 def assert_consumed_once(model_config: Any, tensors: Shapes, unread: str) -> None:
     """By vLLM's model, each parameter of which they fill: its loaders compare shapes."""
     config = vision._encoder_only(model_config, torch.device("cpu"))
-    with (
-        set_current_vllm_config(config),
-        patch.dict(rotary_embedding._ROPE_DICT, clear=True),
-    ):  # nor kept: they are meta
+    with set_current_vllm_config(config), compat.rotary_embeddings_of_its_own():
         vision._join_world_of_one()
         with torch.device("meta"):
             model = initialize_model(vllm_config=config)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm import envs as vllm_envs
 from vllm.config import KVTransferConfig, ModelConfig, MultiModalConfig, VllmConfig
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.processing.inputs import ProcessorInputs
@@ -150,6 +152,23 @@ def tell_memory_of_cpu() -> None:
         return memory.available_memory, memory.total_memory
 
     torch.accelerator.get_memory_info = available_and_total
+
+
+@contextmanager
+def rotary_embeddings_of_its_own() -> Iterator[None]:
+    """A model that is built within takes no rotary embedding that another one made, and leaves none behind.
+
+    vLLM 0.32.0 keeps them in one table of the process (layers/rotary_embedding/__init__.py). Those of a language model
+    that is left out (``mm_encoder_only``) hold no data, and an engine in this process would take them for its own. Can
+    go when vLLM does not keep what it leaves out.
+    """
+    others = dict(rotary_embedding._ROPE_DICT)
+    rotary_embedding._ROPE_DICT.clear()
+    try:
+        yield
+    finally:
+        rotary_embedding._ROPE_DICT.clear()
+        rotary_embedding._ROPE_DICT.update(others)
 
 
 def model_name(model_config: ModelConfig) -> str:

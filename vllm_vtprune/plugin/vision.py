@@ -113,7 +113,7 @@ def build(model_config: ModelConfig, device: torch.device) -> Built:
     config = _encoder_only(model_config, device)
     with set_current_vllm_config(config), current(device):
         _join_world_of_one()
-        with set_default_torch_dtype(model_config.dtype), device:
+        with set_default_torch_dtype(model_config.dtype), device, compat.rotary_embeddings_of_its_own():
             model = initialize_model(vllm_config=config)
         _leave_out_heads(model)
         parameters = list(model.parameters())
