@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from vllm_vtprune_checkpoints.llava import NAMES
-from vllm_vtprune_checkpoints.tokens import ids_of, make_tokenizer
+from vllm_vtprune_checkpoints.tokens import chat_template, ids_of, make_tokenizer
 from vllm_vtprune_checkpoints.writing import Checkpoint, Shape, Writer, random_weight, widths
 
 PAD, EOS, BOS, UNK = FIRST_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as in every Gemma
@@ -39,41 +39,21 @@ TEXT = {
 TOKENS_PER_IMAGE = {"tiny": 64, "4b": 256}
 
 # The released form: a system message opens the first turn of the user.
-CHAT_TEMPLATE = """\
+_BEFORE = """\
 {{- bos_token -}}
-{%- set system = namespace(text='') -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {%- set text = message['content'] if message['content'] is string else message['content'][0]['text'] -%}
-        {%- set system.text = text + '\\n\\n' -%}
-    {%- else -%}
-        {{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}
-        {{- system.text -}}
-        {%- set system.text = '' -%}
-        {%- if message['content'] is string -%}
-            {{- message['content'] | trim -}}
-        {%- elif message['content'] is not none -%}
-            {%- for part in message['content'] -%}
-                {%- if part['type'] == 'text' -%}
-                    {{- part['text'] | trim -}}
-                {%- elif part['type'] in ('image', 'image_url') -%}
-                    {{- '<start_of_image>' -}}
-                {%- endif -%}
-            {%- endfor -%}
-        {%- endif -%}
-        {{- '<end_of_turn>\\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<start_of_turn>model\\n' -}}
+{%- set system = '' -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set content = messages[0]['content'] -%}
+    {%- set system = (content if content is string else content[0]['text']) + '\\n\\n' -%}
+    {%- set messages = messages[1:] -%}
 {%- endif -%}
 """
+_ROLE = "('model' if message['role'] == 'assistant' else message['role'])"
 
 
 def gemma3(size: str) -> Checkpoint:
     """What a checkpoint holds; `size`: "tiny" (3 million parameters) or "4b" (the shapes of Gemma 3 4B)."""
     config = Gemma3Config(
-        architectures=["Gemma3ForConditionalGeneration"],
         vision_config=dict(vision_use_head=False, patch_size=14, **VISION[size]),
         text_config=dict(
             rope_parameters=dict(
@@ -93,7 +73,14 @@ def gemma3(size: str) -> Checkpoint:
     processor = Gemma3Processor(
         image_processor=Gemma3ImageProcessor(size={"height": side, "width": side}),
         tokenizer=gemma_tokenizer(SPECIAL_TOKENS, NAMED_TOKENS),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(
+            before=_BEFORE,
+            start=f"'<start_of_turn>' + {_ROLE} + '\\n' + (system if loop.first else '')",
+            end="'<end_of_turn>\\n'",
+            prompt="<start_of_turn>model\\n",
+            image="<start_of_image>",
+            trim=True,
+        ),
         image_seq_length=config.mm_tokens_per_image,
     )
     return Checkpoint(Gemma3ForConditionalGeneration, config, processor, NAMES, weight=_weight, ends=[END])

@@ -75,7 +75,6 @@ def gemma4(size: str, *, large: bool = False, sliding_window: int | None = None)
         )
     windows = [*["sliding_attention"] * (PERIOD[size] - 1), "full_attention"]
     config = Gemma4Config(
-        architectures=["Gemma4ForConditionalGeneration"],
         vision_config=dict(
             default_output_length=MOST_TOKENS[size], use_clipped_linears=not large, standardize=large, **VISION[size]
         ),

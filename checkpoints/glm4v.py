@@ -57,7 +57,6 @@ def glm4v(size: str, *, moe: bool = False) -> Checkpoint:
     """
     text: dict[str, Any] = TEXT[size] | (dict(use_qk_norm=False) | EXPERTS[size] if moe else {})
     config = (Glm4vMoeConfig if moe else Glm4vConfig)(
-        architectures=["Glm4vMoeForConditionalGeneration" if moe else "Glm4vForConditionalGeneration"],
         vision_config=dict(
             out_hidden_size=text["hidden_size"], intermediate_size=text["intermediate_size"], **VISION[size]
         ),

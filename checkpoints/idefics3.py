@@ -28,7 +28,6 @@ def idefics3(size: str) -> Checkpoint:
     """What a checkpoint holds; `size`: "tiny" or "2b" (of SmolVLM)."""
     ids = dict(bos_token_id=TOKEN_ID[BEGIN], eos_token_id=TOKEN_ID[END], pad_token_id=TOKEN_ID[PAD])
     config = Idefics3Config(
-        architectures=["Idefics3ForConditionalGeneration"],
         vision_config=dict(image_size=TILE[size], patch_size=PATCH_SIZE, **VISION[size]),
         text_config=LlamaConfig(**TEXT[size], **ids),
         scale_factor=ACROSS[size],

@@ -39,7 +39,6 @@ def internvl(size: str, *, image_size: int = 448, qk_norm: bool = False) -> Chec
         qk_norm: with the norms and without the biases of the large encoder (6B).
     """
     config = InternVLConfig(
-        architectures=["InternVLForConditionalGeneration"],
         vision_config=InternVLVisionConfig(
             image_size=[image_size, image_size],
             patch_size=[PATCH_SIZE, PATCH_SIZE],

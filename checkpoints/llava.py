@@ -79,7 +79,6 @@ def llava(size: str, *, siglip: bool = False, feature_layer: int | list[int] = -
     """
     encoder: dict[str, Any] = dict(image_size=336, patch_size=14, **VISION[size])
     config = LlavaConfig(
-        architectures=["LlavaForConditionalGeneration"],
         vision_config=SiglipVisionConfig(vision_use_head=False, **encoder) if siglip else CLIPVisionConfig(**encoder),
         text_config=llama(size),
         image_token_index=IMAGE_TOKEN_ID[size],

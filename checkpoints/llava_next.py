@@ -32,7 +32,6 @@ def llava_next(size: str, *, image_size: int = 336, feature_layer: int | list[in
         feature_layer: as for `llava`.
     """
     config = LlavaNextConfig(
-        architectures=["LlavaNextForConditionalGeneration"],
         vision_config=CLIPVisionConfig(image_size=image_size, patch_size=PATCH_SIZE, **VISION[size]),
         # so that several images have room
         text_config=llama(size, max_position_embeddings=16384 if size == "tiny" else 4096),

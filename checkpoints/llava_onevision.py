@@ -62,7 +62,6 @@ def llava_onevision(size: str) -> Checkpoint:
     """What a checkpoint holds; `size`: "tiny" (3 million parameters, 16 tokens a square) or "0.5b" (as released)."""
     side, tied = VISION[size]["image_size"], size == "0.5b"
     config = LlavaOnevisionConfig(
-        architectures=["LlavaOnevisionForConditionalGeneration"],
         vision_config=SiglipVisionConfig(patch_size=PATCH_SIZE, vision_use_head=False, **VISION[size]),
         text_config=Qwen2Config(
             rms_norm_eps=1e-6,

@@ -36,7 +36,6 @@ TEXT = {
 def mistral3(size: str) -> Checkpoint:
     """What a checkpoint holds; `size`: "tiny" (3 million parameters) or "24b" (of Mistral-Small-3.1-24B)."""
     config = Mistral3Config(
-        architectures=["Mistral3ForConditionalGeneration"],
         vision_config=PixtralVisionConfig(
             image_size=IMAGE_SIZE[size],
             patch_size=PATCH_SIZE,

@@ -50,7 +50,6 @@ MROPE_SECTION = {"tiny": [8, 12, 12], "3b": [16, 24, 24]}  # of half a head, by 
 def qwen2_5_vl(size: str) -> Checkpoint:
     """What a checkpoint holds; `size`: "tiny" (3 million parameters) or "3b" (the shapes of Qwen2.5-VL-3B)."""
     config = Qwen2_5_VLConfig(
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
         vision_config=dict(
             out_hidden_size=TEXT[size]["hidden_size"], tokens_per_second=2, window_size=112, **VISION[size]
         ),

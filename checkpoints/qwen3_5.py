@@ -52,7 +52,6 @@ def qwen3_5(size: str) -> Checkpoint:
     moe, size = size == "tiny-moe", size.removesuffix("-moe")
     text: dict[str, Any] = TEXT[size] | (EXPERTS if moe else {})
     config = (Qwen3_5MoeConfig if moe else Qwen3_5Config)(
-        architectures=[f"Qwen3_5{'Moe' if moe else ''}ForConditionalGeneration"],
         vision_config=dict(
             out_hidden_size=text["hidden_size"], patch_size=16, deepstack_visual_indexes=[], **VISION[size]
         ),

@@ -53,7 +53,6 @@ def qwen3_vl(size: str) -> Checkpoint:
     # transformers knows of nothing else than normed shares of the experts
     text = TEXT[size] | (EXPERTS[size] | dict(norm_topk_prob=True) if size in EXPERTS else {})
     config = (Qwen3VLMoeConfig if size in EXPERTS else Qwen3VLConfig)(
-        architectures=[f"Qwen3VL{'Moe' if size in EXPERTS else ''}ForConditionalGeneration"],
         vision_config=dict(out_hidden_size=text["hidden_size"], patch_size=16, **VISION[size]),
         text_config=dict(
             rms_norm_eps=1e-6,

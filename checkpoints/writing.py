@@ -95,7 +95,7 @@ class Checkpoint:
 
     Attributes:
         model: class of transformers whose weights are written.
-        config: what config.json holds.
+        config: what config.json holds, but for `dtype` and, where it says none, `architectures`.
         processor: of transformers, with a tokenizer; or the tokenizer alone.
         names: (regular expression, replacement), applied one after the other to the names of the tensors in the model.
             Those that get the same name are joined along their first dimension.
@@ -140,6 +140,7 @@ class Checkpoint:
             raise ValueError(f"shards must be at least 1, not {shards}")
         directory.mkdir(parents=True, exist_ok=True)
         self.config.dtype = getattr(torch, dtype)
+        self.config.architectures = self.config.architectures or [self.model.__name__]
         self.config.save_pretrained(directory)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(self.ends))]
@@ -220,5 +221,9 @@ class Writer:
         if size not in self.sizes:
             raise ValueError(f"size must be one of {', '.join(self.sizes)}, not {size!r}")
         checkpoint = self.make(size, **options)
-        weight = partial(checkpoint.weight, seed=seed) if weights else None
-        return checkpoint.write(Path(directory), weight, dtype=dtype or self.dtype, shards=shards)
+        return checkpoint.write(
+            Path(directory),
+            (lambda name, shape: checkpoint.weight(name, shape, seed)) if weights else None,
+            dtype=dtype or self.dtype,
+            shards=shards,
+        )
