@@ -17,7 +17,7 @@ RATE ?= 3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo test verify lint format docs loadtest soak observe clean
+.PHONY: help setup demo train-demo test verify lint style types format docs loadtest soak observe clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,16 +25,21 @@ help: ## show this list
 setup: ## make .venv: vLLM for this machine's CPU or GPU, the project, the tools
 	@scripts/setup.sh
 
-demo: setup ## prune one photograph's tokens in a running vLLM and compare
+demo: ## prune one photograph's tokens in a running vLLM and compare
+	@TOOLS=none scripts/setup.sh
 	@$(BIN)/vtprune demo
 
 HOURS ?= 3
 train-demo: setup ## train the demo model, or go on with it (HOURS=3 on two cores)
 	$(BIN)/python -m training --hours $(HOURS) $(TRAIN_OPTIONS)
 
-lint: setup ## ruff and mypy
+lint: style types ## ruff and mypy
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	@mkdir -p build/packages
 	@for name in checkpoints evaluation server; do ln -sfn ../../$$name build/packages/vllm_vtprune_$$name; done
 	$(BIN)/mypy
@@ -43,8 +48,11 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint ## lint, then the tests (a fixed sample of every large grid)
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 25
+test: style ## lint, and the tests (a fixed sample of every large grid) beside mypy
+	@mkdir -p build
+	@$(MAKE) --no-print-directory types >build/types.log 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 40; tests=$$?; \
+	wait $$types; types=$$?; cat build/types.log; exit $$((tests + types))
 
 verify: setup ## the tests with the whole grids; writes docs/verification.json
 	$(BIN)/python scripts/verify.py

