@@ -52,7 +52,7 @@ def told(error: PolicyError, family: FamilyDefaults | None = None) -> str:
     message = str(error)
     assert message.startswith(f"{error.param}: ")
     assert error.accepted in message
-    for name, listed in lists.items():
+    for name, listed in sorted(lists.items(), key=lambda item: -len(item[1])):  # one may be a part of another
         message = message.replace(listed, f"{{{name}}}")
     return message
 
