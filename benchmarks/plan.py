@@ -36,8 +36,8 @@ from torch.nn.functional import gelu, normalize
 from benchmarks.machine import machine
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import gram_spectrum, krylov_spectrum, spectrum
-from vllm_vtprune.policy import GATE_ALPHAS
 from vllm_vtprune.selectors import SELECTORS
+from vllm_vtprune.selectors.resprune import ALPHA
 
 THRESHOLD = 0.99
 SHAPES = {  # (tokens, encoder's width, language model's width): kept
@@ -144,7 +144,7 @@ def methods(args: argparse.Namespace) -> list[dict[str, Any]]:
     threads = args.threads[-1]
     torch.set_num_threads(threads)
     for name, spec in SELECTORS.items():
-        keep = min(128, spec.max_keep(features)) if spec.max_keep else 128
+        keep = min(128, spec.max_keep(features))
         policy = PruningPolicy.parse({"method": name, "budget": {"type": "tokens", "keep": keep}})
         times = []
         for _ in range(args.turns + 1):
@@ -198,7 +198,7 @@ def literal_picks(V: Tensor, text: Tensor, seed: int, k: int) -> Tensor:
     """ResPrune, Eq. 10-16: each pick adds one orthonormal vector, onto which all tokens are projected."""
     cosines = normalize(V, dim=1) @ normalize(text, dim=1).T
     below = cosines.amax() - cosines.amax(dim=1)
-    gate = (1 - 0.9 * below / below.amax().clamp(min=0.05)) ** GATE_ALPHAS["minmax"]
+    gate = (1 - 0.9 * below / below.amax().clamp(min=0.05)) ** ALPHA
     energy = V.square().sum(dim=1)
     basis = V.new_empty(k, V.shape[1])
     order = [seed]

@@ -40,7 +40,7 @@ class Arm:
         if not isinstance(self.policy, Mapping):
             return self.policy
         method = self.policy.get("method", "resprune")
-        seeded = method in METHODS and "seed" in METHODS[method].parameters
+        seeded = method in METHODS and METHODS[method].draws
         return {**self.policy, "seed": crc32(picture.encode())} if seeded else self.policy
 
     def digest(self) -> str:
@@ -82,13 +82,13 @@ def grid(
     arms = []
     for method in methods:
         spec = METHODS[method]
-        most = sample.num_tokens if spec.max_keep is None else spec.max_keep(sample)
+        most = spec.max_keep(sample)
         for keep in keeps:
             if keep > most:
                 continue
             arms.append(Arm(f"{method}@{keep}", {"method": method, "budget": fixed(keep)}, method, keep))
             # a bound would take tokens from the mean
-            if keep in thresholds and spec.max_keep is None and not spec.preprocesses:
+            if keep in thresholds and not spec.capped and not spec.preprocesses:
                 budget = energy(thresholds[keep])
                 arms.append(Arm(f"{method}+E@{keep}", {"method": method, "budget": budget}, method, keep, True))
     return arms

@@ -35,7 +35,7 @@ LARGEST = 0.9999  # threshold: beyond it, rounding decides
 SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of a picture's tokens, that are tried in turn
 SCENE_QUESTIONS = 300
 ANSWERS = "answers.jsonl"  # below --work
-METHODS_OF_ANY_SIZE = [name for name, spec in SELECTORS.items() if spec.max_keep is None]
+METHODS_OF_ANY_SIZE = [name for name, method in SELECTORS.items() if not method.capped]
 
 EXAMPLE = """examples:
   vtprune calibrate --tokens 128 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml

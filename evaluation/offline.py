@@ -254,8 +254,9 @@ def _counted(policy: PruningPolicy, features: VisualFeatures, counts: dict[objec
     """
     if not policy.enabled or not isinstance(policy.budget, EnergyBudget):
         return policy
-    most = features.num_tokens if policy.spec.max_keep is None else policy.spec.max_keep(features)
-    key = (policy.budget, policy.seed, most)
+    method = policy.chosen
+    most = method.max_keep(features)
+    key = (policy.budget, method.seed, most)
     if key not in counts:
-        counts[key] = token_budget(policy.budget, features, seed=policy.seed, most=most)[0]
-    return policy.model_copy(update={"budget": TokensBudget(keep=counts[key])})
+        counts[key] = token_budget(policy.budget, features, seed=method.seed, most=most)[0]
+    return policy.with_budget(TokensBudget(keep=counts[key]))

@@ -12,7 +12,9 @@ from pydantic import BaseModel, Field
 import vllm_vtprune
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.selectors.registry import COSTS, METHODS, Cost, MethodSpec
+from vllm_vtprune.selectors import method as selectors
+from vllm_vtprune.selectors.method import COSTS, Cost
+from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_server.policies import Policies
 
@@ -91,7 +93,7 @@ def pruning_information(
         aliases=aliases,
         family=None if family is None else family.name,
         untuned=family is not None and not family.tuned,
-        methods=[_method(spec, family) for spec in METHODS.values()],
+        methods=[_method(name, method, family) for name, method in METHODS.items()],
         tower=None if processor is None else _tower(processor),
         text_pipeline=text_pipeline_name(),
         versions=Versions(
@@ -111,16 +113,16 @@ def _tower(processor: PruningProcessor) -> Tower:
     )
 
 
-def _method(spec: MethodSpec, family: Family | None) -> Method:
+def _method(name: str, method: type[selectors.Method], family: Family | None) -> Method:
     return Method(
-        name=spec.name,
-        idea=spec.idea,
-        paper=spec.paper,
-        available=family is not None and family.supports(spec),
-        needs=sorted(spec.needs),
-        uses=sorted(spec.uses),
-        parameters=sorted(spec.parameters),
-        merges=spec.merges,
-        own_count=spec.own_count,
-        cost=spec.cost,
+        name=name,
+        idea=method.idea,
+        paper=method.paper,
+        available=family is not None and family.supports(method),
+        needs=sorted(method.needs),
+        uses=sorted(method.uses),
+        parameters=sorted(method.parameters()),
+        merges=method.merges,
+        own_count=method.own_count,
+        cost=method.cost,
     )

@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+from vllm_vtprune.lazy import Tensor, torch
 
 Box: TypeAlias = tuple[float, float, float, float]
 """A part of an image: top, left, bottom and right, as shares of its height and width."""
@@ -150,7 +149,7 @@ class VisualFeatures:
                 raise ValueError(f"tiles.canvas {self.tiles.canvas} and the overview do not hold {n} tokens")
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
 
     @property
     def num_tokens(self) -> int:

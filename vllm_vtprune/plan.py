@@ -14,7 +14,8 @@ from vllm_vtprune.features import VisualFeatures, require_finite
 from vllm_vtprune.policy import LLAVA, FamilyDefaults, MethodBudget, PolicyError, PruningPolicy
 from vllm_vtprune.precision import full_float32
 from vllm_vtprune.selectors.merged import Merged
-from vllm_vtprune.selectors.registry import SELECTORS, Input
+from vllm_vtprune.selectors.method import Input
+from vllm_vtprune.selectors.registry import SELECTORS
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,24 +70,25 @@ def plan_tokens(
         problem = f"method {policy.method} scales the picture before it is encoded, and chooses no tokens of features"
         raise PolicyError("pruning.method", policy.method, "one of " + ", ".join(SELECTORS), problem)
     policy = policy.resolve(replace(family, provides=_provided(features)))
+    method = policy.chosen
     require_finite("embeds", features.embeds)
     for name in ("encoder", "cls_attention", "overview_attention", "keys"):
         if name in policy.reads and (given := getattr(features, name)) is not None:
             require_finite(name, given)
-    read = features if policy.spec.runs_on == "device" else _on_cpu(features, policy.reads)
+    read = features if method.runs_on == "device" else _on_cpu(features, policy.reads)
     if text_embeds is not None:
         text_embeds = _checked_text(text_embeds, read) if policy.conditions_on_text else None
 
     started = perf_counter()
-    most = n if policy.spec.max_keep is None else policy.spec.max_keep(features)
+    most = method.max_keep(features)
     energy: float | None = None
     if isinstance(policy.budget, MethodBudget):
-        k = policy.spec.load_own_count()(read, policy, text_embeds)
+        k = method.count(read, text_embeds)
     else:
-        k, energy = token_budget(policy.budget, features, seed=policy.seed, most=most)
+        k, energy = token_budget(policy.budget, features, seed=method.seed, most=most)
     k = min(k, most)
     budgeted = perf_counter()
-    chosen = policy.spec.load()(read, k, policy, text_embeds)
+    chosen = method.select(read, k, text_embeds)
     order = (chosen.order if isinstance(chosen, Merged) else chosen).to(features.embeds.device)
     kept, ranks = order.sort()
     if isinstance(chosen, Merged) and k < n:

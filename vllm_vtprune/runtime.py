@@ -176,7 +176,7 @@ class PruningRuntime:
         """
         tower = self.tower
         on_device = None if key is None else self._on_device.get(key)
-        if policy.selects and (policy.spec.runs_on == "device" or isinstance(policy.budget, EnergyBudget)):
+        if policy.selects and (policy.chosen.runs_on == "device" or isinstance(policy.budget, EnergyBudget)):
             features = on_device or features.to(tower.device)
         with cpu_threads(HOST):  # also beside a GPU: what is small, and most methods, are computed here
             text_embeds = tower.token_rows(noun_ids) if noun_ids else None

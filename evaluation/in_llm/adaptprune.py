@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.adaptprune import select
 from vllm_vtprune_evaluation.in_llm.pruning import DropOnce, Entrance
 
 
@@ -53,4 +52,6 @@ class AdaptPrune(DropOnce):
             grid=entrance.features.grid,
             cls_attention=entrance.attention_before,
         )
-        return select(cues, count, self.policy, None)
+        picks = self.policy.chosen.select(cues, count, None)
+        assert isinstance(picks, Tensor)
+        return picks

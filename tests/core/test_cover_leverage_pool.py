@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 from vllm_vtprune import PruningPlan, PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.features import Tiles
 from vllm_vtprune.selectors.leverage import RIDGE
-from vllm_vtprune.selectors.pool import select as pool
-from vllm_vtprune.selectors.scope import select as scope
+from vllm_vtprune.selectors.pool import Pool
+from vllm_vtprune.selectors.scope import SCOPE
 
 SHAPES = {
     "rows": st.integers(1, 8),
@@ -113,7 +113,7 @@ def test_scope_and_cover_differ_in_space_and_mean_alone() -> None:
     attention = torch.rand(48, generator=torch.Generator().manual_seed(3))
     apart = embeds.double() - embeds.double().mean(dim=0)
     elsewhere = VisualFeatures(apart.float(), embeds, cls_attention=attention)
-    assert order("cover", embeds, 48, attention) == scope(elsewhere, 48, PruningPolicy(), None).tolist()
+    assert order("cover", embeds, 48, attention) == SCOPE().select(elsewhere, 48, None).tolist()
 
 
 # ---- leverage
@@ -278,7 +278,7 @@ def test_a_map_of_tiles_is_one_tile() -> None:
 
 def test_all_tokens_are_their_own_cells() -> None:
     for features in (tiled(IDS), VisualFeatures(torch.ones(35, 4), tokens_of(35, 8, seed=0), (5, 7))):
-        merged = pool(features, features.num_tokens, PruningPolicy(method="pool"), None)
+        merged = Pool().select(features, features.num_tokens, None)
         assert merged.order.tolist() == list(range(features.num_tokens))
         assert torch.equal(merged.embeds, features.embeds)
 

@@ -8,7 +8,7 @@ import torch
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.policy import PolicyError
-from vllm_vtprune.selectors.similarity import compared_rows
+from vllm_vtprune.selectors.divprune import DivPrune
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGE = VisualFeatures(
@@ -64,7 +64,7 @@ def test_likeness_to_the_text_is_that_of_the_embeddings(features: str) -> None:
 
 def test_both_are_side_by_side_in_float32() -> None:
     halves = replace(IMAGE, encoder=IMAGE.encoder.bfloat16(), embeds=IMAGE.embeds.half())
-    joint = compared_rows(halves, PruningPolicy(features="both"))
+    joint = DivPrune(features="both").compared_rows(halves)
     assert (joint.shape, joint.dtype) == ((60, 90), torch.float32)
     for part in joint.split([50, 40], dim=1):
         torch.testing.assert_close(part.square().sum(dim=1).mean(), torch.tensor(1.0))

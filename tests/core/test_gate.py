@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtprune.policy import GATE_ALPHAS
 from vllm_vtprune.selectors.gate import GATES, LEAST_SPREAD, LEAST_WEIGHT, gate
 
 COSINES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40).map(torch.tensor)
@@ -46,7 +45,3 @@ def test_values() -> None:
     assert gate(cosines, "clip", 0.75).tolist() == pytest.approx([1e-6**0.75, 1e-6**0.75, 0.5**0.75])
     for form in GATES:
         assert gate(cosines, form, 0).tolist() == [1.0, 1.0, 1.0]
-
-
-def test_every_gate_has_a_strength() -> None:
-    assert set(GATE_ALPHAS) | {"clip"} == set(GATES)

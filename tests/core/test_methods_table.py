@@ -1,4 +1,4 @@
-"""The documentation's table of methods says what the registry says, and links each paper."""
+"""The documentation's table of methods says what the methods say, and links each paper."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 import vllm_vtprune
-from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors import METHODS, MethodSpec
+from vllm_vtprune.policy import LLAVA, PruningPolicy
+from vllm_vtprune.selectors import METHODS, Method
 
 ROOT = Path(vllm_vtprune.__file__).parents[1]
 PAGE = (ROOT / "docs/methods.md").read_text()
-LINK = re.compile(r"\[(.+)\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)")
 INPUTS = {
     "cls_attention": "CLS attention",
     "keys": "encoder keys",
@@ -20,23 +19,26 @@ INPUTS = {
 }
 
 
-def row(spec: MethodSpec) -> list[str]:
+def row(name: str, method: type[Method]) -> list[str]:
+    paper = method.paper
+    if method.arxiv is not None:
+        escaped = paper.replace("[", "\\[").replace("]", "\\]")
+        paper = f"[{escaped}](https://arxiv.org/abs/{method.arxiv})"
     reads = "no"
-    if spec.reads_text:
-        reads = "yes" if PruningPolicy(method=spec.name).conditions_on_text else "if asked to"
-    needs = ", ".join(words for name, words in INPUTS.items() if name in spec.needs)
-    file = spec.module.replace(".", "/").removeprefix("vllm_vtprune/") + ".py"
-    return [f"`{spec.name}`", spec.idea, spec.paper, reads, needs, f"`{file}`"]
+    if "text" in method.needs | method.uses:
+        reads = "yes" if PruningPolicy(method=name).conditions_on_text else "if asked to"
+    needs = ", ".join(words for name, words in INPUTS.items() if name in method.needs)
+    return [f"`{name}`", method.idea, paper, reads, needs, f"`{path(method)}`"]
+
+
+def path(method: type[Method]) -> str:
+    return method.__module__.replace(".", "/").removeprefix("vllm_vtprune/") + ".py"
 
 
 def test_every_method_has_its_row_and_no_other() -> None:
     table = PAGE.split("| method | idea |")[1].split("\n\n")[0]
     written = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
-    for cells in written:
-        link = LINK.fullmatch(cells[2])
-        assert link or cells[2] == "baseline", f"{cells[0]}: the paper has no link"
-        cells[2] = cells[2] if link is None else link[1].replace("\\", "")
-    assert written == [row(spec) for spec in METHODS.values()]
+    assert written == [row(name, method) for name, method in METHODS.items()]
 
 
 def test_the_page_says_which_methods_look_at_what_the_connector_reads() -> None:
@@ -48,17 +50,15 @@ def test_the_page_says_which_methods_look_at_what_the_connector_reads() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_each_method_is_a_file_that_names_its_paper(name: str) -> None:
-    spec = METHODS[name]
-    assert spec.name == name
-    source = (ROOT / (spec.module.replace(".", "/") + ".py")).read_text()
-    docstring = " ".join(source.split('"""')[1].split())
-    if not spec.paper.startswith("baseline"):
-        assert f'"{spec.paper}' in docstring
-    module = __import__(spec.module, fromlist=["select"])
-    assert spec.preprocesses != hasattr(module, "select")
-    assert spec.own_count == hasattr(module, "own_count")
-    assert spec.parameters <= set(PruningPolicy.model_fields)
-    assert set(spec.defaults) <= spec.parameters
-    assert ("text" in spec.parameters) == spec.reads_text
-    assert set(INPUTS) >= spec.needs - {"encoder"}
+def test_each_method_is_a_file_that_declares_what_the_rest_must_know(name: str) -> None:
+    method = METHODS[name]
+    assert len(method.idea.split()) <= 12
+    assert re.fullmatch(r"\d{4}\.\d{5}", method.arxiv) if method.arxiv else method.paper == "baseline"
+    assert [other for other in METHODS.values() if other.__module__ == method.__module__] == [method]
+    assert method.preprocesses == (method.select is Method.select)
+    assert method.capped == (method.max_keep.__func__ is not Method.max_keep.__func__)
+    assert method.own_count == (method.count is not Method.count)
+    assert ("text" in method.parameters()) == ("text" in method.needs | method.uses)
+    assert set(INPUTS) >= method.needs - {"encoder"}
+    assert set(method().defaults(LLAVA)) <= method.parameters()
+    assert all(field.description for name, field in method.model_fields.items() if name != "method")

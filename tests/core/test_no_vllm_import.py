@@ -22,7 +22,7 @@ def loaded_after(code: str) -> set[str]:
     [
         ("import vllm_vtprune; vllm_vtprune.__version__; dir(vllm_vtprune)", set()),
         ("from vllm_vtprune import PruningPolicy; PruningPolicy.parse('balanced').selection_digest()", {"pydantic"}),
-        ("import vllm_vtprune.selectors", set()),
+        ("import vllm_vtprune.selectors.registry", {"pydantic"}),
         (
             "import torch\nfrom vllm_vtprune import *\n"
             "f = VisualFeatures(torch.randn(9, 4), torch.randn(9, 4), (3, 3))\n"

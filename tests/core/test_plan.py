@@ -6,8 +6,9 @@ import torch
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import energy_rank, spectral_energy
 from vllm_vtprune.features import Tiles
-from vllm_vtprune.policy import PolicyError
-from vllm_vtprune.selectors import METHODS, MethodSpec, registry
+from vllm_vtprune.policy import MethodBudget, PolicyError, RatioBudget
+from vllm_vtprune.selectors.method import Method
+from vllm_vtprune.selectors.uniform import Uniform
 
 
 def image(n: int = 36, dtype: torch.dtype = torch.float32) -> VisualFeatures:
@@ -58,24 +59,31 @@ def test_cls_attention_must_be_finite() -> None:
         plan_tokens(features, PruningPolicy.parse({}))
 
 
-def test_a_method_may_cap_the_count_or_have_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm_vtprune.selectors.uniform as module
+def test_a_method_may_cap_the_count_or_have_its_own() -> None:
+    class Capped(Uniform):
+        @classmethod
+        def max_keep(cls, features: VisualFeatures) -> int:
+            return features.num_tokens // 2
 
-    capped = MethodSpec("capped", "", "", module.__name__, max_keep=lambda features: features.num_tokens // 2)
-    counting = MethodSpec("counting", "", "", module.__name__, own_count=True)
-    rows = {**METHODS, "capped": capped, "counting": counting}
-    monkeypatch.setattr("vllm_vtprune.policy.METHODS", rows)
-    monkeypatch.setattr(module, "own_count", lambda features, policy, text_embeds: 5, raising=False)
-    ratio = {"type": "ratio", "keep": 0.9}
-    assert plan_tokens(image(), PruningPolicy.parse({"method": "capped", "budget": ratio})).budget == 18
-    assert plan_tokens(image(), PruningPolicy.parse({"method": "counting", "budget": {"type": "method"}})).budget == 5
+    class Counting(Uniform):
+        own_count = True
+
+        def count(self, features: VisualFeatures, text_embeds: torch.Tensor | None) -> int:
+            return 5
+
+    def budget(method: Method) -> int:
+        return plan_tokens(image(), PruningPolicy.model_construct(root=method)).budget
+
+    assert budget(Capped(budget=RatioBudget(keep=0.9))) == 18
+    assert budget(Counting(budget=MethodBudget())) == 5
 
 
-def test_missing_inputs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    needy = MethodSpec("needy", "", "", registry.__name__, needs=frozenset({"keys"}))
-    monkeypatch.setattr("vllm_vtprune.policy.METHODS", {"needy": needy})
-    with pytest.raises(PolicyError, match=r"pruning.method: method needy needs keys"):
-        plan_tokens(image(), PruningPolicy.parse({"method": "needy"}))
+def test_missing_inputs_are_named() -> None:
+    class Needy(Uniform):
+        needs = frozenset({"keys"})
+
+    with pytest.raises(PolicyError, match=r"pruning.method: method uniform needs keys"):
+        plan_tokens(image(), PruningPolicy.model_construct(root=Needy()))
 
 
 @pytest.mark.parametrize(

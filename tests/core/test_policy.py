@@ -12,7 +12,6 @@ from tests.support.defaults import QWEN
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.policy import (
     BUILTIN_PRESETS,
-    GATE_ALPHAS,
     LLAVA,
     MAX_QUERY_CHARS,
     OFF,
@@ -21,8 +20,8 @@ from vllm_vtprune.policy import (
     PolicyError,
     PruningPolicy,
 )
+from vllm_vtprune.selectors.resprune import ALPHA, ResPrune
 
-ALPHA = GATE_ALPHAS["minmax"]
 DOCUMENTED = json.loads("""
 {"method": "resprune",
  "budget": {"type": "energy", "threshold": 0.99, "min_tokens": 32, "max_tokens": null, "solver": "auto", "rank": 300,
@@ -36,7 +35,7 @@ DOCUMENTED = json.loads("""
 
 def test_documented_object_is_the_default() -> None:
     assert PruningPolicy.parse(DOCUMENTED) == PruningPolicy.parse({}) == PruningPolicy()
-    assert PruningPolicy().model_dump() == DOCUMENTED
+    assert PruningPolicy().model_dump() == {name: DOCUMENTED[name] for name in ResPrune.model_fields}
 
 
 def test_short_forms() -> None:
@@ -158,7 +157,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = st.sampled_from([*PruningPolicy.model_fields, *EnergyBudget.model_fields, "keep", "scope", "query"])
+FIELDS = st.sampled_from([*DOCUMENTED, *EnergyBudget.model_fields, "keep", "scope", "query"])
 
 
 @settings(max_examples=300)
@@ -188,7 +187,9 @@ def test_frozen_and_hashable() -> None:
     policy = PruningPolicy.parse("fast")
     assert policy in {PruningPolicy.parse("fast")}
     with pytest.raises(ValueError, match="frozen"):
-        policy.alpha = 1.0
+        policy.root = OFF.root
+    with pytest.raises(ValueError, match="frozen"):
+        policy.chosen.seed = 1
 
 
 @pytest.mark.parametrize(
@@ -212,18 +213,20 @@ def test_conditions_on_text(fields: dict[str, object], conditions: bool) -> None
 
 
 def test_resolve_fills_what_the_method_reads() -> None:
-    llava = PruningPolicy().resolve(LLAVA)
-    assert (llava.gate, llava.alpha, llava.seed_token, llava.importance) == ("minmax", ALPHA, "cls", "auto")
-    qwen = PruningPolicy().resolve(QWEN)
-    assert (qwen.gate, qwen.alpha, qwen.seed_token) == ("minmax", ALPHA, "norm")
+    def resolved(family: FamilyDefaults, *names: str, **fields: object) -> list[object]:
+        dump = PruningPolicy.parse(fields).resolve(family).dump()
+        return [dump[name] for name in names]
+
+    assert resolved(LLAVA, "gate", "alpha", "seed_token") == ["minmax", ALPHA, "cls"]
+    assert resolved(QWEN, "gate", "alpha", "seed_token") == ["minmax", ALPHA, "norm"]
     for family, alpha in ((LLAVA, 0.75), (QWEN, 0.3)):
-        assert PruningPolicy.parse({"gate": "clip"}).resolve(family).alpha == alpha
-    asked = PruningPolicy.parse({"alpha": 0.5, "seed_token": "mean"}).resolve(LLAVA)
-    assert (asked.alpha, asked.seed_token) == (0.5, "mean")
+        assert resolved(family, "alpha", gate="clip") == [alpha]
+    assert resolved(LLAVA, "alpha", "seed_token", alpha=0.4, seed_token="mean") == [0.4, "mean"]
     assert OFF.resolve(LLAVA) is OFF
-    adaptprune = PruningPolicy.parse({"method": "adaptprune", "radius": 3}).resolve(LLAVA)
-    assert (adaptprune.importance, adaptprune.sigma_d, adaptprune.sigma_s, adaptprune.radius) == ("cls", 1.5, 0.05, 3)
-    assert PruningPolicy.parse({"method": "adaptprune"}).resolve(QWEN).importance == "norm"
+    cues = resolved(LLAVA, "importance", "sigma_d", "sigma_s", "radius", method="adaptprune", radius=3)
+    assert cues == ["cls", 1.5, 0.05, 3]
+    assert resolved(QWEN, "importance", method="adaptprune") == ["norm"]
+    llava = PruningPolicy().resolve(LLAVA)
     uniform = PruningPolicy.parse({"method": "uniform"})
     assert uniform.resolve(LLAVA) == uniform
     assert PruningPolicy.parse(llava.dump()) == llava

@@ -8,7 +8,7 @@ import torch
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import energy_rank
 from vllm_vtprune.precision import full_float32
-from vllm_vtprune.selectors import random_
+from vllm_vtprune.selectors.random_ import Random
 
 State = tuple[str, str, str]
 
@@ -78,7 +78,7 @@ def test_an_error_leaves_it_too(before: State) -> None:
 
 def test_plans_and_ranks_are_computed_inside(before: State, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    select, eigvalsh = random_.select, torch.linalg.eigvalsh
+    select, eigvalsh = Random.select, torch.linalg.eigvalsh
 
     def watched(*args: object) -> object:
         seen.append(state())
@@ -88,7 +88,7 @@ def test_plans_and_ranks_are_computed_inside(before: State, monkeypatch: pytest.
         seen.append(state())
         return eigvalsh(gram)
 
-    monkeypatch.setattr(random_, "select", watched)
+    monkeypatch.setattr(Random, "select", watched)
     monkeypatch.setattr(torch.linalg, "eigvalsh", watched_eigvalsh)
     tokens = torch.eye(6)
     policy = PruningPolicy.parse({"method": "random", "budget": {"type": "tokens", "keep": 3}})

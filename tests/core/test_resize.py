@@ -7,8 +7,8 @@ from tests.support.defaults import QWEN, TILED
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.policy import LLAVA, FamilyDefaults, PolicyError, RatioBudget
-from vllm_vtprune.resize import largest_area
 from vllm_vtprune.selectors import METHODS, SELECTORS
+from vllm_vtprune.selectors.resize import largest_area
 
 TOKENS = {"type": "tokens", "keep": 9}
 

@@ -9,8 +9,9 @@ from torch.nn.functional import normalize
 
 from tests.support.defaults import QWEN
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
-from vllm_vtprune.policy import GATE_ALPHAS, LLAVA
-from vllm_vtprune.selectors.resprune import text_relevance
+from vllm_vtprune.policy import LLAVA
+from vllm_vtprune.selectors.resprune import ALPHA
+from vllm_vtprune.selectors.similarity import text_relevance
 
 
 def reference_order(tokens: Tensor, gate: Tensor, seed: int, k: int) -> list[int]:
@@ -30,7 +31,7 @@ def reference_order(tokens: Tensor, gate: Tensor, seed: int, k: int) -> list[int
     return chosen
 
 
-def reference_gate(tokens: Tensor, text: Tensor, alpha: float = GATE_ALPHAS["minmax"], form: str = "minmax") -> Tensor:
+def reference_gate(tokens: Tensor, text: Tensor, alpha: float = ALPHA, form: str = "minmax") -> Tensor:
     """Each token's cosine with the noun nearest to it, then as the gate's docstring has it, one token at a time."""
     cosines = (normalize(tokens.double(), dim=1) @ normalize(text.double(), dim=1).T).amax(dim=1).tolist()
     if form == "clip":
@@ -198,7 +199,7 @@ def test_alpha_zero_ignores_the_text_and_each_gate_sets_its_default() -> None:
     assert torch.equal(plan_tokens(features, policy(40, alpha=0), text).order, plain)
     assert torch.equal(plan_tokens(features, policy(40), text[:0]).order, plain)
     for family, clip_alpha in ((LLAVA, 0.75), (QWEN, 0.3)):
-        for form, alpha in (("auto", GATE_ALPHAS["minmax"]), ("minmax", GATE_ALPHAS["minmax"]), ("clip", clip_alpha)):
+        for form, alpha in (("auto", ALPHA), ("minmax", ALPHA), ("clip", clip_alpha)):
             default = plan_tokens(features, policy(40, gate=form), text, family=family).order
             assert torch.equal(default, plan_tokens(features, policy(40, gate=form, alpha=alpha), text).order)
             assert not torch.equal(default, plain)

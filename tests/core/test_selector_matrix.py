@@ -105,8 +105,7 @@ def changed(features: VisualFeatures, change: Callable[[Tensor], Tensor], *names
 
 
 def expected_count(case: str, features: VisualFeatures, k: int) -> int:
-    max_keep = METHODS[CASES[case][0]].max_keep
-    return min(k, features.num_tokens, max_keep(features) if max_keep else k)
+    return min(k, METHODS[CASES[case][0]].max_keep(features))
 
 
 def run(case: str, features: VisualFeatures, k: int, text: Tensor | None = TEXT) -> PruningPlan:

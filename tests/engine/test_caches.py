@@ -352,7 +352,7 @@ def test_an_encoder_whose_rounding_moves_the_budget(cached: Engine, monkeypatch:
 
     def rounded(features: Any, policy: Any, *arguments: Any) -> Any:
         budget = policy.budget.model_copy(update={"keep": next(counts)})
-        return plan(features, policy.model_copy(update={"budget": budget}), *arguments)
+        return plan(features, policy.with_budget(budget), *arguments)
 
     monkeypatch.setattr(cached.runtime, "plan", rounded)
     (image,) = sample_images(1, stamp="rounding")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from vllm_vtprune.policy import FamilyDefaults
-from vllm_vtprune.selectors.registry import Input
+from vllm_vtprune.selectors.method import Input
 
 
 def one(config: Any) -> int:

@@ -3,7 +3,7 @@
 vLLM sizes the placeholders of an image here, before its engine encodes it, so a budget that depends on the features
 needs the features here. For an image with a policy we encode, plan, and hand the engine the kept embeddings in place of
 the pixels; an image without one passes through the stock processor untouched, under its stock hash. One that is only
-scaled down (`vllm_vtprune.resize`) passes through it too, under limits of its own and another hash.
+scaled down (`vllm_vtprune.selectors.resize`) passes through it too, under limits of its own and another hash.
 
 | vLLM's method | what it does here |
 | --- | --- |
@@ -60,8 +60,8 @@ from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.plugin.weights import WeightsElsewhere
 from vllm_vtprune.policy import PolicyError, PruningPolicy, RatioBudget, TokensBudget
 from vllm_vtprune.report import BypassReason, ImageReport, RequestReport, StageRun
-from vllm_vtprune.resize import largest_area
 from vllm_vtprune.runtime import PruningRuntime
+from vllm_vtprune.selectors.resize import largest_area
 from vllm_vtprune.sequence import sequence, sequence_length
 from vllm_vtprune.tower import VisionTower
 

@@ -1,5 +1,6 @@
-"""Selection methods: one method per file, and a registry that says what each needs and which laws it obeys."""
+"""Selection methods: one method per file, with its parameters, what it needs and the laws that it obeys."""
 
-from vllm_vtprune.selectors.registry import METHODS, SELECTORS, MethodSpec
+from vllm_vtprune.selectors.method import Method
+from vllm_vtprune.selectors.registry import METHODS, SELECTORS
 
-__all__ = ["METHODS", "SELECTORS", "MethodSpec"]
+__all__ = ["METHODS", "SELECTORS", "Method"]

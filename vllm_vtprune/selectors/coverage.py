@@ -5,9 +5,7 @@ tokens are chosen. So an old gain is an upper bound, and a step looks again only
 the picks are those of the full search.
 """
 
-import torch
-from torch import Tensor
-
+from vllm_vtprune.lazy import Tensor, torch
 from vllm_vtprune.selectors.similarity import unit_rows
 
 BLOCK = 16  # gains computed at once

@@ -1,37 +1,44 @@
-"""DivPrune: the token farthest from those chosen.
+"""DivPrune: the max-min diversity problem under cosine distance, greedily.
 
-"DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models": the max-min diversity problem under cosine
-distance, greedily. One running maximum of the cosines with the chosen tokens makes a step O(N).
+One running maximum of the cosines with the chosen tokens makes a step O(N).
 """
 
-import torch
-from torch import Tensor
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.similarity import compared_rows, unit_rows
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.selectors.similarity import ComparesFeatures, unit_rows
 
 SAME = 1 - 1e-6  # cosine from which on two tokens differ by what may be rounding
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)`` in order of selection, by cosine of the rows that ``policy.features`` names.
+class DivPrune(ComparesFeatures):
+    method: Literal["divprune"] = "divprune"
+    idea = "greedy choice of the token least similar to those kept"
+    paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models"
+    arxiv = "2503.02175"
+    equivariant = True
 
-    The first is the token whose nearest neighbour is farthest.
-    """
-    unit = unit_rows(compared_rows(features, policy))
-    cosines = unit @ unit.T
-    cosines.clamp_(max=SAME).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
-    pick = int(cosines.amax(dim=1).argmin())
-    twin = int(cosines[pick].argmax())
-    if int(cosines[twin].argmax()) == pick:  # as far from all others; a matrix product need not be symmetric to the bit
-        pick = min(pick, twin)
-    nearest = torch.full_like(cosines[0], -torch.inf)  # largest cosine with a chosen token
-    chosen = torch.zeros_like(nearest, dtype=torch.bool)
-    order = [pick]
-    for _ in range(k - 1):
-        chosen[pick] = True
-        torch.maximum(nearest, cosines[pick], out=nearest)
-        pick = int(nearest.masked_fill(chosen, torch.inf).argmin())
-        order.append(pick)
-    return torch.tensor(order, device=unit.device)
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)`` in order of selection, by cosine of the rows that ``features`` names.
+
+        The first is the token whose nearest neighbour is farthest.
+        """
+        unit = unit_rows(self.compared_rows(features))
+        cosines = unit @ unit.T
+        cosines.clamp_(max=SAME).fill_diagonal_(-torch.inf)  # in place: N x N is 400 MB for 10,000 tokens
+        pick = int(cosines.amax(dim=1).argmin())
+        twin = int(cosines[pick].argmax())
+        if (
+            int(cosines[twin].argmax()) == pick
+        ):  # as far from all others; a matrix product need not be symmetric to the bit
+            pick = min(pick, twin)
+        nearest = torch.full_like(cosines[0], -torch.inf)  # largest cosine with a chosen token
+        chosen = torch.zeros_like(nearest, dtype=torch.bool)
+        order = [pick]
+        for _ in range(k - 1):
+            chosen[pick] = True
+            torch.maximum(nearest, cosines[pick], out=nearest)
+            pick = int(nearest.masked_fill(chosen, torch.inf).argmin())
+            order.append(pick)
+        return torch.tensor(order, device=unit.device)

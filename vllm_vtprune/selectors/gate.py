@@ -13,7 +13,7 @@ a cosine, which may be negative, becomes one. Both forms here are ours:
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from torch import Tensor
+from vllm_vtprune.lazy import Tensor
 
 LEAST_WEIGHT = 0.1  # of the token least like the text, before alpha
 LEAST_SPREAD = 0.05  # of cosines over an image, from which on the gate has its whole effect

@@ -1,37 +1,45 @@
 """HiRED: a budget for each tile, by what the overview attends to; in each tile the CLS token's choice.
 
-"HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models". An image of
-one tile keeps the tokens with the most CLS attention.
+An image of one tile keeps the tokens with the most CLS attention.
 """
 
 from fractions import Fraction
 from math import floor, isqrt, prod
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from vllm_vtprune.features import Tiles, VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.selectors.method import Method
 
 OVERVIEW = 0.5  # share of the budget that the overview gets beside other tiles
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)``, most ``cls_attention (N,)`` first.
+class HiRED(Method):
+    method: Literal["hired"] = "hired"
+    idea = "per-tile budgets from the overview's attention, then highest CLS attention in each"
+    paper = "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models"
+    arxiv = "2408.10945"
+    cost = "ranking"
+    needs = frozenset({"cls_attention"})
+    uses = frozenset({"overview_attention"})
+    equivariant = True
 
-    Without ``overview_attention`` or the tiles' ``boxes``, tiles share the budget by size.
-    """
-    assert features.cls_attention is not None
-    ranking = features.cls_attention.sort(descending=True, stable=True).indices
-    if features.tiles is None:
-        return ranking[:k]
-    if features.tiles.canvas is None:
-        features.planes()  # an error where the tiles are not of the sizes that they say
-    tile_of = features.tiles.ids[ranking]
-    stays = torch.zeros_like(ranking, dtype=torch.bool)
-    for i, count in enumerate(tile_budgets(features.tiles, features.overview_attention, k)):
-        stays[(tile_of == i).nonzero()[:count, 0]] = True
-    return ranking[stays]
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)``, most ``cls_attention (N,)`` first.
+
+        Without ``overview_attention`` or the tiles' ``boxes``, tiles share the budget by size.
+        """
+        assert features.cls_attention is not None
+        ranking = features.cls_attention.sort(descending=True, stable=True).indices
+        if features.tiles is None:
+            return ranking[:k]
+        if features.tiles.canvas is None:
+            features.planes()  # an error where the tiles are not of the sizes that they say
+        tile_of = features.tiles.ids[ranking]
+        stays = torch.zeros_like(ranking, dtype=torch.bool)
+        for i, count in enumerate(tile_budgets(features.tiles, features.overview_attention, k)):
+            stays[(tile_of == i).nonzero()[:count, 0]] = True
+        return ranking[stays]
 
 
 def tile_budgets(tiles: Tiles, overview_attention: Tensor | None, k: int) -> list[int]:

@@ -1,40 +1,48 @@
 """Leverage: the tokens that hold most of a direction for themselves, less what is like a better one.
 
-"SFPruner: Structured Redundancy Modeling for Efficient Visual Token Pruning in High-Resolution MLLMs"
-(arXiv 2607.23046): scores in one pass, without the steps of a greedy method. Ridge leverage scores are low for tokens
-whose directions many others hold too; the mask then lets each token suppress those like it that score lower. No code is
+SFPruner's scores in one pass, without the steps of a greedy method. Ridge leverage scores are low for tokens whose
+directions many others hold too; the mask then lets each token suppress those like it that score lower. No code is
 public and the rule follows a summary of the paper: the ridge (:data:`RIDGE`) and the mask's form are ours, and the
 paper's weights by relevance and saliency are left out.
 """
 
-import torch
-from torch import Tensor
+from sys import float_info
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.similarity import squared_lengths, unit_rows
 
 RIDGE = 1.0  # of the mean eigenvalue of V V^T, which is the tokens' mean squared length
 DECIMALS = 10  # of scores and cosines: equal tokens differ by less
-TINY = torch.finfo(torch.float64).tiny
+TINY = float_info.min
 BLOCK = 64  # rows whose products are computed at once
 STRETCH = 1024  # columns turned to float64 at once
 NEAREST = 2  # tokens whose cosine with a token is computed again in float64
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)``, highest score first; equal scores by position.
+class Leverage(Method):
+    method: Literal["leverage"] = "leverage"
+    idea = "highest ridge leverage scores, discounted by similarity to a higher-scoring token"
+    paper = "SFPruner: Structured Redundancy Modeling for Efficient Visual Token Pruning in High-Resolution MLLMs"
+    arxiv = "2607.23046"
+    cost = "pairwise"
+    equivariant = True
 
-    The score of a token of ``V = embeds (N, d)`` is ``v_i^T (V^T V + ridge I)^-1 v_i``, times 1 less its largest
-    cosine, if above 0, with a token whose leverage is higher, or equal at a smaller position. It does not depend on
-    ``k``.
-    """
-    energy = squared_lengths(features.embeds)
-    scores = ridge_leverage(features.embeds, float(energy.mean().clamp(min=TINY)) * RIDGE)
-    ranking = scores.sort(descending=True, stable=True).indices
-    likeness = torch.empty_like(scores)
-    likeness[ranking] = likeness_to_those_before(features.embeds[ranking])
-    return (scores * (1 - likeness).round(decimals=DECIMALS)).sort(descending=True, stable=True).indices[:k]
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)``, highest score first; equal scores by position.
+
+        The score of a token of ``V = embeds (N, d)`` is ``v_i^T (V^T V + ridge I)^-1 v_i``, times 1 less its largest
+        cosine, if above 0, with a token whose leverage is higher, or equal at a smaller position. It does not depend on
+        ``k``.
+        """
+        energy = squared_lengths(features.embeds)
+        scores = ridge_leverage(features.embeds, float(energy.mean().clamp(min=TINY)) * RIDGE)
+        ranking = scores.sort(descending=True, stable=True).indices
+        likeness = torch.empty_like(scores)
+        likeness[ranking] = likeness_to_those_before(features.embeds[ranking])
+        return (scores * (1 - likeness).round(decimals=DECIMALS)).sort(descending=True, stable=True).indices[:k]
 
 
 def ridge_leverage(tokens: Tensor, ridge: float) -> Tensor:

@@ -1,25 +1,42 @@
-"""Max pooling: the best token of each 3 x 3 cell, by importance. A baseline of AdaptPrune's paper (Table 5 e)."""
+"""Max pooling: the best token of each 3 x 3 cell. A baseline of AdaptPrune's paper (Table 5 e)."""
 
-import torch
-from torch import Tensor
-from torch.nn.functional import max_pool2d
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.importance import importance_map
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.selectors.importance import ReadsImportance
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)``, most important first; ``k`` is at most the number of cells."""
-    importance = importance_map(features, policy, text_embeds)
-    best = best_of_cells(features, importance)
-    return best[importance[best].sort(descending=True, stable=True).indices[:k]]
+class OneOfEachCell(ReadsImportance):
+    """A method that keeps at most one token of each 3 x 3 cell of each tile; cells may be cut off."""
+
+    arxiv = "2503.08019"
+    cost = "ranking"
+    needs = frozenset({"positions"})
+    capped = True
+
+    @classmethod
+    def max_keep(cls, features: VisualFeatures) -> int:
+        """The number of cells."""
+        return sum(-(-rows // 3) * -(-columns // 3) for rows, columns in features.grids)
+
+    def best_of_cells(self, features: VisualFeatures, scores: Tensor) -> Tensor:
+        """Position of the largest of ``scores (N,)`` in each cell, ascending."""
+        best = []
+        for positions, grid in features.planes():
+            plane = scores[positions].view(1, *grid)
+            _, cells = torch.nn.functional.max_pool2d(plane, 3, ceil_mode=True, return_indices=True)
+            best.append(positions[cells.flatten()])
+        return torch.cat(best).sort().values
 
 
-def best_of_cells(features: VisualFeatures, scores: Tensor) -> Tensor:
-    """Position of the largest of ``scores (N,)`` in each 3 x 3 cell of each tile, ascending; cells may be cut off."""
-    best = []
-    for positions, grid in features.planes():
-        _, cells = max_pool2d(scores[positions].view(1, *grid), 3, ceil_mode=True, return_indices=True)
-        best.append(positions[cells.flatten()])
-    return torch.cat(best).sort().values
+class MaxPool(OneOfEachCell):
+    method: Literal["maxpool3x3"] = "maxpool3x3"
+    idea = "the most important token per 3 x 3 cell, ranked by importance"
+    paper = "baseline (AdaptPrune, Table 5 e)"
+
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)``, most important first."""
+        importance = self.importance_map(features, text_embeds)
+        best = self.best_of_cells(features, importance)
+        return best[importance[best].sort(descending=True, stable=True).indices[:k]]

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.functional import embedding_bag
+from vllm_vtprune.lazy import Tensor, torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,4 +24,5 @@ def group_means(rows: Tensor, group: Tensor, count: int) -> Tensor:
     Rows add up in their order, so that the result is the same each time, on a GPU too.
     """
     sizes = torch.bincount(group, minlength=count)
-    return embedding_bag(group.argsort(stable=True), rows, offsets=sizes.cumsum(0) - sizes, mode="mean")
+    members, offsets = group.argsort(stable=True), sizes.cumsum(0) - sizes
+    return torch.nn.functional.embedding_bag(members, rows, offsets=offsets, mode="mean")

@@ -1,7 +1,6 @@
 """How many scores stand out: the count of methods that find their own."""
 
-import torch
-from torch import Tensor
+from vllm_vtprune.lazy import Tensor, torch
 
 
 def upper_outliers(scores: Tensor, rounding: float = 0.0) -> int:

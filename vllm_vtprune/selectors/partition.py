@@ -6,8 +6,7 @@ which its centre lies.
 
 from math import ceil, sqrt
 
-import torch
-from torch import Tensor
+from vllm_vtprune.lazy import Tensor, torch
 
 
 def cell_middles(k: int, rows: int, columns: int) -> list[int]:

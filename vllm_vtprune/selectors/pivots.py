@@ -22,9 +22,9 @@ numbers for each token, panels, and a few tokens at once, never all tokens or a 
 """
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from vllm_vtprune.lazy import Tensor, torch
 
 SPANNED = 1e-5  # residual, as a share of the token's own energy, that may be rounding of a float32 product
 NEGLIGIBLE = 1e-12  # the same, as a share of the largest token's energy

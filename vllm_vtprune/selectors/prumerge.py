@@ -1,43 +1,51 @@
 """PruMerge: as many tokens as stand out in the CLS token's attention, which take in those like them.
 
-"LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", the form without uniform samples. The
-paper merges before the projector; here the encoder's keys say what belongs together, and the input embeddings are
-merged.
+The form without uniform samples. The paper merges before the projector; here the encoder's keys say what belongs
+together, and the input embeddings are merged.
 """
 
-import torch
-from torch import Tensor
-from torch.nn.functional import embedding_bag
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
 from vllm_vtprune.selectors.merged import Merged
+from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.outliers import upper_outliers
 from vllm_vtprune.selectors.similarity import unit_rows
 
 TAKEN_IN = 32  # tokens merged into each kept one
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Merged:
-    """The ``k - 1`` tokens with the most ``cls_attention (N,)``, and one for all others.
+class PruMerge(Method):
+    method: Literal["prumerge"] = "prumerge"
+    idea = "CLS attention outliers, merged with similar tokens; one token for the rest"
+    paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models"
+    arxiv = "2403.15388"
+    cost = "pairwise"
+    needs = frozenset({"cls_attention", "keys"})
+    equivariant = True
+    merges = True
+    own_count = True
 
-    To each of the first is added the attention-weighted sum of the 32 others most like it in ``keys (N, d_k)``. The
-    last is the attention-weighted sum of all others, and stands where the one with the most attention stood.
-    """
-    assert features.cls_attention is not None
-    assert features.keys is not None
-    ranking = features.cls_attention.sort(descending=True, stable=True).indices
-    kept, others = ranking[: k - 1], ranking[k - 1 :]
-    tokens, weights = features.embeds.float(), features.cls_attention.float()
-    rest = weights[others] @ tokens[others]
-    keys = unit_rows(features.keys)
-    nearest = others[(keys[kept] @ keys[others].T).topk(min(TAKEN_IN, len(others))).indices]
-    taken_in = embedding_bag(nearest, tokens, mode="sum", per_sample_weights=weights[nearest])
-    embeds = torch.cat([tokens[kept] + taken_in, rest[None]])
-    return Merged(ranking[:k], embeds.to(features.embeds.dtype))
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Merged:
+        """The ``k - 1`` tokens with the most ``cls_attention (N,)``, and one for all others.
 
+        To each of the first is added the attention-weighted sum of the 32 others most like it in ``keys (N, d_k)``. The
+        last is the attention-weighted sum of all others, and stands where the one with the most attention stood.
+        """
+        assert features.cls_attention is not None
+        assert features.keys is not None
+        ranking = features.cls_attention.sort(descending=True, stable=True).indices
+        kept, others = ranking[: k - 1], ranking[k - 1 :]
+        tokens, weights = features.embeds.float(), features.cls_attention.float()
+        rest = weights[others] @ tokens[others]
+        keys = unit_rows(features.keys)
+        nearest = others[(keys[kept] @ keys[others].T).topk(min(TAKEN_IN, len(others))).indices]
+        taken_in = torch.nn.functional.embedding_bag(nearest, tokens, mode="sum", per_sample_weights=weights[nearest])
+        embeds = torch.cat([tokens[kept] + taken_in, rest[None]])
+        return Merged(ranking[:k], embeds.to(features.embeds.dtype))
 
-def own_count(features: VisualFeatures, policy: PruningPolicy, text_embeds: Tensor | None) -> int:
-    """The outliers of the CLS token's attention, and the one for all others."""
-    assert features.cls_attention is not None
-    return upper_outliers(features.cls_attention) + 1
+    def count(self, features: VisualFeatures, text_embeds: Tensor | None) -> int:
+        """The outliers of the CLS token's attention, and the one for all others."""
+        assert features.cls_attention is not None
+        return upper_outliers(features.cls_attention) + 1

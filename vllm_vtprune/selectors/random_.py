@@ -1,13 +1,19 @@
 """Random: tokens drawn without replacement. A method that does not beat it is not worth serving."""
 
-import torch
-from torch import Tensor
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.selectors.method import Method
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)`` in the order they were drawn; the same on every device for the same ``policy.seed``."""
-    generator = torch.Generator().manual_seed(policy.seed)
-    return torch.randperm(features.num_tokens, generator=generator)[:k].to(features.embeds.device)
+class Random(Method):
+    method: Literal["random"] = "random"
+    idea = "random tokens"
+    cost = "ranking"
+    draws = True
+
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)`` in the order they were drawn; the same on every device for the same ``self.seed``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(features.num_tokens, generator=generator)[:k].to(features.embeds.device)

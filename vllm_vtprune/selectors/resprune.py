@@ -1,85 +1,89 @@
-"""ResPrune: keep the tokens whose span best rebuilds all of them, guided by the question.
+"""ResPrune: keep the tokens whose span best rebuilds all of them, guided by the question (Eq. 10-16).
 
-"ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning in Large Vision-Language Models",
-Eq. 10-16. From a seed on, each step adds the token with the most energy outside the span of those chosen, times a gate
-of its relevance to the text. The paper keeps an orthonormal basis, O(N d) a step. Here the same recurrence runs on the
-Gram matrix ``V V^T``: a pivoted Cholesky factorisation with a weighted pivot, O(N k) a step, with the same picks.
+From a seed on, each step adds the token with the most energy outside the span of those chosen, times a gate of its
+relevance to the text. The paper keeps an orthonormal basis, O(N d) a step. Here the same recurrence runs on the Gram
+matrix ``V V^T``: a pivoted Cholesky factorisation with a weighted pivot, O(N k) a step, with the same picks.
 """
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
 from vllm_vtprune.selectors.gate import gate
+from vllm_vtprune.selectors.method import FamilyDefaults, Needs
 from vllm_vtprune.selectors.pivots import weighted_pivots
-from vllm_vtprune.selectors.similarity import compared_rows, squared_lengths
+from vllm_vtprune.selectors.similarity import TINY, ComparesFeatures, ReadsRelevance, in_range, text_relevance
 
-TINY = torch.finfo(torch.float32).tiny
-
-
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)`` in order of selection.
-
-    Args:
-        features: ``embeds (N, d)``; ``encoder (N, d_v)`` for ``policy.features`` that name it; ``cls_attention`` and
-            ``grid`` for the seed tokens that look at them.
-        k: tokens to keep, ``1..N``.
-        policy: ``gate``, ``alpha``, ``relevance``, ``seed_token``, ``rank_by`` and ``features``, resolved. Residual
-            energy, and the seed tokens ``norm`` and ``mean``, are of the rows that ``features`` names; relevance is of
-            ``embeds``, the only ones in the space of the text.
-        text_embeds: ``(M, d)`` rows for the text's nouns. Without them every gate is 1, ``rank_by`` is ``residual``,
-            and the seed token ``relevance`` is ``norm``.
-
-    Once the chosen tokens span all others, the rest follows by gate, then by index. All ties go to the smallest index.
-    """
-    tokens, energy = _in_range(features.embeds.float())
-    relevance = None
-    if text_embeds is not None:
-        relevance = text_relevance(tokens, text_embeds.float(), policy.relevance)
-        relevance /= energy.sqrt().clamp(min=TINY).to(relevance.dtype)
-    if relevance is not None and policy.rank_by == "relevance":
-        return relevance.sort(descending=True, stable=True).indices[:k]
-    if policy.features != "projected":
-        del tokens  # before as much again is allocated
-        tokens, energy = _in_range(compared_rows(features, policy))
-    weight = torch.ones_like(energy) if relevance is None else gate(relevance, policy.gate, policy.alpha or 0.0)
-    return weighted_pivots(tokens, energy, weight, _seed_token(features, policy, tokens, energy, relevance), k)
+ALPHA = 0.5  # of the gate minmax; that of clip is the family's
 
 
-def _in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens whose products stay in the range of float32, scaled alike where they would not, and squared lengths."""
-    energy = squared_lengths(tokens)
-    if not 1e-18 < energy.max() < 1e18:
-        tokens = tokens / energy.max().sqrt().clamp(min=TINY).float()
-        energy = squared_lengths(tokens)
-    return tokens, energy
+class ResPrune(ComparesFeatures, ReadsRelevance):
+    method: Literal["resprune"] = "resprune"
+    idea = "greedy by residual energy, weighted by similarity to the question's nouns"
+    paper = "ResPrune: Text-Conditioned Subspace Reconstruction for Visual Token Pruning"
+    arxiv = "2603.21105"
+    uses = frozenset({"text", "encoder", "cls_attention", "grid"})
+    equivariant = True
+    runs_on = "device"
 
+    gate: Literal["auto", "minmax", "clip"] = Field(
+        default="auto",
+        description="How similarity to the text becomes a weight: minmax scales it to 0.1..1 over the image, clip all "
+        "but drops tokens unlike the text; auto: minmax.",
+    )
+    alpha: float | None = Field(default=None, ge=0, le=16, description="Strength of the text; null: the gate's own.")
+    seed_token: Annotated[
+        Literal["auto", "cls", "norm", "relevance", "mean", "center"], Needs(cls="cls_attention", center="grid")
+    ] = Field(
+        default="auto",
+        description="The first token: the one with most CLS attention, the longest, the one most similar to the text, "
+        "the nearest to the mean, or the middle of the grid; auto: cls where the encoder has a CLS token, else norm.",
+    )
+    rank_by: Literal["residual", "relevance"] = Field(
+        default="residual", description="Rank by residual energy times the text's weight, or by the text alone."
+    )
 
-def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
-    """Cosine of each of the ``tokens (N, d)``, of length 1, with the text ``(M, d)``, ``(N,)``.
+    def defaults(self, family: FamilyDefaults) -> dict[str, object]:
+        gate = "minmax" if self.gate == "auto" else self.gate
+        alpha = ALPHA if gate == "minmax" else family.clip_alpha
+        return {"gate": gate, "alpha": alpha, "seed_token": family.attention_or_norm}
 
-    The best row's (Eq. 13), the mean over rows, or the one with the mean row. It grows with the length of a token.
-    """
-    if form == "mean_token":
-        text = text.mean(dim=0, keepdim=True)
-    text = torch.ldexp(text, -torch.frexp(text.abs().amax()).exponent)  # squares stay in the range of float32
-    cosines = tokens @ normalize(text, dim=1, eps=TINY).T
-    return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)
+    def idle(self) -> frozenset[str]:
+        # without a text, `rank_by: relevance` ranks by residual energy, so every parameter can matter
+        textless = self.alpha == 0 and self.rank_by == "residual" and self.seed_token != "relevance"
+        return super().idle() | ({"text", "relevance", "gate"} if textless else set())
 
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)`` in order of selection.
 
-def _seed_token(
-    features: VisualFeatures, policy: PruningPolicy, tokens: Tensor, energy: Tensor, relevance: Tensor | None
-) -> int:
-    seed_token = policy.seed_token
-    if seed_token == "cls" and features.cls_attention is not None:
-        return int(features.cls_attention.argmax())
-    if seed_token == "relevance" and relevance is not None:
-        return int(relevance.argmax())
-    if seed_token == "mean":
-        return int(cosine_similarity(tokens, tokens.mean(dim=0, keepdim=True), eps=TINY).argmax())
-    if seed_token == "center" and features.grid is not None:
-        rows, columns = features.grid
-        return (rows - 1) // 2 * columns + (columns - 1) // 2
-    return int(energy.argmax())
+        Residual energy, and the seed tokens ``norm`` and ``mean``, are of the rows that ``self.features`` names;
+        relevance is of ``embeds (N, d)``, the only ones in the space of the text. Without a text every gate is 1,
+        ``rank_by`` is ``residual``, and the seed token ``relevance`` is ``norm``. Once the chosen tokens span all
+        others, the rest follows by gate, then by index. All ties go to the smallest index.
+        """
+        tokens, energy = in_range(features.embeds.float())
+        relevance = None
+        if text_embeds is not None:
+            relevance = text_relevance(tokens, text_embeds.float(), self.relevance)
+            relevance /= energy.sqrt().clamp(min=TINY).to(relevance.dtype)
+        if relevance is not None and self.rank_by == "relevance":
+            return relevance.sort(descending=True, stable=True).indices[:k]
+        if self.features != "projected":
+            del tokens  # before as much again is allocated
+            tokens, energy = in_range(self.compared_rows(features))
+        weight = torch.ones_like(energy) if relevance is None else gate(relevance, self.gate, self.alpha or 0.0)
+        return weighted_pivots(tokens, energy, weight, self._first(features, tokens, energy, relevance), k)
+
+    def _first(self, features: VisualFeatures, tokens: Tensor, energy: Tensor, relevance: Tensor | None) -> int:
+        if self.seed_token == "cls" and features.cls_attention is not None:
+            return int(features.cls_attention.argmax())
+        if self.seed_token == "relevance" and relevance is not None:
+            return int(relevance.argmax())
+        if self.seed_token == "mean":
+            return int(torch.cosine_similarity(tokens, tokens.mean(dim=0, keepdim=True), eps=TINY).argmax())
+        if self.seed_token == "center" and features.grid is not None:
+            rows, columns = features.grid
+            return (rows - 1) // 2 * columns + (columns - 1) // 2
+        return int(energy.argmax())

@@ -1,29 +1,55 @@
-"""The rows that tokens are compared by, their lengths, and rows of length 1, whose products are cosines."""
+"""The rows that tokens are compared by, their lengths, and cosines: with each other and with the text."""
 
-import torch
-from torch import Tensor
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.options import TextOptions
+from vllm_vtprune.selectors.method import Method, Needs
 
-TINY = torch.finfo(torch.float32).tiny
+TINY = 2.0**-126  # the smallest normal number in float32
 CHUNK = 64  # rows turned to float64 at once on a CPU, so that they stay in its cache
 GPU_CHUNK = 1024  # the same on a GPU: launches are few, and no copy is large
 
 
-def compared_rows(features: VisualFeatures, policy: PruningPolicy) -> Tensor:
-    """The rows, in float32, that the policy's ``features`` names: ``embeds (N, d)``, ``encoder (N, d_v)``, or both.
+class ReadsText(Method):
+    uses = frozenset({"text"})
 
-    Both are ``(N, d + d_v)``: side by side, each scaled to a mean squared length of 1, so that they count alike.
-    """
-    if policy.features != "both":
-        return (features.embeds if policy.features == "projected" else features.encoder).float()
-    spaces = (features.embeds, features.encoder)
-    widths = [rows.shape[1] for rows in spaces]
-    joint = features.embeds.new_empty(features.num_tokens, sum(widths), dtype=torch.float32)
-    for columns, rows in zip(joint.split(widths, dim=1), spaces, strict=True):  # in place: no more memory than the rows
-        columns.copy_(rows).div_(squared_lengths(rows).mean().sqrt().clamp(min=TINY))
-    return joint
+    text: TextOptions = Field(default=TextOptions(), description="The text that guides the choice.")
+
+
+class ReadsRelevance(ReadsText):
+    relevance: Literal["max", "mean", "mean_token"] = Field(
+        default="max", description="Similarity to the most similar word, mean over words, or similarity to their mean."
+    )
+
+
+class ComparesFeatures(Method):
+    uses = frozenset({"encoder"})
+
+    features: Annotated[Literal["projected", "encoder", "both"], Needs(encoder="encoder", both="encoder")] = Field(
+        default="projected", description="Compare tokens by embeddings, by what the connector reads, or by both."
+    )
+
+    def idle(self) -> frozenset[str]:
+        return super().idle() | ({"features", "encoder"} if self.features == "projected" else set())
+
+    def compared_rows(self, features: VisualFeatures) -> Tensor:
+        """Rows in float32: ``embeds (N, d)``, ``encoder (N, d_v)``, or both.
+
+        Both are ``(N, d + d_v)``: side by side, each scaled to a mean squared length of 1, so that they count alike.
+        """
+        if self.features != "both":
+            return (features.embeds if self.features == "projected" else features.encoder).float()
+        spaces = (features.embeds, features.encoder)
+        widths = [rows.shape[1] for rows in spaces]
+        joint = features.embeds.new_empty(features.num_tokens, sum(widths), dtype=torch.float32)
+        # in place: no more memory than the rows
+        for columns, rows in zip(torch.split(joint, widths, dim=1), spaces, strict=True):
+            columns.copy_(rows).div_(squared_lengths(rows).mean().sqrt().clamp(min=TINY))
+        return joint
 
 
 def squared_lengths(rows: Tensor) -> Tensor:
@@ -37,3 +63,25 @@ def unit_rows(rows: Tensor) -> Tensor:
     rows = rows.float()
     norms = squared_lengths(rows).sqrt()[:, None]
     return rows / norms.clamp(min=TINY).to(rows.dtype)
+
+
+def in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens whose products stay in the range of float32, scaled alike where they would not, and squared lengths."""
+    energy = squared_lengths(tokens)
+    if not 1e-18 < energy.max() < 1e18:
+        tokens = tokens / energy.max().sqrt().clamp(min=TINY).float()
+        energy = squared_lengths(tokens)
+    return tokens, energy
+
+
+def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
+    """Cosine of each of the ``tokens (N, d)``, of length 1, with the text ``(M, d)``, ``(N,)``.
+
+    The best row's (ResPrune, Eq. 13), the mean over rows, or the one with the mean row. It grows with the length of a
+    token.
+    """
+    if form == "mean_token":
+        text = text.mean(dim=0, keepdim=True)
+    text = torch.ldexp(text, -torch.frexp(text.abs().amax()).exponent)  # squares stay in the range of float32
+    cosines = tokens @ torch.nn.functional.normalize(text, dim=1, eps=TINY).T
+    return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)

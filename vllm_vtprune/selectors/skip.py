@@ -1,13 +1,26 @@
 """Skip: every other of the most important tokens. A baseline of AdaptPrune's paper (Table 5 b)."""
 
-from torch import Tensor
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.selectors.importance import importance_map
+from vllm_vtprune.lazy import Tensor
+from vllm_vtprune.selectors.importance import ReadsImportance
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)``: the first, third, fifth and so on by importance; ``k`` is at most half of ``N``."""
-    ranking = importance_map(features, policy, text_embeds).sort(descending=True, stable=True).indices
-    return ranking[::2][:k]
+class Skip(ReadsImportance):
+    method: Literal["skip"] = "skip"
+    idea = "every other token in order of importance"
+    paper = "baseline (AdaptPrune, Table 5 b)"
+    arxiv = "2503.08019"
+    cost = "ranking"
+    capped = True
+    equivariant = True
+
+    @classmethod
+    def max_keep(cls, features: VisualFeatures) -> int:
+        return (features.num_tokens + 1) // 2
+
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)``: the first, third, fifth and so on by importance; ``k`` is at most half of ``N``."""
+        ranking = self.importance_map(features, text_embeds).sort(descending=True, stable=True).indices
+        return ranking[::2][:k]

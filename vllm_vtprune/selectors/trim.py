@@ -1,35 +1,43 @@
 """TRIM: the tokens most like the question, and the mean of all others.
 
-"Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs". The paper compares in
-CLIP's space of images and texts; here it is the language model's input space, with the question's nouns for the text.
+The paper compares in CLIP's space of images and texts; here it is the language model's input space, with the question's
+nouns for the text.
 """
 
-from torch import Tensor
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor
 from vllm_vtprune.selectors.merged import Merged
 from vllm_vtprune.selectors.outliers import upper_outliers
-from vllm_vtprune.selectors.resprune import text_relevance
-from vllm_vtprune.selectors.similarity import unit_rows
+from vllm_vtprune.selectors.similarity import ReadsText, text_relevance, unit_rows
 
 ROUNDING = 1e-6  # of cosines: so little does not make an outlier of one among equals
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Merged:
-    """The ``k - 1`` tokens of ``embeds (N, d)`` nearest to the text, and one for all others.
+class TRIM(ReadsText):
+    method: Literal["trim"] = "trim"
+    idea = "most similar to the question's nouns, plus the mean of the rest"
+    paper = "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs"
+    arxiv = "2409.10994"
+    cost = "ranking"
+    equivariant = True
+    merges = True
+    own_count = True
 
-    The last is their mean, and stands where the one nearest to the text among them stood.
-    """
-    ranking = likeness(features, text_embeds).sort(descending=True, stable=True).indices
-    embeds = features.embeds[ranking[:k]]
-    embeds[-1] = features.embeds[ranking[k - 1 :]].float().mean(dim=0)
-    return Merged(ranking[:k], embeds)
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Merged:
+        """The ``k - 1`` tokens of ``embeds (N, d)`` nearest to the text, and one for all others.
 
+        The last is their mean, and stands where the one nearest to the text among them stood.
+        """
+        ranking = likeness(features, text_embeds).sort(descending=True, stable=True).indices
+        embeds = features.embeds[ranking[:k]]
+        embeds[-1] = features.embeds[ranking[k - 1 :]].float().mean(dim=0)
+        return Merged(ranking[:k], embeds)
 
-def own_count(features: VisualFeatures, policy: PruningPolicy, text_embeds: Tensor | None) -> int:
-    """The outliers of the likeness to the text, and the one for all others."""
-    return upper_outliers(likeness(features, text_embeds), ROUNDING) + 1
+    def count(self, features: VisualFeatures, text_embeds: Tensor | None) -> int:
+        """The outliers of the likeness to the text, and the one for all others."""
+        return upper_outliers(likeness(features, text_embeds), ROUNDING) + 1
 
 
 def likeness(features: VisualFeatures, text_embeds: Tensor | None) -> Tensor:

@@ -1,17 +1,23 @@
 """Uniform: tokens evenly spaced over the grid. A method that does not beat it is not worth serving."""
 
-import torch
-from torch import Tensor
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.partition import cell_middles
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)`` in raster order: evenly spaced rows, and in each of them evenly spaced columns.
+class Uniform(Method):
+    method: Literal["uniform"] = "uniform"
+    idea = "tokens evenly spaced over the grid"
+    cost = "ranking"
+    uses = frozenset({"grid"})
 
-    The rows are about as far apart as the columns. Without a grid, tokens are evenly spaced along the sequence.
-    """
-    rows, columns = features.grid or (1, features.num_tokens)
-    return torch.tensor(cell_middles(k, rows, columns), device=features.embeds.device)
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)`` in raster order: evenly spaced rows, and in each of them evenly spaced columns.
+
+        The rows are about as far apart as the columns. Without a grid, tokens are evenly spaced along the sequence.
+        """
+        rows, columns = features.grid or (1, features.num_tokens)
+        return torch.tensor(cell_middles(k, rows, columns), device=features.embeds.device)

@@ -1,13 +1,10 @@
-"""VisPruner: half by the CLS token's attention, half by thinning out duplicates among the rest.
+"""VisPruner: half by the CLS token's attention, half by thinning out duplicates among the rest."""
 
-"Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs".
-"""
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.lazy import Tensor, torch
+from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.similarity import unit_rows
 
 IMPORTANT = 0.5  # share of the budget that goes by attention
@@ -16,17 +13,26 @@ BLOCK = 32  # tokens looked at first in a round
 MOST_AT_ONCE = 512  # tokens looked at together
 
 
-def select(features: VisualFeatures, k: int, policy: PruningPolicy, text_embeds: Tensor | None) -> Tensor:
-    """Positions ``(k,)``: the important ones, then the diverse ones, each by ``cls_attention (N,)``.
+class VisPruner(Method):
+    method: Literal["vispruner"] = "vispruner"
+    idea = "half by CLS attention, half by removing duplicates from the rest"
+    paper = "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs"
+    arxiv = "2412.01818"
+    cost = "pairwise"
+    needs = frozenset({"encoder", "cls_attention"})
+    equivariant = True
 
-    The rest stands in order of attention. Each round compares every other token with those in between, by cosine of
-    ``encoder (N, d_v)``, and removes those with the nearest match.
-    """
-    assert features.cls_attention is not None
-    ranking = features.cls_attention.sort(descending=True, stable=True).indices
-    important = int(k * IMPORTANT)
-    rest = ranking[important:]
-    return torch.cat([ranking[:important], rest[thin_out(unit_rows(features.encoder[rest]), k - important)]])
+    def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
+        """Positions ``(k,)``: the important ones, then the diverse ones, each by ``cls_attention (N,)``.
+
+        The rest stands in order of attention. Each round compares every other token with those in between, by cosine of
+        ``encoder (N, d_v)``, and removes those with the nearest match.
+        """
+        assert features.cls_attention is not None
+        ranking = features.cls_attention.sort(descending=True, stable=True).indices
+        important = int(k * IMPORTANT)
+        rest = ranking[important:]
+        return torch.cat([ranking[:important], rest[thin_out(unit_rows(features.encoder[rest]), k - important)]])
 
 
 def thin_out(unit: Tensor, count: int) -> Tensor:

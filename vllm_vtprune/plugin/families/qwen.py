@@ -16,7 +16,7 @@ from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.limits import VIDEO_OPTIONS
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.prompt import said_in_turns
-from vllm_vtprune.selectors.registry import Input
+from vllm_vtprune.selectors.method import Input
 
 OPTIONS = VIDEO_OPTIONS | {"do_resize", "max_pixels", "min_pixels", "size"}
 PROVIDES: frozenset[Input] = frozenset({"grid", "positions", "dynamic_resolution"})

@@ -1,4 +1,4 @@
-"""The baseline ``resize``: the picture scaled down before it is encoded, for models with dynamic resolution.
+"""Resize: the picture scaled down before it is encoded, for models with dynamic resolution.
 
 Plain downsampling comes out ahead of most methods in "Are We Using the Right Benchmark: An Evaluation Framework for
 Visual Token Compression Methods" (VTC-Bench, on Qwen2-VL), and it saves the encoder's time too. The image processor
@@ -9,11 +9,27 @@ The budget is an upper bound: a picture that keeps its shape has at most k token
 budget is never exceeded under any other method either. The smallest grid is a single token, so every k can be met.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections.abc import Callable
+from typing import Literal
+
+from vllm_vtprune.selectors.method import Method
 
 MOST_PIXELS = 2**40
 """Beyond the area of any picture of as many tokens as a budget can name."""
+
+
+class Resize(Method):
+    idea = "image scaled down before encoding"
+    paper = "baseline (VTC-Bench)"
+    arxiv = "2510.07143"
+    cost = "nothing"
+    needs = frozenset({"dynamic_resolution"})
+    preprocesses = True
+
+    method: Literal["resize"] = "resize"
 
 
 def largest_area(tokens_at: Callable[[int], int], k: int) -> int:

@@ -1,0 +1,233 @@
+"""What the policies of all methods share: strict models with readable errors, budgets, and the text's options."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from typing_extensions import TypeAliasType
+
+MAX_QUERY_CHARS = 4096
+MAX_TOKENS = 1_000_000
+
+_SHOWN_CHARS = 200  # of a rejected value, in a message
+_SHOWN_KEY_CHARS = 64  # of an unknown key, in a path
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used; ``str()`` is one sentence that names field, value and what is accepted.
+
+    Attributes:
+        param: path of the field as the client wrote it, such as ``pruning.budget.threshold``.
+        value: what was given there.
+        accepted: what would be accepted, in words.
+    """
+
+    def __init__(self, param: str, value: object, accepted: str, problem: str | None = None) -> None:
+        super().__init__(param, value, accepted, problem)
+        self.param = param
+        self.value = value
+        self.accepted = accepted
+        self.problem = problem
+
+    def __str__(self) -> str:
+        problem = self.problem or f"{shown(self.value)} is not accepted"
+        return f"{self.param}: {problem}; expected {self.accepted}."
+
+    def under(self, param: str) -> PolicyError:
+        """The same error with ``param`` put before its path."""
+        path = ".".join(part for part in (param, self.param) if part)
+        return PolicyError(path, self.value, self.accepted, self.problem)
+
+
+class Strict(BaseModel):
+    """A frozen model that converts no types and knows all its fields; its problems are PolicyErrors."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(value, Mapping | BaseModel):
+            raise PolicyError("", value, "an object with any of " + ", ".join(cls.model_fields))
+        if isinstance(value, Mapping):
+            refuse_unknown(value, cls.model_fields)
+        try:
+            return handler(value)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+        inner = problem.get("ctx", {}).get("error")
+        name = str(problem["loc"][0]) if problem["loc"] else ""  # what follows is the tag of a union
+        if isinstance(inner, PolicyError):
+            raise inner.under(name)
+        if problem["type"] == "missing":
+            raise PolicyError(name, None, accepted(cls, name), "nothing given where a value is required")
+        raise PolicyError(name, problem["input"], accepted(cls, name))
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read(model: type[Model], value: object) -> Model:
+    """Validate a `Strict` model, or one made of them; raise the first problem as a PolicyError."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problem: PolicyError = error.errors(include_url=False)[0]["ctx"]["error"]
+    raise problem
+
+
+class EnergyBudget(Strict):
+    """As many tokens as the image's spectral energy asks for (E-AdaPrune), from min_tokens to max_tokens."""
+
+    type: Literal["energy"] = "energy"
+    threshold: float = Field(default=0.99, gt=0, le=1, description="Share of the spectral energy to keep.")
+    min_tokens: int = Field(default=32, ge=1, le=MAX_TOKENS, description="Keep at least this many tokens.")
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS, description="Keep at most this many; null: any.")
+    solver: Literal["auto", "exact", "rsvd"] = Field(default="auto", description="auto: exact where that is quick.")
+    rank: int = Field(default=300, ge=1, le=65536, description="rsvd: singular values to compute first.")
+    power_iterations: int = Field(default=2, ge=0, le=16, description="rsvd: more are slower and more accurate.")
+
+    @model_validator(mode="after")
+    def _min_at_most_max(self) -> Self:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            if "min_tokens" in self.model_fields_set:
+                raise PolicyError(
+                    "min_tokens", self.min_tokens, f"an integer from 1 to max_tokens, which is {self.max_tokens}"
+                )
+            raise PolicyError(
+                "max_tokens",
+                self.max_tokens,
+                f"an integer not below min_tokens, whose default is {self.min_tokens} (set min_tokens too to go lower)",
+            )
+        return self
+
+
+class RatioBudget(Strict):
+    """A fixed share of the image's tokens, rounded half up, at least 1."""
+
+    type: Literal["ratio"] = "ratio"
+    keep: float = Field(gt=0, le=1, description="Share of the image's tokens to keep.")
+
+
+class TokensBudget(Strict):
+    """A fixed number of tokens, or all of them where the image has fewer."""
+
+    type: Literal["tokens"] = "tokens"
+    keep: int = Field(ge=1, le=MAX_TOKENS, description="Number of tokens to keep.")
+
+
+class MethodBudget(Strict):
+    """The count that the method finds by itself."""
+
+    type: Literal["method"] = "method"
+
+
+Budget: TypeAlias = EnergyBudget | RatioBudget | TokensBudget | MethodBudget
+
+_BUDGETS: dict[str, type[Budget]] = {model.model_fields["type"].default: model for model in get_args(Budget)}
+
+
+def _with_type(value: object) -> object:
+    """Let ``type`` default to ``energy``, and name the type that a misplaced key belongs to."""
+    if isinstance(value, BaseModel):
+        return value
+    if not isinstance(value, Mapping):
+        raise PolicyError("", value, "an object whose type is one of " + ", ".join(_BUDGETS))
+    kind = value.get("type", "energy")
+    if not isinstance(kind, str) or kind not in _BUDGETS:
+        raise PolicyError("type", kind, "one of " + ", ".join(_BUDGETS))
+    for key in value:
+        owners = [name for name, model in _BUDGETS.items() if key in model.model_fields]
+        if owners and kind not in owners:
+            raise PolicyError(
+                key,
+                value[key],
+                "one of " + ", ".join(_BUDGETS[kind].model_fields),
+                f"{shown(value[key])} given, but {key} belongs to budget type {' or '.join(owners)}, "
+                f"and this budget is of type {kind}",
+            )
+    return {**value, "type": kind}
+
+
+AnyBudget = TypeAliasType("AnyBudget", Annotated[Budget, Field(discriminator="type"), BeforeValidator(_with_type)])
+
+
+class TextOptions(Strict):
+    """Where the text that guides the choice comes from, and which of its words count."""
+
+    scope: Literal["message", "last_turn"] = Field(
+        default="message", description="The message that carries the image, or the last user message."
+    )
+    query: str | None = Field(default=None, max_length=MAX_QUERY_CHARS, description="A text to use instead.")
+    clean: bool = Field(default=True, description="Use the nouns of the question; false: every word.")
+    modifiers: bool = Field(default=True, description="With clean, use the nouns' adjectives and numbers too.")
+
+
+def refuse_unknown(keys: Mapping[Any, Any], known: Iterable[str]) -> None:
+    """Raise PolicyError for the first key that is not a known field, with the one that may be meant."""
+    known = list(known)
+    for key, value in keys.items():
+        if key not in known:
+            alike = (
+                isinstance(key, str) and len(key) <= _SHOWN_KEY_CHARS and get_close_matches(key.casefold(), known, 1)
+            )
+            meant = f" (did you mean {alike[0]}?)" if alike else ""
+            raise PolicyError(_shown_key(key), value, "one of " + ", ".join(known), f"unknown field{meant}")
+
+
+@cache
+def accepted(model: type[BaseModel], name: str) -> str:
+    """What a field accepts, in words that follow from its type and bounds."""
+    return _in_words(model.model_json_schema()["properties"][name])
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return "null or " + " or ".join(_in_words(kind) for kind in schema["anyOf"] if kind != {"type": "null"})
+    if "enum" in schema:
+        *others, last = (json.dumps(value) for value in schema["enum"])
+        return f"{', '.join(others)} or {last}"
+    if schema["type"] == "boolean":
+        return "true or false"
+    if schema["type"] == "string":
+        return f"a string of at most {schema['maxLength']} characters"
+    noun = "an integer" if schema["type"] == "integer" else "a number"
+    most = schema.get("maximum")
+    if isinstance(most, int) and most >= 2**53:
+        most = f"2**{most.bit_length()} - 1"
+    if "minimum" in schema:
+        return f"{noun} from {schema['minimum']}" + (f" to {most}" if most is not None else "")
+    bounds = [f"above {schema['exclusiveMinimum']}"] if "exclusiveMinimum" in schema else []
+    bounds += [f"at most {most}"] if most is not None else []
+    return f"{noun} {' and '.join(bounds)}".strip()
+
+
+def _shown_key(key: object) -> str:
+    """``key`` for a path: printable and cut to a bounded length."""
+    text = str(key)[:_SHOWN_CHARS]
+    return (text if text.isprintable() else json.dumps(text)[1:-1])[:_SHOWN_KEY_CHARS] or '""'
+
+
+def shown(value: object) -> str:
+    """``value`` as the client wrote it, as JSON where it is a scalar, cut to a bounded length."""
+    if isinstance(value, str):
+        value = value[: _SHOWN_CHARS + 1]
+    if value is None or isinstance(value, (bool, str, float)):
+        text = json.dumps(value)
+    else:
+        text = reprlib.repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."
