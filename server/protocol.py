@@ -181,7 +181,9 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         return self._body
 
     def text_for(self, image: ImagePart, policy: PruningPolicy) -> str:
-        """The text that the policy conditions the image on."""
+        """The text that the policy conditions the image on; empty where it looks at none."""
+        if not policy.conditions_on_text:
+            return ""
         if policy.text.query is not None:
             return policy.text.query
         return self._last_turn if policy.text.scope == "last_turn" else image.message_text

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.media import MediaWithBytes
 from vllm.plugins import load_general_plugins
 
 from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
@@ -24,6 +23,7 @@ from vllm_vtprune.demo.mistral3 import write_mistral3_checkpoint
 from vllm_vtprune.demo.qwen2_5_vl import write_qwen2_5_vl_checkpoint
 from vllm_vtprune.demo.qwen3_vl import write_qwen3_vl_checkpoint
 from vllm_vtprune.plugin.gpu import footprint_of
+from vllm_vtprune.plugin.image import preprocess
 
 DEPTH = 3  # layers come one after the other, so more of them take no more memory at a time
 
@@ -75,7 +75,7 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     (checkpoint / "config.json").write_text(json.dumps(config))
     model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    images = [processor.preprocess(MediaWithBytes(Image.new("RGB", (672, 672), "gray"), b""), {}) for _ in range(count)]
+    images = [preprocess(processor, Image.new("RGB", (672, 672), "gray")) for _ in range(count)]
     tower = processor.runtime.tower
     with Held() as held:
         found = tower.encode(images)

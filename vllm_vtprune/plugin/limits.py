@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune.plugin.request import PRUNING_KEY
+from vllm_vtprune.plugin.request import PRUNING_KEY, without_pruning
 from vllm_vtprune.policy import PolicyError
 
 OPTIONS_FIELD = "mm_processor_kwargs"
@@ -81,7 +81,7 @@ def names_what_it_refuses(apply: Apply) -> Apply:
 
     @wraps(apply)
     def checked(self: Any, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        options = {key: value for key, value in inputs.hf_processor_mm_kwargs.items() if key != PRUNING_KEY}
+        options = without_pruning(inputs.hf_processor_mm_kwargs)
         if hasattr(self, "family"):
             check_options(self.family.options, options)
         try:

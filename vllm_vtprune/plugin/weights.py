@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
+from vllm.logger import init_logger
 
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.loads import Load, LoadNotes
+from vllm_vtprune.runtime import PruningRuntime
+
+logger = init_logger("vllm.vtprune")
 
 
 class WeightsElsewhere(GracefulHTTPError):
@@ -30,6 +34,41 @@ class WeightsElsewhere(GracefulHTTPError):
             "encoder of the API process cannot load: no image can be pruned until reload_weights reads a checkpoint.",
             HTTPStatus.SERVICE_UNAVAILABLE,
         )
+
+
+class EngineWeights:
+    """What an API process knows of the weights of its engine.
+
+    Args:
+        model: with which the engine was started.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._notes = LoadNotes(model)
+        self._latest = Load(model, from_checkpoint=True)
+
+    @property
+    def model(self) -> str:
+        """Directory of the checkpoint that the engine has loaded, or its name on a hub."""
+        return self._latest.model
+
+    def follow(self, runtime: PruningRuntime, *, selects: bool) -> None:
+        """Forget what was made with other weights than the engine's.
+
+        Args:
+            runtime: of the API process.
+            selects: whether tokens are to be selected now.
+
+        Raises:
+            WeightsElsewhere: they are, and the engine's weights are in no checkpoint.
+        """
+        load = self._notes.latest()
+        if load is not None:
+            logger.info("The engine has loaded %s: the frontend vision tower will be loaded anew", load.model)
+            self._latest = load
+            runtime.renew()
+        if selects and not self._latest.from_checkpoint:
+            raise WeightsElsewhere
 
 
 class NotesLoads:

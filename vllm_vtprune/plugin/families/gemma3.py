@@ -58,7 +58,7 @@ class PrunedGemma3Processor(PruningProcessor, Gemma3MultiModalProcessor):
         count: int = self.info.get_hf_config().mm_tokens_per_image
         return count
 
-    def _prompt_text(self, prompt: list[int]) -> str:
+    def prompt_text(self, prompt: list[int]) -> str:
         return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<start_of_turn>")
 
 

@@ -55,7 +55,7 @@ class PrunedGemma4Processor(PruningProcessor, Gemma4MultiModalProcessor):
         count: int = self.info.get_mm_max_tokens_per_item(0, {})["image"]
         return count
 
-    def _prompt_text(self, prompt: list[int]) -> str:
+    def prompt_text(self, prompt: list[int]) -> str:
         return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|turn>")
 
 

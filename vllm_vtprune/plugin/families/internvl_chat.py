@@ -78,7 +78,7 @@ class PrunedInternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor)
             thumbnail=processor.image_processor.use_thumbnail,
         )
 
-    def _prompt_text(self, prompt: list[int]) -> str:
+    def prompt_text(self, prompt: list[int]) -> str:
         said = said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|im_start|>")
         return MEDIA.sub(" ", said)
 

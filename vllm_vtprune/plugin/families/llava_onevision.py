@@ -50,7 +50,7 @@ class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalPr
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         return anyres_of(self.info.get_hf_config(), item["image_sizes"].data, most=MOST_SQUARES)
 
-    def _prompt_text(self, prompt: list[int]) -> str:
+    def prompt_text(self, prompt: list[int]) -> str:
         return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|im_start|>")
 
     def most_tokens(self) -> int:
