@@ -97,7 +97,6 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     _last_turn: str = PrivateAttr(default="")
     _body: Mapping[str, Any] = PrivateAttr(default_factory=dict)
     _trace: Trace = PrivateAttr(default_factory=Trace)
-    _alias_preset: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -155,15 +154,6 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     @trace.setter
     def trace(self, trace: Trace) -> None:
         self._trace = trace
-
-    @property
-    def alias_preset(self) -> str | None:
-        """The preset of the model name that the client wrote; None where it was no alias, or was not looked at yet."""
-        return self._alias_preset
-
-    @alias_preset.setter
-    def alias_preset(self, preset: str) -> None:
-        self._alias_preset = preset
 
     @property
     def images(self) -> list[ImagePart]:

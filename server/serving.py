@@ -20,8 +20,9 @@ from vllm.outputs import RequestOutput
 from vllm_vtprune import metrics
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.early import EarlyEncoding
+from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, ImageRequest, PromptPruning
+from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import BypassReason, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
@@ -108,7 +109,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         registry: AliasedModels = self.models.registry
         resolved = registry.resolve(request.model)
         if resolved is not None:
-            request.model, request.alias_preset = resolved
+            request.model, request.trace.alias_preset = resolved
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         self._refuse_client_kwargs(request)
@@ -167,7 +168,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         Raises:
             PolicyError: naming the field as the client wrote it.
         """
-        asked = request.alias_preset if request.pruning is None else request.pruning
+        asked = trace.alias_preset if request.pruning is None else request.pruning
         trace.policy = self._policy(asked, "pruning")
         trace.preset = asked if isinstance(asked, str) else self.policies.default_preset if asked is None else None
         own_label = _preset_label(trace.policy, trace.preset)
@@ -177,7 +178,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             if image.pruning is not None:
                 policy = self._policy(image.pruning, f"{image.param}.pruning")
                 label = _preset_label(policy, image.pruning if isinstance(image.pruning, str) else None)
-            images.append(ImageRequest(policy, request.text_for(image, policy), image.url or "", image.uuid))
+            images.append(ImageJob(policy, request.text_for(image, policy), image.url or "", image.uuid))
             labels.append(label)
         trace.note_preset(labels or [own_label])
         return PromptPruning(trace.policy, tuple(images))

@@ -47,18 +47,10 @@ class ImageReport:
         policy: PruningPolicy,
         visual_tokens: int,
         kept_tokens: int,
-        *,
         why_whole: BypassReason = "budget_not_below_tokens",
         **measured: Any,
     ) -> ImageReport:
-        """The report of an image, or of a video or sound, which no policy prunes.
-
-        Args:
-            policy: its own.
-            visual_tokens, kept_tokens: as the attributes.
-            why_whole: what to blame, where the policy prunes and every token was kept.
-            measured: further attributes.
-        """
+        """The report of an image under its policy; ``why_whole`` is to blame where no token was dropped."""
         whole = policy.enabled and kept_tokens >= visual_tokens
         return cls(policy.method, visual_tokens, kept_tokens, bypass_reason=why_whole if whole else None, **measured)
 
@@ -198,7 +190,7 @@ def in_prompt_order(
     """
     reports = [(place.offset, image) for place, image in zip(placeholders.get("image", ()), images, strict=True)]
     for place in (place for modality, places in placeholders.items() if modality != "image" for place in places):
-        reports.append((place.offset, _of_whole(place, policy, why_whole)))
+        reports.append((place.offset, _whole(place.get_num_embeds(), policy, why_whole)))
     return [report for _, report in sorted(reports, key=lambda placed: placed[0])]
 
 
@@ -208,21 +200,18 @@ def unpruned_media(
     policy: PruningPolicy,
     why_whole: BypassReason = "unsupported_modality",
 ) -> list[ImageReport]:
-    """The reports of a prompt in which everything stands as it is.
+    """The same for a prompt in which everything stands as it is.
 
     Args:
         policies: of each image that the client sent.
-        placeholders: where the media of each modality stand in the prompt.
         policy: of the request; of every image, where the model makes other things than images of them.
-        why_whole: why nothing is pruned, where a policy applies.
+        placeholders, why_whole: as above.
     """
-    places = placeholders.get("image", ())
-    if len(places) != len(policies):
-        policies = [policy] * len(places)
-    images = [_of_whole(place, own, why_whole) for own, place in zip(policies, places, strict=True)]
+    counts = [place.get_num_embeds() for place in placeholders.get("image", ())]
+    own = policies if len(policies) == len(counts) else [policy] * len(counts)
+    images = [_whole(count, each, why_whole) for count, each in zip(counts, own, strict=True)]
     return in_prompt_order(images, placeholders, policy, why_whole)
 
 
-def _of_whole(place: Any, policy: PruningPolicy, why_whole: BypassReason) -> ImageReport:
-    count = place.get_num_embeds()
-    return ImageReport.of(policy, count, count, why_whole=why_whole)
+def _whole(count: int, policy: PruningPolicy, why: BypassReason) -> ImageReport:
+    return ImageReport.of(policy, count, count, why)

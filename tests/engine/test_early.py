@@ -14,7 +14,8 @@ from tests.support.images import sample_images
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin.early import EarlyEncoding, current
 from vllm_vtprune.plugin.families.llava import WITH_CLIP
-from vllm_vtprune.plugin.request import ImageRequest, PromptPruning
+from vllm_vtprune.plugin.image import ImageJob
+from vllm_vtprune.plugin.request import PromptPruning
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.text import _read, read_prompt
 
@@ -31,17 +32,17 @@ def media_of(image: Image.Image) -> MediaWithBytes[Image.Image]:
     return MediaWithBytes(image, buffer.getvalue())
 
 
-def expected(url: str = "a", pruning: object = TOKENS, uuid: str | None = None, text: str = QUESTION) -> ImageRequest:
-    return ImageRequest(PruningPolicy.parse(pruning).resolve(WITH_CLIP), text, url, uuid)
+def expected(url: str = "a", pruning: object = TOKENS, uuid: str | None = None, text: str = QUESTION) -> ImageJob:
+    return ImageJob(PruningPolicy.parse(pruning).resolve(WITH_CLIP), text, url, uuid)
 
 
-def asking(media: Sequence[MediaWithBytes[Image.Image]], *images: ImageRequest) -> Ask:
+def asking(media: Sequence[MediaWithBytes[Image.Image]], *images: ImageJob) -> Ask:
     """A request as a server processes it."""
     prompt = PromptPruning(images[0].policy, images)
     return Ask(ask_about(QUESTION, images=len(images)), media, prompt, [image.uuid for image in images])
 
 
-def early(engine: Engine, *images: ImageRequest) -> EarlyEncoding:
+def early(engine: Engine, *images: ImageJob) -> EarlyEncoding:
     return EarlyEncoding(engine.processor, images, {})
 
 
@@ -85,8 +86,8 @@ def test_the_processor_finds_what_was_started(cached: Engine, uncached: Engine, 
     asked = expected(uuid=uuid)
     with early(cached, asked) as encoding:
         encoding.start("a", media, {})
-        assert asked.early is not None
-        features = asked.early.features.result(LIMIT).features
+        assert asked.encoding is not None
+        features = asked.encoding.result(LIMIT).features
         answer = cached.ask(asking([media], asked))
     assert cached.encodings() - encoded_before == 1
     assert_same(answer, uncached.ask(Ask(ask_about(QUESTION), [image], {**TOKENS, "texts": [QUESTION]})))
@@ -103,7 +104,7 @@ def test_pictures_that_one_url_gave_in_turn_are_told_apart(cached: Engine, uncac
     with early(cached, *asked) as encoding:
         for each in media:
             encoding.start("a", each, {})
-        assert None not in [image.early for image in asked]
+        assert None not in [image.encoding for image in asked]
         answer = cached.ask(asking(media, *asked))
     assert_same(answer, uncached.ask(Ask(ask_about(QUESTION, images=2), pictures, {**TOKENS, "texts": [QUESTION] * 2})))
 
@@ -116,7 +117,7 @@ def test_what_needs_no_features_is_left_alone(cached: Engine) -> None:
         encoding.start("off", media, {})
         encoding.start("unknown", media, {})
     encoding.start("late", media, {})  # its request is over
-    assert [off.early, late.early] == [None, None]
+    assert [off.encoding, late.encoding] == [None, None]
     assert cached.encodings() == encoded_before
 
 
@@ -126,11 +127,11 @@ def test_a_question_that_was_asked_before_is_left_to_vllm_s_cache(cached: Engine
         asked = expected()
         with early(cached, asked) as encoding:
             encoding.start("a", media, {})
-        assert (asked.early is None) == asked_before
+        assert (asked.encoding is None) == asked_before
     other = expected(pruning={**TOKENS, "alpha": 0.2})
     with early(cached, other) as encoding:
         encoding.start("a", media, {})
-    assert other.early is not None
+    assert other.encoding is not None
 
 
 def test_it_is_known_within_its_context_alone(cached: Engine) -> None:
@@ -156,8 +157,8 @@ def test_what_has_not_begun_when_the_client_leaves_is_dropped(cached: Engine, ga
                     processing.result(LIMIT)
                 other.__enter__()
         gate.opened.set()
-        assert stays.early is not None
-        assert stays.early.features.result(LIMIT)
+        assert stays.encoding is not None
+        assert stays.encoding.result(LIMIT)
     assert cached.encodings() - encoded_before == 1
     assert cached.ask(Ask(ask_about(QUESTION), [waiting], TOKENS)).token_ids, "asked for again"
     assert cached.encodings() - encoded_before == 2

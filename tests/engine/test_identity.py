@@ -25,8 +25,9 @@ from vllm_vtprune.demo.checkpoint import write_llava_checkpoint
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.compat import without_items
+from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.loads import Load, LoadNotes
-from vllm_vtprune.plugin.request import REPORT_KEY, EncodedEarly, ImageRequest, PromptPruning
+from vllm_vtprune.plugin.request import REPORT_KEY, PromptPruning
 from vllm_vtprune.plugin.weights import NotesLoads, WeightsElsewhere
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 
@@ -58,10 +59,10 @@ def process(
     return processor.apply(inputs, TimingContext())
 
 
-def asked_of(processor: Any, early: EncodedEarly | None = None) -> PromptPruning:
+def asked_of(processor: Any, **early: Any) -> PromptPruning:
     """What a server asks of one image."""
     policy = PruningPolicy.parse(TOKENS).resolve(processor.family)
-    return PromptPruning(policy, (ImageRequest(policy, BUS, early=early),))
+    return PromptPruning(policy, (ImageJob(policy, BUS, **early),))
 
 
 def embeds_of(result: Any, index: int = 0) -> torch.Tensor:
@@ -192,9 +193,8 @@ def test_after_a_load_nothing_of_the_old_weights_is_left(tmp_path: Path) -> None
     processor = processor_of(old)
     [image] = sample_images(1)
     before = process(processor, [image], uuids=["one"])
-    features = processor.runtime.encoder.find("one")
-    assert features is not None
-    early = asked_of(processor, EncodedEarly("one", processor.runtime.generation, features))
+    encoding = processor.runtime.encoder.find("one")
+    early = asked_of(processor, encoding=encoding, encoded_as=("one", processor.runtime.generation))
 
     LoadNotes(str(old)).add(Load(str(new), from_checkpoint=True))
     expected = process(processor_of(new), [image], uuids=["one"])

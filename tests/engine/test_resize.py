@@ -31,7 +31,8 @@ from vllm_vtprune.demo.checkpoint import tiny_checkpoint
 from vllm_vtprune.inspection import pruning_processor
 from vllm_vtprune.plugin.early import EarlyEncoding
 from vllm_vtprune.plugin.families.qwen2_5_vl import PrunedQwen2_5_VLProcessor
-from vllm_vtprune.plugin.request import REPORT_KEY, ImageRequest
+from vllm_vtprune.plugin.image import ImageJob
+from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.report import ImageReport
 
@@ -228,10 +229,10 @@ def test_a_picture_that_the_processor_cannot_take_is_an_error_of_the_client(
 
 def test_a_picture_that_is_only_scaled_is_not_encoded_early(processor: PrunedQwen2_5_VLProcessor) -> None:
     media = MediaWithBytes(Image.effect_noise((300, 400), 60).convert("RGB"), b"a picture")
-    image = ImageRequest(PruningPolicy.parse(resize(9)), url="https://a")
+    image = ImageJob(PruningPolicy.parse(resize(9)), url="https://a")
     with EarlyEncoding(processor, [image], {}) as early:
         early.start("https://a", media, {})
-    assert image.early is None
+    assert image.encoding is None
 
 
 def test_a_model_of_a_fixed_resolution_refuses_it() -> None:

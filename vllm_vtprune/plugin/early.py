@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -17,10 +16,8 @@ from PIL import Image
 from vllm.multimodal.media import MediaWithBytes
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
-from vllm_vtprune.encoder import Encoded
-from vllm_vtprune.plugin.image import feature_key, preprocess
+from vllm_vtprune.plugin.image import ImageJob, feature_key, preprocess
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.request import EncodedEarly, ImageRequest
 from vllm_vtprune.text import read_prompt
 
 
@@ -37,17 +34,16 @@ class EarlyEncoding:
     """
 
     def __init__(
-        self, processor: PruningProcessor, images: Iterable[ImageRequest], hf_kwargs: Mapping[str, object]
+        self, processor: PruningProcessor, images: Iterable[ImageJob], hf_kwargs: Mapping[str, object]
     ) -> None:
         self._processor = processor
         self._hf_kwargs = hf_kwargs
-        self._expected: dict[str, list[ImageRequest]] = {}
-        for image in images:
-            if image.policy.selects:
-                self._expected.setdefault(image.url, []).append(image)
+        self._images = [image for image in images if image.policy.selects]
+        self._expected: dict[str, list[ImageJob]] = {}
+        for image in self._images:
+            self._expected.setdefault(image.url, []).append(image)
         self._lock = threading.Lock()
-        self._started: list[Future[Encoded]] = []
-        self._closed = threading.Event()
+        self._closed = False
 
     def __enter__(self) -> EarlyEncoding:
         self._token: Token[EarlyEncoding | None] = _current.set(self)
@@ -56,9 +52,10 @@ class EarlyEncoding:
     def __exit__(self, *exception: object) -> None:
         _current.reset(self._token)
         with self._lock:
-            self._closed.set()
-        for future in self._started:
-            future.cancel()
+            self._closed = True
+        for image in self._images:
+            if image.encoding is not None:
+                image.encoding.cancel()
 
     def start(
         self, url: str, media: MediaWithBytes[Image.Image], media_io_kwargs: Mapping[str, Mapping[str, Any]]
@@ -75,7 +72,7 @@ class EarlyEncoding:
         """
         with self._lock:
             expected = self._expected.get(url)
-            if not expected or self._closed.is_set():
+            if not expected or self._closed:
                 return
             image = expected.pop()
         processor, runtime = self._processor, self._processor.runtime
@@ -96,10 +93,9 @@ class EarlyEncoding:
             options = image.policy.text
             read_prompt(image.text, options.clean, options.modifiers)  # it is remembered, for the processor
         with self._lock:
-            self._started.append(encoding)
-            if self._closed.is_set():
+            image.encoding, image.encoded_as = encoding, (key, generation)
+            if self._closed:
                 encoding.cancel()
-        image.early = EncodedEarly(key, generation, encoding)
 
 
 _current: ContextVar[EarlyEncoding | None] = ContextVar("early_encoding", default=None)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -23,14 +22,13 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.plugin.image import NO_WORDS, Words, plan, preprocess, read_text, size_of
+from vllm_vtprune.plugin.family import DynamicResolution
+from vllm_vtprune.plugin.image import ImageJob, preprocess, size_of
 from vllm_vtprune.plugin.items import pruned_item
-from vllm_vtprune.plugin.request import PRUNING_KEY, ImageRequest, PromptPruning
-from vllm_vtprune.plugin.resolution import DynamicResolution
+from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.report import ImageReport, RequestReport, StageRun, in_prompt_order
+from vllm_vtprune.report import RequestReport, StageRun, in_prompt_order
 from vllm_vtprune.text import text_pipeline_name
 
 if TYPE_CHECKING:
@@ -38,54 +36,6 @@ if TYPE_CHECKING:
 
 IDENTITY = "vtprune-4"
 """Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
-
-
-@dataclass(eq=False)
-class ImageJob:
-    """One image of a prompt: what is asked, and what was done.
-
-    Attributes:
-        asked: for it.
-        data: the image; None where the client only names it.
-        feature_key: of its features.
-        item_hash: of the item that it becomes; the stock item's, until that is settled.
-        words: that its choice is conditioned on.
-        question: hash of image, policy and words.
-        encoding: of an image that is planned, its features.
-        item: of an image that was planned or scaled, what it became.
-        whole_tokens: unpruned; 0 where they are not counted before vLLM's processing.
-        area: in pixels, to which the image is scaled; None where it is not.
-        processed: whether vLLM's cache lacked the item.
-        report: of an image that was planned, now or before.
-    """
-
-    asked: ImageRequest
-    data: Any
-    feature_key: str
-    item_hash: str
-    words: Words = NO_WORDS
-    question: str = ""
-    encoding: Future[Encoded] | None = None
-    item: MultiModalKwargsItem | None = None
-    whole_tokens: int = 0
-    area: int | None = None
-    processed: bool = False
-    report: ImageReport | None = None
-
-    @property
-    def policy(self) -> PruningPolicy:
-        """What is asked."""
-        return self.asked.policy
-
-    @property
-    def no_data(self) -> ValueError:
-        """The error of an image that is only named, and of which too little is known."""
-        return ValueError(f"Cache miss for image {self.feature_key} but data is not provided.")
-
-    def report_of(self, kept: int) -> ImageReport:
-        """The report of the image, of which so many tokens stand in the prompt."""
-        report = self.report or ImageReport.of(self.policy, self.whole_tokens or kept, kept)
-        return report.as_cached() if self.policy.enabled and not self.processed else report
 
 
 @dataclass(frozen=True)
@@ -96,6 +46,7 @@ class PromptJobs:
         processor: of the model.
         inputs: of the prompt, as stock vLLM takes them.
         stock_hashes: of every item of the prompt, by modality, as stock vLLM computes them.
+        policy: of what is no image.
         images: those of the prompt or, for the hooks that work on those, the ones that vLLM's cache lacks.
         report: of the prompt.
     """
@@ -103,6 +54,7 @@ class PromptJobs:
     processor: PruningProcessor
     inputs: ProcessorInputs
     stock_hashes: Mapping[str, list[str]]
+    policy: PruningPolicy
     images: Sequence[ImageJob]
     report: RequestReport
 
@@ -119,8 +71,11 @@ class PromptJobs:
         identified = compat.without_synthetic_uuids(inputs)
         keys = hashes if identified is inputs else processor.stock_hashes(identified)
         data = inputs.mm_data_items.get_items("image", ImageProcessorItems).data
-        images = [ImageJob(*each) for each in zip(pruning.images, data, keys["image"], hashes["image"], strict=True)]
-        jobs = cls(processor, inputs, hashes, images, RequestReport(untuned=not processor.family.tuned))
+        images = [
+            replace(image, data=data[i], feature_key=keys["image"][i], item_hash=hashes["image"][i])
+            for i, image in enumerate(pruning.images)
+        ]
+        jobs = cls(processor, inputs, hashes, pruning.policy, images, RequestReport(untuned=not processor.family.tuned))
         try:
             for job in images:
                 if job.policy.selects:
@@ -142,29 +97,20 @@ class PromptJobs:
         runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
         if job.policy.conditions_on_text:
             started = time.perf_counter()
-            job.words = read_text(self.processor, job.policy, job.asked.text)
+            job.read_text(self.processor)
             self.report.text_pipeline = text_pipeline_name()
             self.report.add_timings({"text": time.perf_counter() - started})
-        job.question = _hash_of(runtime.generation, job.item_hash, job.policy.selection_digest(), job.words.ids)
+        job.question = _hash_of(runtime.generation, job.item_hash, job.policy.selection_digest(), job.noun_ids)
         known = runtime.planned.get(job.question)
-        if known is not None and cache is not None and cache.is_cached([known.item_hash])[0]:
-            job.item_hash = known.item_hash
-            job.report = replace(known.report, nouns=job.words.nouns, text_fallback=job.words.fallback)
-        else:
-            job.encoding = self._encoding(job)
-
-    def _encoding(self, job: ImageJob) -> Future[Encoded]:
-        """The features of an image, which are encoded unless they are known or on their way."""
-        runtime, early = self.processor.runtime, job.asked.early
-        if early is not None and (early.key, early.generation) == (job.feature_key, runtime.generation):
-            return early.features
-        encoding = runtime.encoder.find(job.feature_key)
-        if encoding is not None:
-            return encoding
-        if job.data is None:
-            raise job.no_data
-        prepared = preprocess(self.processor, job.data, self.inputs.hf_processor_mm_kwargs)
-        return runtime.encoder.submit(job.feature_key, prepared)
+        if known is not None and cache is not None and cache.is_cached([known[0]])[0]:
+            job.item_hash, report = known
+            job.report = replace(report, nouns=job.nouns, text_fallback=job.text_fallback)
+            job.encoding = None
+        elif job.encoded_as != (job.feature_key, runtime.generation):
+            job.encoding = runtime.encoder.find(job.feature_key)
+            if job.encoding is None:
+                image = preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs)
+                job.encoding = runtime.encoder.submit(job.feature_key, image)
 
     def _choose_area(self, job: ImageJob) -> None:
         """Have an image scaled, unless it has no more tokens than the budget as it is: then it stays the stock item."""
@@ -172,9 +118,7 @@ class PromptJobs:
         runtime, hf_kwargs = self.processor.runtime, self.inputs.hf_processor_mm_kwargs
         if job.data is not None:
             runtime.image_sizes.put(job.feature_key, size_of(job.data))
-        size = runtime.image_sizes.get(job.feature_key)
-        if size is None:
-            raise job.no_data
+        size = runtime.image_sizes.get(job.feature_key) or size_of(_data_of(job))
         job.whole_tokens, job.area = self.processor.area_for(job.policy.budget, size, hf_kwargs)
         if job.area is not None:
             job.item_hash = _hash_of(runtime.generation, job.item_hash, job.policy.method, job.area)
@@ -182,23 +126,20 @@ class PromptJobs:
     # 2. What was encoded is planned
 
     def _plan_encoded(self) -> None:
-        """Wait for the features of every image that is to be planned, and make their items."""
+        """Wait for the features of every image that is to be planned; plan it, and note what became of it."""
+        runtime = self.processor.runtime
         encoded = [(job, job.encoding.result()) for job in self.images if job.encoding is not None]
-        self.processor.runtime.count_hits(features for _, features in encoded)
-        forwards = {features.forward for _, features in encoded if features.forward is not None}
+        runtime.count_hits(image for _, image in encoded)
+        forwards = {image.forward for _, image in encoded if image.forward is not None}
         self.report.stages += [StageRun("encode", forward.began, forward.seconds) for forward in forwards]
-        for job, features in encoded:
-            self._make_item(job, features)
-
-    def _make_item(self, job: ImageJob, encoded: Encoded) -> None:
-        """Plan an image, and note for later requests what became of it."""
-        planned = plan(self.processor, encoded.features, job.policy, job.words, job.feature_key)
-        self.report.add_timings(planned.plan.timings)
-        kept = planned.plan.kept.cpu()
-        job.item = pruned_item(planned.embeds.cpu(), self.processor.fields_of(encoded.features, kept))
-        job.item_hash = _hash_of(job.question, sha256(kept.numpy().tobytes()).hexdigest())
-        job.report = planned.report
-        self.processor.runtime.record_plan(job.question, job.item_hash, job.report)
+        for job, image in encoded:
+            plan, embeds = job.plan(self.processor, image.features)
+            self.report.add_timings(plan.timings)
+            kept = plan.kept.cpu()
+            job.item = pruned_item(embeds.cpu(), self.processor.fields_of(image.features, kept))
+            job.item_hash = _hash_of(job.question, sha256(kept.numpy().tobytes()).hexdigest())
+            assert job.report is not None
+            runtime.planned.put(job.question, (job.item_hash, replace(job.report, nouns=())))
 
     # 3. vLLM processes the prompt; its hooks call these
 
@@ -233,8 +174,8 @@ class PromptJobs:
         """
         for job in self.images:
             job.processed = True
-            if job.item is None and job.data is None:
-                raise job.no_data
+            if job.item is None:
+                _data_of(job)
         return [index for index, job in enumerate(self.images) if job.item is None and job.area is None]
 
     def scale(self, hf_kwargs: Mapping[str, object]) -> None:
@@ -251,16 +192,11 @@ class PromptJobs:
 
     # 4. The prompt is reported
 
-    def finish(self, placeholders: Mapping[str, Sequence[Any]], policy: PruningPolicy) -> RequestReport:
-        """The report of the prompt.
-
-        Args:
-            placeholders: where the media of each modality stand in it.
-            policy: of what is no image.
-        """
+    def finish(self, placeholders: Mapping[str, Sequence[Any]]) -> RequestReport:
+        """The report of the prompt, in which the media of each modality stand at these places."""
         places = placeholders.get("image", ())
         images = [job.report_of(place.get_num_embeds()) for job, place in zip(self.images, places, strict=True)]
-        self.report.images = in_prompt_order(images, placeholders, policy)
+        self.report.images = in_prompt_order(images, placeholders, self.policy)
         self.processor.runtime.count_stages(self.report)
         return self.report
 
@@ -268,3 +204,9 @@ class PromptJobs:
 def _hash_of(*identity: object) -> str:
     """Of a pruned item."""
     return sha256(repr((IDENTITY, *identity)).encode()).hexdigest()
+
+
+def _data_of(job: ImageJob) -> Any:
+    if job.data is None:
+        raise ValueError(f"Cache miss for image {job.feature_key} but data is not provided.")
+    return job.data

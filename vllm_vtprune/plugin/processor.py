@@ -20,10 +20,10 @@ scaled down (`vllm_vtprune.resize`) passes through it too, under limits of its o
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +40,11 @@ from vllm_vtprune.features import Box, Layout, VisualFeatures
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.image import NO_OPTIONS, blank, only_image, size_of
-from vllm_vtprune.plugin.items import KEPT_PROMPT, kept_count
+from vllm_vtprune.plugin.items import KEPT_EMBEDS, KEPT_PROMPT
 from vllm_vtprune.plugin.jobs import PromptJobs
 from vllm_vtprune.plugin.limits import names_what_it_refuses
 from vllm_vtprune.plugin.placeholders import Placeholder
-from vllm_vtprune.plugin.prompt import text_of
+from vllm_vtprune.plugin.prompt import said_in_turns, text_of
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning, without_pruning
 from vllm_vtprune.plugin.weights import EngineWeights
 from vllm_vtprune.report import RequestReport, unpruned_media
@@ -74,6 +74,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     """
 
     family: Family
+    turn: str | None = None
+    """The token that begins each turn of a prompt, for chat templates of the form that `said_in_turns` reads."""
 
     @classmethod
     def prunes(cls, config: Any) -> bool:
@@ -101,8 +103,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         from vllm_vtprune.plugin import vision  # builds vLLM's model, which engine processes need not import
 
         config = copy(self.model_config)
-        if self._weights.model != config.model:
-            config.model, config.revision = self._weights.model, None
+        if self._weights.load.model != config.model:
+            config.model, config.revision = self._weights.load.model, None
         return vision.load(self.family, config, largest=self.most_tokens(), engine=self.engine)
 
     @property
@@ -194,8 +196,12 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return 0.0, 0.0, 1.0, 1.0
 
     def prompt_text(self, prompt: list[int]) -> str:
-        """What a prompt says, without images and names of speakers."""
-        return text_of(prompt, self.info.get_tokenizer(), self.image_token_id)
+        """What a prompt says, without images and speakers; where there is a `turn`, without the system's, which may be
+        a standard one."""
+        tokenizer = self.info.get_tokenizer()
+        if self.turn is None:
+            return text_of(prompt, tokenizer, self.image_token_id)
+        return said_in_turns(prompt, tokenizer, self.image_token_id, turn=self.turn)
 
     # Hooks of vLLM
 
@@ -222,7 +228,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             self._weights.follow(self.runtime, selects=any(policy.selects for policy in pruning.policies))
             jobs = PromptJobs.settle(self, stock, pruning)
             result = super().apply(jobs.in_inputs(), timing_ctx)
-            result[REPORT_KEY] = jobs.finish(result["mm_placeholders"], pruning.policy)
+            result[REPORT_KEY] = jobs.finish(result["mm_placeholders"])
         else:
             result = super().apply(stock, timing_ctx)
             images = unpruned_media(pruning.policies, result["mm_placeholders"], pruning.policy)
@@ -262,7 +268,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if jobs is None:
             return super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         items = jobs.items(out_mm_kwargs.get("image", []))
-        in_pixels = [index for index, item in enumerate(items) if kept_count(item) is None]
+        in_pixels = [index for index, item in enumerate(items) if KEPT_EMBEDS not in item]
         out_mm_kwargs["image"] = [items[index] for index in in_pixels]
         updates = self._get_prompt_updates(
             mm_items=_select_images(mm_items, in_pixels),
@@ -270,26 +276,24 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             out_mm_kwargs=out_mm_kwargs,
         )
 
-        def with_pruned(update: Any) -> Any:
-            def replacement(index: int) -> Any:
-                item = items[index]
-                kept = kept_count(item)
-                return update.replacement(in_pixels.index(index)) if kept is None else self._content_of(item, kept)
+        def content(stock: Callable[[int], Any], index: int) -> Any:
+            if index in in_pixels:
+                return stock(in_pixels.index(index))
+            return self._pruned_placeholder(items[index]).content()
 
-            return replace(update, replacement=replacement)
-
-        updates = [with_pruned(update) if update.modality == "image" else update for update in updates]
+        updates = [
+            replace(update, replacement=partial(content, update.replacement)) if update.modality == "image" else update
+            for update in updates
+        ]
         bound = self._bind_and_group_updates(updates, mm_items.get_all_counts())
         out_mm_kwargs["image"] = items
         return bound
 
-    # Steps of the above
-
-    def _content_of(self, item: MultiModalKwargsItem, num_embeds: int) -> Any:
-        """What stands in the prompt for a pruned image, as in vLLM's prompt updates."""
+    def _pruned_placeholder(self, item: MultiModalKwargsItem) -> Placeholder:
+        """What stands in the prompt for a pruned image."""
         if KEPT_PROMPT in item:
-            return Placeholder(self.image_token_id, tuple(item[KEPT_PROMPT].data.tolist())).content()
-        return self._placeholder_of_blank.resized(num_embeds).content()
+            return Placeholder(self.image_token_id, tuple(item[KEPT_PROMPT].data.tolist()))
+        return self._placeholder_of_blank.resized(len(item[KEPT_EMBEDS].data))
 
 
 def _jobs_in(hf_kwargs: Mapping[str, object]) -> PromptJobs | None:

@@ -10,13 +10,12 @@ Clients of a server write their policies elsewhere: there this entry holds a `Pr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune.encoder import Encoded
+from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
 
 PRUNING_KEY = "pruning"
@@ -24,40 +23,6 @@ REPORT_KEY = "pruning"
 """Where the `RequestReport` is in what the processor returns for such a prompt."""
 PARAM = f"mm_processor_kwargs.{PRUNING_KEY}"
 ELSEWHERE = "the policy in the request's own pruning field, which /v1/chat/completions takes"
-
-
-@dataclass(frozen=True)
-class EncodedEarly:
-    """Features that are on their way before the processor asks for them.
-
-    Attributes:
-        key: of the image, as `feature_key` gives it.
-        generation: of the weights of the tower.
-        features: the image's.
-    """
-
-    key: str
-    generation: int
-    features: Future[Encoded]
-
-
-@dataclass(eq=False)
-class ImageRequest:
-    """What is asked for one image.
-
-    Attributes:
-        policy: the family's defaults filled in, for a model that can be pruned.
-        text: that the policy looks at; empty where it looks at none.
-        url: as the client of a server wrote it.
-        uuid: the client's name for the image.
-        early: noted where the image was decoded, if it is encoded before the processor's turn.
-    """
-
-    policy: PruningPolicy
-    text: str = ""
-    url: str = ""
-    uuid: str | None = None
-    early: EncodedEarly | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +35,7 @@ class PromptPruning:
     """
 
     policy: PruningPolicy
-    images: tuple[ImageRequest, ...]
+    images: tuple[ImageJob, ...]
 
     @property
     def policies(self) -> list[PruningPolicy]:
@@ -98,19 +63,12 @@ class PromptPruning:
             PolicyError: naming the field, its value and what is accepted.
         """
         value = inputs.hf_processor_mm_kwargs[PRUNING_KEY]
-        images = inputs.mm_data_items.get("image", ())
+        num_images = len(inputs.mm_data_items.get("image", ()))
         if isinstance(value, PromptPruning):
-            _per_image("images", value.images, len(images))
+            _per_image("images", value.images, num_images)
             return value
         if from_client:
             raise PolicyError(PARAM, value, ELSEWHERE)
-        return cls.parse(value, len(images), prompt_text, family)
-
-    @classmethod
-    def parse(
-        cls, value: object, num_images: int, prompt_text: Callable[[], str], family: FamilyDefaults | None
-    ) -> PromptPruning:
-        """Validate the entry as JSON has it; arguments and errors as those of `of`."""
         fields = dict(value) if isinstance(value, Mapping) else {}
         texts, own = fields.pop("texts", None), fields.pop("images", None)
         whole = PruningPolicy.parse(fields if isinstance(value, Mapping) else value, param=PARAM)
@@ -124,7 +82,7 @@ class PromptPruning:
             if texts is not None and not isinstance(text, str):
                 raise PolicyError(f"{PARAM}.texts.{index}", text, "a string")
             resolved = policy if family is None else policy.resolve(family)
-            images.append(ImageRequest(resolved))
+            images.append(ImageJob(resolved))
             if resolved.conditions_on_text:
                 asked = resolved.text.query
                 images[-1].text = asked if asked is not None else text if isinstance(text, str) else whole_text()

@@ -37,37 +37,24 @@ class WeightsElsewhere(GracefulHTTPError):
 
 
 class EngineWeights:
-    """What an API process knows of the weights of its engine.
-
-    Args:
-        model: with which the engine was started.
-    """
+    """What an API process knows of the weights of its engine, which was started with that model."""
 
     def __init__(self, model: str) -> None:
         self._notes = LoadNotes(model)
-        self._latest = Load(model, from_checkpoint=True)
-
-    @property
-    def model(self) -> str:
-        """Directory of the checkpoint that the engine has loaded, or its name on a hub."""
-        return self._latest.model
+        self.load = Load(model, from_checkpoint=True)
 
     def follow(self, runtime: PruningRuntime, *, selects: bool) -> None:
         """Forget what was made with other weights than the engine's.
 
-        Args:
-            runtime: of the API process.
-            selects: whether tokens are to be selected now.
-
         Raises:
-            WeightsElsewhere: they are, and the engine's weights are in no checkpoint.
+            WeightsElsewhere: tokens are to be selected, and the engine's weights are in no checkpoint.
         """
         load = self._notes.latest()
         if load is not None:
             logger.info("The engine has loaded %s: the frontend vision tower will be loaded anew", load.model)
-            self._latest = load
+            self.load = load
             runtime.renew()
-        if selects and not self._latest.from_checkpoint:
+        if selects and not self.load.from_checkpoint:
             raise WeightsElsewhere
 
 
