@@ -123,9 +123,8 @@ class PruningRuntime:
         )
         budget = {"type": "energy", "min_tokens": WARM_UP_KEPT, "max_tokens": WARM_UP_KEPT}
         policy = PruningPolicy.parse({"budget": budget})
-        noise = VisualFeatures(encoder, embeds)  # without CLS attention: the policy is resolved for either
-        for image_features in (features, noise):
-            self.plan(image_features, policy, ())
+        self.plan(features, policy, ())
+        self.plan(VisualFeatures(encoder, embeds), policy, ())  # without CLS attention: resolved otherwise
         text.extract_nouns("What is in the image?")
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:

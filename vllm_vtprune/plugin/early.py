@@ -43,7 +43,7 @@ class EarlyEncoding:
         for image in self._images:
             self._expected.setdefault(image.url, []).append(image)
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
 
     def __enter__(self) -> EarlyEncoding:
         self._token: Token[EarlyEncoding | None] = _current.set(self)
@@ -52,7 +52,7 @@ class EarlyEncoding:
     def __exit__(self, *exception: object) -> None:
         _current.reset(self._token)
         with self._lock:
-            self._closed = True
+            self._closed.set()
         for image in self._images:
             if image.encoding is not None:
                 image.encoding.cancel()
@@ -72,7 +72,7 @@ class EarlyEncoding:
         """
         with self._lock:
             expected = self._expected.get(url)
-            if not expected or self._closed:
+            if not expected or self._closed.is_set():
                 return
             image = expected.pop()
         processor, runtime = self._processor, self._processor.runtime
@@ -94,7 +94,7 @@ class EarlyEncoding:
             read_prompt(image.text, options.clean, options.modifiers)  # it is remembered, for the processor
         with self._lock:
             image.encoding, image.encoded_as = encoding, (key, generation)
-            if self._closed:
+            if self._closed.is_set():
                 encoding.cancel()
 
 

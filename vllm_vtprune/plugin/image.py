@@ -13,7 +13,6 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune import text
 from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plan import PruningPlan
@@ -21,11 +20,14 @@ from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport
 from vllm_vtprune.sequence import sequence, sequence_length
+from vllm_vtprune.text import TextFallback, read_prompt
 
 if TYPE_CHECKING:
     from vllm_vtprune.plugin.processor import PruningProcessor
 
 NO_OPTIONS: Mapping[str, Any] = {}
+BLANK = Image.new("RGB", (64, 64))
+"""The image that is encoded at the start."""
 
 
 @dataclass(eq=False)
@@ -60,7 +62,7 @@ class ImageJob:
     item_hash: str = ""
     nouns: tuple[str, ...] = ()
     noun_ids: tuple[int, ...] = ()
-    text_fallback: text.TextFallback | None = None
+    text_fallback: TextFallback | None = None
     question: str = ""
     item: MultiModalKwargsItem | None = None
     whole_tokens: int = 0
@@ -71,7 +73,7 @@ class ImageJob:
     def read_text(self, processor: PruningProcessor) -> None:
         """Note the words that the policy conditions on."""
         options = self.policy.text
-        self.nouns, self.text_fallback = text.read_prompt(self.text, options.clean, options.modifiers)
+        self.nouns, self.text_fallback = read_prompt(self.text, options.clean, options.modifiers)
         tokenizer = processor.info.get_tokenizer()
         self.noun_ids = tuple(token for noun in self.nouns for token in noun_ids(noun, tokenizer))
 
@@ -130,11 +132,6 @@ def size_of(image: Any) -> tuple[int, int]:
     return size.height, size.width
 
 
-def blank() -> Image.Image:
-    """The image that is encoded at the start."""
-    return Image.new("RGB", (64, 64))
-
-
 # Without any prompt; `image` may be all that vLLM takes
 
 
@@ -159,7 +156,7 @@ def preprocess(processor: PruningProcessor, image: Any, hf_kwargs: Mapping[str, 
 
 def warm_up(processor: PruningProcessor) -> None:
     """Load the tower and what else the first request would wait for; see `PruningRuntime.warm_up`."""
-    processor.runtime.warm_up(preprocess(processor, blank()))
+    processor.runtime.warm_up(preprocess(processor, BLANK))
 
 
 def encode_alone(processor: PruningProcessor, image: Any) -> VisualFeatures:

@@ -39,7 +39,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm_vtprune.features import Box, Layout, VisualFeatures
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.plugin.image import NO_OPTIONS, blank, only_image, size_of
+from vllm_vtprune.plugin.image import BLANK, NO_OPTIONS, only_image, size_of
 from vllm_vtprune.plugin.items import KEPT_EMBEDS, KEPT_PROMPT
 from vllm_vtprune.plugin.jobs import PromptJobs
 from vllm_vtprune.plugin.limits import names_what_it_refuses
@@ -56,11 +56,7 @@ if TYPE_CHECKING:
 
 
 class CacheTooSmall(Exception):
-    """Images of one request drove others of it out of vLLM's processor cache.
-
-    Attributes:
-        cache: what to process the request with instead.
-    """
+    """Images of one request drove others of it out of vLLM's processor cache; `cache` is to be taken instead."""
 
     def __init__(self, cache: BaseMultiModalProcessorCache | None) -> None:
         super().__init__("vLLM's processor cache does not hold the images of one request")
@@ -147,8 +143,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     @cached_property
     def _placeholder_of_blank(self) -> Placeholder:
-        image = blank()
-        placeholder = self.placeholder_of(self.stock_item(image), size_of(image), {})
+        placeholder = self.placeholder_of(self.stock_item(BLANK), size_of(BLANK), {})
         assert placeholder is not None, "a family's image has one token for each embedding"
         return placeholder
 
@@ -166,11 +161,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def placeholder_of(
         self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]
     ) -> Placeholder | None:
-        """What stock vLLM puts into a prompt for an image; None where several tokens stand for embeddings.
-
-        Args:
-            item, size, hf_kwargs: as for `layout`.
-        """
+        """What stock vLLM puts into a prompt for the image of `layout`; None where several tokens are embeddings."""
         stand_in = only_image(Image.new("1", size[::-1]))  # vLLM asks for the size alone
         items = MultiModalKwargsItems({"image": [item]})
         [[update]] = self._get_mm_prompt_updates(stand_in, hf_kwargs, items)["image"]
