@@ -175,12 +175,16 @@ def plan_of(
     Raises:
         PolicyError: the model's family lacks what the policy asks for.
     """
-    return processor.plan_alone(_media(picture.convert("RGB")), policy, query)
+    from vllm_vtprune.plugin.image import plan_alone
+
+    return plan_alone(processor, _media(picture.convert("RGB")), policy, query)
 
 
 def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeatures:
     """What the model's vision encoder makes of an image."""
-    return processor.encode_alone(_media(picture.convert("RGB")))
+    from vllm_vtprune.plugin.image import encode_alone
+
+    return encode_alone(processor, _media(picture.convert("RGB")))
 
 
 def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:

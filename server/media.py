@@ -43,7 +43,9 @@ class _EarlyIntake(ImageIntake):
         self._start = partial(early.start, url, media_io_kwargs=media_io_kwargs)
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
-        return self._start(super().load_bytes(data))
+        media = super().load_bytes(data)
+        self._start(media)
+        return media
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin.compat import counts_must_be_fixed
+from vllm_vtprune.plugin.image import warm_up
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_tower
 from vllm_vtprune.text import text_pipeline_name
@@ -153,7 +154,7 @@ class ServerPlugin:
                 logger.warning("No engine runs on this machine: start this process anew when one reloads its weights")
             runtime = processor.runtime
             if policies.selects:
-                processor.warm_up()
+                warm_up(processor)
             else:
                 logger.info("The first request that prunes loads the vision encoder: no default or preset here does")
             built: tuple[str, ...] = processor.encoder_facts.labels

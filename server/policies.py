@@ -65,13 +65,13 @@ class Policies:
         for name, policy in {DEFAULT_PARAM: self.default, **self.presets}.items():
             policy.resolve(family, param=name)
 
-    def parse(self, value: object, *, param: str = "pruning", default: PruningPolicy | None = None) -> PruningPolicy:
-        """Read what a client wrote; None for ``default``, or without one for the server's.
+    def parse(self, value: object, *, param: str = "pruning") -> PruningPolicy:
+        """Read what a client wrote; None for the server's default.
 
         Raises:
             PolicyError: naming the first problem found.
         """
-        policy = PruningPolicy.parse(value, param=param, presets=self.presets, default=default or self.default)
+        policy = PruningPolicy.parse(value, param=param, presets=self.presets, default=self.default)
         self._refuse_counts(policy, param, value)
         return policy
 

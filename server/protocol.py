@@ -97,7 +97,6 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     _last_turn: str = PrivateAttr(default="")
     _body: Mapping[str, Any] = PrivateAttr(default_factory=dict)
     _trace: Trace = PrivateAttr(default_factory=Trace)
-    _alias_preset: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -157,15 +156,6 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         self._trace = trace
 
     @property
-    def alias_preset(self) -> str | None:
-        """The preset of the model name that the client wrote; None where it was no alias, or was not looked at yet."""
-        return self._alias_preset
-
-    @alias_preset.setter
-    def alias_preset(self, preset: str) -> None:
-        self._alias_preset = preset
-
-    @property
     def images(self) -> list[ImagePart]:
         """The images of all messages, in prompt order."""
         return self._images
@@ -181,7 +171,9 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         return self._body
 
     def text_for(self, image: ImagePart, policy: PruningPolicy) -> str:
-        """The text that the policy conditions the image on."""
+        """The text that the policy conditions the image on; empty where it looks at none."""
+        if not policy.conditions_on_text:
+            return ""
         if policy.text.query is not None:
             return policy.text.query
         return self._last_turn if policy.text.scope == "last_turn" else image.message_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, nullcontext
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from copy import copy
 from functools import partial
 from http import HTTPStatus
@@ -19,13 +19,12 @@ from vllm.outputs import RequestOutput
 
 from vllm_vtprune import metrics
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
+from vllm_vtprune.plugin.early import EarlyEncoding
+from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.prompt import in_prompt_order
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
-from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy
-from vllm_vtprune.report import ImageReport, RequestReport
+from vllm_vtprune.report import BypassReason, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune_server.acceptance import Acceptance
 from vllm_vtprune_server.aliases import AliasedModels, UnknownPreset
@@ -110,7 +109,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         registry: AliasedModels = self.models.registry
         resolved = registry.resolve(request.model)
         if resolved is not None:
-            request.model, request.alias_preset = resolved
+            request.model, request.trace.alias_preset = resolved
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         self._refuse_client_kwargs(request)
@@ -119,12 +118,14 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         trace = request.trace
         client_kwargs = dict(request.mm_processor_kwargs or {})
         try:
-            policies = self._read_policies(request, trace)
+            pruning = self._read_pruning(request, trace)
             await self.acceptance.check(request)
-            images = self._apply_policies(request, trace.policy, policies)
+            early: AbstractContextManager[object] = nullcontext()
+            if self.processor is not None and any(policy.enabled for policy in pruning.policies):
+                request.mm_processor_kwargs = {**client_kwargs, PRUNING_KEY: pruning}
+                early = EarlyEncoding(self.processor, pruning.images, client_kwargs)
             waiting = metrics.REQUESTS_WAITING.labels(self.runtime.model_name).track_inprogress()
-            early = None if self.processor is None else EarlyEncoding(self.processor, images, client_kwargs)
-            with waiting if request.images else nullcontext(), early or nullcontext():
+            with waiting if request.images else nullcontext(), early:
                 rendered = await super().render_chat_request(request)
         except PolicyError as error:
             trace.why_refused = f"expected {error.accepted}"
@@ -143,7 +144,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
                 trace.why_refused = str(error.problem)
             raise explained from error
         if not isinstance(rendered, ErrorResponse):
-            trace.report = self._report(rendered[1][0], trace.policy, policies)
+            trace.report = self._report(rendered[1][0], pruning)
             record_stages(trace.report)
         return rendered
 
@@ -161,66 +162,40 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             trust_request_mm_kwargs=self.trust_request_mm_kwargs,
         )
 
-    def _read_policies(self, request: PruningChatCompletionRequest, trace: Trace) -> list[PruningPolicy]:
-        """The policy of each image of a request; notes that of the request itself.
+    def _read_pruning(self, request: PruningChatCompletionRequest, trace: Trace) -> PromptPruning:
+        """What is asked for the images of a request; notes its policy and presets.
 
         Raises:
             PolicyError: naming the field as the client wrote it.
         """
-        asked = request.alias_preset if request.pruning is None else request.pruning
-        trace.policy = self.policies.parse(asked)
+        asked = trace.alias_preset if request.pruning is None else request.pruning
+        trace.policy = self._policy(asked, "pruning")
         trace.preset = asked if isinstance(asked, str) else self.policies.default_preset if asked is None else None
-        self._refuse_impossible(trace.policy, param="pruning")
         own_label = _preset_label(trace.policy, trace.preset)
-        policies, labels = [], []
+        images, labels = [], []
         for image in request.images:
-            param = f"{image.param}.pruning"
-            policy = self.policies.parse(image.pruning, param=param, default=trace.policy)
-            self._refuse_impossible(policy, param=param)
-            policies.append(policy)
-            named = image.pruning if isinstance(image.pruning, str) else None
-            labels.append(own_label if image.pruning is None else _preset_label(policy, named))
+            policy, label = trace.policy, own_label
+            if image.pruning is not None:
+                policy = self._policy(image.pruning, f"{image.param}.pruning")
+                label = _preset_label(policy, image.pruning if isinstance(image.pruning, str) else None)
+            images.append(ImageJob(policy, request.text_for(image, policy), image.url or "", image.uuid))
+            labels.append(label)
         trace.note_preset(labels or [own_label])
-        return policies
+        return PromptPruning(trace.policy, tuple(images))
 
-    def _refuse_impossible(self, policy: PruningPolicy, param: str) -> None:
-        if self.processor is not None:
-            policy.resolve(self.processor.family, param=param)
+    def _policy(self, value: object, param: str) -> PruningPolicy:
+        """Read a policy, with the family's defaults filled in where the model can be pruned."""
+        policy = self.policies.parse(value, param=param)
+        return policy if self.processor is None else policy.resolve(self.processor.family, param=param)
 
-    def _apply_policies(
-        self, request: PruningChatCompletionRequest, own: PruningPolicy, policies: list[PruningPolicy]
-    ) -> list[ExpectedImage]:
-        """Hand the policies of a request and of its images to the processor.
-
-        Returns:
-            The images and what is to be done with them; empty where none has a policy, or the model cannot be pruned,
-            and the request takes vLLM's stock path.
-        """
-        if self.processor is None or not any(policy.enabled for policy in policies):
-            return []
-        texts = [request.text_for(image, policy) for image, policy in zip(request.images, policies, strict=True)]
-        request.mm_processor_kwargs = {
-            **(request.mm_processor_kwargs or {}),
-            PRUNING_KEY: PromptPruning(own, tuple(policies), tuple(texts)),
-        }
-        return [
-            ExpectedImage(image.url or "", image.uuid, policy, text)
-            for image, policy, text in zip(request.images, policies, texts, strict=True)
-        ]
-
-    def _report(
-        self, engine_input: dict[str, Any], policy: PruningPolicy, policies: list[PruningPolicy]
-    ) -> RequestReport:
+    def _report(self, engine_input: dict[str, Any], pruning: PromptPruning) -> RequestReport:
         """The report that the processor put into its output, which is for the engine; or that of a stock request."""
         report: RequestReport | None = engine_input.pop(REPORT_KEY, None)
         if report is not None:
             return report
+        why: BypassReason = "unsupported_model" if self.processor is None else "unsupported_modality"
         placeholders = engine_input.get("mm_placeholders", {})
-        if self.processor is None:
-            return RequestReport(unpruned_images(placeholders, policies, policy))
-        counts = [placeholder.get_num_embeds() for placeholder in placeholders.get("image", [])]
-        images = [ImageReport("none", count, count) for count in counts]
-        return RequestReport(in_prompt_order(images, placeholders, policy))
+        return RequestReport(unpruned_media(pruning.policies, placeholders, pruning.policy, why))
 
     def chat_completion_stream_generator(
         self,

@@ -90,6 +90,7 @@ class Trace:
 
     Attributes:
         policy: the policy of the request.
+        alias_preset: the preset of the model name that the client wrote; None where it was no alias.
         preset: the name under which it was asked for.
         preset_label: of its metrics.
         report: what was done to the images; None until they were processed.
@@ -102,6 +103,7 @@ class Trace:
     """
 
     policy: PruningPolicy = OFF
+    alias_preset: str | None = None
     preset: str | None = None
     preset_label: str = metrics.NO_PRESET
     report: RequestReport | None = None

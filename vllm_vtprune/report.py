@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -40,6 +40,19 @@ class ImageReport:
     text_fallback: TextFallback | None = None
     cached: bool = False
     bypass_reason: BypassReason | None = None
+
+    @classmethod
+    def of(
+        cls,
+        policy: PruningPolicy,
+        visual_tokens: int,
+        kept_tokens: int,
+        why_whole: BypassReason = "budget_not_below_tokens",
+        **measured: Any,
+    ) -> ImageReport:
+        """The report of an image under its policy; ``why_whole`` is to blame where no token was dropped."""
+        whole = policy.enabled and kept_tokens >= visual_tokens
+        return cls(policy.method, visual_tokens, kept_tokens, bypass_reason=why_whole if whole else None, **measured)
 
     def as_cached(self) -> ImageReport:
         """The same report, for a request that reuses what was made of the image."""
@@ -159,3 +172,46 @@ class RequestReport:
                 stage: None if seconds is None else round(seconds * 1000, 3) for stage, seconds in timings.items()
             },
         }
+
+
+def in_prompt_order(
+    images: Sequence[ImageReport],
+    placeholders: Mapping[str, Sequence[Any]],
+    policy: PruningPolicy,
+    why_whole: BypassReason = "unsupported_modality",
+) -> list[ImageReport]:
+    """The reports of a prompt's images, with one for each of its other media, which are never pruned.
+
+    Args:
+        images: reports of the images, in order.
+        placeholders: where the media of each modality stand in the prompt.
+        policy: of the request.
+        why_whole: why the other media are not pruned.
+    """
+    reports = [(place.offset, image) for place, image in zip(placeholders.get("image", ()), images, strict=True)]
+    for place in (place for modality, places in placeholders.items() if modality != "image" for place in places):
+        reports.append((place.offset, _whole(place.get_num_embeds(), policy, why_whole)))
+    return [report for _, report in sorted(reports, key=lambda placed: placed[0])]
+
+
+def unpruned_media(
+    policies: Sequence[PruningPolicy],
+    placeholders: Mapping[str, Sequence[Any]],
+    policy: PruningPolicy,
+    why_whole: BypassReason = "unsupported_modality",
+) -> list[ImageReport]:
+    """The same for a prompt in which everything stands as it is.
+
+    Args:
+        policies: of each image that the client sent.
+        policy: of the request; of every image, where the model makes other things than images of them.
+        placeholders, why_whole: as above.
+    """
+    counts = [place.get_num_embeds() for place in placeholders.get("image", ())]
+    own = policies if len(policies) == len(counts) else [policy] * len(counts)
+    images = [_whole(count, each, why_whole) for count, each in zip(counts, own, strict=True)]
+    return in_prompt_order(images, placeholders, policy, why_whole)
+
+
+def _whole(count: int, policy: PruningPolicy, why: BypassReason) -> ImageReport:
+    return ImageReport.of(policy, count, count, why)

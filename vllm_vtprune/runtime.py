@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 
@@ -33,19 +32,6 @@ ENCODE_BATCH = 8
 
 WARM_UP_TOKENS, WARM_UP_KEPT = 1152, 128
 """Enough for each way in which energy is measured to be tried, and for several panels of picks."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What an image became under a policy and a text.
-
-    Attributes:
-        item_hash: of the item, by which vLLM's caches know it; tells which tokens were kept.
-        report: without nouns.
-    """
-
-    item_hash: str
-    report: ImageReport
 
 
 class PruningRuntime:
@@ -82,8 +68,11 @@ class PruningRuntime:
             max_batch=ENCODE_BATCH,
             on_batch=self._count_batch,
         )
-        self.planned: BoundedTable[str, Planned] = BoundedTable(envs.report_table_size())
-        """What was made of an image, by the hash of image, policy and text."""
+        self.planned: BoundedTable[str, tuple[str, ImageReport]] = BoundedTable(envs.report_table_size())
+        """By the hash of image, policy and text: the hash of the item by which vLLM knows it, and the report.
+
+        Without nouns: who asks again has read the text, which may be long.
+        """
         self._asked: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
 
     def renew(self) -> None:
@@ -134,8 +123,8 @@ class PruningRuntime:
         )
         budget = {"type": "energy", "min_tokens": WARM_UP_KEPT, "max_tokens": WARM_UP_KEPT}
         policy = PruningPolicy.parse({"budget": budget})
-        for its in (features, VisualFeatures(encoder, embeds)):  # which has no CLS attention: each resolves it anew
-            self.plan(its, policy, ())
+        self.plan(features, policy, ())
+        self.plan(VisualFeatures(encoder, embeds), policy, ())  # without CLS attention: resolved otherwise
         text.extract_nouns("What is in the image?")
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
@@ -150,7 +139,7 @@ class PruningRuntime:
 
     def count_hits(self, encoded: Iterable[Encoded]) -> None:
         """Count the images that a request did not have to encode itself."""
-        hits = sum(not one.fresh for one in encoded)
+        hits = sum(not image.fresh for image in encoded)
         if hits:
             metrics.FEATURE_CACHE_HITS.labels(self.model_name).inc(hits)
 
@@ -181,18 +170,6 @@ class PruningRuntime:
         with cpu_threads(HOST):  # also beside a GPU: what is small, and most methods, are computed here
             text_embeds = tower.token_rows(noun_ids) if noun_ids else None
             return plan_tokens(features, policy, text_embeds, family=self.family)
-
-    def record_plan(self, question: str, item_hash: str, report: ImageReport) -> None:
-        """Remember what was made of an image, for the requests that will find it in vLLM's processor cache.
-
-        Those have read the text themselves, which may be long: its nouns are not remembered.
-
-        Args:
-            question: hash of image, policy and text.
-            item_hash: of the item that was made.
-            report: of the image.
-        """
-        self.planned.put(question, Planned(item_hash, replace(report, nouns=())))
 
     def count_stages(self, report: RequestReport) -> None:
         """Count the time that the stages of a request took."""

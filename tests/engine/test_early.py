@@ -12,8 +12,10 @@ from vllm.multimodal.media import MediaWithBytes
 from tests.support.engines import Ask, Engine, ask_about, assert_same
 from tests.support.images import sample_images
 from vllm_vtprune.features import PreparedImage, VisualFeatures
-from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage, current
-from vllm_vtprune.plugin.processor import EncodingMedia
+from vllm_vtprune.plugin.early import EarlyEncoding, current
+from vllm_vtprune.plugin.families.llava import WITH_CLIP
+from vllm_vtprune.plugin.image import ImageJob
+from vllm_vtprune.plugin.request import PromptPruning
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.text import _read, read_prompt
 
@@ -30,11 +32,17 @@ def media_of(image: Image.Image) -> MediaWithBytes[Image.Image]:
     return MediaWithBytes(image, buffer.getvalue())
 
 
-def expected(url: str = "a", pruning: object = TOKENS, uuid: str | None = None) -> ExpectedImage:
-    return ExpectedImage(url, uuid, PruningPolicy.parse(pruning), QUESTION)
+def expected(url: str = "a", pruning: object = TOKENS, uuid: str | None = None, text: str = QUESTION) -> ImageJob:
+    return ImageJob(PruningPolicy.parse(pruning).resolve(WITH_CLIP), text, url, uuid)
 
 
-def early(engine: Engine, *images: ExpectedImage) -> EarlyEncoding:
+def asking(media: Sequence[MediaWithBytes[Image.Image]], *images: ImageJob) -> Ask:
+    """A request as a server processes it."""
+    prompt = PromptPruning(images[0].policy, images)
+    return Ask(ask_about(QUESTION, images=len(images)), media, prompt, [image.uuid for image in images])
+
+
+def early(engine: Engine, *images: ImageJob) -> EarlyEncoding:
     return EarlyEncoding(engine.processor, images, {})
 
 
@@ -63,7 +71,7 @@ def gate(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def test_the_text_is_read_meanwhile(cached: Engine) -> None:
     (image,) = sample_images(1, stamp="read")
     text = "Where is the kiosk?"
-    with EarlyEncoding(cached.processor, [ExpectedImage("a", None, PruningPolicy.parse(TOKENS), text)], {}) as encoding:
+    with early(cached, expected(text=text)) as encoding:
         encoding.start("a", media_of(image), {})
     before = _read.cache_info().hits
     read_prompt(text)
@@ -75,13 +83,12 @@ def test_the_processor_finds_what_was_started(cached: Engine, uncached: Engine, 
     (image,) = sample_images(1, stamp=f"started {uuid}")
     media = media_of(image)
     encoded_before = cached.encodings()
-    with early(cached, expected(uuid=uuid)) as encoding:
-        started = encoding.start("a", media, {})
-        assert isinstance(started, EncodingMedia)
-        assert started.encoding is not None
-        features = started.encoding.result(LIMIT).features
-        request = Ask(ask_about(QUESTION), [started], {**TOKENS, "texts": [QUESTION]}, [uuid])
-        answer = cached.ask(request)
+    asked = expected(uuid=uuid)
+    with early(cached, asked) as encoding:
+        encoding.start("a", media, {})
+        assert asked.encoding is not None
+        features = asked.encoding.result(LIMIT).features
+        answer = cached.ask(asking([media], asked))
     assert cached.encodings() - encoded_before == 1
     assert_same(answer, uncached.ask(Ask(ask_about(QUESTION), [image], {**TOKENS, "texts": [QUESTION]})))
     other = Ask(ask_about(QUESTION), [media], {**TOKENS, "alpha": 0.1, "texts": [QUESTION]}, [uuid])
@@ -90,23 +97,41 @@ def test_the_processor_finds_what_was_started(cached: Engine, uncached: Engine, 
     assert features.num_tokens == 576
 
 
+def test_pictures_that_one_url_gave_in_turn_are_told_apart(cached: Engine, uncached: Engine) -> None:
+    """Whoever serves the URL would otherwise put the features of one picture under the hash of another."""
+    pictures = sample_images(2, stamp="one URL")
+    media, asked = [media_of(picture) for picture in pictures], [expected(), expected()]
+    with early(cached, *asked) as encoding:
+        for each in media:
+            encoding.start("a", each, {})
+        assert None not in [image.encoding for image in asked]
+        answer = cached.ask(asking(media, *asked))
+    assert_same(answer, uncached.ask(Ask(ask_about(QUESTION, images=2), pictures, {**TOKENS, "texts": [QUESTION] * 2})))
+
+
 def test_what_needs_no_features_is_left_alone(cached: Engine) -> None:
     media = media_of(*sample_images(1, stamp="left alone"))
     encoded_before = cached.encodings()
-    with early(cached, expected("off", False), expected("once")) as encoding:
-        assert encoding.start("off", media, {}) is media
-        assert encoding.start("unknown", media, {}) is media
-    assert encoding.start("once", media, {}) is media, "its request is over"
+    off, late = expected("off", False), expected("late")
+    with early(cached, off, late) as encoding:
+        encoding.start("off", media, {})
+        encoding.start("unknown", media, {})
+    encoding.start("late", media, {})  # its request is over
+    assert [off.encoding, late.encoding] == [None, None]
     assert cached.encodings() == encoded_before
 
 
 def test_a_question_that_was_asked_before_is_left_to_vllm_s_cache(cached: Engine) -> None:
     media = media_of(*sample_images(1, stamp="asked before"))
     for asked_before in (False, True):
-        with early(cached, expected()) as encoding:
-            assert (encoding.start("a", media, {}) is media) == asked_before
-    with early(cached, expected(pruning={**TOKENS, "alpha": 0.2})) as encoding:
-        assert isinstance(encoding.start("a", media, {}), EncodingMedia)
+        asked = expected()
+        with early(cached, asked) as encoding:
+            encoding.start("a", media, {})
+        assert (asked.encoding is None) == asked_before
+    other = expected(pruning={**TOKENS, "alpha": 0.2})
+    with early(cached, other) as encoding:
+        encoding.start("a", media, {})
+    assert other.encoding is not None
 
 
 def test_it_is_known_within_its_context_alone(cached: Engine) -> None:
@@ -119,22 +144,21 @@ def test_it_is_known_within_its_context_alone(cached: Engine) -> None:
 def test_what_has_not_begun_when_the_client_leaves_is_dropped(cached: Engine, gate: Gate) -> None:
     running, waiting = (media_of(image) for image in sample_images(2, stamp="dropped"))
     encoded_before = cached.encodings()
-    with early(cached, expected("running")) as one:
-        being_encoded = one.start("running", running, {})
+    stays, leaves = expected("running"), expected("waiting")
+    with early(cached, stays) as one:
+        one.start("running", running, {})
         assert gate.entered.wait(LIMIT)
-        with early(cached, expected("waiting")) as other:
-            given_up = other.start("waiting", waiting, {})
-            request = Ask(ask_about(QUESTION), [given_up], {**TOKENS, "texts": [QUESTION]})
+        with early(cached, leaves) as other:
+            other.start("waiting", waiting, {})
             with ThreadPoolExecutor(1) as thread:
-                processing = thread.submit(cached.ask, request)
+                processing = thread.submit(cached.ask, asking([waiting], leaves))
                 other.__exit__()
                 with pytest.raises(CancelledError):  # at once: the only processing thread is free for others
                     processing.result(LIMIT)
                 other.__enter__()
         gate.opened.set()
-        assert isinstance(being_encoded, EncodingMedia)
-        assert being_encoded.encoding is not None
-        assert being_encoded.encoding.result(LIMIT)
+        assert stays.encoding is not None
+        assert stays.encoding.result(LIMIT)
     assert cached.encodings() - encoded_before == 1
     assert cached.ask(Ask(ask_about(QUESTION), [waiting], TOKENS)).token_ids, "asked for again"
     assert cached.encodings() - encoded_before == 2

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.media import MediaWithBytes
 from vllm.plugins import load_general_plugins
 
 from vllm_vtprune.plugin.gpu import footprint_of
+from vllm_vtprune.plugin.image import preprocess
 from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
 from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
@@ -75,7 +75,7 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     (checkpoint / "config.json").write_text(json.dumps(config))
     model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    images = [processor.preprocess(MediaWithBytes(Image.new("RGB", (672, 672), "gray"), b""), {}) for _ in range(count)]
+    images = [preprocess(processor, Image.new("RGB", (672, 672), "gray")) for _ in range(count)]
     tower = processor.runtime.tower
     with Held() as held:
         found = tower.encode(images)

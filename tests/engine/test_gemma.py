@@ -183,5 +183,5 @@ def test_the_text_of_a_prompt_is_what_was_said(checkpoint: str, mark: str, reque
     hf_processor = processor.info.get_hf_processor()
     text = hf_processor.apply_chat_template(turns, add_generation_prompt=True)
     assert mark in text
-    said = processor._prompt_text(tokenizer.encode(text, add_special_tokens=False))
+    said = processor.prompt_text(tokenizer.encode(text, add_special_tokens=False))
     assert said.split() == ["What", "is", "it?", "A", "cat.", "And", "the", "dog?"]

@@ -24,8 +24,8 @@ from vllm_vtprune.cache import BoundedTable, FeatureCache
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.compat import without_items
+from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.loads import Load, LoadNotes
-from vllm_vtprune.plugin.processor import EncodingMedia
 from vllm_vtprune.plugin.request import REPORT_KEY, PromptPruning
 from vllm_vtprune.plugin.weights import NotesLoads, WeightsElsewhere
 from vllm_vtprune.policy import PolicyError, PruningPolicy
@@ -57,6 +57,12 @@ def process(
         cache=cache,
     )
     return processor.apply(inputs, TimingContext())
+
+
+def asked_of(processor: Any, **early: Any) -> PromptPruning:
+    """What a server asks of one image."""
+    policy = PruningPolicy.parse(TOKENS).resolve(processor.family)
+    return PromptPruning(policy, (ImageJob(policy, BUS, **early),))
 
 
 def embeds_of(result: Any, index: int = 0) -> torch.Tensor:
@@ -176,8 +182,7 @@ def test_what_clients_of_a_server_put_into_prompts_is_refused(processor: Any) ->
     for value in (TOKENS, "fast", False, None):
         with pytest.raises(PolicyError, match=r"^mm_processor_kwargs\.pruning: .*request's own pruning field"):
             process(processor, [image], value if value is not None else {})
-    policy = PruningPolicy.parse(TOKENS)
-    assert counts(process(processor, [image], PromptPruning(policy, (policy,), (BUS,)))) == [48]
+    assert counts(process(processor, [image], asked_of(processor))) == [48]
 
 
 # --- weights that change ----------------------------------------------------------------------------------------------
@@ -187,15 +192,15 @@ def test_after_a_load_nothing_of_the_old_weights_is_left(tmp_path: Path) -> None
     old, new = (write_llava_checkpoint(tmp_path / str(seed), seed=seed) for seed in range(2))
     processor = processor_of(old)
     [image] = sample_images(1)
-    media = EncodingMedia(image, b"", {}, None, 0)
     before = process(processor, [image], uuids=["one"])
-    media.encoding = processor.runtime.encoder.find("one")
-    assert media.encoding is not None
+    encoding = processor.runtime.encoder.find("one")
+    early = asked_of(processor, encoding=encoding, encoded_as=("one", processor.runtime.generation))
 
     LoadNotes(str(old)).add(Load(str(new), from_checkpoint=True))
     expected = process(processor_of(new), [image], uuids=["one"])
-    for shown in (image, None, media):  # afresh, by its name, and on its way since before the load
-        found = process(processor, [shown], uuids=["one"])
+    afresh, named, on_its_way = (image, TOKENS), (None, TOKENS), (image, early)
+    for shown, asked in (afresh, named, on_its_way):
+        found = process(processor, [shown], asked, uuids=["one"])
         torch.testing.assert_close(embeds_of(found), embeds_of(expected))
         assert found["mm_hashes"] != before["mm_hashes"]
     assert not torch.allclose(embeds_of(before), embeds_of(found))

@@ -15,7 +15,6 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaOnevisionModel, Sig
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, get_anyres_image_grid_shape
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
@@ -26,6 +25,7 @@ from vllm_vtprune.plugin.families.internvl import tiled
 from vllm_vtprune.plugin.families.internvl_chat import PrunedInternVLChatProcessor
 from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune.plugin.families.llava_next import anyres
+from vllm_vtprune.plugin.image import preprocess
 from vllm_vtprune.plugin.vision import scaled
 from vllm_vtprune_checkpoints import write_checkpoint
 
@@ -160,7 +160,7 @@ def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @example(size=(400, 4))
 def test_layouts_count_the_placeholders_of_the_stock_processor(processor: Any, size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size[::-1])
-    layout = processor.preprocess(MediaWithBytes(picture, b""), {}).layout
+    layout = preprocess(processor, picture).layout
     items = processor.info.parse_mm_data({"image": [picture]})
     prompt = processor.info.get_tokenizer().encode(processor.dummy_inputs.get_dummy_text({"image": 1}))
     result = processor.apply(ProcessorInputs(prompt, items), TimingContext())
@@ -186,7 +186,7 @@ def test_tiles_show_the_parts_that_their_boxes_say(processor: Any, size: tuple[i
     down = Image.linear_gradient("L").resize((width, height))
     right = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).resize((width, height))
     picture = Image.merge("RGB", (right, down, Image.new("L", (width, height))))
-    image = processor.preprocess(MediaWithBytes(picture, b""), {})
+    image = preprocess(processor, picture)
     item = image.item
     pixels = item["pixel_values" if "pixel_values" in item else "pixel_values_flat"].data
     if image.layout.tiles is None:

@@ -20,6 +20,7 @@ from vllm.plugins import load_general_plugins
 from tests.support.families import Chat, Turn
 from tests.support.images import sample_images
 from vllm_vtprune.families import ARCHITECTURES, FAMILIES
+from vllm_vtprune.plugin.image import encode_alone
 from vllm_vtprune.plugin.items import KEPT_EMBEDS
 from vllm_vtprune.plugin.positions import KeepsPositions
 from vllm_vtprune_checkpoints import write_checkpoint
@@ -87,7 +88,7 @@ def test_each_token_stands_where_it_does_unpruned(
     for index, (place, item) in enumerate(
         zip(whole["mm_placeholders"]["image"], pruned["mm_kwargs"]["image"], strict=True)
     ):
-        embeds = processor.encode_alone(items["image"].get(index)).embeds
+        embeds = encode_alone(processor, items["image"].get(index)).embeds
         left += [torch.arange(read, place.offset), place.offset + kept(item, embeds)]
         read = place.offset + place.length
     left.append(torch.arange(read, len(whole["prompt_token_ids"])))

@@ -27,8 +27,9 @@ from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.images import sample_images
 from tests.support.videos import VideoReference
 from vllm_vtprune import PruningPolicy
-from vllm_vtprune.plugin.early import EarlyEncoding, ExpectedImage
+from vllm_vtprune.plugin.early import EarlyEncoding
 from vllm_vtprune.plugin.families.qwen2_5_vl import PrunedQwen2_5_VLProcessor
+from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.report import ImageReport
@@ -228,9 +229,10 @@ def test_a_picture_that_the_processor_cannot_take_is_an_error_of_the_client(
 
 def test_a_picture_that_is_only_scaled_is_not_encoded_early(processor: PrunedQwen2_5_VLProcessor) -> None:
     media = MediaWithBytes(Image.effect_noise((300, 400), 60).convert("RGB"), b"a picture")
-    expected = [ExpectedImage("https://a", None, PruningPolicy.parse(resize(9)), "")]
-    with EarlyEncoding(processor, expected, {}) as early:
-        assert early.start("https://a", media, {}) is media
+    image = ImageJob(PruningPolicy.parse(resize(9)), url="https://a")
+    with EarlyEncoding(processor, [image], {}) as early:
+        early.start("https://a", media, {})
+    assert image.encoding is None
 
 
 def test_a_model_of_a_fixed_resolution_refuses_it() -> None:

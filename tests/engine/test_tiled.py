@@ -20,6 +20,7 @@ from tests.support.families import FAMILIES, Chat, Family, Turn
 from tests.support.processes import state
 from tests.support.unpruned import UnprunedReference
 from tests.support.videos import VideoReference
+from vllm_vtprune.plugin.image import feature_key
 from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
 from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
 
@@ -85,7 +86,7 @@ def test_a_client_may_ask_for_fewer_tiles(checker: Checker) -> None:
         answer = engine.ask(Ask(checker.chat.prompt(ASKED), [shown], TOKENS, processor_kwargs=kwargs))
         tiles = rows * columns + 1
         assert [(report.visual_tokens, report.kept_tokens) for report in reports(answer)] == [(tiles * 16, 24)]
-        features = engine.runtime.encoder.cache.get(engine.processor.feature_key(shown, None, kwargs, {}))
+        features = engine.runtime.encoder.cache.get(feature_key(engine.processor, shown, hf_kwargs=kwargs))
         assert features is not None
         assert features.tiles is not None
         tops = {box[0] for box in features.tiles.boxes if box is not None}

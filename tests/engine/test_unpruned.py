@@ -14,8 +14,8 @@ from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.plugins import load_general_plugins
 
 from vllm_vtprune.plugin.request import REPORT_KEY
-from vllm_vtprune.plugin.unpruned import unpruned_images
 from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune.report import unpruned_media
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_evaluation.photo import photograph
 
@@ -61,9 +61,9 @@ def test_media_of_another_name_are_reported_as_they_stand() -> None:
     """Some models make chunks of video of their images; others do not say where anything stands."""
     policy = PruningPolicy.parse("balanced")
     chunk = SimpleNamespace(offset=3, get_num_embeds=lambda: 64)
-    [image] = unpruned_images({"vision_chunk": [chunk]}, [policy], policy)
+    [image] = unpruned_media([policy], {"vision_chunk": [chunk]}, policy, "unsupported_model")
     assert (image.visual_tokens, image.kept_tokens, image.bypass_reason) == (64, 64, "unsupported_model")
-    assert unpruned_images({}, [policy], policy) == []
+    assert unpruned_media([policy], {}, policy) == []
 
 
 def test_a_wrong_policy_is_refused_all_the_same(processor: Any) -> None:

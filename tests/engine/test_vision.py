@@ -38,6 +38,7 @@ from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import vision
 from vllm_vtprune.plugin.family import of_language_model
+from vllm_vtprune.plugin.image import encode_alone, preprocess, warm_up
 from vllm_vtprune.plugin.vision import Encoder
 from vllm_vtprune.selectors.registry import METHODS, SELECTORS
 from vllm_vtprune.sequence import sequence, sequence_length
@@ -210,7 +211,7 @@ def tower(processor: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def images(processor: Any) -> list[PreparedImage]:
-    return [processor.preprocess(MediaWithBytes(picture, b""), {}) for picture in PICTURES]
+    return [preprocess(processor, picture) for picture in PICTURES]
 
 
 @pytest.fixture(scope="module")
@@ -458,8 +459,8 @@ def test_every_method_takes_these_features(processor: Any, found: Sequence[Visua
 
 
 def test_a_blank_image_can_be_encoded(processor: Any) -> None:
-    processor.warm_up()
-    assert processor.encode_alone(MediaWithBytes(Image.new("RGB", (64, 64)), b"")).num_tokens > 1
+    warm_up(processor)
+    assert encode_alone(processor, MediaWithBytes(Image.new("RGB", (64, 64)), b"")).num_tokens > 1
 
 
 def test_the_vision_encoder_is_all_that_is_held(tower: Encoder, model: Any, row: Row, readable: Path) -> None:
@@ -507,7 +508,7 @@ def test_random_weights_keep_tokens_apart(
     directory = write(family, tmp_path, weights=False)
     one, same, other = (encoder_of(directory, seed=seed) for seed in (0, 0, 1))
     assert one.weights == "dummy"
-    image = processor.preprocess(MediaWithBytes(noise(300, 300), b""), {})
+    image = preprocess(processor, noise(300, 300))
     first, again, different = (tower.encode([image])[0] for tower in (one, same, other))
     unit = torch.nn.functional.normalize(first.embeds - first.embeds.mean(dim=0), dim=1)
     assert (unit @ unit.T).fill_diagonal_(0).abs().max() < 0.99
@@ -591,7 +592,7 @@ def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path) -> None:
     deepest = max(layer % 5 for layer in ([layers] if isinstance(layers, int) else layers))
     row, model = clip(deepest - 1), loaded(directory)
     processor = MULTIMODAL_REGISTRY.create_processor(config_of(directory))
-    images = [processor.preprocess(MediaWithBytes(picture, b""), {}) for picture in PICTURES]
+    images = [preprocess(processor, picture) for picture in PICTURES]
     found, references = processor.runtime.tower.encode(images), references_of(model, row, directory, images)
     test_what_the_language_model_reads(found, references, model)
     test_what_feeds_the_connector_belongs_to_its_token(found, references, images)

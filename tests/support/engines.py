@@ -140,7 +140,7 @@ class Engine:
             token_ids=list(completion.token_ids),
             logprobs=[{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs],
             prefix_hits=output.num_cached_tokens,
-            images=report.images if report is not None and isinstance(pruning, Mapping) else None,
+            images=report.images if report is not None and pruning is not False else None,
         )
 
     def encodings(self) -> int:

@@ -9,36 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from vllm.multimodal.media import MediaWithBytes
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
-from vllm_vtprune.encoder import Encoded
-from vllm_vtprune.plugin.processor import EncodingMedia, PruningProcessor
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.plugin.image import ImageJob, feature_key, preprocess
+from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.text import read_prompt
-
-
-@dataclass(frozen=True)
-class ExpectedImage:
-    """An image of a request, before it is there.
-
-    Attributes:
-        url: as the client wrote it.
-        uuid: the client's name for it.
-        policy: what will be done with it.
-        text: what it will be conditioned on.
-    """
-
-    url: str
-    uuid: str | None
-    policy: PruningPolicy
-    text: str
 
 
 class EarlyEncoding:
@@ -54,16 +34,15 @@ class EarlyEncoding:
     """
 
     def __init__(
-        self, processor: PruningProcessor, images: Iterable[ExpectedImage], hf_kwargs: Mapping[str, object]
+        self, processor: PruningProcessor, images: Iterable[ImageJob], hf_kwargs: Mapping[str, object]
     ) -> None:
         self._processor = processor
         self._hf_kwargs = hf_kwargs
-        self._expected: dict[str, list[ExpectedImage]] = {}
-        for image in images:
-            if image.policy.selects:
-                self._expected.setdefault(image.url, []).append(image)
+        self._images = [image for image in images if image.policy.selects]
+        self._expected: dict[str, list[ImageJob]] = {}
+        for image in self._images:
+            self._expected.setdefault(image.url, []).append(image)
         self._lock = threading.Lock()
-        self._started: list[Future[Encoded]] = []
         self._closed = threading.Event()
 
     def __enter__(self) -> EarlyEncoding:
@@ -74,12 +53,13 @@ class EarlyEncoding:
         _current.reset(self._token)
         with self._lock:
             self._closed.set()
-        for future in self._started:
-            future.cancel()
+        for image in self._images:
+            if image.encoding is not None:
+                image.encoding.cancel()
 
     def start(
         self, url: str, media: MediaWithBytes[Image.Image], media_io_kwargs: Mapping[str, Mapping[str, Any]]
-    ) -> MediaWithBytes[Image.Image]:
+    ) -> None:
         """Have an image encoded, and its text read, if the request prunes it. May take as long as preprocessing does.
 
         An image that was seen under the same policy and text is left to the processor: vLLM's cache most likely holds
@@ -89,37 +69,33 @@ class EarlyEncoding:
             url: where it came from.
             media: the image, decoded.
             media_io_kwargs: how it was decoded.
-
-        Returns:
-            The image, with its features on their way or without.
         """
         with self._lock:
             expected = self._expected.get(url)
             if not expected or self._closed.is_set():
-                return media
+                return
             image = expected.pop()
         processor, runtime = self._processor, self._processor.runtime
         generation = runtime.generation
-        key = processor.feature_key(media, image.uuid, self._hf_kwargs, media_io_kwargs)
+        key = feature_key(processor, media, image.uuid, self._hf_kwargs, media_io_kwargs)
         if not runtime.first_asked(key, image.policy, image.text):
-            return media
+            return
         encoder = runtime.encoder
         encoding = encoder.find(key)
         if encoding is None:
             try:
                 with set_default_torch_num_threads():
-                    prepared = processor.preprocess(media, self._hf_kwargs)
+                    prepared = preprocess(processor, media, self._hf_kwargs)
             except Exception:  # what is wrong is told when the request is processed
-                return media
+                return
             encoding = encoder.submit(key, prepared)
         if image.policy.conditions_on_text:
             options = image.policy.text
             read_prompt(image.text, options.clean, options.modifiers)  # it is remembered, for the processor
         with self._lock:
-            self._started.append(encoding)
+            image.encoding, image.encoded_as = encoding, (key, generation)
             if self._closed.is_set():
                 encoding.cancel()
-        return EncodingMedia(media.media, media.original_bytes, media.io_config, encoding, generation)
 
 
 _current: ContextVar[EarlyEncoding | None] = ContextVar("early_encoding", default=None)

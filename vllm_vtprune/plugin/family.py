@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
+from vllm_vtprune.budget import fixed_count
+from vllm_vtprune.options import Budget, RatioBudget, TokensBudget
 from vllm_vtprune.policy import FamilyDefaults
 from vllm_vtprune.selectors.method import Input
+from vllm_vtprune.selectors.resize import largest_area
 
 
 def one(config: Any) -> int:
@@ -81,3 +85,31 @@ class Family(FamilyDefaults):
     @property
     def inputs(self) -> frozenset[Input]:
         return super().inputs if self.connector else super().inputs - {"encoder"}
+
+
+class DynamicResolution(ABC):
+    """Mixin of processors whose images have as many tokens as their size asks for."""
+
+    @abstractmethod
+    def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
+        """How many tokens an image has that is not pruned; never fewer for a larger `at_area`, and 1 for area 1.
+
+        Args:
+            size: height and width of the image, in pixels.
+            hf_kwargs: of the HF processor that scales it.
+        """
+
+    @abstractmethod
+    def at_area(self, hf_kwargs: Mapping[str, object], area: int) -> Mapping[str, object]:
+        """The same options of the HF processor, but that it scales images to about ``area`` pixels."""
+
+    def area_for(
+        self, budget: Budget, size: tuple[int, int], hf_kwargs: Mapping[str, object]
+    ) -> tuple[int, int | None]:
+        """The tokens of an image, and the area in pixels at which they are in the budget; None where they are now."""
+        assert isinstance(budget, RatioBudget | TokensBudget)
+        tokens = self.num_tokens(size, hf_kwargs)
+        k = fixed_count(budget, tokens)
+        if k >= tokens:
+            return tokens, None
+        return tokens, largest_area(lambda area: self.num_tokens(size, self.at_area(hf_kwargs, area)), k)

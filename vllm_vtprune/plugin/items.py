@@ -33,11 +33,6 @@ def pruned_item(embeds: Tensor, on_cpu: Mapping[str, Tensor]) -> MultiModalKwarg
     return MultiModalKwargsItem(fields)
 
 
-def kept_count(item: Mapping[str, MultiModalFieldElem]) -> int | None:
-    """How many embeddings the item of a pruned image holds; None for one that is not pruned."""
-    return len(item[KEPT_EMBEDS].data) if KEPT_EMBEDS in item else None
-
-
 class TakesKeptEmbeddings:
     """Mixin before a stock model: pruned images pass as they come, all others go to the stock code."""
 

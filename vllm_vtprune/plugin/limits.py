@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from vllm_vtprune.plugin.request import PRUNING_KEY
+from vllm_vtprune.plugin.request import without_pruning
 from vllm_vtprune.policy import PolicyError
 
 OPTIONS_FIELD = "mm_processor_kwargs"
@@ -61,8 +61,6 @@ def check_options(own: frozenset[str], options: Mapping[str, object]) -> None:
     """
     accepted = VALUE_OPTIONS | own
     for name, value in options.items():
-        if name == PRUNING_KEY:
-            continue
         path = f"{OPTIONS_FIELD}.{name}"
         if name in NESTED_OPTIONS and isinstance(value, Mapping):
             paths = [f"{path}.{inner}" for inner in value if inner not in accepted]
@@ -81,7 +79,7 @@ def names_what_it_refuses(apply: Apply) -> Apply:
 
     @wraps(apply)
     def checked(self: Any, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        options = {key: value for key, value in inputs.hf_processor_mm_kwargs.items() if key != PRUNING_KEY}
+        options = without_pruning(inputs.hf_processor_mm_kwargs)
         if hasattr(self, "family"):
             check_options(self.family.options, options)
         try:

@@ -1,13 +1,10 @@
-"""What is read off a prompt: its text, its nouns as tokens, and the media that stand in it."""
+"""What is read off a prompt: its text, and its nouns as tokens."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.report import BypassReason, ImageReport
 
 ROLE_MARKER = re.compile(
     r"\b(?:USER|ASSISTANT|SYSTEM|HUMAN)\s*:"  # Vicuna
@@ -51,26 +48,3 @@ def noun_ids(noun: str, tokenizer: Any) -> list[int]:
     if within[: len(before)] == before:
         return list(within[len(before) :])
     return list(tokenizer.encode(noun, add_special_tokens=False))
-
-
-def token_counts(result: Any) -> list[int]:
-    """Placeholder tokens of each image of a processed prompt."""
-    return [placeholder.get_num_embeds() for placeholder in result["mm_placeholders"].get("image", [])]
-
-
-def in_prompt_order(
-    images: Sequence[ImageReport], placeholders: Mapping[str, Sequence[Any]], policy: PruningPolicy
-) -> list[ImageReport]:
-    """The reports of a prompt's images, with one for each of its other media, which are never pruned.
-
-    Args:
-        images: reports of the images, in order.
-        placeholders: where the media of each modality stand in the prompt.
-        policy: of the request.
-    """
-    reports = [(place.offset, image) for place, image in zip(placeholders.get("image", ()), images, strict=True)]
-    reason: BypassReason | None = "unsupported_modality" if policy.enabled else None
-    for place in (place for modality, places in placeholders.items() if modality != "image" for place in places):
-        count = place.get_num_embeds()
-        reports.append((place.offset, ImageReport(policy.method, count, count, bypass_reason=reason)))
-    return [report for _, report in sorted(reports, key=lambda placed: placed[0])]

@@ -1,4 +1,4 @@
-"""The ``pruning`` entry of a prompt's ``mm_processor_kwargs``: one policy and one text for each image.
+"""The ``pruning`` entry of a prompt's ``mm_processor_kwargs``: what is asked for each of its images.
 
 >>> {"pruning": {"method": "resprune", "budget": {"type": "tokens", "keep": 128}}}
 >>> {"pruning": {"method": "resprune", "texts": ["What colour is the bus?", "Who drives?"]}}
@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from vllm_vtprune.plugin.image import ImageJob
+from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
 
 PRUNING_KEY = "pruning"
 REPORT_KEY = "pruning"
@@ -23,61 +27,71 @@ ELSEWHERE = "the policy in the request's own pruning field, which /v1/chat/compl
 
 @dataclass(frozen=True)
 class PromptPruning:
-    """The parsed entry: ``policies[i]`` and ``texts[i]`` are the i-th image's, ``policy`` is that of the rest."""
+    """The parsed entry.
+
+    Attributes:
+        policy: of what is no image.
+        images: in the order of the prompt.
+    """
 
     policy: PruningPolicy
-    policies: tuple[PruningPolicy, ...]
-    texts: tuple[str, ...]
+    images: tuple[ImageJob, ...]
+
+    @property
+    def policies(self) -> list[PruningPolicy]:
+        """The policy of each image."""
+        return [image.policy for image in self.images]
 
     @classmethod
-    def of(cls, value: object, *, from_client: bool, num_images: int, prompt_text: Callable[[], str]) -> PromptPruning:
+    def of(
+        cls,
+        inputs: ProcessorInputs,
+        *,
+        from_client: bool,
+        prompt_text: Callable[[], str],
+        family: FamilyDefaults | None,
+    ) -> PromptPruning:
         """The entry of a prompt, in either form.
 
         Args:
-            value: what the prompt carries under `PRUNING_KEY`.
+            inputs: of the processor, with the entry.
             from_client: whether clients of a server may have written it, unless it is a `PromptPruning`.
-            num_images: images in the prompt.
             prompt_text: gives the text of the whole prompt, for entries without ``texts``.
+            family: with which policies are resolved; None: they are not.
 
         Raises:
             PolicyError: naming the field, its value and what is accepted.
         """
+        value = inputs.hf_processor_mm_kwargs[PRUNING_KEY]
+        num_images = len(inputs.mm_data_items.get("image", ()))
         if isinstance(value, PromptPruning):
-            _per_image("images", value.policies, num_images)
+            _per_image("images", value.images, num_images)
             return value
         if from_client:
             raise PolicyError(PARAM, value, ELSEWHERE)
-        return cls.parse(value, num_images, prompt_text)
-
-    @classmethod
-    def parse(cls, value: object, num_images: int, prompt_text: Callable[[], str]) -> PromptPruning:
-        """Validate the entry.
-
-        Args:
-            value: what the prompt carries under `PRUNING_KEY`.
-            num_images: images in the prompt.
-            prompt_text: gives the text of the whole prompt, for entries without ``texts``.
-
-        Raises:
-            PolicyError: naming the field, its value and what is accepted.
-        """
         fields = dict(value) if isinstance(value, Mapping) else {}
-        texts = fields.pop("texts", None)
-        images = fields.pop("images", None)
-        policy = PruningPolicy.parse(fields if isinstance(value, Mapping) else value, param=PARAM)
-        policies = tuple(
-            PruningPolicy.parse(own, param=f"{PARAM}.images.{index}", default=policy)
-            for index, own in enumerate(_per_image("images", images, num_images))
-        )
-        if texts is None:
-            needed = any(policy.conditions_on_text and policy.text.query is None for policy in policies)
-            texts = [prompt_text() if needed else ""] * num_images
-        conditions = []
-        for index, (text, own) in enumerate(zip(_per_image("texts", texts, num_images), policies, strict=True)):
-            if not isinstance(text, str):
+        texts, own = fields.pop("texts", None), fields.pop("images", None)
+        whole = PruningPolicy.parse(fields if isinstance(value, Mapping) else value, param=PARAM)
+        policies = [
+            PruningPolicy.parse(each, param=f"{PARAM}.images.{index}", default=whole)
+            for index, each in enumerate(_per_image("images", own, num_images))
+        ]
+        whole_text = cache(prompt_text)
+        images = []
+        for index, (policy, text) in enumerate(zip(policies, _per_image("texts", texts, num_images), strict=True)):
+            if texts is not None and not isinstance(text, str):
                 raise PolicyError(f"{PARAM}.texts.{index}", text, "a string")
-            conditions.append(text if own.text.query is None else own.text.query)
-        return cls(policy, policies, tuple(conditions))
+            resolved = policy if family is None else policy.resolve(family)
+            images.append(ImageJob(resolved))
+            if resolved.conditions_on_text:
+                asked = resolved.text.query
+                images[-1].text = asked if asked is not None else text if isinstance(text, str) else whole_text()
+        return cls(whole, tuple(images))
+
+
+def without_pruning(hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
+    """A prompt's ``mm_processor_kwargs`` as stock vLLM takes them."""
+    return {key: value for key, value in hf_kwargs.items() if key != PRUNING_KEY}
 
 
 def _per_image(name: str, value: object, num_images: int) -> Sequence[object]:

@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
+from vllm.logger import init_logger
 
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.loads import Load, LoadNotes
+from vllm_vtprune.runtime import PruningRuntime
+
+logger = init_logger("vllm.vtprune")
 
 
 class WeightsElsewhere(GracefulHTTPError):
@@ -30,6 +34,28 @@ class WeightsElsewhere(GracefulHTTPError):
             "encoder of the API process cannot load: no image can be pruned until reload_weights reads a checkpoint.",
             HTTPStatus.SERVICE_UNAVAILABLE,
         )
+
+
+class EngineWeights:
+    """What an API process knows of the weights of its engine, which was started with that model."""
+
+    def __init__(self, model: str) -> None:
+        self._notes = LoadNotes(model)
+        self.load = Load(model, from_checkpoint=True)
+
+    def follow(self, runtime: PruningRuntime, *, selects: bool) -> None:
+        """Forget what was made with other weights than the engine's.
+
+        Raises:
+            WeightsElsewhere: tokens are to be selected, and the engine's weights are in no checkpoint.
+        """
+        load = self._notes.latest()
+        if load is not None:
+            logger.info("The engine has loaded %s: the frontend vision tower will be loaded anew", load.model)
+            self.load = load
+            runtime.renew()
+        if selects and not self.load.from_checkpoint:
+            raise WeightsElsewhere
 
 
 class NotesLoads:

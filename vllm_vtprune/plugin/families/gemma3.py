@@ -13,7 +13,6 @@ from vllm_vtprune.plugin.families.clip import side
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.prompt import said_in_turns
 
 LONG = (1_000_000, 1_000)
 """Width and height, in pixels, of an image that is cropped if any is."""
@@ -31,6 +30,7 @@ class PrunedGemma3Processor(PruningProcessor, Gemma3MultiModalProcessor):
     told to do so prunes nothing, and requests cannot ask for it.
     """
 
+    turn = "<start_of_turn>"
     family = Family(
         name="gemma3",
         clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
@@ -57,9 +57,6 @@ class PrunedGemma3Processor(PruningProcessor, Gemma3MultiModalProcessor):
     def most_tokens(self) -> int:
         count: int = self.info.get_hf_config().mm_tokens_per_image
         return count
-
-    def _prompt_text(self, prompt: list[int]) -> str:
-        return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<start_of_turn>")
 
 
 @processed_by(PrunedGemma3Processor)

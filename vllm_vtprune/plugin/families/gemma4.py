@@ -15,7 +15,6 @@ from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.family import Family, parameters_in_transformers
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.prompt import said_in_turns
 
 
 def across(config: Any) -> int:
@@ -34,6 +33,7 @@ def parameters(config: Any) -> int:
 class PrunedGemma4Processor(PruningProcessor, Gemma4MultiModalProcessor):
     """One image is up to 280 tokens, or what ``max_soft_tokens`` says."""
 
+    turn = "<|turn>"
     family = Family(
         name="gemma4",
         clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
@@ -54,9 +54,6 @@ class PrunedGemma4Processor(PruningProcessor, Gemma4MultiModalProcessor):
     def most_tokens(self) -> int:
         count: int = self.info.get_mm_max_tokens_per_item(0, {})["image"]
         return count
-
-    def _prompt_text(self, prompt: list[int]) -> str:
-        return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|turn>")
 
 
 @processed_by(PrunedGemma4Processor)

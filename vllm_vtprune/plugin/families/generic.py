@@ -18,6 +18,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.image import size_of
 from vllm_vtprune.plugin.model import PrunedModel
 from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -47,13 +48,13 @@ class GenericProcessor(PruningProcessor):
 
     def most_tokens(self) -> int:
         """Of the image that vLLM measures its encoder with."""
-        data = self.dummy_inputs.get_dummy_mm_data(self._model_config.max_model_len, {"image": 1}, {})
+        data = self.dummy_inputs.get_dummy_mm_data(self.model_config.max_model_len, {"image": 1}, {})
         placeholder = self._placeholder_for(data["image"][0])
         assert placeholder is not None
         return placeholder.num_embeds
 
     def _placeholder_for(self, image: Image.Image) -> Placeholder | None:
-        return self.placeholder_of(self.stock_item(image), image.size[::-1], {})
+        return self.placeholder_of(self.stock_item(image), size_of(image), {})
 
 
 def build(info: Any, dummy_inputs: Any, stock: Any) -> Any:

@@ -16,7 +16,6 @@ from vllm_vtprune.plugin.families.internvl import PrunedInternVLProcessor, acros
 from vllm_vtprune.plugin.family import parameters_in_transformers
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.prompt import said_in_turns
 
 LAYERS = "vision_model.encoder.layers"
 MEDIA = re.compile("<(?:image|video)>")
@@ -44,6 +43,7 @@ def parameters(config: Any) -> int:
 class PrunedInternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor):
     """As that of InternVL; ``<image>`` in the text of a prompt becomes the image."""
 
+    turn = "<|im_start|>"
     family = replace(
         PrunedInternVLProcessor.family,
         name="internvl_chat",
@@ -78,9 +78,8 @@ class PrunedInternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor)
             thumbnail=processor.image_processor.use_thumbnail,
         )
 
-    def _prompt_text(self, prompt: list[int]) -> str:
-        said = said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|im_start|>")
-        return MEDIA.sub(" ", said)
+    def prompt_text(self, prompt: list[int]) -> str:
+        return MEDIA.sub(" ", super().prompt_text(prompt))
 
 
 @processed_by(PrunedInternVLChatProcessor)

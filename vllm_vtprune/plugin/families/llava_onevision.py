@@ -20,7 +20,6 @@ from vllm_vtprune.plugin.families.llava_next import anyres_of
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.prompt import said_in_turns
 
 MOST_SQUARES = 9
 """vLLM 0.32.0 takes "anyres_max_9" for whatever ``vision_aspect_ratio`` a config names."""
@@ -35,6 +34,7 @@ def most_patches(config: Any) -> int:
 class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalProcessor):
     """An overview of 729 tokens and a canvas of about nine times as many, with a newline after each row."""
 
+    turn = "<|im_start|>"
     family = Family(
         name="llava_onevision",
         clip_alpha=0.3,  # that of Qwen2.5-VL, a model of its language model's kind; not calibrated
@@ -49,9 +49,6 @@ class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalPr
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         return anyres_of(self.info.get_hf_config(), item["image_sizes"].data, most=MOST_SQUARES)
-
-    def _prompt_text(self, prompt: list[int]) -> str:
-        return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|im_start|>")
 
     def most_tokens(self) -> int:
         """With room for those that are not scaled down yet; vLLM's count is that of one size of image."""

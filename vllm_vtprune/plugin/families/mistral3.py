@@ -82,13 +82,13 @@ class PrunedMistral3Processor(PruningProcessor, Mistral3MultiModalProcessor):
         ends = tuple(each for each, after in zip(ids, following, strict=True) if EMBED in (each, after))
         return Placeholder(whole.token, ends)
 
-    def _prompt_text(self, prompt: list[int]) -> str:
+    def prompt_text(self, prompt: list[int]) -> str:
         """What a prompt says, but for the system's turn: every prompt that has none gets a standard one."""
         vocabulary = self.info.get_tokenizer().get_vocab()
         begin, end = (vocabulary.get(token) for token in ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"))
         if begin in prompt and end in prompt:
             prompt = prompt[: prompt.index(begin)] + prompt[prompt.index(end) + 1 :]
-        return super()._prompt_text(prompt)
+        return super().prompt_text(prompt)
 
 
 @processed_by(PrunedMistral3Processor)

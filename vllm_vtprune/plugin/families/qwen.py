@@ -12,10 +12,10 @@ import torch
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.plugin.family import DynamicResolution
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.limits import VIDEO_OPTIONS
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.prompt import said_in_turns
 from vllm_vtprune.selectors.method import Input
 
 OPTIONS = VIDEO_OPTIONS | {"do_resize", "max_pixels", "min_pixels", "size"}
@@ -28,7 +28,7 @@ def merge_size(config: Any) -> int:
     return size
 
 
-class GridProcessor(PruningProcessor):
+class GridProcessor(DynamicResolution, PruningProcessor):
     """Mixin: the item of a pruned image also holds its grid, and where the kept embeddings stand in it.
 
     The engine may have an image's keys and values at hand and still needs its positions: for items that a model of
@@ -88,6 +88,4 @@ class GridProcessor(PruningProcessor):
 class QwenProcessor(GridProcessor):
     """Mixin: as `GridProcessor`, of a model with ChatML turns."""
 
-    def _prompt_text(self, prompt: list[int]) -> str:
-        """What the turns of a prompt say, but for the system's: every prompt that has none gets a standard one."""
-        return said_in_turns(prompt, self.info.get_tokenizer(), self.image_token_id, turn="<|im_start|>")
+    turn = "<|im_start|>"
