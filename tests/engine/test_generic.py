@@ -47,7 +47,7 @@ def test_another_architecture_is_pruned_by_what_its_images_become(model_config: 
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
     assert isinstance(processor, GenericProcessor)
     assert not processor.family.tuned
-    assert processor.family.inputs == {"text", "encoder"}
+    assert processor.family.inputs == {"text"}
 
 
 def stock_of(checkpoint: Path) -> tuple[Any, Any, Any]:
