@@ -21,7 +21,9 @@ def compared_rows(features: VisualFeatures, policy: PruningPolicy) -> Tensor:
     spaces = (features.embeds, features.encoder)
     widths = [rows.shape[1] for rows in spaces]
     joint = features.embeds.new_empty(features.num_tokens, sum(widths), dtype=torch.float32)
-    for columns, rows in zip(joint.split(widths, dim=1), spaces, strict=True):  # in place: no more memory than the rows
+    for columns, rows in zip(
+        torch.split(joint, widths, dim=1), spaces, strict=True
+    ):  # in place, to take no more memory
         columns.copy_(rows).div_(squared_lengths(rows).mean().sqrt().clamp(min=TINY))
     return joint
 
