@@ -72,7 +72,7 @@ def settle(trainee: MergedTrainee, pixels: Tensor) -> None:
     slope = ((normed - normed.mean(0)) * states).mean(0) / normed.var(0, correction=0)
     merger.norm.weight.copy_(slope)
     merger.norm.bias.copy_(states.mean(0) - slope * normed.mean(0))
-    merger.linear_1.weight.copy_(torch.block_diag(*[projector.linear_1.weight] * PATCHES))
+    merger.linear_1.weight.copy_(torch.kron(torch.eye(PATCHES), projector.linear_1.weight))
     merger.linear_1.bias.copy_(projector.linear_1.bias.repeat(PATCHES))
     merger.linear_2.weight.copy_(projector.linear_2.weight.repeat(1, PATCHES) / PATCHES)
     merger.linear_2.bias.copy_(projector.linear_2.bias)

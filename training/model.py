@@ -162,7 +162,7 @@ def patch_states(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None)
-    return hidden  # type: ignore[no-any-return]
+    return hidden
 
 
 def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
