@@ -42,6 +42,7 @@ RESPRUNE_SEED: Rows = {
     "mean token": {"seed_token": "mean"},
     "grid centre": {"seed_token": "center"},
 }
+FEATURES: Rows = {features: {"features": features} for features in ("projected", "encoder", "both")}
 ADAPTPRUNE_CUES: Rows = {  # (a), plain importance, is top-k CLS attention here
     "(a) importance only": {"correction": False, "distance": False, "similarity": False},
     "(b) correction": {"distance": False, "similarity": False},
@@ -84,6 +85,7 @@ class Ablation:
         ]
 
 
+FEW = (64, 36, 18)  # of 576, or of the 144 of `--merged`
 TENTH = (58,)  # of 576: AdaptPrune's ablations prune 90 %
 
 ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
@@ -93,6 +95,8 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "resprune-gate": Ablation("ResPrune's gate, in no paper", RESPRUNE_GATE, "resprune", (128, 64, 32)),
         "resprune-relevance": Ablation("ResPrune, Table VI", RESPRUNE_RELEVANCE, "resprune", (128,)),
         "resprune-seed": Ablation("ResPrune, Table VII", RESPRUNE_SEED, "resprune", (128,)),
+        "resprune-features": Ablation("what ResPrune compares tokens by, in no paper", FEATURES, "resprune", FEW),
+        "divprune-features": Ablation("what DivPrune compares tokens by, in no paper", FEATURES, "divprune", FEW),
         "adaptprune-cues": Ablation("AdaptPrune, Table 4", ADAPTPRUNE_CUES, "adaptprune", TENTH),
         "adaptprune-strategies": Ablation("AdaptPrune, Table 5", ADAPTPRUNE_STRATEGIES, "adaptprune", TENTH),
     }

@@ -23,6 +23,7 @@ CODE = (
     "vllm_vtprune_evaluation.scenes",
     "vllm_vtprune_evaluation.forward",
     "vllm_vtprune_evaluation.in_llm",
+    "vllm_vtprune_evaluation.merged",
     "vllm_vtprune_evaluation.offline",
 )
 """Packages and modules whose code decides on answers: what others of it gave is not gone on with."""

@@ -83,6 +83,7 @@ def evaluate(argv: list[str]) -> None:
     try:
         make_folder(args.out, "--out")
         model = args.model or embedded_model()
+        weights = model if args.merged is None else str(args.merged)
         dtype = "float32" if args.offline else dtype_of(args)
         asked = list(pictures(args.split, args.questions, args.seed))
         if args.offline:
@@ -90,17 +91,19 @@ def evaluate(argv: list[str]) -> None:
         reference = reference_model(model) if args.in_llm else None
         arms, inside = _arms(args, model, dtype, asked, reference)
         ways.check(arms)
-        depends_on = subject(model, SERVED_AS if args.offline else args.url or dtype, asked)
+        depends_on = subject(weights, SERVED_AS if args.offline else args.url or dtype, asked)
         with Answers(args.out / "answers.jsonl", depends_on) as answers:
             if args.offline:
-                answer_offline(model, asked, [UNPRUNED, *arms], answers)
+                answer_offline(model, asked, [UNPRUNED, *arms], answers, args.merged)
             else:
                 with served(args.url, model, dtype) as url:
                     ask_all(url, model, asked, [UNPRUNED, *arms], answers)
             if reference is not None:
                 answer_all(reference, asked, inside, answers)
         about = {"command": shlex.join(["vtprune", "eval", *argv]), **depends_on, "pictures": len(asked)}
-        found = _results([UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about)
+        found = _results(
+            [UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about, split=bool(args.ablation)
+        )
         files = found.write(args.out)
         adaptive = [arm for arm in arms if arm.adaptive]
         if adaptive:
@@ -130,6 +133,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--offline",
         action="store_true",
         help="without a server: the same answers, many times faster (in float32, on every core; LLaVA-1.5 only)",
+    )
+    parser.add_argument(
+        "--merged",
+        type=Path,
+        metavar="DIR",
+        help="ask the embedded model with the 2 x 2 merger, of 144 tokens, that `python -m training.merged` put "
+        "in the place of its projector (with --offline and --ablation)",
     )
     parser.add_argument(
         "--split",
@@ -175,6 +185,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.offline and args.url:
         parser.error("--offline: no server is asked; it does not go with --url")
+    if args.merged and (not args.offline or args.ablation not in ABLATIONS or args.model or args.gallery):
+        parser.error("--merged: goes with --offline and --ablation NAME, and with none of --model, --gallery")
     if args.ablation and (args.keep or args.adaptive or args.presets or args.in_llm):
         parser.error(
             "--ablation: a table has its own budgets; it goes with none of --keep, --adaptive, --presets, --in-llm"
@@ -256,6 +268,7 @@ class Evaluation:
         ranked: the same over the kinds of question in `kinds`.
         kinds: those that the unpruned model answers well enough.
         paired: one arm against all others at the same budget, over the kinds of question that rank.
+        by_kind: of an ablation, the same as `paired` over each kind of question, and over all of them.
         adaptive: each "+E" against its fixed budget, over the same questions.
     """
 
@@ -264,6 +277,7 @@ class Evaluation:
     ranked: Sequence[Result]
     kinds: Sequence[str]
     paired: Sequence[Difference]
+    by_kind: Mapping[str, Sequence[Difference]]
     adaptive: Sequence[Difference]
 
     def to_json(self) -> dict[str, Any]:
@@ -274,6 +288,7 @@ class Evaluation:
             "ranked_kinds": list(self.kinds),
             "ranked_results": [result.to_json() for result in self.ranked],
             "paired": [difference.to_json() for difference in self.paired],
+            "paired_by_kind": {kind: [one.to_json() for one in found] for kind, found in self.by_kind.items()},
             "adaptive_less_fixed": [difference.to_json() for difference in self.adaptive],
         }
 
@@ -337,7 +352,9 @@ def _budgets(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) ->
     return tokens
 
 
-def _results(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture], about: Mapping[str, Any]) -> Evaluation:
+def _results(
+    arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture], about: Mapping[str, Any], *, split: bool
+) -> Evaluation:
     names = {picture.name(index) for picture in asked for index in range(len(picture.questions))}
     given = [(arm, {name: answers.of(arm)[name] for name in names}) for arm in arms]
     unpruned = given[0][1]
@@ -345,8 +362,12 @@ def _results(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture], ab
     ranked = results(given, unpruned, kinds) if kinds else []
     all_kinds = results(given, unpruned)
     compared = ranked or all_kinds
+    pairs = against_reference(comparable(compared))
     paired, adaptive = (
-        differences(pairs, given, unpruned, kinds or None)
-        for pairs in (against_reference(comparable(compared)), adaptive_against_fixed(compared))
+        differences(some, given, unpruned, kinds or None) for some in (pairs, adaptive_against_fixed(compared))
     )
-    return Evaluation(about, all_kinds, ranked, kinds, paired, adaptive)
+    by_kind = {}
+    if split:
+        by_kind = {kind: differences(pairs, given, unpruned, [kind]) for kind in all_kinds[0].by_kind}
+        by_kind["all"] = differences(pairs, given, unpruned)
+    return Evaluation(about, all_kinds, ranked, kinds, paired, by_kind, adaptive)

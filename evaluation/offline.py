@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.policy import EnergyBudget, PruningPolicy, TokensBudget
 from vllm_vtprune.sequence import sequence
@@ -32,6 +33,7 @@ from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm.driver import InLLM, check_kind
 from vllm_vtprune_evaluation.inspection import InspectionFailed, features_of, pruning_processor
+from vllm_vtprune_evaluation.merged import load_merged, merged_features
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
@@ -60,13 +62,16 @@ def check_model(model: str) -> None:
         raise OfflineFailed(f"--offline: {model}: {error}") from error
 
 
-def answer_offline(model: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
+def answer_offline(
+    model: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers, merged: Path | None = None
+) -> None:
     """Ask every question of every picture in every way, but for those that ``answers`` already holds.
 
     One process for each core answers picture after picture, each with its own copy of the model.
 
     Args:
         model: a directory, or a name on the hub, of LLaVA-1.5's kind.
+        merged: a folder with a merger for it, and the language model that goes with that.
 
     Raises:
         OfflineFailed: a process cannot load the model or prune with it, or has ended.
@@ -80,7 +85,7 @@ def answer_offline(model: str, pictures: Sequence[Picture], arms: Sequence[Arm],
     try:
         for _ in range(min(os.cpu_count() or 1, len(tasks))):
             ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs, model, arms), daemon=True)
+            workers[ours] = context.Process(target=_work, args=(theirs, model, arms, merged), daemon=True)
             workers[ours].start()
             theirs.close()  # so that the end of the process is the end of the connection
         with tqdm(total=total, initial=total - left, unit="question", disable=None) as progress:
@@ -117,7 +122,7 @@ def _pending(picture: Picture, arms: Sequence[Arm], answers: Answers) -> Pending
     return pending
 
 
-def _work(connection: Connection, model: str, arms: Sequence[Arm]) -> None:
+def _work(connection: Connection, model: str, arms: Sequence[Arm], merged: Path | None) -> None:
     """Answer about the pictures that come, until None does; a string that is sent back says what failed.
 
     None is sent back where there is nothing left to do.
@@ -127,7 +132,7 @@ def _work(connection: Connection, model: str, arms: Sequence[Arm]) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(1)
     try:
-        offline = Offline(model)
+        offline = Offline(model, merged)
         connection.send(None)
         while (task := connection.recv()) is not None:
             picture, pending = task
@@ -153,16 +158,18 @@ class Offline:
 
     Args:
         model: a directory, or a name on the hub.
+        merged: as of `answer_offline`.
 
     Raises:
         InspectionFailed: it cannot be read, or cannot be pruned.
-        OSError, ValueError: as `InLLM` raises them.
+        OSError, ValueError: as `InLLM` and `load_merged` raise them.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, merged: Path | None = None) -> None:
         self._language = InLLM(Path(model), add_special_tokens=False)  # as vLLM's chat endpoint begins a prompt
         self._processor = pruning_processor(model, "float32")
         self._tokenizer = self._language.processor.tokenizer
+        self._merger = None if merged is None else load_merged(merged, self._language.model)
 
     def answers(self, picture: Picture, arms: Sequence[Arm], pending: Pending) -> Iterator[Given]:
         """Ask about a picture, in batches.
@@ -172,6 +179,8 @@ class Offline:
             ValueError: a question holds the image token.
         """
         features = features_of(self._processor, picture.paint())
+        if self._merger is not None:
+            features = merged_features(features, self._merger)
         prompts = [self._language.token_ids(question.text) for question in picture.questions]
         batch: list[_Kept] = []
         tokens = 0
@@ -198,10 +207,14 @@ class Offline:
                 nouns = self._nouns(policy, picture.questions[question].text) if policy.conditions_on_text else ()
                 _, askers = reasons.setdefault((digest, nouns), (policy, {}))
                 askers.setdefault(question, []).append(number)
-        runtime = self._processor.runtime
         for (_, nouns), (policy, askers) in reasons.items():
-            plan = runtime.plan(features, policy, nouns)
-            yield _Kept(sequence(features, plan), askers)
+            yield _Kept(sequence(features, self._plan(features, policy, nouns)), askers)
+
+    def _plan(self, features: VisualFeatures, policy: PruningPolicy, nouns: tuple[int, ...]) -> PruningPlan:
+        if self._merger is None:
+            return self._processor.runtime.plan(features, policy, nouns)
+        rows = self._language.model.get_input_embeddings().weight.detach()  # not those of the checkpoint
+        return plan_tokens(features, policy, rows[list(nouns)] if nouns else None, family=self._processor.family)
 
     def _nouns(self, policy: PruningPolicy, question: str) -> tuple[int, ...]:
         """Token ids of the nouns that the server would read in a message with the picture and the question."""

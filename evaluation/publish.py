@@ -21,7 +21,7 @@ from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
 from vllm_vtprune_evaluation.report import budget_table, difference_table, markdown, plotted_lines
 from vllm_vtprune_evaluation.results import Difference, Result, comparable
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/evaluation.md")
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -84,6 +84,26 @@ def ablation(tables: Found, name: str) -> str:
     return markdown(["", *keeps], ([row, *cells] for row, cells in rows.items()))
 
 
+def merged(tables: Found, kind: str) -> str:
+    """What is right of one kind of question, or of ``"all"``, under the ablations of a model, budgets in columns.
+
+    Behind it stands the difference from the first row of the same ablation, with its interval.
+    """
+    rows: dict[str, list[str]] = {}
+    keeps: list[str] = []
+    for name, found in tables.items():
+        first_less = {one["less"]: Difference(**one) for one in found["paired_by_kind"][kind]}
+        for result in map(Result.from_json, found["results"][1:]):
+            cell = _percent(result.accuracy if kind == "all" else result.by_kind[kind])
+            if result.arm in first_less:
+                low, high = (0 - 100 * end for end in reversed(first_less[result.arm].ci95))
+                points = f"{0 - 100 * first_less[result.arm].difference:+.1f} ({low:+.1f} to {high:+.1f})"
+                cell += f", {points}" if low <= 0 <= high else f", **{points}**"
+            rows.setdefault(f"`{ABLATIONS[name].method}`, {result.method}", []).append(cell)
+            keeps += [head for head in [f"{result.keep} tokens"] if head not in keeps]
+    return markdown(["", *keeps], ([row, *cells] for row, cells in rows.items()))
+
+
 def in_llm(found: Found) -> str:
     """The methods inside the language model."""
     results = [Result.from_json(values) for values in found["results"]]
@@ -115,6 +135,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "energies-by-spectrum": ("eval-energies.json", partial(energies, name="spectra")),
     "presets": ("eval-presets.json", presets),
     "in-llm": ("eval-in-llm.json", in_llm),
+    **{f"merged-{kind}": ("eval-merged.json", partial(merged, kind=kind)) for kind in ("reading", "all")},
     **{name: ("eval-ablations.json", partial(ablation, name=name)) for name in (*ABLATIONS, SOLVERS)},
 }
 """By name: the file of results, and what makes a table of it."""

@@ -129,7 +129,7 @@ def held_out_accuracy(
     """What the stage has learnt so far, between 0 and 1 by kind: of patches for the tower, else of answers."""
     if stage.name == "tower":
         return patch_accuracy(trainee, batches, scenes // 2, device)
-    grid, pictures = stage.phase(step - 1).grid, stage.name == "joint"
+    grid, pictures = stage.phase(step - 1).grid, stage.name in ("joint", "merged")
     return answer_accuracy(trainee, batches, scenes, device, grid=grid, pictures=pictures)
 
 

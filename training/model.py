@@ -156,13 +156,19 @@ class Looks:
 LOOKING = -3  # the layer: those before it put a thing's words together, those after it use what was seen
 
 
-def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, 336, 336) -> what the language model sees (B, 576, WIDTH), and the state of CLS beside it (B, 192)."""
+def patch_states(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """(B, 3, 336, 336) -> CLS and the patches as the encoder leaves them (B, 577, 192)."""
     tower = model.model.vision_tower
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None)
-    return model.model.multi_modal_projector(hidden[:, 1:]), hidden[:, 0]
+    return hidden
+
+
+def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, 336, 336) -> what the language model sees (B, 576, WIDTH), and the state of CLS beside it (B, 192)."""
+    states = patch_states(model, pixels)
+    return model.model.multi_modal_projector(states[:, 1:]), states[:, 0]
 
 
 def answer_logits(

@@ -1,7 +1,7 @@
 """What each stage learns, and from what.
 
 `language`: the language model, on codes instead of pictures. `tower`: vision encoder and projector, to emit those codes
-for each patch. `joint`: everything, on pictures.
+for each patch. `joint`: everything, on pictures. `merged`: `training/merged.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from training.batches import Batch, Batches, random_positions, usual_positions
-from training.model import GRID, LAYERS, Codebook, answer_logits, encode, new_model
+from training.model import GRID, LAYERS, Codebook, Looks, answer_logits, encode, new_model
 from vllm_vtprune_evaluation.scenes import FIELDS, code_size
 
 SHARPNESS = 12.0  # of the softmax that reads a value from a code
@@ -39,6 +39,14 @@ class Trainee(nn.Module):
         self.model: LlavaForConditionalGeneration = new_model(seed, tokenizer, layers)
         self.codebook = Codebook()
         self.summary = nn.Linear(self.model.config.vision_config.hidden_size, KNOWN)
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the language model sees of pictures, and the state of CLS, as `encode`."""
+        return encode(self.model, pixels)
+
+    def looks(self, looks: Looks) -> Looks:
+        """Where the attention ought to be, of looks at patches."""
+        return looks
 
     def part(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """The parameters that a stage trains."""
@@ -103,7 +111,9 @@ def loss_of(stage: Stage, trainee: Trainee, batches: Batches, step: int, device:
     crowded = stage.name == "tower"
     batch = batches.make(number, size, 1 if crowded else QUESTIONS, pictures=True, crowded=crowded)
     assert batch.pixels is not None
-    visual, cls = encode(trainee.model, batch.pixels.to(device))
+    visual, cls = trainee.see(batch.pixels.to(device))
+    if stage.name == "merged":
+        return answer_loss(trainee, batches, batch, visual, generator)
     dense = dense_loss(trainee, batch, visual, cls)
     if crowded:
         return dense, {}
@@ -128,7 +138,7 @@ def answer_loss(trainee: Trainee, batches: Batches, batch: Batch, visual: Tensor
     positions = random_positions(len(prefix), size, tokens, generator).to(visual.device)
     text = batch.text.to(visual.device)
     assert batch.looks is not None
-    looks = batch.looks.to(visual.device)
+    looks = trainee.looks(batch.looks).to(visual.device)
     logits, astray = answer_logits(trainee.model, prefix, visual, positions, text, looks)
     assert astray is not None
     answer = functional.cross_entropy(logits.float(), text.targets)
@@ -217,7 +227,7 @@ def answer_accuracy(
         if batch.pixels is None:
             visual = trainee.codebook(batch.codes.to(device))
         else:
-            visual, _ = encode(trainee.model, batch.pixels.to(device))
+            visual, _ = trainee.see(batch.pixels.to(device))
         place = positions(len(batches.prefix), *visual.shape[:2]).to(device)
         text = batch.text.to(device)
         logits, _ = answer_logits(trainee.model, batches.prefix.to(device), visual, place, text)

@@ -41,6 +41,28 @@ def test_a_stale_table_is_written_anew() -> None:
         assert f"| `{name}` |" in fresh
 
 
+def test_a_difference_is_that_of_the_shares_beside_it() -> None:
+    tables = json.loads((RESULTS / "eval-merged.json").read_text())
+    for kind in ("reading", "all"):
+        first: dict[int, float] = {}
+        [_, _, *lines] = publish.merged(tables, kind).splitlines()
+        assert [line.split("|")[1].strip() for line in lines] == [
+            f"`{method}`, {features}"
+            for method in ("resprune", "divprune")
+            for features in ("projected", "encoder", "both")
+        ]
+        for line in lines:
+            for column, cell in enumerate(line.split("|")[2:-1]):
+                share, *difference = (float(number) for number in re.findall(r"[-+]?\d+\.\d", cell))
+                if "projected" in line:
+                    first[column] = share
+                    assert not difference
+                else:
+                    assert difference[0] == pytest.approx(share - first[column], abs=0.11)
+                    assert difference[1] <= difference[0] <= difference[2]
+                    assert ("**" in cell) == (difference[1] > 0 or difference[2] < 0)
+
+
 @pytest.mark.parametrize(
     "page",
     [
