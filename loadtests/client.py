@@ -54,14 +54,21 @@ def served_model(url: str) -> str:
         raise ServerMissing(f"{url}/v1/models does not list a model, as an OpenAI-compatible server would") from error
 
 
-def ask(client: httpx.Client, name: str, body: Mapping[str, Any], due: float | None = None) -> Record:
-    """Send a chat completion and read its stream. Whatever goes wrong becomes the record's error.
+def ask(
+    client: httpx.Client,
+    name: str,
+    body: Mapping[str, Any],
+    due: float | None = None,
+    path: str = "/v1/chat/completions",
+) -> Record:
+    """Send a completion and read its stream. Whatever goes wrong becomes the record's error.
 
     Args:
         client: from `connect`.
         name: the kind of request, for the record.
         body: the request without what makes it a stream with token counts, which is added.
         due: the time from which its times count, by `time.perf_counter`; None: when it is sent.
+        path: of the endpoint. Of another than chat's, no text is read, hence no time to first token: look at `e2e`.
     """
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
     sent = time.perf_counter()
@@ -69,7 +76,7 @@ def ask(client: httpx.Client, name: str, body: Mapping[str, Any], due: float | N
     reader = StreamReader(name, started=wall_clock(due), due=due, sent=sent)
     error = None
     try:
-        with client.stream("POST", "/v1/chat/completions", json=request) as answer:
+        with client.stream("POST", path, json=request) as answer:
             if answer.status_code == 200:
                 for data in answer.iter_bytes():
                     reader.feed(data, time.perf_counter())

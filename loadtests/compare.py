@@ -22,28 +22,24 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.statistics import paired_ratio
+import httpx
+
 from loadtests.drive import KINDS, DriveFailed, drive
 from loadtests.options import add_slo_arguments, count, p99_limits
+from loadtests.ratios import paired_ratio
 from loadtests.records import Record
 from loadtests.report import table, table_rows, write_report
 from loadtests.results import broken, percentile, result, samples, span
-from vllm_vtprune_server.process import ServerFailed, running_server
+from loadtests.servers import ARMS, MODEL, servers
+from vllm_vtprune_server.process import ServerFailed
 
-STOCK, OFF, PRUNED = ARMS = ("stock", "off", "balanced")
+STOCK, OFF, PRUNED = ARMS
 COMPARED = [kind for kind in KINDS if kind != "PolicyMix"]  # which brings policies of its own
 LOCUST_OPTIONS: dict[str, tuple[str, ...]] = {STOCK: (), OFF: ("--pruning", "false"), PRUNED: ("--pruning", "balanced")}
-MODEL = "llava"
-STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
-SERVE_OPTIONS = (
-    "--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32",
-    "--enforce-eager", "--disable-uvicorn-access-log", "--load-format", "dummy",
-)  # fmt: skip
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+SERVE_OPTIONS = tuple("--dtype float32 --max-model-len 2048 --max-num-seqs 32".split())
 WARM_UP_SECONDS = 1
 
 Turns = dict[str, list[list[Record]]]  # by arm, round by round
@@ -58,6 +54,7 @@ def main() -> None:
     parser.add_argument("--users", type=count, default=2, help="who ask at the same time (default: 2)")
     parser.add_argument("--seconds", type=count, default=8, help="of each arm in each round (default: 8)")
     parser.add_argument("--rounds", type=count, default=3, help="how often every arm has its turn (default: 3)")
+    parser.add_argument("--max-tokens", type=count, default=16, help="tokens of every answer (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and questions (default: 0)")
     parser.add_argument(
         "--kinds",
@@ -75,27 +72,30 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as directory:
             print(f"Starting stock vLLM and ours with a {options.size} checkpoint ...", file=sys.stderr)
-            with servers(write_llava_checkpoint(directory, size=options.size, weights=False)) as urls:
+            model = write_llava_checkpoint(directory, size=options.size, weights=False)
+            with servers(model, SERVE_OPTIONS) as urls:
                 turns = take_turns(urls, options)
+                batch = encoder_batch(urls[PRUNED])
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
         sys.exit(130)
     except (ServerFailed, DriveFailed) as error:
         sys.exit(f"loadtests: {error}")
     complaints = conclude(turns, options)
+    if batch is not None:
+        print(f"images per run of the encoder: {batch:.2f}")
     if complaints:
         sys.exit("\n".join(f"loadtests: {complaint}" for complaint in complaints))
 
 
-@contextmanager
-def servers(model: Path) -> Iterator[dict[str, str]]:
-    """The address of each arm's server, while both run."""
-    stock = ["--model", str(model), *SERVE_OPTIONS]
-    with (
-        running_server(stock, command=STOCK_COMMAND, environment={**ENVIRONMENT, "VLLM_PLUGINS": ""}) as theirs,
-        running_server([str(model), *SERVE_OPTIONS], environment=ENVIRONMENT) as ours,
-    ):
-        yield {STOCK: theirs, OFF: ours, PRUNED: ours}
+def encoder_batch(url: str) -> float | None:
+    """Images per run of our vision encoder since the server's start; None where it has not run."""
+    lines = httpx.get(f"{url}/metrics").raise_for_status().text.splitlines()
+    images, runs = (
+        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vtprune:encode_batch_size_{name}{{"))
+        for name in ("sum", "count")
+    )
+    return images / runs if runs else None
 
 
 def take_turns(urls: Mapping[str, str], options: argparse.Namespace) -> Turns:
@@ -108,7 +108,10 @@ def take_turns(urls: Mapping[str, str], options: argparse.Namespace) -> Turns:
             users=options.users,
             seconds=seconds,
             kinds=options.kinds,
-            options=["--label", arm, "--seed", str(seed), *LOCUST_OPTIONS[arm]],
+            options=[
+                *("--label", arm, "--seed", str(seed), "--max-tokens", str(options.max_tokens)),
+                *LOCUST_OPTIONS[arm],
+            ],
         )
 
     for arm in ARMS:

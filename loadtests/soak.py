@@ -2,7 +2,7 @@
 
     python -m loadtests.soak --out build/soak --minutes 10 --rate 3 --users 16
 
-Starts our server with the model that comes with the package, and with the small caches of `benchmarks.memory`, so that
+Starts our server with the model that comes with the package, and with small caches, so that
 they are full early. Every kind of user asks, at times of a schedule (`loadtests.locustfile`). Prints failed requests,
 percentiles, how many requests were sent in time, and the resident memory of each process: at first, and the medians of
 what was seen every few seconds in the third quarter of the run and in the last.
@@ -27,8 +27,6 @@ from threading import Event, Thread
 
 import psutil
 
-from benchmarks.memory import ENVIRONMENT, OPTIONS, TOLERANCE, resident, server_process
-from benchmarks.memory import role as role_of
 from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
 from loadtests.options import add_slo_arguments, count, p99_limits, positive
@@ -37,6 +35,19 @@ from loadtests.report import table, table_rows, write_report
 from loadtests.results import PUNCTUAL, broken, result, span
 from vllm_vtprune_server.process import ServerFailed, running_server
 
+OPTIONS = (
+    "--max-model-len", "2048", "--enforce-eager", "--mm-processor-cache-gb", "0.02", "--block-size", "32",
+    "--num-gpu-blocks-override", "256", "--disable-uvicorn-access-log",
+)  # fmt: skip
+FEATURE_CACHE_GB = 0.05  # some fifty pictures
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VTPRUNE_FEATURE_CACHE_GB": str(FEATURE_CACHE_GB),
+    "VTPRUNE_REPORT_TABLE_SIZE": "100",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # else a thousand: one for each weight and number of tokens in a batch
+}
+TOLERANCE = 0.05  # of its memory, by which a process may grow once the caches are full
 LABEL = "soak"
 IN_TIME = 0.95  # of the requests
 LOOK_EVERY = 5.0  # seconds
@@ -59,8 +70,7 @@ def main() -> None:
     try:
         with running_server(OPTIONS, environment=ENVIRONMENT) as url:
             model = served_model(url)
-            root = server_process(url)
-            with Memory([root, *root.children(recursive=True)]) as memory:
+            with Memory(server_processes(url)) as memory:
                 records = drive(
                     url,
                     options.out,
@@ -113,6 +123,24 @@ class Process:
             f"{self.role}: {self.mib[0]:.0f} MiB at first, {third:.0f} MiB in the third quarter, {last:.0f} MiB in the "
             f"last ({self.grown:+.1%})"
         )
+
+
+def server_processes(url: str) -> list[psutil.Process]:
+    """Of a server that this process runs: the one that listens, and all that it has started."""
+    port = url.rpartition(":")[2]
+    [root] = [child for child in psutil.Process().children() if port in child.cmdline()]
+    return [root, *root.children(recursive=True)]
+
+
+def role_of(process: psutil.Process) -> str:
+    """Its command line, cut, without the folder of its program."""
+    program, *arguments = process.cmdline()
+    return " ".join([Path(program).name, *arguments])[:32]
+
+
+def resident(processes: Sequence[psutil.Process]) -> list[float]:
+    """MiB of each process."""
+    return [process.memory_info().rss / 2**20 for process in processes]
 
 
 class Memory:

@@ -26,12 +26,11 @@ settings.register_profile(
 )
 settings.load_profile("unhurried")
 
-LONG_FIXTURES = {"image", "deployed", "watched"}  # what the Dockerfile makes, its server, a Prometheus that watches it
 SHARED = {
     "server": "server",
     **dict.fromkeys(("cached", "uncached", "chunked"), "llava"),
     "qwen": "qwen",
-    **dict.fromkeys(LONG_FIXTURES, "image"),
+    "watched": "watched",
 }
 """The fixtures that several files share, and the name of those who share them."""
 
@@ -53,7 +52,7 @@ def turn(item: pytest.Item) -> tuple[bool, bool]:
 
 def leave_to_verify(item: pytest.Item) -> None:
     """Skip what would make `make test` take more than its 25 minutes on two cores."""
-    if item.get_closest_marker("verify") or LONG_FIXTURES & fixtures_of(item):
+    if item.get_closest_marker("verify") or "watched" in fixtures_of(item):
         item.add_marker(pytest.mark.skip(reason="takes minutes: part of `make verify`"))
 
 

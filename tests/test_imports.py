@@ -17,7 +17,7 @@ PACKAGES = {
     "vllm_vtprune_evaluation": "evaluation",
 }
 """Package -> folder; each may import those before it."""
-NOT_INSTALLED = {"benchmarks", "deploy", "loadtests", "tests", "training"}
+NOT_INSTALLED = {"deploy", "loadtests", "tests", "training"}
 
 
 def modules(package: str) -> dict[str, ast.Module]:

@@ -1,15 +1,12 @@
-"""Feature cache: what the vision tower computed, kept while memory allows.
-
-The key is the identity of the image and of its preprocessing only, so that another question or another policy on the
-same image does not encode it again.
-"""
+"""Tables that forget what was used longest ago, and the feature cache: what the vision tower computed."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
+
+from cachetools import LRUCache
 
 from vllm_vtprune.features import VisualFeatures
 
@@ -18,13 +15,17 @@ V = TypeVar("V")
 
 
 class BoundedTable(Generic[K, V]):
-    """A thread-safe mapping of at most ``capacity`` entries that forgets the least recently used one."""
+    """A thread-safe mapping that forgets the least recently used entries.
 
-    def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
-        self._capacity = capacity
-        self._entries: OrderedDict[K, V] = OrderedDict()
+    Args:
+        capacity: the most that the sizes of all values add up to. A larger value is not kept.
+        size: of a value; None: 1 of each.
+    """
+
+    def __init__(self, capacity: int, size: Callable[[V], int] | None = None) -> None:
+        if capacity < 0:
+            raise ValueError(f"capacity must not be negative, got {capacity}")
+        self._entries: LRUCache[K, V] = LRUCache(capacity, size)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -32,67 +33,33 @@ class BoundedTable(Generic[K, V]):
 
     def put(self, key: K, value: V) -> None:
         with self._lock:
-            self._entries[key] = value
-            self._entries.move_to_end(key)
-            if len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
+            self._entries.pop(key, None)
+            if self._entries.getsizeof(value) <= self._entries.maxsize:
+                self._entries[key] = value
 
     def get(self, key: K) -> V | None:
         with self._lock:
-            value = self._entries.get(key)
-            if value is not None:
-                self._entries.move_to_end(key)
-            return value
+            return self._entries.get(key)
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
 
 
-class FeatureCache:
-    """Least-recently-used cache of `VisualFeatures`, bounded by the bytes of their tensors.
+class FeatureCache(BoundedTable[str, VisualFeatures]):
+    """Visual features, bounded by the bytes of their tensors.
+
+    The key is the identity of the image and of its preprocessing only, so that another question or another policy on
+    the same image does not encode it again.
 
     Args:
-        capacity_bytes: upper bound of `nbytes`; 0 disables the cache. Features larger than it are not kept.
+        capacity_bytes: upper bound of `nbytes`; 0 disables the cache.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        if capacity_bytes < 0:
-            raise ValueError(f"capacity_bytes must not be negative, got {capacity_bytes}")
-        self._capacity = capacity_bytes
-        self._entries: OrderedDict[str, VisualFeatures] = OrderedDict()
-        self._nbytes = 0
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        super().__init__(capacity_bytes, lambda features: features.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the cached tensors."""
-        return self._nbytes
-
-    def get(self, key: str) -> VisualFeatures | None:
-        with self._lock:
-            features = self._entries.get(key)
-            if features is not None:
-                self._entries.move_to_end(key)
-            return features
-
-    def put(self, key: str, features: VisualFeatures) -> None:
-        with self._lock:
-            replaced = self._entries.pop(key, None)
-            if replaced is not None:
-                self._nbytes -= replaced.nbytes
-            if features.nbytes > self._capacity:
-                return
-            self._entries[key] = features
-            self._nbytes += features.nbytes
-            while self._nbytes > self._capacity:
-                _, evicted = self._entries.popitem(last=False)
-                self._nbytes -= evicted.nbytes
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-            self._nbytes = 0
+        return int(self._entries.currsize)

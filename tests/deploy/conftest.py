@@ -1,7 +1,6 @@
-"""A server from the image's contents, under load, and a Prometheus that watches it; each started once."""
+"""A Dockerfile's instructions; and a server under load with a Prometheus that watches it, started once."""
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,33 +9,25 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from dockerfile_parse import DockerfileParser
 
 from deploy.grafana.plot import Prometheus
-from loadtests.observe import running_prometheus
+from loadtests.observe import ENVIRONMENT, SERVE_OPTIONS, running_prometheus
 from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, user
-from tests.support.dockerfile import Image, build
 from vllm_vtprune_server.process import running_server
 
-ROOT = Path(__file__).parents[2]
 LOAD_SECONDS = 20
 
 
-@pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """What the Dockerfile makes, in a virtual environment."""
-    return build(ROOT / "Dockerfile", tmp_path_factory.mktemp("image"))
-
-
-@pytest.fixture(scope="session")
-def deployed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The image's server on the checkpoint in the package, started as the production-stack chart does: `vllm serve`."""
-    log = tmp_path_factory.mktemp("deployed") / "server.log"
-    path = f"{image.root / 'opt/vtprune/bin'}:{image.bin}:{os.environ['PATH']}"
-    environment = {"PATH": path, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    become = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
-    options = ["--max-model-len", "2048", "--enforce-eager"]
-    with running_server(options, command=("-c", become, "vllm", "serve"), environment=environment, log=log) as url:
-        yield Server(url, log)
+def values(dockerfile: Path, name: str, stage: str | None = None) -> list[str]:
+    """What stands behind each instruction of this name, in all stages or one."""
+    found, current = [], ""
+    for line in DockerfileParser(str(dockerfile)).structure:
+        if line["instruction"] == "FROM":
+            current = line["value"].rsplit(" AS ", 1)[-1]
+        if line["instruction"] == name and stage in (None, current):
+            found.append(line["value"])
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,12 +40,18 @@ class Watched:
 
 
 @pytest.fixture(scope="session")
-def watched(deployed: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Prometheus with our configuration and rules, but faster, after a load in which everything happened."""
-    log = tmp_path_factory.mktemp("prometheus") / "prometheus.log"
-    with running_prometheus(deployed.url, log=log) as prometheus:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """Prometheus with our configuration and rules, but faster, after a load in which everything happened.
+
+    The server is that of the demo model.
+    """
+    logs = tmp_path_factory.mktemp("watched")
+    with (
+        running_server(SERVE_OPTIONS, environment=ENVIRONMENT, log=logs / "server.log") as url,
+        running_prometheus(url, log=logs / "prometheus.log") as prometheus,
+    ):
         start = time.time()
-        load(deployed, LOAD_SECONDS)
+        load(Server(url, logs / "server.log"), LOAD_SECONDS)
         yield Watched(prometheus, start, time.time())
 
 

@@ -22,8 +22,8 @@ from vllm.plugins import load_general_plugins
 
 from deploy.grafana import plot
 from deploy.grafana.plot import Prometheus
+from tests.deploy.conftest import values
 from tests.support.chat import VISUAL_TOKENS, fresh_url, user
-from tests.support.dockerfile import instructions
 from tests.support.programs import program
 from vllm_vtprune import __version__
 from vllm_vtprune.placement import GIB, reserve
@@ -127,19 +127,19 @@ def test_the_engine_leaves_room_for_the_vision_encoder_of_its_replica(tmp_path: 
 def test_it_says_what_ray_must_be_started_with_and_the_image_does_so() -> None:
     comment = FILE.read_text().partition("\napplications:")[0]
     assert all(f"{name}={value}" in comment for name, value in DIRECT.items())
-    (setting,) = [one.value for one in instructions(DOCKERFILE) if one.name == "ENV"]
+    (setting,) = values(DOCKERFILE, "ENV")
     assert dict(one.split("=") for one in setting.split()) == DIRECT
 
 
 def test_the_image_with_ray_is_made_of_ours() -> None:
     done = subprocess.run([Path(sys.executable).with_name("hadolint"), DOCKERFILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert f"IMAGE=vllm-vtprune:{__version__}" in [one.value for one in instructions(DOCKERFILE)]
+    assert f"IMAGE=vllm-vtprune:{__version__}" in values(DOCKERFILE, "ARG")
 
 
 def installed_with_ray() -> list[str]:
     """What the image with Ray installs."""
-    (command,) = [one.value for one in instructions(DOCKERFILE) if one.name == "RUN"]
+    (command,) = values(DOCKERFILE, "RUN")
     (packages,) = re.findall(r"--constraint \S+ (.*?) &&", command)
     return [package.strip('"') for package in packages.split()]
 

@@ -13,10 +13,9 @@ from random import Random
 import psutil
 import pytest
 
-from benchmarks.memory import TOLERANCE
 from loadtests.options import add_slo_arguments
 from loadtests.records import Record
-from loadtests.soak import Memory, Process, conclude
+from loadtests.soak import TOLERANCE, Memory, Process, conclude
 
 ROOT = Path(__file__).parent.parent.parent
 FLAT = Process("api", [80.0, 99.0, 100.0, 102.0])

@@ -1,22 +1,80 @@
 """What the processes of a server hold does not grow once its caches are full."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import pytest
 
-from benchmarks.memory import TOLERANCE, measure
-
-pytestmark = [pytest.mark.engine, pytest.mark.verify]
+from loadtests.soak import ENVIRONMENT, FEATURE_CACHE_GB, OPTIONS, TOLERANCE, resident, role_of, server_processes
+from loadtests.workload import picture
+from tests.support.chat import Body, Server, user
+from vllm_vtprune_server.process import running_server
 
 REQUESTS = 2000
+FULL_BY = 200  # the caches, after so many requests
+CLIENTS = 4
+POLICIES: tuple[object, ...] = (
+    "balanced",
+    "fast",
+    {"budget": {"type": "tokens", "keep": 64}},
+    {"method": "uniform", "budget": {"type": "ratio", "keep": 0.3}},
+    {"method": "divprune", "budget": {"type": "tokens", "keep": 40}},
+    {"method": "adaptprune", "budget": {"type": "tokens", "keep": 90}},
+    False,
+)
 
 
+def body(index: int) -> Body:
+    """One of a fixed mixture: new pictures and ones seen before, many policies, streams, mistakes."""
+    chance = random.Random(index)
+    seed = index if index < 20 or chance.random() < 0.8 else chance.randrange(index)  # one in five was seen before
+    image = picture(seed, (64, 64))
+    if chance.random() < 0.05:
+        image = image[:-9]
+    pruning = "none such" if chance.random() < 0.05 else chance.choice(POLICIES)
+    stream = chance.random() < 0.5
+    messages = [user(f"Where is it, {index}?", image)]
+    return {"messages": messages, "pruning": pruning, "stream": stream, "max_tokens": 8, "temperature": 0}
+
+
+def send(client: httpx.Client, indices: Iterable[int]) -> dict[int, int]:
+    """Send requests, a few at a time, and hang up on some streams. Returns how many had which status."""
+
+    def ask(request: Body) -> int:
+        with client.stream("POST", "/v1/chat/completions", json=request) as answer:
+            if request["stream"] and request["pruning"] == "fast":
+                next(answer.iter_lines())
+            else:
+                answer.read()
+            return answer.status_code
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        statuses = list(clients.map(ask, map(body, indices)))
+    return {status: statuses.count(status) for status in set(statuses)}
+
+
+@pytest.mark.engine
+@pytest.mark.verify
 @pytest.mark.timeout(3600)
-def test_memory_stays_flat(record_property: Callable[[str, object], None]) -> None:
-    result = measure(REQUESTS)
-    record_property("requests", result.requests)
-    record_property("grown", {process.role: round(process.grown, 4) for process in result.processes})
-    assert len(result.processes) >= 2, "the API process and the engine"
-    for process in result.processes:
-        assert process.grown <= TOLERANCE, process
-    assert result.feature_cache_limit / 2 < result.feature_cache_bytes <= result.feature_cache_limit
+def test_memory_stays_flat(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    log = tmp_path / "server.log"
+    limit = FEATURE_CACHE_GB * 2**30
+    with (
+        running_server(OPTIONS, environment=ENVIRONMENT, log=log) as url,
+        httpx.Client(base_url=url, timeout=120) as client,
+    ):
+        assert send(client, range(FULL_BY)).keys() == {200, 400}
+        processes = server_processes(url)
+        assert len(processes) >= 2, "the API process and the engine"
+        full = resident(processes)
+        for first in range(FULL_BY, REQUESTS, FULL_BY):
+            assert send(client, range(first, first + FULL_BY)).keys() == {200, 400}
+            assert limit / 2 < Server(url, log).metrics()["vtprune:feature_cache_bytes"] <= limit
+        ratios = [after / before for before, after in zip(full, resident(processes), strict=True)]
+        grown = {role_of(process): round(ratio - 1, 4) for process, ratio in zip(processes, ratios, strict=True)}
+    record_property("requests", REQUESTS)
+    record_property("grown", grown)
+    assert max(ratios) <= 1 + TOLERANCE, grown

@@ -44,7 +44,7 @@ def fake_chat(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[FakeChat]:
 
         def do_GET(self) -> None:
             body = json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode()
-            self.send_response(200 if self.path == "/v1/models" else 404)
+            self.send_response(200 if self.path in ("/v1/models", "/health") else 404)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

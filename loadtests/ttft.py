@@ -1,7 +1,7 @@
 """Time to first token of LLaVA, stock vLLM against this project, on one machine in one run.
 
-    python -m benchmarks.ttft         # LLaVA-1.5-7B shapes, random weights: needs 20 GB of memory
-    python -m benchmarks.ttft --size tiny --rounds 1 --pairs 2      # a minute, to see that it works
+    python -m loadtests.ttft         # LLaVA-1.5-7B shapes, random weights: needs 20 GB of memory
+    python -m loadtests.ttft --size tiny --rounds 1 --pairs 2      # a minute, to see that it works
 
 One machine may not hold both servers, so they take turns: each round starts stock vLLM, measures, stops it, then
 starts ours. The i-th measurements of the two servers in a round use the same picture and form a pair. Within a server
@@ -10,12 +10,12 @@ the kinds of request alternate. What is compared:
 - stock:  a picture and a question on stock vLLM                       (all 576 visual tokens)
 - off:    the same on our server with ``pruning: false``
 - cold:   the same on our server with ``--keep`` tokens, a picture never seen before
-- hit:    the same again under another policy: the features are at hand, the selection is not
+- hit:    the same again under another policy: the features are cached, the selection is not
 - S(n):   a text prompt of n tokens on stock vLLM, n being the length of the stock and of the pruned prompt
 - E:      the vision encoder and projector of transformers, on the picture's pixels, in this process
 
 The ideal speed-ups are those of a selection that costs nothing: (E + S(stock length)) / (E + S(pruned length)) for a
-picture never seen, (E + S(stock length)) / S(pruned length) for one whose features are at hand.
+picture never seen, (E + S(stock length)) / S(pruned length) for one whose features are cached.
 """
 
 from __future__ import annotations
@@ -24,36 +24,32 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import httpx
 import torch
-from PIL import Image
 from transformers import AutoConfig, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from benchmarks.machine import machine
-from benchmarks.statistics import PairedRatio, paired_ratio
+from loadtests.client import ask, connect
+from loadtests.machine import machine
+from loadtests.ratios import PairedRatio, paired_ratio
+from loadtests.records import Record
+from loadtests.servers import MODEL, server
+from loadtests.workload import message, picture
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
-from vllm_vtprune_evaluation.photo import data_url
-from vllm_vtprune_server.process import running_server
 
-NAME = "llava"
 QUESTION = "What is in the picture?"
 VISUAL_TOKENS = 576
-STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
-OPTIONS = (
-    "--served-model-name", NAME, "--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "4",
-    "--no-enable-prefix-caching", "--enforce-eager", "--disable-uvicorn-access-log",
-)  # fmt: skip
+OPTIONS = tuple("--dtype bfloat16 --max-model-len 1024 --max-num-seqs 4 --no-enable-prefix-caching".split())
+TIMEOUT = 600  # seconds
 TARGETS = {"share_of_ideal": 0.9, "speedup_hit": 3.8, "off_over_stock": 1.0}
 
 Samples = dict[str, list[float]]  # seconds, by kind
@@ -84,32 +80,33 @@ def measure(model: Path, *, keep: int, rounds: int, pairs: int) -> Samples:
     encode = encoder_of(model)
     pixels = AutoConfig.from_pretrained(model).vision_config.image_size
     for turn in range(1, rounds + 1):
-        pictures = [picture(turn * 1000 + index, pixels) for index in range(pairs + 1)]
-        with server(model, stock=True) as url:
-            prompt_tokens = ask(url, pictures[-1], None)[1]
-            kinds = stock_requests(url, prompt_tokens, keep) | {"E": lambda _: encode()}
+        pictures = [picture(turn * 1000 + index, (pixels, pixels)) for index in range(pairs + 1)]
+        with server(model, OPTIONS, stock=True, kv_cache_gb=2) as url, connect(url, timeout=TIMEOUT) as client:
+            prompt_tokens = ask_about(client, pictures[-1]).input_tokens
+            assert prompt_tokens is not None, "vLLM counts the tokens of a prompt"
+            kinds = stock_requests(client, prompt_tokens, keep) | {"E": lambda _: encode()}
             take_turns(kinds, pictures, samples, label=f"round {turn}, stock vLLM")
-        with server(model, stock=False) as url:
-            take_turns(our_requests(url, keep), pictures, samples, label=f"round {turn}, ours")
+        with server(model, OPTIONS, stock=False, kv_cache_gb=2) as url, connect(url, timeout=TIMEOUT) as client:
+            take_turns(our_requests(client, keep), pictures, samples, label=f"round {turn}, ours")
     return samples
 
 
-def stock_requests(url: str, prompt_tokens: int, keep: int) -> dict[str, Request]:
+def stock_requests(client: httpx.Client, prompt_tokens: int, keep: int) -> dict[str, Request]:
     """The kinds of request to stock vLLM; ``prompt_tokens`` is the length of a prompt with one picture."""
     return {
-        "stock": lambda image: ask(url, image, None)[0],
-        "S_stock": lambda _: ask_tokens(url, prompt_tokens),
-        "S_pruned": lambda _: ask_tokens(url, prompt_tokens - VISUAL_TOKENS + keep),
+        "stock": lambda image: seconds(ask_about(client, image)),
+        "S_stock": lambda _: seconds(ask_tokens(client, prompt_tokens)),
+        "S_pruned": lambda _: seconds(ask_tokens(client, prompt_tokens - VISUAL_TOKENS + keep)),
     }
 
 
-def our_requests(url: str, keep: int) -> dict[str, Request]:
+def our_requests(client: httpx.Client, keep: int) -> dict[str, Request]:
     """The kinds of request to our server; "cold" of a picture has to come before its "hit"."""
     budget = {"type": "tokens", "keep": keep}
     return {
-        "off": lambda image: ask(url, image, False)[0],
-        "cold": lambda image: ask(url, image, {"budget": budget})[0],
-        "hit": lambda image: ask(url, image, {"budget": budget, "alpha": 0.5})[0],
+        "off": lambda image: seconds(ask_about(client, image, False)),
+        "cold": lambda image: seconds(ask_about(client, image, {"budget": budget})),
+        "hit": lambda image: seconds(ask_about(client, image, {"budget": budget, "alpha": 0.5})),
     }
 
 
@@ -128,49 +125,38 @@ def take_turns(kinds: dict[str, Request], pictures: Sequence[str], samples: Samp
         print(f"{label}, pair {index + 1}: {shown}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def server(model: Path, *, stock: bool) -> Iterator[str]:
-    options = [*OPTIONS, "--load-format", "dummy"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
-    if stock:
-        with running_server(
-            ["--model", str(model), *options],
-            command=STOCK_COMMAND,
-            environment={**environment, "VLLM_PLUGINS": ""},
-        ) as url:
-            yield url
-    else:
-        with running_server([str(model), *options], environment=environment) as url:
-            yield url
+def ask_about(client: httpx.Client, image: str, policy: object | None = None) -> Record:
+    """Ask about a picture. The record's `e2e` is the time to the only token, which may have no text.
 
-
-def ask(url: str, image: str, policy: object | None) -> tuple[float, int]:
-    """Ask about an image. Returns the seconds until its only token has come, and the length of the prompt in tokens."""
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
+    Raises:
+        RuntimeError: the request failed, or the policy is to prune and nothing was pruned.
+    """
+    body: dict[str, Any] = {"messages": [message(QUESTION, [image])]}
     if policy is not None:
         body["pruning"] = policy
-    seconds, answer = post(f"{url}/v1/chat/completions", body)
-    if policy:
-        (report,) = answer["pruning"]["images"]
-        if report["kept_tokens"] >= report["visual_tokens"]:
-            raise RuntimeError(f"nothing was pruned: {report}")
-    return seconds, answer["usage"]["prompt_tokens"]
+    record = only_token(client, body)
+    if policy and not (record.keep_ratio or 1) < 1:
+        raise RuntimeError(f"nothing was pruned: {record.pruning}")
+    return record
 
 
-def ask_tokens(url: str, length: int) -> float:
-    """Seconds until the first token after a text prompt of that many tokens."""
+def ask_tokens(client: httpx.Client, length: int) -> Record:
+    """Have one token written after a text prompt of that many tokens."""
     prompt = [random.randrange(3, 2000) for _ in range(length)]
-    return post(f"{url}/v1/completions", {"prompt": prompt})[0]
+    return only_token(client, {"prompt": prompt}, path="/v1/completions")
 
 
-def post(url: str, body: dict[str, Any]) -> tuple[float, Any]:
-    data = json.dumps({**body, "model": NAME, "max_tokens": 1, "temperature": 0}).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    started = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=600) as response:
-        answer = json.load(response)
-    return time.perf_counter() - started, answer
+def only_token(client: httpx.Client, body: dict[str, Any], path: str = "/v1/chat/completions") -> Record:
+    record = ask(client, "one token", {**body, "model": MODEL, "max_tokens": 1, "temperature": 0}, path=path)
+    if record.error or record.e2e is None:
+        raise RuntimeError(record.error or "an answer without a token")
+    return record
+
+
+def seconds(record: Record) -> float:
+    """Until the only token had come."""
+    assert record.e2e is not None  # by `only_token`
+    return record.e2e
 
 
 def encoder_of(model: Path) -> Callable[[], float]:
@@ -190,12 +176,6 @@ def encoder_of(model: Path) -> Callable[[], float]:
         return time.perf_counter() - started
 
     return encode
-
-
-def picture(seed: int, pixels: int) -> str:
-    """A picture that no other seed gives: smooth noise, as a data URL."""
-    noise = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    return data_url(Image.fromarray(noise).resize((pixels, pixels), Image.Resampling.BICUBIC))
 
 
 def summary(samples: Samples, *, keep: int) -> dict[str, Any]:
@@ -224,8 +204,8 @@ def table(result: dict[str, Any]) -> str:
         target = TARGETS.get(name)
         shown = "" if target is None else f"{'at most' if name == 'off_over_stock' else 'at least'} {target}"
         lines.append(f"{name:16}  {PairedRatio(**ratio)!s:28}  {shown}")
-    for kind, seconds in result["samples_s"].items():
-        lines.append(f"{kind:16}  median {float(np.median(seconds)):.3f} s")
+    for kind, values in result["samples_s"].items():
+        lines.append(f"{kind:16}  median {statistics.median(values):.3f} s")
     return "\n".join(lines)
 
 

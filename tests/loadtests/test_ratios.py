@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from benchmarks.statistics import paired_ratio
-from benchmarks.ttft import summary
+from loadtests.ratios import paired_ratio
 
 
 def test_a_constant_ratio_has_no_spread() -> None:
@@ -51,21 +50,3 @@ def test_one_pair_says_nothing_of_the_spread() -> None:
 def test_samples_without_a_ratio_are_refused(left: list[float], right: list[float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         paired_ratio(left, right)
-
-
-def test_a_selection_that_costs_nothing_reaches_the_ideal() -> None:
-    samples = {
-        "E": [1.0, 1.0],
-        "S_stock": [17.0, 18.0],
-        "S_pruned": [4.0, 4.5],
-        "stock": [18.0, 19.0],
-        "cold": [5.0, 5.5],
-        "hit": [4.0, 4.5],
-        "off": [18.0, 19.0],
-    }
-    ratios = summary(samples, keep=128)["ratios"]
-    assert ratios["share_of_ideal"]["value"] == pytest.approx(1.0)
-    assert ratios["speedup_hit"]["value"] == pytest.approx(ratios["ideal_hit"]["value"])
-    assert ratios["off_over_stock"]["value"] == pytest.approx(1.0)
-    slower = summary({**samples, "cold": [10.0, 11.0]}, keep=128)["ratios"]
-    assert slower["share_of_ideal"]["value"] == pytest.approx(0.5)

@@ -1,8 +1,8 @@
 """What a plan costs: the papers' pipeline to the letter, ours, and the floor, on one machine in one run.
 
-    python -m benchmarks.plan                   # all shapes, one and two threads: more than ten minutes
-    python -m benchmarks.plan --methods         # one image of 576 tokens, every method
-    python -m benchmarks.plan --tokens 10000    # the most that a page gets of Qwen2.5-VL-3B; not among all shapes
+    python -m loadtests.plan                   # all shapes, one and two threads: more than ten minutes
+    python -m loadtests.plan --methods         # one image of 576 tokens, every method
+    python -m loadtests.plan --tokens 10000    # the most that a page gets of Qwen2.5-VL-3B; not among all shapes
 
 For each shape, spectrum and number of threads the three take turns on the same features, and the median of the turns
 counts. ``k`` is fixed through ``min_tokens = max_tokens``, so that all keep the same number; the energy is measured all
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, normalize
 
-from benchmarks.machine import machine
+from loadtests.machine import machine
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import gram_spectrum, krylov_spectrum, spectrum
 from vllm_vtprune.selectors import SELECTORS

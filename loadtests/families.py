@@ -1,8 +1,8 @@
 """Time to first token of each model family, stock vLLM against this project, over sizes of images and budgets.
 
-    python -m benchmarks.families                                   # every family of `FAMILIES`, released shapes
-    python -m benchmarks.families --families qwen2_5_vl --images 336 --rounds 1
-    python -m benchmarks.families --size tiny --rounds 1            # to see that it works
+    python -m loadtests.families                                   # every family of `FAMILIES`, released shapes
+    python -m loadtests.families --families qwen2_5_vl --images 336 --rounds 1
+    python -m loadtests.families --size tiny --rounds 1            # to see that it works
 
 Weights are random (``--load-format dummy``). One machine may not hold both servers, so they take turns: each
 round starts stock vLLM, measures, stops it, then starts ours. Each server answers one request of each size that is not
@@ -21,29 +21,20 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from benchmarks.machine import machine
+from loadtests.client import connect
+from loadtests.machine import machine
+from loadtests.records import Record
+from loadtests.servers import server
+from loadtests.ttft import ask_about, seconds
+from loadtests.workload import picture
 from vllm_vtprune_checkpoints import write_checkpoint
-from vllm_vtprune_evaluation.photo import data_url
-from vllm_vtprune_server.process import running_server
 
-NAME = "model"
-QUESTION = "What is in the picture?"
-STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
-OPTIONS = (
-    "--served-model-name", NAME, "--load-format", "dummy", "--max-num-seqs", "1",
-    "--no-enable-prefix-caching", "--enforce-eager", "--disable-uvicorn-access-log", "--skip-mm-profiling",
-)  # fmt: skip
+OPTIONS = tuple("--max-num-seqs 1 --no-enable-prefix-caching --skip-mm-profiling".split())
+TIMEOUT = 1200  # seconds
 IMAGES = {"336": (336, 336), "megapixel": (1008, 1008), "document": (1240, 1754)}
 """Width and height in pixels; the document is A4 at 150 dots per inch."""
 KEEPS = {"1/3": 1 / 3, "2/9": 2 / 9, "1/9": 1 / 9}
@@ -123,66 +114,32 @@ def measure(model: Path, family: Family, images: list[str], rounds: int) -> list
     samples: list[Sample] = []
     for turn in range(rounds):
         for stock in (True, False):
-            with server(model, family, stock=stock) as url:
+            options = [*OPTIONS, *family.options]
+            with (
+                server(model, options, stock=stock, kv_cache_gb=family.kv_cache) as url,
+                connect(url, timeout=TIMEOUT) as client,
+            ):
                 for name in images:
-                    ask(url, picture(0, IMAGES[name]), None if stock else min(KEEPS.values()))
+                    ask_about(client, picture(0, IMAGES[name]), None if stock else policy("1/9"))
                     for index, keep in enumerate([None] if stock else KEEPS):
-                        seed = 1000 * turn + index + 1
-                        ttft, report = ask(url, picture(seed, IMAGES[name]), None if keep is None else KEEPS[keep])
-                        samples.append(_sample(name, keep, ttft, report))
+                        image = picture(1000 * turn + index + 1, IMAGES[name])
+                        record = ask_about(client, image, None if keep is None else policy(keep))
+                        samples.append(_sample(name, keep, record))
                         print(f"round {turn + 1}: {samples[-1]}", file=sys.stderr, flush=True)
     return samples
 
 
-def _sample(image: str, keep: str | None, ttft: float, report: dict[str, Any] | None) -> Sample:
-    if report is None:
-        return Sample(image, keep, ttft)
-    (pruned,) = report["images"]
-    if pruned["kept_tokens"] >= pruned["visual_tokens"]:
-        raise RuntimeError(f"nothing was pruned: {report}")
-    timings = {stage: (milliseconds or 0.0) / 1000 for stage, milliseconds in report["timings_ms"].items()}
+def policy(keep: str) -> dict[str, Any]:
+    return {"budget": {"type": "ratio", "keep": KEEPS[keep]}}
+
+
+def _sample(image: str, keep: str | None, record: Record) -> Sample:
+    if record.pruning is None:
+        return Sample(image, keep, seconds(record))
+    (pruned,) = record.pruning["images"]
+    timings = {stage: (milliseconds or 0.0) / 1000 for stage, milliseconds in record.pruning["timings_ms"].items()}
     plan = timings["text"] + timings["budget"] + timings["select"]
-    return Sample(image, keep, ttft, pruned["visual_tokens"], pruned["kept_tokens"], plan, timings["encode"])
-
-
-@contextmanager
-def server(model: Path, family: Family, *, stock: bool) -> Iterator[str]:
-    options = [*OPTIONS, *family.options]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": str(family.kv_cache), "HF_HUB_OFFLINE": "1"}
-    if stock:
-        with running_server(
-            ["--model", str(model), *options], command=STOCK_COMMAND, environment={**environment, "VLLM_PLUGINS": ""}
-        ) as url:
-            yield url
-    else:
-        with running_server([str(model), *options], environment=environment) as url:
-            yield url
-
-
-def ask(url: str, image: str, keep: float | None) -> tuple[float, dict[str, Any] | None]:
-    """Ask about an image. Returns the seconds until its only token has come, and the report (None: stock vLLM)."""
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
-    body: dict[str, Any] = {
-        "model": NAME,
-        "max_tokens": 1,
-        "temperature": 0,
-        "messages": [{"role": "user", "content": content}],
-    }
-    if keep is not None:
-        body["pruning"] = {"budget": {"type": "ratio", "keep": keep}}
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    started = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=1200) as response:
-        answer = json.load(response)
-    return time.perf_counter() - started, answer.get("pruning")
-
-
-def picture(seed: int, size: tuple[int, int]) -> str:
-    """A picture that no other seed gives: smooth noise, as a data URL."""
-    noise = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    return data_url(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC))
+    return Sample(image, keep, seconds(record), pruned["visual_tokens"], pruned["kept_tokens"], plan, timings["encode"])
 
 
 def summary(samples: list[Sample]) -> list[dict[str, Any]]:
