@@ -80,9 +80,8 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     pruning: Annotated[
         SkipValidation[PruningPolicy | str | Literal[False] | None],
         Field(
-            description="How to prune the visual tokens of the images: a policy, the name of a preset, or false. "
-            "A content part that holds an image may carry a pruning field of its own, which precedes this one. "
-            "Without either, the server's default applies.",
+            description="How to prune the images' visual tokens: a policy, a preset's name, or false. "
+            "A pruning field beside an image takes precedence. Without either, the server's default applies.",
             examples=[
                 "balanced",
                 False,

@@ -151,8 +151,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         kwargs = request.mm_processor_kwargs
         if kwargs and PRUNING_KEY in kwargs:
             raise InvalidField(
-                f"mm_processor_kwargs.{PRUNING_KEY} is not accepted; expected the policy in the request's own "
-                f"{PRUNING_KEY} field.",
+                f"mm_processor_kwargs.{PRUNING_KEY}: misplaced policy; expected it in the field {PRUNING_KEY}.",
                 parameter=f"mm_processor_kwargs.{PRUNING_KEY}",
             )
         validate_request_mm_kwargs(

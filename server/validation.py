@@ -45,7 +45,7 @@ def explain(error: Exception) -> ErrorResponse | None:
     elif isinstance(error, VLLMValidationError):
         message, param = (str(error.args[0]) if error.args else ""), error.parameter
     elif isinstance(error, HTTPException) and error.status_code == 400:
-        message, param = "The body cannot be parsed.", None  # FastAPI knows no more: numbers too long, nested too deep
+        message, param = "The body cannot be parsed.", None  # such as numbers too long, or nested too deep
     else:
         answer = create_error_response(error)
         if answer.error.code >= 500:
@@ -146,8 +146,8 @@ def _outward(message: str, error: Exception) -> str:
         return message
     reason = str(error.__cause__ or "")
     if not reason or INTERNAL.search(reason):
-        reason = "it does not say why"
-    return f"The model's processor does not take a part of this request: {reason}"
+        reason = "no reason stated"
+    return f"The model's processor rejects this request: {reason}"
 
 
 INTERNAL = re.compile(
@@ -178,14 +178,14 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
         body, details = _nested(first["loc"], first.get("input")), [first]
     paths = [_path(error, body) for error in details]
     path = _most_telling(details, paths)
-    told = dict.fromkeys(_expectation(error) for error, its in zip(details, paths, strict=True) if its == path)
+    accepted = dict.fromkeys(_expectation(error) for error, at in zip(details, paths, strict=True) if at == path)
     if path or not isinstance(body, Mapping):
-        found = _at(body, path)
-        problem = "nothing given" if found is NOTHING else f"{shown(found)} is not accepted"
+        value = _at(body, path)
+        problem = "nothing given" if value is NOTHING else f"{shown(value)} is not accepted"
     else:
         problem = "a part of it is not accepted"
     name = ".".join(_cut(str(key), 64) for key in path)
-    return f"{name or 'The body'}: {problem}; expected {' or '.join(told)}.", name or None
+    return f"{name or 'The body'}: {problem}; expected {' or '.join(accepted)}.", name or None
 
 
 def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> Path:
@@ -195,11 +195,11 @@ def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -
     """
     seen = Counter(paths)
     path = max(seen, key=lambda path: (seen[path], len(path)))
-    kinds = {error["type"] for error, its in zip(details, paths, strict=True) if its == path}
+    kinds = {error["type"] for error, at in zip(details, paths, strict=True) if at == path}
     if kinds == {"literal_error"}:
-        for error, its in zip(details, paths, strict=True):
-            if its[: len(path) - 1] == path[:-1] and its != path and error["type"] not in ("literal_error", "missing"):
-                return its
+        for error, at in zip(details, paths, strict=True):
+            if at[: len(path) - 1] == path[:-1] and at != path and error["type"] not in ("literal_error", "missing"):
+                return at
     return path
 
 
@@ -230,7 +230,7 @@ def check_messages(data: object) -> None:
             texts = [(f"messages.{index}.content.{number}.text", part.get("text")) for number, part in parts]
         for path, text in texts:
             if isinstance(text, str) and not _encodes(text):
-                raise not_accepted(path, text, "whole characters, no halves of surrogate pairs")
+                raise not_accepted(path, text, "text without lone surrogates")
 
 
 def wrong_field(model: type[BaseModel], data: object) -> InvalidField:
@@ -273,12 +273,12 @@ def _path(error: Mapping[str, Any], body: object) -> Path:
     keys = list(error["loc"])
     keys = keys[1:] if keys[:1] == ["body"] else keys
     path: list[str | int] = []
-    found = body
+    value = body
     for index, key in enumerate(keys):
-        inner = _at(found, (key,))
+        inner = _at(value, (key,))
         if inner is not NOTHING:
             path.append(key)
-            found = inner
+            value = inner
         elif isinstance(key, int):  # an item of a list that the path does not lead to
             return ()
         elif error["type"] == "missing" and index == len(keys) - 1:

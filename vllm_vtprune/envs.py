@@ -127,9 +127,9 @@ load_format = Variable(
     default="auto",
     parse=str,
     accepts="a load format of vLLM",
-    doc="How vLLM loads the API process's vision encoder; dummy: random weights. With any other format, word embeddings "
-    "are read from *.safetensors. `vtprune serve` sets it from --load-format; with LLM(load_format=...), set it "
-    "yourself.",
+    doc="How vLLM loads the API process's vision encoder; dummy: random weights. With any other format, word "
+    "embeddings are read from *.safetensors. `vtprune serve` sets it from --load-format; with LLM(load_format=...), "
+    "set it yourself.",
 )
 download_dir: Variable[Path | None] = Variable(
     name="VTPRUNE_DOWNLOAD_DIR",

@@ -87,7 +87,9 @@ BYPASS = Counter(
     "Images of finished requests left unpruned although a policy applied, by reason.",
     ["model_name", "reason"],
 )
-ERRORS = Counter("vtprune:errors", "Requests refused because of their policy or an image, by reason.", ["model_name", "reason"])
+ERRORS = Counter(
+    "vtprune:errors", "Requests refused because of a policy or an image, by reason.", ["model_name", "reason"]
+)
 BUILD_INFO = Gauge(
     "vtprune:build_info",
     "Always 1; the labels name versions, vision encoder and text pipeline.",

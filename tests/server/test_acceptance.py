@@ -153,7 +153,7 @@ def test_a_prompt_that_is_cut_within_an_image_is_refused(served: Endpoint) -> No
 def test_one_image_too_many_is_the_one_that_is_named(served: Endpoint) -> None:
     error = served.error({"messages": [user("Where?", URL), user("Here?", URL, URL)], **OFF})
     assert error["param"] == "messages.1.content.1.image_url"
-    assert "at most 2 images" in error["message"]
+    assert "too many images; expected at most 2" in error["message"]
 
 
 # --- embeddings -----------------------------------------------------------------------------------------------------

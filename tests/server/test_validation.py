@@ -76,8 +76,8 @@ def refusal(body: Any) -> tuple[str, str | None]:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
-            "messages.0.content.0.text: '\\ud800' is not accepted; expected whole characters, "
-            "no halves of surrogate pairs.",
+            "messages.0.content.0.text: '\\ud800' is not accepted; expected text without "
+            "lone surrogates.",
         ),
         ({"tools": [TOOL, {"type": "x"}]}, "tools.1.type: 'x' is not accepted; expected 'function'."),
         (
@@ -120,8 +120,8 @@ def refusal(body: Any) -> tuple[str, str | None]:
         ),
         (
             said({"type": "image_url", "image_url": {"url": "data:", "detail": "best"}}),
-            "messages.0.content.0.image_url.detail: 'best' is not accepted; expected one of auto, low, high; none has "
-            "an effect.",
+            "messages.0.content.0.image_url.detail: 'best' is not accepted; expected one of auto, low, high "
+            "(without effect).",
         ),
         (
             said({"type": "input_audio", "input_audio": "AAAA"}),
@@ -141,13 +141,12 @@ def refusal(body: Any) -> tuple[str, str | None]:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello", "pruning": "fast"}]}]},
-            "messages.0.content.0.pruning: a policy that would not be read; expected it beside image_url, in a content "
+            "messages.0.content.0.pruning: misplaced policy; expected it beside image_url, in a content "
             "part that holds an image.",
         ),
         (
             {"messages": [USER, {"role": "user", "content": [{"image_url": {"url": "data:", "pruning": "fast"}}]}]},
-            "messages.1.content.0.image_url.pruning: a policy that would not be read; expected it beside image_url, "
-            "not inside.",
+            "messages.1.content.0.image_url.pruning: misplaced policy; expected it beside image_url, not inside.",
         ),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
@@ -284,8 +283,8 @@ def test_an_error_that_is_not_the_client_s_passes_as_it_is() -> None:
     ("message", "cause", "told"),
     [
         ("Failed to apply XProcessor on data={}", ValueError("ratio too large"), "ratio too large"),
-        ("Failed to apply XProcessor on data={}", ValueError("in /usr/lib/x.py"), "it does not say why"),
-        ("bad <PIL.Image.Image image mode=RGB>", None, "it does not say why"),
+        ("Failed to apply XProcessor on data={}", ValueError("in /usr/lib/x.py"), "no reason stated"),
+        ("bad <PIL.Image.Image image mode=RGB>", None, "no reason stated"),
     ],
 )
 def test_the_inside_of_the_server_is_not_shown(message: str, cause: Exception | None, told: str) -> None:
@@ -293,7 +292,7 @@ def test_the_inside_of_the_server_is_not_shown(message: str, cause: Exception | 
     error.__cause__ = cause
     answer = explain(error)
     assert answer is not None
-    assert answer.error.message == f"The model's processor does not take a part of this request: {told}"
+    assert answer.error.message == f"The model's processor rejects this request: {told}"
 
 
 def test_what_vllm_says_itself_stays_without_its_repetitions() -> None:
