@@ -39,7 +39,7 @@ EXAMPLES = f"""examples:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-presets presets.toml --pruning-default thumbnail
   vtprune serve          # the demo model, served as {EMBEDDED_NAME}
 
-options:
+more help:
   vtprune serve --help=Pruning         the options of pruning
   vtprune serve --help=ModelConfig     any group above
   vtprune serve --help=max-model-len   one option

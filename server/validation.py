@@ -10,14 +10,12 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMError, VLLMValidationError
@@ -61,83 +59,6 @@ def bounded(answer: ErrorResponse) -> ErrorResponse:
     if answer.error.param is not None:
         answer.error.param = _cut(answer.error.param, MAX_PARAM)
     return answer
-
-
-@contextmanager
-def placing(body: Mapping[str, Any]) -> Iterator[None]:
-    """Give errors the path of the field that they are about, where vLLM tells none or one of its own.
-
-    Args:
-        body: of the request.
-    """
-    try:
-        yield
-    except Exception as error:
-        answer = explain(error)
-        if answer is None or answer.error.code != 400:
-            raise
-        param = path_of(answer.error.param, answer.error.message, body)
-        if param == answer.error.param:
-            raise
-        raise InvalidField(answer.error.message, parameter=param) from error
-
-
-def path_of(param: str | None, message: str, body: Mapping[str, Any]) -> str:
-    """The field of a request that an error of vLLM's is about.
-
-    Args:
-        param: as vLLM names it: None, a field of the request, or something in its messages.
-        message: of the error.
-        body: of the request.
-
-    Returns:
-        Its path; ``messages`` where nothing tells it.
-    """
-    if param == "max_tokens" and param not in body and "max_completion_tokens" in body:
-        return "max_completion_tokens"  # of the same meaning
-    if param == "logprobs" and body.get("top_logprobs") is not None:
-        return "top_logprobs"
-    if param is not None and ("." in param or param in body or param in ChatCompletionRequest.model_fields):
-        return param
-    if param is not None:
-        return next(_places(param, body.get("messages")), "messages")
-    text = f" {_words(message)} "
-    if text.startswith(" n "):
-        return "n"
-    found = {text.find(f" {_words(field.removesuffix('_kwargs'))} "): field for field in body if field not in NOT_NAMED}
-    found.pop(-1, None)
-    if found:
-        return found[min(found)]
-    return next((field for field, hints in HINTS.items() if field in body and hints.search(text)), "messages")
-
-
-SEPARATORS = re.compile(r"[^a-z0-9]+")
-HINTS = {
-    "structured_outputs": re.compile(r" (regex|grammar|choices?|json|schema|structured) "),
-    "response_format": re.compile(r" (regex|grammar|json|schema|structured) "),
-    "chat_template": re.compile(r" template "),
-    "use_beam_search": re.compile(r" beam "),
-}
-"""Fields that vLLM's errors do not name, and words that they use instead."""
-NOT_NAMED = frozenset({"messages", "model", "n", "user"})
-"""Fields whose names are words that an error may use for something else."""
-
-
-def _words(text: str) -> str:
-    return SEPARATORS.sub(" ", text.casefold()).strip()
-
-
-def _places(key: str, messages: object) -> Iterator[str]:
-    """The content parts that have a key or are of that type."""
-    for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        if not isinstance(message, Mapping):
-            continue
-        if key in message:
-            yield f"messages.{index}.{key}"
-        content = message.get("content")
-        for number, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, Mapping) and (key in part or part.get("type") == key):
-                yield f"messages.{index}.content.{number}.{key if key in part else 'type'}"
 
 
 def _outward(message: str, error: Exception) -> str:

@@ -12,11 +12,9 @@ import torch
 from PIL import ExifTags, Image
 
 from tests.support.chat import (
-    DONE,
     VISUAL_TOKENS,
     Body,
     Server,
-    data_of,
     fresh_picture,
     fresh_url,
     image_part,
@@ -423,10 +421,3 @@ def test_a_policy_is_counted_wherever_it_was_refused(server: Server, fields: Bod
     before = server.metrics()
     assert server.post({"messages": [user("Where?", fresh_url())], **fields}).status_code in (400, 404)
     assert server.metrics().since(before, *keys) == (1, 1, 1)
-
-
-def test_an_error_within_a_stream_names_its_field(server: Server) -> None:
-    asked = {"messages": [user("Where?", fresh_url())], "stream": True, "structured_outputs": {"regex": "((("}}
-    [error, done] = data_of(server.post(asked).text)
-    assert done == DONE
-    assert json.loads(error)["error"]["param"] == "structured_outputs"
