@@ -21,7 +21,7 @@ from vllm_vtprune_server.validation import InvalidField
 
 EMBEDS_KEY = "image_embeds"
 MODALITIES = {"video_url": "video", "audio_url": "audio", "input_audio": "audio"}
-NOUNS = {"image": "images", "video": "videos", "audio": "sounds"}
+NOUNS = {"image": "images", "video": "videos", "audio": "audio clips"}
 TEXTS = ("messages", "tools", "documents", "chat_template_kwargs")
 """Fields of a request of which texts get into the prompt."""
 
@@ -80,32 +80,32 @@ class Acceptance:
             if counts[modality] <= limit or "vision_chunk" in self._limits:  # which stands for images and videos
                 continue
             if limit:
-                problem, accepted = "one too many", f"at most {limit} {NOUNS[modality]} in a request"
+                problem, accepted = f"too many {NOUNS[modality]}", f"at most {limit} in a request"
             elif self._embeddings is not None and field.endswith(EMBEDS_KEY):
                 continue
             else:
-                problem, accepted = f"{NOUNS[modality]} are not accepted", "a request without"
+                problem, accepted = f"this model takes no {NOUNS[modality]}", "a request without them"
             raise InvalidField(f"{field}: {problem}; expected {accepted}.", parameter=field)
 
     def _check_texts(self, body: Mapping[str, Any], modalities: Collection[str]) -> None:
-        """Refuse a text, beside media, that would be read as the place of one: it would go there."""
+        """Refuse a text that holds a placeholder token in a request with media: a medium would go there."""
         if not modalities:
             return
-        tokens = [*self._tokens, *(self._placeholders[one] for one in modalities if one in self._placeholders)]
+        tokens = [*self._tokens, *(self._placeholders[name] for name in modalities if name in self._placeholders)]
         for name in TEXTS:
             for path, text in _texts(name, body.get(name)):
                 for token in tokens:
                     if token in text:
                         raise InvalidField(
-                            f"{path}: this model reads {token!r} as the place of an image, video or sound; expected "
-                            "text without it in a request with such media.",
+                            f"{path}: {token!r} is a placeholder token of this model; expected text without it in a "
+                            "request with images, videos or audio.",
                             parameter=path,
                         )
 
     async def _check_embeddings(self, field: str, value: object, *, named: bool) -> None:
         if self._embeddings is None:
             raise InvalidField(
-                f"{field}: embeddings are not accepted; expected an image, or a server with --enable-mm-embeds.",
+                f"{field}: embeddings are not accepted; expected an image (embeddings need --enable-mm-embeds).",
                 parameter=field,
             )
         if value is not None or not named:
@@ -123,11 +123,11 @@ def media_tokens(model_config: ModelConfig, tokenizer: TokenizerLike) -> Collect
 def _placeholders(model_config: ModelConfig) -> Mapping[str, str]:
     """Modality -> what vLLM puts into the text of a message for one medium, where that is text."""
     model: Any = get_model_cls(model_config)
-    found = {}
+    texts = {}
     for modality in NOUNS:
         with suppress(NotImplementedError, ValueError):  # the model takes none
-            found[modality] = model.get_placeholder_str(modality, 1)
-    return {modality: text for modality, text in found.items() if text}
+            texts[modality] = model.get_placeholder_str(modality, 1)
+    return {modality: text for modality, text in texts.items() if text}
 
 
 def _texts(path: str, value: object) -> Iterator[tuple[str, str]]:

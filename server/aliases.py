@@ -55,8 +55,8 @@ class AliasedModels(OpenAIModelRegistry):
             return None
         if preset not in self._presets:
             raise UnknownPreset(
-                f"The model `{name[:200]}` does not exist: `{model}` is served, but there is no such preset; "
-                f"expected {model}{SEPARATOR} and one of {', '.join(self._presets)}."
+                f"The model `{name[:200]}` does not exist: `{model}` has no such preset; "
+                f"expected {model}{SEPARATOR}PRESET with one of {', '.join(self._presets)}."
             )
         return model, preset
 
@@ -74,8 +74,8 @@ class AliasedModels(OpenAIModelRegistry):
             return False
         if alias is not None:
             raise InvalidField(
-                f"model: `{model_name}` prunes visual tokens, which only chat completions do; "
-                f"expected `{alias[0]}`, which this endpoint serves unpruned.",
+                f"model: `{model_name}` names a pruning preset, and this endpoint does not prune; "
+                f"expected `{alias[0]}`.",
                 parameter="model",
             )
         return False

@@ -93,11 +93,11 @@ def refuse_misplaced(index: int, message: Mapping[str, Any], image_keys: Sequenc
             _refuse_inside(f"{path}.{key}", part[key], f"it beside {key}, not inside")
 
 
-def _refuse_inside(path: str, found: Mapping[str, Any], accepted: str) -> None:
-    for key in found:
+def _refuse_inside(path: str, inner: Mapping[str, Any], accepted: str) -> None:
+    for key in inner:
         if like_pruning(key):
             param = f"{path}.{key}"
-            raise InvalidField(f"{param}: a policy that would not be read; expected {accepted}.", parameter=param)
+            raise InvalidField(f"{param}: misplaced policy; expected {accepted}.", parameter=param)
 
 
 def _misspelt(path: str) -> InvalidField:
@@ -186,7 +186,7 @@ def _wrong_in_url(key: str, value: object, *, named: bool) -> Iterator[tuple[str
         yield f"{key}.url", url, "a string"
     detail = value.get("detail", "auto")
     if key == "image_url" and detail not in DETAILS:
-        yield f"{key}.detail", detail, f"one of {', '.join(DETAILS)}; none has an effect"
+        yield f"{key}.detail", detail, f"one of {', '.join(DETAILS)} (without effect)"
 
 
 TOOL_CALLS = TypeAdapter(list[ChatCompletionMessageToolCallUnionParam])
@@ -214,8 +214,8 @@ def check_tool_calls(index: int, message: Mapping[str, Any]) -> None:
 
 def _located(invalid: ValidationError, at: tuple[str | int, ...], body: Mapping[str, Any]) -> InvalidField:
     """What is wrong in a part of a body that was validated by itself."""
-    told, param = explain_validation([{**one, "loc": (*at, *one["loc"])} for one in invalid.errors()], body)
-    return InvalidField(told, parameter=param or ".".join(map(str, at)))
+    message, param = explain_validation([{**error, "loc": (*at, *error["loc"])} for error in invalid.errors()], body)
+    return InvalidField(message, parameter=param or ".".join(map(str, at)))
 
 
 def read_at_once(messages: list[Any], body: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ def _policies_of_parts(value: Any, path: str) -> Iterator[str]:
 
 
 def _refusal(route: str, param: str) -> JSONResponse:
-    message = f"{param}: {route} does not prune; expected it in a request to {ROUTE}, or not at all."
+    message = f"{param}: {route} does not prune; expected a request to {ROUTE}, or no policy."
     error = ErrorInfo(message=message, type="BadRequestError", param=param, code=400)
     Refusal(route, error.code, error.type, param).log()
     answer = ErrorResponse(error=error)

@@ -73,8 +73,7 @@ class EmbeddingRules:
 
     def _grid(self, param: str, value: object) -> tuple[int, int, int]:
         accepted = f"three integers from 1: time, height and width, the last two divisible by {self._merge}"
-        found: Any = value if isinstance(value, list) else _tensor(param, value, accepted)
-        numbers = found.tolist() if isinstance(found, torch.Tensor) else found
+        numbers: Any = value if isinstance(value, list) else _tensor(param, value, accepted).tolist()
         if len(numbers) != 3 or any(type(number) is not int or number < 1 for number in numbers):
             raise _refused(param, "not a grid", accepted)
         frames, height, width = numbers

@@ -50,7 +50,7 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
             return InvalidField(f"{param}: '' is not a URL of an image; expected {data_url('image')}.", parameter=param)
         # The words of vLLM 0.32.0 for an item that comes with a uuid alone (multimodal/processing/processor.py).
         if image.url is None and "data is not provided" in str(error):
-            problem = "null given, and nothing is remembered under this uuid (any more)"
+            problem = "null, and no image is cached under this uuid"
             return InvalidField(f"{param}: {problem}; expected {data_url('image')}.", parameter=param)
     return None
 
@@ -65,8 +65,8 @@ def explain_truncation(request: PruningChatCompletionRequest, error: Exception) 
     if limit is None or not media or not LOST_PLACE.search(str(error)):
         return None
     return InvalidField(
-        f"truncate_prompt_tokens: {limit} would cut an image, video or sound out of the prompt; expected as many "
-        "tokens as the prompt has, or null.",
+        f"truncate_prompt_tokens: {limit} would cut off an image, a video or audio; expected at least the "
+        "tokens of the prompt, or null.",
         parameter="truncate_prompt_tokens",
     )
 

@@ -74,7 +74,7 @@ class GuardedConnection(HTTPConnection):
         except MediaDownloadSizeExceededError as error:
             raise too_large(error.max_bytes, "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB") from None
         except TimeoutError:
-            raise MediaProblem(f"could not be fetched: no answer in time, {timeout:g} s at first") from None
+            raise MediaProblem(f"could not be fetched: no answer in time (first attempt: {timeout:g} s)") from None
         except (aiohttp.ClientError, OSError) as error:
             raise MediaProblem(f"could not be fetched ({type(error).__name__})") from None
 
@@ -96,7 +96,7 @@ class GuardedConnection(HTTPConnection):
                 return await self._get(session, _parsed(url), redirects, max_bytes, **budgets)
             except aiohttp.ClientConnectorError as error:
                 if isinstance(error.os_error, _AddressRefused):
-                    raise MediaProblem("is at an address that this server does not fetch from") from None
+                    raise MediaProblem("is at an address that is not public") from None
                 raise
 
     async def _get(
@@ -115,16 +115,16 @@ class GuardedConnection(HTTPConnection):
     def _check(self, url: URL) -> None:
         host = (url.host or "").rstrip(".").lower()
         if url.scheme not in ("http", "https"):
-            raise MediaProblem("could not be fetched: it leads to a URL that is neither http nor https")
+            raise MediaProblem("could not be fetched: it redirects to a URL that is neither http nor https")
         if host not in self._allowed_hosts:
-            raise MediaProblem("is at a host that this server does not fetch from")
+            raise MediaProblem("is at a host that --allowed-media-domains does not name")
 
 
 def _parsed(url: str) -> URL:
     try:
         return URL(url)
     except ValueError:
-        raise MediaProblem("could not be fetched: it leads to what is no URL") from None
+        raise MediaProblem("could not be fetched: its URL, or that of a redirect, is not valid") from None
 
 
 class _AddressRefused(OSError):

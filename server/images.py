@@ -90,7 +90,7 @@ def open_checked(data: bytes) -> Image.Image:
     try:
         image = open_image(io.BytesIO(data))
     except UnidentifiedImageError:
-        raise MediaProblem(f"holds {len(data)} bytes that are no image in a known format") from None
+        raise MediaProblem(f"is not an image in a known format ({len(data)} bytes)") from None
     except Image.DecompressionBombError:
         raise _too_many_pixels("far too many pixels") from None
     except Exception as error:
@@ -135,13 +135,13 @@ def _pixel_limit() -> tuple[float, str]:
     if vllm_envs.VLLM_MAX_IMAGE_PIXELS > 0:
         limits.append((vllm_envs.VLLM_MAX_IMAGE_PIXELS, "VLLM_MAX_IMAGE_PIXELS"))
     if Image.MAX_IMAGE_PIXELS is not None:
-        limits.append((2 * Image.MAX_IMAGE_PIXELS, "a limit of Pillow's"))
+        limits.append((2 * Image.MAX_IMAGE_PIXELS, "Pillow's limit"))
     return min(limits)
 
 
-def _too_many_pixels(found: str) -> MediaProblem:
+def _too_many_pixels(size: str) -> MediaProblem:
     limit, setting = _pixel_limit()
-    return MediaProblem(f"has {found}", f"at most {limit / MEGAPIXEL:.10g} megapixels ({setting})")
+    return MediaProblem(f"has {size}", f"at most {limit / MEGAPIXEL:.10g} megapixels ({setting})")
 
 
 def _broken(error: Exception) -> MediaProblem:

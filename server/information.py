@@ -23,15 +23,15 @@ class Method(BaseModel):
     """A value of ``pruning.method``."""
 
     name: str
-    idea: str = Field(description="What it keeps, in a few words.")
+    idea: str = Field(description="What the method keeps.")
     paper: str
-    available: bool = Field(description="Whether this model has what the method needs.")
-    needs: list[str] = Field(description="Inputs without which the method cannot run.")
-    uses: list[str] = Field(description="Inputs that it takes when they are there.")
-    parameters: list[str] = Field(description="Fields of the policy, beside method and budget, that it reads.")
-    merges: bool = Field(description="Whether kept tokens take in those that leave.")
-    own_count: bool = Field(description='Whether {"budget": {"type": "method"}} is possible.')
-    cost: Cost = Field(description="What its time grows with: " + "; ".join(f"{c}: {w}" for c, w in COSTS.items()))
+    available: bool = Field(description="Whether this model provides what the method needs.")
+    needs: list[str] = Field(description="Required inputs.")
+    uses: list[str] = Field(description="Optional inputs.")
+    parameters: list[str] = Field(description="Policy fields that the method reads, besides method and budget.")
+    merges: bool = Field(description="Whether dropped tokens are merged into kept ones.")
+    own_count: bool = Field(description='Whether {"budget": {"type": "method"}} is accepted.')
+    cost: Cost = Field(description="How the time to select grows. " + "; ".join(f"{c}: {w}" for c, w in COSTS.items()))
 
 
 class Tower(BaseModel):
@@ -40,11 +40,11 @@ class Tower(BaseModel):
     weights: Literal["checkpoint", "dummy"]
     device: str
     dtype: str
-    parameters: int | None = Field(description="null until the first request that needs the encoder has loaded it.")
+    parameters: int | None = Field(description="Number of weights; null until the encoder is loaded.")
 
 
 class Versions(BaseModel):
-    """Of the software that serves."""
+    """Versions of the server's software."""
 
     vllm_vtprune: str
     vllm: str
@@ -53,19 +53,19 @@ class Versions(BaseModel):
 
 
 class PruningInformation(BaseModel):
-    """What requests to ``/v1/chat/completions`` may ask for in their ``pruning`` field."""
+    """What the ``pruning`` field of a request to ``/v1/chat/completions`` may contain."""
 
     object: Literal["pruning"] = "pruning"
-    models: list[str] = Field(description="The names under which the model is served.")
-    default: dict[str, Any] = Field(description="The policy of requests that name none.")
-    default_preset: str | None = Field(description="The preset that the default is, if it is one.")
-    presets: dict[str, dict[str, Any]] = Field(description="Policies by name.")
-    aliases: dict[str, str] = Field(description="Model names that select a preset -> that preset.")
+    models: list[str] = Field(description="Names under which the model is served.")
+    default: dict[str, Any] = Field(description="Policy of requests that set none.")
+    default_preset: str | None = Field(description="Preset of the default; null if the default is not a preset.")
+    presets: dict[str, dict[str, Any]] = Field(description="Policy of each preset.")
+    aliases: dict[str, str] = Field(description="Preset of each model alias NAME@PRESET.")
     methods: list[Method]
-    family: str | None = Field(description="The family of models that the model belongs to; null where it is unpruned.")
-    untuned: bool = Field(description="Whether the defaults were not chosen for models of this kind.")
-    tower: Tower | None = Field(description="null where the model is served unpruned, whatever a request asks for.")
-    text_pipeline: str = Field(description="What finds the nouns of a question.")
+    family: str | None = Field(description="Model family; null if the model is served unpruned.")
+    untuned: bool = Field(description="Whether the defaults were tuned on other models only.")
+    tower: Tower | None = Field(description="null if the model is served unpruned.")
+    text_pipeline: str = Field(description="Pipeline that finds the nouns of a question.")
     versions: Versions
 
 

@@ -37,7 +37,13 @@ EXAMPLES = f"""examples:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default '{{"budget": {{"type": "tokens", "keep": 128}}}}'
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-presets presets.toml --pruning-default thumbnail
-  vtprune serve          # the checkpoint that comes with the package, served as {EMBEDDED_NAME}
+  vtprune serve          # the demo model, served as {EMBEDDED_NAME}
+
+more help:
+  vtprune serve --help=Pruning         the options of pruning
+  vtprune serve --help=ModelConfig     any group above
+  vtprune serve --help=max-model-len   one option
+  vtprune serve --help=all             all options
 """
 
 
@@ -70,21 +76,21 @@ def serve(argv: list[str]) -> None:
     )
     serve_parser.description = "Serve a vision-language model whose visual tokens are pruned before prefill."
     serve_parser.epilog = EXAMPLES
-    group = serve_parser.add_argument_group("Pruning")
+    group = serve_parser.add_argument_group("Pruning", "Which visual tokens are dropped before prefill.")
     group.add_argument(
         "--pruning-default",
         type=policy_argument,
-        default=False,
+        default="false",
         metavar="POLICY",
-        help="The policy of requests that name none: a preset "
-        f"({', '.join(BUILTIN_PRESETS)}, or one of --pruning-presets) or a JSON object. Default: off.",
+        help="Policy of requests that set none: a preset "
+        f"({', '.join(BUILTIN_PRESETS)}, or one of --pruning-presets), a JSON object, or false.",
     )
     group.add_argument(
         "--pruning-presets",
         type=presets_argument,
         metavar="FILE",
-        help="Presets of your own, in TOML or (.json) JSON: a policy for each name. "
-        "One with the name of a preset of the package replaces it.",
+        help="File of presets, TOML or (.json) JSON: one policy per name. "
+        "A name of a built-in preset replaces that preset.",
     )
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
     memory.mark_defaults(serve_parser)
@@ -122,7 +128,7 @@ def serve(argv: list[str]) -> None:
     from vllm_vtprune_server.shutdown import engine_died
 
     if engine_died.is_set():
-        sys.exit("vtprune serve: the engine died; what it said last stands above")
+        sys.exit("vtprune serve: the engine died; see its last log lines above")
 
 
 def enable_plugin() -> None:
@@ -139,7 +145,7 @@ def enable_plugin() -> None:
 
 
 def policy_argument(text: str) -> object:
-    """A policy from the command line: JSON, or else the name of a preset. It is judged when all presets are known."""
+    """A policy from the command line: JSON, or else the name of a preset. Validated once all presets are known."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -165,23 +171,21 @@ def refuse_without_routes() -> None:
     ignore the ``pruning`` field.
     """
     try:
-        found = [point.load() for point in entry_points(group="vllm.endpoint_plugins", name=PLUGIN)]
+        plugins = [point.load() for point in entry_points(group="vllm.endpoint_plugins", name=PLUGIN)]
     except Exception as error:
         sys.exit(f"vtprune serve: the server's routes cannot be loaded: {type(error).__name__}: {error}")
-    if not found:
-        sys.exit(
-            "vtprune serve: the server's routes are not installed; expected the package vllm-vtprune, installed anew"
-        )
+    if not plugins:
+        sys.exit("vtprune serve: the server's routes are not installed; reinstall vllm-vtprune")
 
 
 def refuse_other_front_ends(args: argparse.Namespace) -> None:
     """Exit if vLLM would answer through a front end that loads no endpoint plugins, and so ignores ``pruning``."""
     from vllm import envs
 
-    asked = {"--grpc": getattr(args, "grpc", False), "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
-    for name, given in asked.items():
-        if given:
-            sys.exit(f"vtprune serve: {name} cannot be combined with pruning: its front end has none of our routes.")
+    front_ends = {"--grpc": getattr(args, "grpc", False), "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
+    for name, is_set in front_ends.items():
+        if is_set:
+            sys.exit(f"vtprune serve: {name} cannot be combined with pruning: its front end ignores the pruning field.")
 
 
 def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
@@ -201,7 +205,7 @@ def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
         sys.exit(
             f"vtprune serve: {model_config.model} would be served unpruned: its architecture {architecture} resolves "
             f"to {model_class.__module__}:{model_class.__qualname__}, expected {ARCHITECTURES[architecture]}. Is "
-            "another plugin registering it, or did ours fail to load (see above)?"
+            "another plugin registering it, or did vtprune fail to load (see above)?"
         )
     unpruned = f"{model_config.model} has the architecture {architecture}, which cannot be pruned"
     known = ", ".join(ARCHITECTURES)

@@ -105,9 +105,9 @@ class GuardedConnector(MediaConnector):
     @contextmanager
     def _checked(self, url: str, media_io: MediaIO[Any]) -> Iterator[str]:
         """A URL to load from; whatever is wrong with it or with what is there is told of the URL."""
-        modality = next(name for name, its in MODALITY_IO_MAP.items() if isinstance(media_io, its))
+        modality = next(name for name, kind in MODALITY_IO_MAP.items() if isinstance(media_io, kind))
         stripped = url.lstrip()
-        if stripped[: len("data:")].lower() != "data:":  # what follows data may be of account
+        if stripped[: len("data:")].lower() != "data:":  # trailing space may be part of the data
             stripped = stripped.rstrip()
         try:
             self._check(stripped, NOUNS[modality])
@@ -120,9 +120,9 @@ class GuardedConnector(MediaConnector):
         scheme, colon, _ = url.partition(":")
         scheme = scheme.lower()
         if scheme == "file" and self.allowed_local_media_path is None:
-            raise MediaProblem("is a file of the server, which it does not open")
+            raise MediaProblem("is a local file, and --allowed-local-media-path is not set")
         if scheme in ("http", "https") and not self._fetches:
-            raise MediaProblem("is on the web, from where this server does not fetch")
+            raise MediaProblem("is on the web, and --allowed-media-domains is not set")
         if not colon or scheme not in ("data", "http", "https", "file"):
             raise MediaProblem(f"is not a URL of {noun}")
 
@@ -140,5 +140,5 @@ def _problem(error: Exception, modality: str, max_bytes: int | None) -> MediaPro
         return MediaProblem("does not hold valid base64")
     words = str(error.args[0] if error.args else "").removeprefix("Failed to fetch media from URL: ")
     if "VLLM_" in words:
-        return MediaProblem(f"could not be loaded: {words.removesuffix('.')}", "what is within that limit")
+        return MediaProblem(f"could not be loaded: {words.removesuffix('.')}", "a file within that limit")
     return MediaProblem("could not be loaded")

@@ -70,12 +70,12 @@ def cpu_memory_problem(args: argparse.Namespace, *, margin: float = 0.0) -> str:
         return ""
     node, nodes = get_allowed_cpu_list()[0].numa_node, get_visible_memory_node()
     memory = get_memory_node_info(node if node in nodes else nodes[0])
-    given = os.environ.get(CPU_VARIABLE)
+    variable = os.environ.get(CPU_VARIABLE)
     return lack_of_memory(
         total=memory.total_memory,
         free=memory.available_memory - margin * memory.total_memory,
         fraction=args.gpu_memory_utilization,
-        kv_cache=int(given) * GIB if given else args.kv_cache_memory_bytes,
+        kv_cache=int(variable) * GIB if variable else args.kv_cache_memory_bytes,
     )
 
 
@@ -117,18 +117,18 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
     processor = MULTIMODAL_REGISTRY.create_processor(model_config) if model_config.is_multimodal_model else None
     if not isinstance(processor, PruningProcessor):
         return
-    given = None if isinstance(args.mm_ipc_gpu_memory_gb, Default) else args.mm_ipc_gpu_memory_gb
+    option = None if isinstance(args.mm_ipc_gpu_memory_gb, Default) else args.mm_ipc_gpu_memory_gb
     try:
         sharing = most_on_one_gpu(envs.device(), api_processes(args))
         if not sharing:
             return
         need = footprint_of(model_config, processor.family, processor.most_tokens())
-        found = reserve(need, processes=sharing, card=current_platform.get_device_total_memory(), given=given)
+        reservation = reserve(need, processes=sharing, card=current_platform.get_device_total_memory(), given=option)
     except TowerError as error:
         sys.exit(f"vtprune serve: {error}")
-    args.mm_ipc_gpu_memory_gb = found.gib
-    said = f"vtprune serve: --mm-ipc-gpu-memory-gb {found.gib:g}, of every GPU, for encoding images. {found.warning}"
-    print(said.strip(), file=sys.stderr)
+    args.mm_ipc_gpu_memory_gb = reservation.gib
+    message = f"vtprune serve: --mm-ipc-gpu-memory-gb is {reservation.gib:g}, for image encoding on each GPU. "
+    print((message + reservation.warning).strip(), file=sys.stderr)
 
 
 def encodes_only(args: argparse.Namespace) -> bool:

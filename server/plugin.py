@@ -49,7 +49,7 @@ router = APIRouter(route_class=PruningRoute)
             "content": {"text/event-stream": {}},
             "headers": {
                 HEADER: {
-                    "description": "What was done to the images, known before the first token.",
+                    "description": "Method, preset, images, visual and kept tokens. Sent before the first token.",
                     "schema": {"type": "string", "example": "method=resprune, images=2, visual=1152, kept=214"},
                 }
             },
@@ -71,7 +71,7 @@ async def create_chat_completion(request: PruningChatCompletionRequest, raw_requ
 
 @router.get("/v1/models/{name:path}", response_model=ModelCard, responses={404: {"model": ErrorResponse}})
 async def retrieve_model(name: str, raw_request: Request) -> Response:
-    """One of the models, adapters and aliases that `GET /v1/models` lists."""
+    """One model, adapter or alias of `GET /v1/models`."""
     registry: AliasedModels = raw_request.app.state.openai_serving_models.registry
     try:
         card = await registry.retrieve(name)
@@ -83,7 +83,7 @@ async def retrieve_model(name: str, raw_request: Request) -> Response:
 
 @router.get("/v1/pruning")
 async def show_pruning(raw_request: Request) -> PruningInformation:
-    """What requests to this server may ask for in their `pruning` field."""
+    """Methods, presets, default, vision encoder and versions: what the `pruning` field of a request may contain."""
     state = raw_request.app.state
     registry: AliasedModels = state.openai_serving_models.registry
     serving: PruningServingChat = state.openai_serving_chat
@@ -101,14 +101,14 @@ resets = APIRouter()
 
 @resets.post("/reset_mm_cache")
 async def reset_mm_cache(raw_request: Request) -> Response:
-    """Empty vLLM's caches of processed images, and ours of their features."""
+    """Empty vLLM's caches of processed images, and the feature cache."""
     raw_request.app.state.openai_serving_chat.runtime.forget_images()
     return await stock_resets.reset_mm_cache(raw_request)
 
 
 @resets.post("/reset_encoder_cache")
 async def reset_encoder_cache(raw_request: Request) -> Response:
-    """Empty the engine's cache of encoded images, and ours of their features."""
+    """Empty the engine's cache of encoded images, and the feature cache."""
     raw_request.app.state.openai_serving_chat.runtime.forget_images()
     return await stock_resets.reset_encoder_cache(raw_request)
 
@@ -135,13 +135,13 @@ class ServerPlugin:
         Raises:
             RuntimeError: the model cannot be pruned, and the default asks for it.
             PolicyError: the default or a preset is not a policy, or not one for this model.
-            TowerError: the weights of the vision tower are not there or do not fit.
+            TowerError: the weights of the vision encoder are missing or do not fit.
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
-        found = engine_client.renderer.mm_processor
+        mm_processor = engine_client.renderer.mm_processor
         encodes_only = engine_client.vllm_config.is_mm_encoder_only
-        processor = found if isinstance(found, PruningProcessor) and not encodes_only else None
-        why = "this instance encodes only (mm_encoder_only)" if encodes_only else type(found).__name__
+        processor = mm_processor if isinstance(mm_processor, PruningProcessor) and not encodes_only else None
+        why = "this instance encodes only (mm_encoder_only)" if encodes_only else type(mm_processor).__name__
         policies = Policies.of(
             getattr(args, "pruning_default", None),
             getattr(args, "pruning_presets", None),
@@ -151,19 +151,19 @@ class ServerPlugin:
             policies.refuse_impossible(processor.family)
             processor.engine = engine_client.vllm_config
             if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
-                logger.warning("No engine runs on this machine: start this process anew when one reloads its weights")
+                logger.warning("No engine runs here: restart this process after an engine has reloaded its weights")
             runtime = processor.runtime
             if policies.selects:
                 warm_up(processor)
             else:
-                logger.info("The first request that prunes loads the vision encoder: no default or preset here does")
+                logger.info("The first pruned request loads the vision encoder: no default or preset file prunes")
             built: tuple[str, ...] = processor.encoder_facts.labels
         elif policies.default.enabled:
             raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {why}")
         else:
-            logger.warning("%s is served UNPRUNED: nothing of ours can prune it (%s)", args.model, why)
-            ours = isinstance(found, UnprunedProcessor | PruningProcessor)
-            runtime = found.runtime if ours else runtime_without_tower(engine_client.model_config)
+            logger.warning("%s is served UNPRUNED: its processor cannot prune (%s)", args.model, why)
+            has_runtime = isinstance(mm_processor, UnprunedProcessor | PruningProcessor)
+            runtime = mm_processor.runtime if has_runtime else runtime_without_tower(engine_client.model_config)
             built = "none", "none", "none"
         runtime.clients_write_prompts = True
         metrics.start(runtime.model_name, policies.presets)

@@ -11,7 +11,6 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.exceptions import VLLMValidationError
 
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_server.content import (
@@ -24,7 +23,7 @@ from vllm_vtprune_server.content import (
 )
 from vllm_vtprune_server.schema import describe
 from vllm_vtprune_server.trace import Trace
-from vllm_vtprune_server.validation import check_messages, placing, wrong_field
+from vllm_vtprune_server.validation import check_messages, wrong_field
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
 OTHER_MEDIA = {"video_url": "url", "audio_url": "url", "input_audio": "data"}
@@ -80,9 +79,8 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     pruning: Annotated[
         SkipValidation[PruningPolicy | str | Literal[False] | None],
         Field(
-            description="How to prune the visual tokens of the images: a policy, the name of a preset, or false. "
-            "A content part that holds an image may carry a pruning field of its own, which precedes this one. "
-            "Without either, the server's default applies.",
+            description="How to prune the images' visual tokens: a policy, a preset's name, or false. "
+            "A pruning field beside an image takes precedence. Without either, the server's default applies.",
             examples=[
                 "balanced",
                 False,
@@ -130,9 +128,6 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
                 raise
             # of vLLM's checks, which precede validation
             raise wrong_field(cls, data) from error
-        except VLLMValidationError:
-            with placing(data):
-                raise
         read_at_once(request.messages, data)
         request._body = data
         request._images = images

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import GetJsonSchemaHandler
 
-BESIDE_IMAGE = "How to prune this image, instead of as the request says. In /v1/chat/completions alone."
+BESIDE_IMAGE = "Policy of this image; replaces the policy of the request. Read by /v1/chat/completions only."
 
 
 def describe(schema: Any, handler: GetJsonSchemaHandler, *, image_keys: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from copy import copy
 from functools import partial
@@ -32,10 +32,10 @@ from vllm_vtprune_server.errors import MediaRefused, explain_image_error, explai
 from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.shutdown import ServerStopping, was_cut_short
-from vllm_vtprune_server.stream import with_errors_completed, with_last_event_completed
+from vllm_vtprune_server.stream import with_last_event_completed
 from vllm_vtprune_server.trace import USAGE_KEY, Trace
 from vllm_vtprune_server.tracing import record_stages
-from vllm_vtprune_server.validation import InvalidField, bounded, path_of, placing
+from vllm_vtprune_server.validation import InvalidField, bounded
 
 Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 
@@ -92,17 +92,13 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             return self.create_error_response(
                 str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"
             )
-        with placing(request.body):
-            response = await super().create_chat_completion(request, raw_request)
+        response = await super().create_chat_completion(request, raw_request)
         if isinstance(response, ErrorResponse):
-            if response.error.code == HTTPStatus.BAD_REQUEST:
-                response.error.param = path_of(response.error.param, response.error.message, request.body)
             return bounded(response)
         if isinstance(response, ChatCompletionResponse):
             _complete(response, request.trace)
             return response
-        named = with_errors_completed(response, partial(_name_field, body=request.body))
-        return with_last_event_completed(named, partial(_complete_event, trace=request.trace))
+        return with_last_event_completed(response, partial(_complete_event, trace=request.trace))
 
     def _resolve_alias(self, request: PruningChatCompletionRequest) -> None:
         """Put the model's own name in the place of an alias, and note the alias's preset."""
@@ -152,8 +148,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         kwargs = request.mm_processor_kwargs
         if kwargs and PRUNING_KEY in kwargs:
             raise InvalidField(
-                f"mm_processor_kwargs.{PRUNING_KEY} is not accepted; expected the policy in the request's own "
-                f"{PRUNING_KEY} field.",
+                f"mm_processor_kwargs.{PRUNING_KEY}: misplaced policy; expected it in the field {PRUNING_KEY}.",
                 parameter=f"mm_processor_kwargs.{PRUNING_KEY}",
             )
         validate_request_mm_kwargs(
@@ -257,12 +252,6 @@ def _complete(response: ChatCompletionResponse, trace: Trace) -> None:
         details = response.usage.prompt_tokens_details or PromptTokenUsageInfo()
         setattr(details, USAGE_KEY, tokens)
         response.usage.prompt_tokens_details = details
-
-
-def _name_field(error: dict[str, Any], body: Mapping[str, Any]) -> None:
-    """Give an error of the client's making within a stream the path of its field."""
-    if error.get("code") == HTTPStatus.BAD_REQUEST:
-        error["param"] = path_of(error.get("param"), str(error.get("message")), body)
 
 
 def _complete_event(event: dict[str, Any], trace: Trace) -> None:

@@ -27,7 +27,7 @@ class ServerStopping(GracefulHTTPError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The server is shutting down and could not finish this request; please send it again.",
+            "The server is shutting down and did not finish this request; send it again.",
             HTTPStatus.SERVICE_UNAVAILABLE,
         )
 

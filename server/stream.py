@@ -1,4 +1,4 @@
-"""Completing the last data event, and errors, of a server-sent event stream."""
+"""Completing the last data event of a server-sent event stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import aclosing
 from typing import Any
 
 DONE = "data: [DONE]"
-ERROR = 'data: {"error":'
 
 
 async def with_last_event_completed(
@@ -39,23 +38,6 @@ async def with_last_event_completed(
                 yield event
         if held is not None:
             yield held
-
-
-async def with_errors_completed(
-    events: AsyncGenerator[str, None], complete: Callable[[dict[str, Any]], None]
-) -> AsyncGenerator[str, None]:
-    """Pass a chat completion stream on, with more in its errors.
-
-    Args:
-        events: as vLLM writes them.
-        complete: changes the error of an event that holds one.
-    """
-    async with aclosing(events):
-        async for event in events:
-            if event.startswith(ERROR):  # inside a JSON string the quotes would be escaped
-                yield _completed(event, lambda data: complete(data["error"]))
-            else:
-                yield event
 
 
 def _may_be_last(event: str) -> bool:

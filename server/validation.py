@@ -10,14 +10,12 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMError, VLLMValidationError
@@ -45,7 +43,7 @@ def explain(error: Exception) -> ErrorResponse | None:
     elif isinstance(error, VLLMValidationError):
         message, param = (str(error.args[0]) if error.args else ""), error.parameter
     elif isinstance(error, HTTPException) and error.status_code == 400:
-        message, param = "The body cannot be parsed.", None  # FastAPI knows no more: numbers too long, nested too deep
+        message, param = "The body cannot be parsed.", None  # such as numbers too long, or nested too deep
     else:
         answer = create_error_response(error)
         if answer.error.code >= 500:
@@ -63,91 +61,14 @@ def bounded(answer: ErrorResponse) -> ErrorResponse:
     return answer
 
 
-@contextmanager
-def placing(body: Mapping[str, Any]) -> Iterator[None]:
-    """Give errors the path of the field that they are about, where vLLM tells none or one of its own.
-
-    Args:
-        body: of the request.
-    """
-    try:
-        yield
-    except Exception as error:
-        answer = explain(error)
-        if answer is None or answer.error.code != 400:
-            raise
-        param = path_of(answer.error.param, answer.error.message, body)
-        if param == answer.error.param:
-            raise
-        raise InvalidField(answer.error.message, parameter=param) from error
-
-
-def path_of(param: str | None, message: str, body: Mapping[str, Any]) -> str:
-    """The field of a request that an error of vLLM's is about.
-
-    Args:
-        param: as vLLM names it: None, a field of the request, or something in its messages.
-        message: of the error.
-        body: of the request.
-
-    Returns:
-        Its path; ``messages`` where nothing tells it.
-    """
-    if param == "max_tokens" and param not in body and "max_completion_tokens" in body:
-        return "max_completion_tokens"  # of the same meaning
-    if param == "logprobs" and body.get("top_logprobs") is not None:
-        return "top_logprobs"
-    if param is not None and ("." in param or param in body or param in ChatCompletionRequest.model_fields):
-        return param
-    if param is not None:
-        return next(_places(param, body.get("messages")), "messages")
-    text = f" {_words(message)} "
-    if text.startswith(" n "):
-        return "n"
-    found = {text.find(f" {_words(field.removesuffix('_kwargs'))} "): field for field in body if field not in NOT_NAMED}
-    found.pop(-1, None)
-    if found:
-        return found[min(found)]
-    return next((field for field, hints in HINTS.items() if field in body and hints.search(text)), "messages")
-
-
-SEPARATORS = re.compile(r"[^a-z0-9]+")
-HINTS = {
-    "structured_outputs": re.compile(r" (regex|grammar|choices?|json|schema|structured) "),
-    "response_format": re.compile(r" (regex|grammar|json|schema|structured) "),
-    "chat_template": re.compile(r" template "),
-    "use_beam_search": re.compile(r" beam "),
-}
-"""Fields that vLLM's errors do not name, and words that they use instead."""
-NOT_NAMED = frozenset({"messages", "model", "n", "user"})
-"""Fields whose names are words that an error may use for something else."""
-
-
-def _words(text: str) -> str:
-    return SEPARATORS.sub(" ", text.casefold()).strip()
-
-
-def _places(key: str, messages: object) -> Iterator[str]:
-    """The content parts that have a key or are of that type."""
-    for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        if not isinstance(message, Mapping):
-            continue
-        if key in message:
-            yield f"messages.{index}.{key}"
-        content = message.get("content")
-        for number, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, Mapping) and (key in part or part.get("type") == key):
-                yield f"messages.{index}.content.{number}.{key if key in part else 'type'}"
-
-
 def _outward(message: str, error: Exception) -> str:
     """What an error says, unless it shows the inside of the server; then what its cause says, if anything may."""
     if isinstance(error, VLLMError) or not INTERNAL.search(message):
         return message
     reason = str(error.__cause__ or "")
     if not reason or INTERNAL.search(reason):
-        reason = "it does not say why"
-    return f"The model's processor does not take a part of this request: {reason}"
+        reason = "no reason stated"
+    return f"The model's processor rejects this request: {reason}"
 
 
 INTERNAL = re.compile(
@@ -178,14 +99,14 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
         body, details = _nested(first["loc"], first.get("input")), [first]
     paths = [_path(error, body) for error in details]
     path = _most_telling(details, paths)
-    told = dict.fromkeys(_expectation(error) for error, its in zip(details, paths, strict=True) if its == path)
+    accepted = dict.fromkeys(_expectation(error) for error, at in zip(details, paths, strict=True) if at == path)
     if path or not isinstance(body, Mapping):
-        found = _at(body, path)
-        problem = "nothing given" if found is NOTHING else f"{shown(found)} is not accepted"
+        value = _at(body, path)
+        problem = "nothing given" if value is NOTHING else f"{shown(value)} is not accepted"
     else:
         problem = "a part of it is not accepted"
     name = ".".join(_cut(str(key), 64) for key in path)
-    return f"{name or 'The body'}: {problem}; expected {' or '.join(told)}.", name or None
+    return f"{name or 'The body'}: {problem}; expected {' or '.join(accepted)}.", name or None
 
 
 def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> Path:
@@ -195,11 +116,11 @@ def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -
     """
     seen = Counter(paths)
     path = max(seen, key=lambda path: (seen[path], len(path)))
-    kinds = {error["type"] for error, its in zip(details, paths, strict=True) if its == path}
+    kinds = {error["type"] for error, at in zip(details, paths, strict=True) if at == path}
     if kinds == {"literal_error"}:
-        for error, its in zip(details, paths, strict=True):
-            if its[: len(path) - 1] == path[:-1] and its != path and error["type"] not in ("literal_error", "missing"):
-                return its
+        for error, at in zip(details, paths, strict=True):
+            if at[: len(path) - 1] == path[:-1] and at != path and error["type"] not in ("literal_error", "missing"):
+                return at
     return path
 
 
@@ -230,7 +151,7 @@ def check_messages(data: object) -> None:
             texts = [(f"messages.{index}.content.{number}.text", part.get("text")) for number, part in parts]
         for path, text in texts:
             if isinstance(text, str) and not _encodes(text):
-                raise not_accepted(path, text, "whole characters, no halves of surrogate pairs")
+                raise not_accepted(path, text, "text without lone surrogates")
 
 
 def wrong_field(model: type[BaseModel], data: object) -> InvalidField:
@@ -273,12 +194,12 @@ def _path(error: Mapping[str, Any], body: object) -> Path:
     keys = list(error["loc"])
     keys = keys[1:] if keys[:1] == ["body"] else keys
     path: list[str | int] = []
-    found = body
+    value = body
     for index, key in enumerate(keys):
-        inner = _at(found, (key,))
+        inner = _at(value, (key,))
         if inner is not NOTHING:
             path.append(key)
-            found = inner
+            value = inner
         elif isinstance(key, int):  # an item of a list that the path does not lead to
             return ()
         elif error["type"] == "missing" and index == len(keys) - 1:

@@ -14,10 +14,10 @@ DESCRIPTION = """Serve vision-language models with fewer visual tokens.
 
 commands:
   serve [MODEL] [options]   an OpenAI-compatible server (takes every option of `vllm serve`)
-  demo [options]            one photograph, asked about without and with pruning
-  inspect IMAGE [options]   which parts of a picture a policy keeps, drawn on it
-  eval [options]            how many answers stay right under every way of pruning
-  calibrate [options]       a preset for one's own images
+  demo [options]            one question about a photograph, without and with pruning
+  inspect IMAGE [options]   draw which visual tokens of an image a policy keeps
+  eval [options]            compare the accuracy of methods on scenes with known answers
+  calibrate [options]       find a preset for your own images
 
 example:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced

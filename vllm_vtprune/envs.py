@@ -54,7 +54,7 @@ class Variable(Generic[T]):
         try:
             return self.parse(text)
         except ValueError:
-            raise ValueError(f"{self.name}={text!r} is not valid: expected {self.accepts}") from None
+            raise ValueError(f"{self.name}: {text!r} is not accepted; expected {self.accepts}.") from None
 
 
 def _device(text: str) -> str:
@@ -96,23 +96,22 @@ any_vllm = Variable(
     default=False,
     parse=_switch,
     accepts="0 or 1",
-    doc="1: also run with a version of vLLM that this package was not tested with.",
+    doc="1: run with a vLLM version that was not tested.",
 )
 device = Variable(
     name="VTPRUNE_DEVICE",
     default="auto",
     parse=_device,
     accepts="auto, cpu, cuda or cuda:INDEX",
-    doc="Where the API process computes visual features, with vLLM's code. auto: on the first GPU of its engine; on "
-    "the CPU where vLLM runs on CPUs, and only there. Where that GPU is not known, the server does not start, and asks "
-    "for cuda:INDEX.",
+    doc="Where the API process encodes images. auto: the first GPU of its engine, or the CPU with vLLM's CPU build. If "
+    "that GPU is unknown, the server refuses to start and asks for cuda:INDEX.",
 )
 feature_cache_gb = Variable(
     name="VTPRUNE_FEATURE_CACHE_GB",
     default=2.0,
     parse=_size,
     accepts="a number of GiB, 0 or more",
-    doc="Memory for cached visual features in each API process, in GiB (an image of LLaVA-1.5-7B takes about 6 MiB). "
+    doc="Main memory for cached visual features in each API process, in GiB (LLaVA-1.5-7B: about 6 MiB per image). "
     "0: no cache.",
 )
 report_table_size = Variable(
@@ -120,32 +119,32 @@ report_table_size = Variable(
     default=65536,
     parse=_count,
     accepts="a whole number of entries, 1 or more",
-    doc="How many plan reports each API process remembers, so that a repeated request still reports in full. At least "
-    "as many as vLLM's processor cache holds images.",
+    doc="Reports that each API process remembers, so that a repeated image is still reported in full. Set it to at "
+    "least the number of images in vLLM's processor cache.",
 )
 load_format = Variable(
     name="VTPRUNE_LOAD_FORMAT",
     default="auto",
     parse=str,
     accepts="a load format of vLLM",
-    doc="How vLLM loads the API process's vision encoder: dummy for random weights; with any other format, the "
-    "embeddings of words are read from *.safetensors. `vtprune serve` sets it to its own --load-format; set it "
-    "yourself beside LLM(load_format=...).",
+    doc="How vLLM loads the API process's vision encoder; dummy: random weights. With any other format, word "
+    "embeddings are read from *.safetensors. `vtprune serve` sets it from --load-format; with LLM(load_format=...), "
+    "set it yourself.",
 )
 download_dir: Variable[Path | None] = Variable(
     name="VTPRUNE_DOWNLOAD_DIR",
     default=None,
     parse=Path,
     accepts="a directory",
-    doc="Where weights of a model on a hub are downloaded to, for the vision tower. Default: the hub's own cache. "
-    "`vtprune serve` sets it to its own --download-dir; set it yourself beside LLM(download_dir=...).",
+    doc="Where the API process downloads the vision encoder's weights. Default: the hub's cache. `vtprune serve` sets "
+    "it from --download-dir; with LLM(download_dir=...), set it yourself.",
 )
 tower_threads = Variable(
     name="VTPRUNE_TOWER_THREADS",
     default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     parse=_count,
     accepts="a whole number of threads, 1 or more",
-    doc="CPU threads of one vision tower, where it runs on the CPU. Default: every core this process may run on.",
+    doc="CPU threads of the vision encoder, if it runs on the CPU. Default: every core that the process may use.",
 )
 max_image_mb = Variable(
     name="VTPRUNE_MAX_IMAGE_MB",
@@ -159,22 +158,22 @@ max_image_megapixels = Variable(
     default=100.0,
     parse=_limit,
     accepts="a number of megapixels above 0",
-    doc="Largest image that the server decodes, in millions of pixels (3 bytes of memory each, while it is decoded).",
+    doc="Largest image that the server decodes, in millions of pixels (3 bytes of memory each while it is decoded).",
 )
 max_image_aspect = Variable(
     name="VTPRUNE_MAX_IMAGE_ASPECT",
     default=512,
     parse=_count,
     accepts="a whole number, 1 or more",
-    doc="How many times its shorter side an image's longer side may be. CLIP's preprocessing scales the shorter side "
-    "to the encoder's size before it crops, so that a line of 10,000 x 1 pixels would cost seconds and gigabytes.",
+    doc="Longest side of an image, as a multiple of its shorter side. CLIP's preprocessing scales the shorter side to "
+    "the encoder's size before it crops: a line of 10,000 x 1 pixels would cost seconds and gigabytes.",
 )
 fetch_private_addresses = Variable(
     name="VTPRUNE_FETCH_PRIVATE_ADDRESSES",
     default=False,
     parse=_switch,
     accepts="0 or 1",
-    doc="1: images may also be fetched from allowed hosts at private, loopback and link-local addresses.",
+    doc="1: allowed hosts may have private, loopback or link-local addresses.",
 )
 
 VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool] | Variable[Path | None], ...] = (

@@ -15,82 +15,84 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm_vtprune.report import BypassReason
 
 Outcome: TypeAlias = Literal["finished", "refused", "failed", "aborted"]
-"""What the client got: an answer; a 4xx; a 5xx; nothing, as it left. The error of a stream counts by its own code."""
+"""finished: answered; refused: 4xx; failed: 5xx; aborted: the client left. An error in a stream counts by its code."""
 RefusalReason: TypeAlias = Literal["policy", "image"]
 
 NO_PRESET, CUSTOM, MIXED = "none", "custom", "mixed"
-"""Label of what names no preset: nothing is asked for; a policy is written out; images follow several."""
+"""Values of the label ``preset`` without a preset: no policy; a policy written out; several policies."""
 
 REQUESTS = Counter(
     "vtprune:requests",
-    "Chat completions that have ended, by what their clients got.",
+    "Chat completions that ended, by outcome and preset.",
     ["model_name", "outcome", "preset"],
 )
 REQUESTS_WAITING = Gauge(
     "vtprune:requests_waiting",
-    "Requests with images that the engine has not got yet: images are loaded, encoded and pruned, or wait for it.",
+    "Requests whose images are being loaded, encoded or pruned, or wait for that.",
     ["model_name"],
     multiprocess_mode="livesum",
 )
 START_TIME = Gauge(
     "vtprune:start_time_seconds",
-    "When this server began to answer, in seconds since 1970.",
+    "Unix time at which the server began to answer, in seconds.",
     ["model_name"],
     multiprocess_mode="livemax",
 )
 VISUAL_TOKENS = Counter(
     "vtprune:visual_tokens",
-    "Visual tokens of the images of finished requests, before pruning.",
+    "Visual tokens of finished requests before pruning.",
     ["model_name", "method", "preset"],
 )
 VISUAL_TOKENS_KEPT = Counter(
     "vtprune:visual_tokens_kept",
-    "Visual tokens of the images of finished requests that entered prefill.",
+    "Visual tokens of finished requests that entered prefill.",
     ["model_name", "method", "preset"],
 )
 KEEP_RATIO = Histogram(
     "vtprune:keep_ratio",
-    "Tokens kept / visual tokens, per image of finished requests.",
+    "Kept tokens / visual tokens, per image of finished requests.",
     ["model_name", "method"],
     buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 )
 STAGE_SECONDS = Histogram(
     "vtprune:stage_seconds",
-    "Time spent on one stage for all images of a request (text, encode, budget, select).",
+    "Seconds per request on one stage (text, encode, budget, select), over all its images.",
     ["model_name", "stage"],
     buckets=(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
 TIME_TO_FIRST_TOKEN = Histogram(
     "vtprune:time_to_first_token_seconds",
-    "From the arrival of a finished request with images to its first token, by the share of visual tokens kept.",
+    "Seconds from the arrival of a finished request with images to its first token, by share of visual tokens kept.",
     ["model_name", "method", "keep_ratio"],
     buckets=(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 ENCODE_BATCH_SIZE = Histogram(
     "vtprune:encode_batch_size",
-    "Images in one run of the frontend tower.",
+    "Images per run of the vision encoder.",
     ["model_name"],
     buckets=(1, 2, 3, 4, 5, 6, 7, 8),
 )
-FEATURE_CACHE_HITS = Counter("vtprune:feature_cache_hits", "Images whose features were at hand.", ["model_name"])
+FEATURE_CACHE_HITS = Counter("vtprune:feature_cache_hits", "Images served from the feature cache.", ["model_name"])
 FEATURE_CACHE_MISSES = Counter(
-    "vtprune:feature_cache_misses", "Images that the frontend tower encoded.", ["model_name"]
+    "vtprune:feature_cache_misses", "Images that were not in the feature cache and were encoded.", ["model_name"]
 )
 FEATURE_CACHE_BYTES = Gauge(
     "vtprune:feature_cache_bytes",
-    "Bytes held by cached features.",
+    "Size of the feature cache, in bytes.",
     ["model_name"],
     multiprocess_mode="livesum",
 )
 BYPASS = Counter(
     "vtprune:bypass",
-    "Images of finished requests that a policy applied to but that were not pruned.",
+    "Images of finished requests left unpruned although a policy applied, by reason.",
     ["model_name", "reason"],
 )
-ERRORS = Counter("vtprune:errors", "Requests refused for their policy or an image.", ["model_name", "reason"])
+ERRORS = Counter(
+    "vtprune:errors", "Requests refused because of a policy or an image, by reason.", ["model_name", "reason"]
+)
 BUILD_INFO = Gauge(
     "vtprune:build_info",
-    "1, with what serves as labels.",
+    "Always 1; the labels name versions, vision encoder and text pipeline.",
     ["model_name", "version", "vllm_version", "tower_weights", "tower_device", "tower_dtype", "text_pipeline"],
     multiprocess_mode="livemax",
 )

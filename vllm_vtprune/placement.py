@@ -88,35 +88,35 @@ def device_for(asked: str, process: Process) -> str:
     if asked in ("auto", "cuda"):
         return f"cuda:{_gpu(process)}"
     if int(asked.partition(":")[2]) >= len(process.visible):
-        raise _wrong(f"{asked} is not there: this process sees {len(process.visible)} GPUs", "auto or another index")
+        raise _wrong(f"{asked} does not exist: this process sees {len(process.visible)} GPUs", "auto or another index")
     return asked
 
 
 def _gpu(process: Process) -> int:
     """Index among the visible GPUs of the first one of this process's engine."""
     if process.engines == 0:
-        raise _wrong("no engine runs on this machine, so that none of its GPUs is known to be free", "cuda:INDEX")
+        raise _wrong("no engine runs on this machine, so no GPU is known to be free", "cuda:INDEX")
     engine = process.first_engine + process.rank % process.engines
     if process.gpus is None:
         if engine:
-            raise _wrong(f"this is data-parallel rank {engine}, whose GPU the processor is not told of", "cuda:INDEX")
+            raise _wrong(f"the GPU of data-parallel rank {engine} is unknown here", "cuda:INDEX")
         return 0
     first = engine * process.gpus
     if process.ray:
         if len(process.visible) > process.engines * process.gpus:
             raise _wrong(
-                f"Ray chose which of the {len(process.visible)} visible GPUs the engine has, and does not tell here",
+                f"Ray chose the engine's GPU among {len(process.visible)} visible ones, and which is unknown here",
                 "cuda:INDEX",
             )
         return first % len(process.visible)
-    given = process.visible if process.assigned is None else process.assigned
-    if first >= len(given) or given[first] not in process.visible:
+    gpus = process.visible if process.assigned is None else process.assigned
+    if first >= len(gpus) or gpus[first] not in process.visible:
         raise _wrong(
-            f"GPU {given[first] if first < len(given) else first} of engine {engine} is not visible to this process, "
+            f"GPU {gpus[first] if first < len(gpus) else first} of engine {engine} is not visible to this process, "
             f"which sees {len(process.visible)}",
             "cuda:INDEX",
         )
-    return process.visible.index(given[first])
+    return process.visible.index(gpus[first])
 
 
 def _wrong(problem: str, answer: str) -> TowerError:
@@ -140,11 +140,11 @@ def most_on_one_gpu(asked: str, processes: Sequence[Process]) -> int:
 
 def _engine_gpus(process: Process) -> list[int]:
     """Indices among the visible GPUs of those that engines of this machine have, as far as that is known."""
-    given = process.visible if process.assigned is None else process.assigned
+    gpus = process.visible if process.assigned is None else process.assigned
     if process.gpus is not None and not process.ray:
         first = process.first_engine * process.gpus
-        given = given[first : first + process.engines * process.gpus]
-    return [process.visible.index(gpu) for gpu in given if gpu in process.visible]
+        gpus = gpus[first : first + process.engines * process.gpus]
+    return [process.visible.index(gpu) for gpu in gpus if gpu in process.visible]
 
 
 # --- How much -----------------------------------------------------------------------------------------------------
@@ -199,20 +199,20 @@ def reserve(need: Footprint, *, processes: int, card: int, given: float | None =
         need: of one API process.
         processes: how many encode on one GPU; 0 for nothing to reserve.
         card: the GPU's memory in bytes.
-        given: what the operator reserves, in GiB; None where nothing was said.
+        given: the operator's ``--mm-ipc-gpu-memory-gb``, in GiB; None: unset.
 
     Raises:
-        TowerError: what was given does not even hold the weights.
+        TowerError: it is too small for the weights.
     """
     if not processes:
         return Reservation(given or 0.0)
     least, most = processes * need.least, processes * need.total
     if given is None:
         reserved = max(least, min(most, int(SHARE * card)))
-        said = f"{_gib(reserved):g} GiB of the GPU are reserved for the vision encoder"
+        reason = f"{_gib(reserved):g} GiB of the GPU are reserved for the vision encoder"
     else:
         reserved = int(given * GIB)
-        said = f"--mm-ipc-gpu-memory-gb={given:g} reserves less than the vision encoder can need"
+        reason = f"--mm-ipc-gpu-memory-gb={given:g} reserves less than the vision encoder may need"
         if reserved < least:
             raise TowerError(
                 f"--mm-ipc-gpu-memory-gb={given:g} does not hold {_encoders(processes)}; expected {_gib(least):g} or "
@@ -223,8 +223,8 @@ def reserve(need: Footprint, *, processes: int, card: int, given: float | None =
         return Reservation(gib)
     return Reservation(
         gib,
-        f"{said}: the largest images take {_gib(most):g} GiB with {_encoders(processes)}, and fail where that is not "
-        f"there. Give --mm-ipc-gpu-memory-gb {_gib(most):g}, or fewer pixels in --mm-processor-kwargs.",
+        f"{reason}: the largest images need {_gib(most):g} GiB with {_encoders(processes)}, and fail if less is free. "
+        f"Set --mm-ipc-gpu-memory-gb to {_gib(most):g}, or fewer pixels in --mm-processor-kwargs.",
     )
 
 

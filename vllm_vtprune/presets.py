@@ -43,7 +43,7 @@ def read_presets(path: Path) -> dict[str, PruningPolicy]:
     for name, value in _read(path).items():
         if not PRESET_NAME.fullmatch(name):
             accepted = "a letter, then at most 63 letters, digits and any of _ . -"
-            raise PresetsError(f"{path}: {json.dumps(name)[:80]} cannot be the name of a preset; expected {accepted}.")
+            raise PresetsError(f"{path}: {json.dumps(name)[:80]} is not a name for a preset; expected {accepted}.")
         if not isinstance(value, Mapping):
             raise PresetsError(
                 f"{path}: {name}: {json.dumps(value, default=str)[:80]} is not a policy; expected an object."

@@ -125,8 +125,8 @@ def savings() -> list[Plot]:
         ),
         tile(
             "Prefill saved",
-            "Seconds of prefill saved per second: tokens saved, times the present time of prefill per token. "
-            "Tokens that the prefix cache would have had count as saved. "
+            "Seconds of prefill saved per second: tokens saved, times the current prefill time per token. "
+            "Tokens that the prefix cache would have held count as saved. "
             "Rule: `model:vtprune_prefill_saved_seconds:rate5m`",
             units.Seconds,
             "sum(model:vtprune_prefill_saved_seconds:rate5m{RULES})",
@@ -134,7 +134,7 @@ def savings() -> list[Plot]:
         ),
         tile(
             "Plan cost",
-            "Time for choosing tokens, as a share of the prefill that it saves; an alert is raised above a tenth. "
+            "Time for selecting tokens, as a share of the prefill that it saves; an alert fires above a tenth. "
             "Rule: `model:vtprune_plan_cost:ratio_rate5m`",
             units.PercentUnit,
             "max(model:vtprune_plan_cost:ratio_rate5m{RULES})",
@@ -148,7 +148,7 @@ def savings() -> list[Plot]:
         ),
         tile(
             "First token, unpruned",
-            f"The same for requests whose images were all served unpruned. Metric: `{first_token}`",
+            f"The same for requests whose images were all unpruned. Metric: `{first_token}`",
             units.Seconds,
             quantile(0.5, first_token, 'MODEL,method="none"'),
             decimals=3,
@@ -173,8 +173,8 @@ def savings() -> list[Plot]:
         ),
         lines(
             "Prefill saved and spent",
-            "Seconds per second. Spent: for the text, the budget and the choice of tokens; not for the vision encoder, "
-            "which the engine would run otherwise. Rules: `model:vtprune_prefill_saved_seconds:rate5m`, "
+            "Seconds per second. Spent: on text, budget and selection; not on the vision encoder, "
+            "which the engine would run anyway. Rules: `model:vtprune_prefill_saved_seconds:rate5m`, "
             "`model:vtprune_plan_seconds:rate5m`",
             units.Seconds,
             Query("model:vtprune_prefill_saved_seconds:rate5m{RULES}", "saved, {{model_name}}"),
@@ -182,7 +182,7 @@ def savings() -> list[Plot]:
         ),
         distribution(
             "Keep ratio",
-            "Tokens kept / visual tokens, image by image. Metric: `vtprune:keep_ratio`",
+            "Kept tokens / visual tokens, per image. Metric: `vtprune:keep_ratio`",
             units.PercentUnit,
             "sum by (le) (increase(vtprune:keep_ratio_bucket{MODEL}[$__rate_interval]))",
             width=8,
@@ -196,7 +196,7 @@ def savings() -> list[Plot]:
         ),
         lines(
             "Tokens saved by preset",
-            "`custom`: a policy that is written out, `mixed`: images of one request under several, `none`: no policy. "
+            "`custom`: a policy written out, `mixed`: several policies in one request, `none`: no policy. "
             "Metric: `vtprune:visual_tokens_total`",
             "tokens/s",
             Query(
@@ -216,7 +216,7 @@ def first_token() -> list[Plot]:
     return [
         lines(
             "Pruned and unpruned",
-            "From the arrival of a request with images to its first token. They are different requests, maybe with "
+            "From the arrival of a request with images to its first token. The two are different requests, maybe with "
             f"different images and at different times: this is no experiment. Metric: `{metric}`",
             units.Seconds,
             *[
@@ -266,10 +266,10 @@ def cost() -> list[Plot]:
         ),
         lines(
             "Feature cache",
-            "Images whose features were at hand, and images that were encoded. "
+            "Images served from the feature cache, and images encoded. "
             "Metrics: `vtprune:feature_cache_hits_total`, `vtprune:feature_cache_misses_total`",
             "images/s",
-            Query(hits_per_second, "at hand"),
+            Query(hits_per_second, "cached"),
             Query(misses_per_second, "encoded"),
         ),
         lines(
@@ -292,21 +292,21 @@ def trouble() -> list[Plot]:
     return [
         lines(
             "Bypasses",
-            "Images that a policy applied to but that were not pruned. Metric: `vtprune:bypass_total`",
+            "Images left unpruned although a policy applied. Metric: `vtprune:bypass_total`",
             "images/s",
             Query("sum by (reason) (rate(vtprune:bypass_total{MODEL}[$__rate_interval]))", "{{reason}}"),
             stacked=True,
         ),
         lines(
             "Refusals",
-            "Requests refused for their policy or an image. Metric: `vtprune:errors_total`",
+            "Requests refused because of their policy or an image. Metric: `vtprune:errors_total`",
             "requests/s",
             Query("sum by (reason) (rate(vtprune:errors_total{MODEL}[$__rate_interval]))", "{{reason}}"),
             stacked=True,
         ),
         lines(
             "Chat completions",
-            "By what the client got; `refused`: a 4xx, `failed`: a 5xx, both also within a stream, `aborted`: it left. "
+            "By outcome; `refused`: 4xx, `failed`: 5xx (both also within a stream), `aborted`: the client left. "
             "Metric: `vtprune:requests_total`",
             "requests/s",
             Query("sum by (outcome) (rate(vtprune:requests_total{MODEL}[$__rate_interval]))", "{{outcome}}"),
@@ -314,7 +314,7 @@ def trouble() -> list[Plot]:
         ),
         lines(
             "HTTP",
-            "All requests but those for health and metrics. Metric: `http_requests_total`",
+            "All requests except health and metrics. Metric: `http_requests_total`",
             "requests/s",
             Query("sum by (status) (rate(http_requests_total{INSTANCES}[$__rate_interval]))", "{{status}}"),
             width=12,
@@ -341,7 +341,7 @@ def engine() -> list[Plot]:
         ),
         lines(
             "Requests",
-            "Before the engine, requests with images wait until these are loaded, encoded and pruned. "
+            "Before the engine, requests wait until their images are loaded, encoded and pruned. "
             "Metrics: `vtprune:requests_waiting`, `vllm:num_requests_waiting`, `vllm:num_requests_running`",
             units.Short,
             Query("sum(vtprune:requests_waiting{MODEL})", "waiting for their images"),
@@ -350,7 +350,7 @@ def engine() -> list[Plot]:
         ),
         lines(
             "Prefix cache",
-            "Share of prompt tokens found in it. "
+            "Share of prompt tokens that were cached. "
             "Metrics: `vllm:prefix_cache_hits_total`, `vllm:prefix_cache_queries_total`",
             units.PercentUnit,
             Query(ratio("vllm:prefix_cache_hits_total{MODEL}", "vllm:prefix_cache_queries_total{MODEL}"), "found"),

@@ -62,10 +62,10 @@ def test_on_cpus_there_is_one_device() -> None:
     ("process", "problem"),
     [
         (replace(EIGHT, engines=0), "no engine runs on this machine"),  # API processes alone
-        (replace(EIGHT, ray=True), "Ray chose which of the 8 visible GPUs"),
+        (replace(EIGHT, ray=True), "Ray chose the engine's GPU among 8 visible ones"),
         (replace(EIGHT, assigned=(8, 9)), "GPU 8 of engine 0 is not visible"),
         (replace(EIGHT, first_engine=8), "GPU 8 of engine 8 is not visible"),
-        (replace(UNKNOWN, first_engine=1), "this is data-parallel rank 1"),
+        (replace(UNKNOWN, first_engine=1), "the GPU of data-parallel rank 1 is unknown here"),
     ],
 )
 def test_where_nobody_can_tell_it_is_asked_for(process: Process, problem: str) -> None:
@@ -81,7 +81,7 @@ def test_where_nobody_can_tell_it_is_asked_for(process: Process, problem: str) -
         ("cpu", replace(EIGHT, engines=0), "encodes images on GPUs, not on the CPU"),
         ("cuda", Process("cpu"), "encodes images on the CPU, not on cuda; set VTPRUNE_DEVICE to auto"),
         ("cuda:0", Process("cpu"), "encodes images on the CPU, not on cuda:0; set VTPRUNE_DEVICE to auto"),
-        ("cuda:8", EIGHT, "cuda:8 is not there: this process sees 8 GPUs; set VTPRUNE_DEVICE to auto or another"),
+        ("cuda:8", EIGHT, "cuda:8 does not exist: this process sees 8 GPUs; set VTPRUNE_DEVICE to auto or another"),
     ],
 )
 def test_a_device_that_vllm_s_code_does_not_run_on_is_refused(asked: str, process: Process, problem: str) -> None:
@@ -161,7 +161,7 @@ def test_what_is_reserved(need: Footprint, processes: int, card: int, gib: float
     found = reserve(need, processes=processes, card=card * GIB)
     assert found.gib == pytest.approx(gib, rel=0.01)
     assert bool(found.warning) is warned
-    assert not warned or f"Give --mm-ipc-gpu-memory-gb {in_gib(processes * need.total)}" in found.warning
+    assert not warned or f"Set --mm-ipc-gpu-memory-gb to {in_gib(processes * need.total)}" in found.warning
 
 
 def in_gib(size: int) -> str:
@@ -173,7 +173,7 @@ def test_what_is_given_is_kept_where_it_holds_the_encoders() -> None:
     few = reserve(QWEN, processes=1, card=80 * GIB, given=3.0)
     assert few.gib == 3.0
     assert "--mm-ipc-gpu-memory-gb=3 reserves less" in few.warning
-    assert f"Give --mm-ipc-gpu-memory-gb {in_gib(QWEN.total)}" in few.warning
+    assert f"Set --mm-ipc-gpu-memory-gb to {in_gib(QWEN.total)}" in few.warning
 
 
 @pytest.mark.parametrize(("given", "processes"), [(0.0, 1), (1.0, 1), (3.0, 4)])

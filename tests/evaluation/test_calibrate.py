@@ -83,7 +83,7 @@ def test_a_picture_is_seen_as_the_server_sees_it(tmp_path: Path) -> None:
         ('{"image": "a.png", "question": "What?"}', ":1: image: [Errno 2] No such file"),
         (
             '{"image": "sample.jsonl", "question": "What?"}',
-            "that are no image in a known format; expected a file that holds an image",
+            "bytes); expected a file that holds an image",
         ),
     ],
 )

@@ -134,7 +134,6 @@ def test_a_line_is_refused_by_its_path_or_taken(served: Endpoint, family: str, p
         assert "has 4020 x 20 pixels" in error["message"]
         assert "aspect ratio must be smaller than 200" in error["message"]
     elif family == "foreign":  # vLLM's own processor does not say which image it was
-        assert response.json()["error"]["param"] == "messages"
         assert "aspect ratio must be smaller than 200" in response.json()["error"]["message"]
     elif isinstance(pruning, dict):
         assert response.json()["error"]["param"] == "pruning.method"
@@ -153,7 +152,7 @@ def test_a_prompt_that_is_cut_within_an_image_is_refused(served: Endpoint) -> No
 def test_one_image_too_many_is_the_one_that_is_named(served: Endpoint) -> None:
     error = served.error({"messages": [user("Where?", URL), user("Here?", URL, URL)], **OFF})
     assert error["param"] == "messages.1.content.1.image_url"
-    assert "at most 2 images" in error["message"]
+    assert "too many images; expected at most 2" in error["message"]
 
 
 # --- embeddings -----------------------------------------------------------------------------------------------------
@@ -268,43 +267,45 @@ def test_options_that_change_shapes_are_refused(served: Endpoint, family: str) -
 # --- whatever else --------------------------------------------------------------------------------------------------
 
 CUSTOM = {"name": "f", "input": "x"}
-MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "no messages": ({"messages": []}, "messages"),
-    "too long": ({"messages": [user("dog " * 3000)]}, "messages"),
+# A body, and the path of what is wrong in it; None where vLLM says it, which names no field.
+MISTAKES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "no messages": ({"messages": []}, None),
+    "too long": ({"messages": [user("dog " * 3000)]}, None),
     "audio": (asked({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}), "0.input_audio"),
     "audio by URL": (asked({"type": "audio_url", "audio_url": "data:audio/wav;base64,AAAA"}), "0.audio_url"),
-    "prompt embeddings": (asked({"type": "prompt_embeds", "data": "x"}), "0.type"),
+    "prompt embeddings": (asked({"type": "prompt_embeds", "data": "x"}), None),
     "video": (asked({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}), "0.video_url"),
     "another tool": (
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": CUSTOM}]}]},
-        "messages.0.tool_calls",
+        None,
     ),
     "half a tool": (
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "f"}}]}]},
         "messages.0.tool_calls.0.custom.input",
     ),
-    "tool choice": (asked(tools=[{"type": "function", "function": {"name": "f"}}]), "tool_choice"),
-    "chat template": (asked(chat_template="{{ x.y.z }}"), "chat_template"),
-    "n": (asked(n=-1), "n"),
-    "n, far too large": (asked(n=10**9), "n"),
+    "tool choice": (asked(tools=[{"type": "function", "function": {"name": "f"}}]), None),
+    "chat template": (asked(chat_template="{{ x.y.z }}"), None),
+    "n": (asked(n=-1), None),
+    "n, far too large": (asked(n=10**9), None),
     "temperature": (asked(temperature=-1), "temperature"),
     "max_tokens": (asked(max_tokens=10**6), "max_tokens"),
-    "min_tokens": (asked(min_tokens=10), "min_tokens"),
-    "stop": (asked(stop=[""]), "stop"),
-    "bad_words": (asked(bad_words=[""]), "bad_words"),
-    "top_k": (asked(top_k=-5), "top_k"),
-    "min_p": (asked(min_p=7), "min_p"),
-    "presence_penalty": (asked(presence_penalty=9), "presence_penalty"),
-    "repetition_penalty": (asked(repetition_penalty=-1), "repetition_penalty"),
-    "two constraints": (asked(structured_outputs={"regex": "a", "choice": ["b"]}), "structured_outputs"),
-    "both at the end": (asked(continue_final_message=True), "continue_final_message"),
+    "min_tokens": (asked(min_tokens=10), None),
+    "stop": (asked(stop=[""]), None),
+    "bad_words": (asked(bad_words=[""]), None),
+    "top_k": (asked(top_k=-5), None),
+    "min_p": (asked(min_p=7), None),
+    "presence_penalty": (asked(presence_penalty=9), None),
+    "repetition_penalty": (asked(repetition_penalty=-1), None),
+    "two constraints": (asked(structured_outputs={"regex": "a", "choice": ["b"]}), None),
+    "both at the end": (asked(continue_final_message=True), None),
     "a response format": (asked(response_format={"type": "json_schema"}), "response_format"),
 }
 
 
 @pytest.mark.parametrize(("body", "path"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_every_refusal_has_a_path_and_shows_nothing_of_the_inside(served: Endpoint, body: Any, path: str) -> None:
+def test_no_refusal_shows_anything_of_the_inside(served: Endpoint, body: Any, path: str | None) -> None:
     error = served.error(body)
-    assert error["param"] == (f"messages.0.content.{path}" if path[0].isdigit() else path)
+    if path is not None:
+        assert error["param"] == (f"messages.0.content.{path}" if path[0].isdigit() else path)
     assert not INSIDE.search(error["message"]), error["message"]
     assert leaks(error["message"]) == []

@@ -119,7 +119,7 @@ def test_endpoints_that_do_not_prune_refuse_an_alias_and_say_why(server: Server,
     response = server.post({**OTHER_ENDPOINTS[path], "model": "llava@fast"}, path)
     assert response.status_code == 400, response.text
     message = response.json()["error"]["message"]
-    assert "`llava@fast` prunes visual tokens, which only chat completions do; expected `llava`" in message
+    assert "`llava@fast` names a pruning preset, and this endpoint does not prune; expected `llava`" in message
     assert server.post({**OTHER_ENDPOINTS[path], "model": "llava"}, path).status_code == 200, "without the preset"
 
 

@@ -140,6 +140,6 @@ def test_every_route_that_does_not_prune_says_so(server: Server) -> None:
             answer = server.post({"messages": messages, **field}, path)
             assert answer.status_code == 400, f"{path}: {answer.status_code} {answer.text[:300]}"
             message = shape(answer.json())["message"]
-            assert message == f"{name}: {path} does not prune; expected it in a request to {ROUTE}, or not at all."
+            assert message == f"{name}: {path} does not prune; expected a request to {ROUTE}, or no policy."
             assert f"Request without an id to {path} refused: 400 BadRequestError, {name}" in server.log.read_text()
     assert server.post({"pruning": "fast"}, "/ping").status_code == 200

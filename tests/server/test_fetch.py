@@ -142,7 +142,7 @@ def seen(pages: ThreadingHTTPServer) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "127.1", "0x7f000001", "[::1]", "0.0.0.0"])
 def test_an_allowed_host_at_this_machine_is_not_asked(fetch: Fetch, pages: ThreadingHTTPServer, host: str) -> None:
-    with pytest.raises(MediaProblem, match=r"could not be fetched|an address that this server does not fetch from"):
+    with pytest.raises(MediaProblem, match=r"could not be fetched|an address that is not public"):
         fetch("/picture", host=host, allowed=(host.strip("[]"),))
     assert seen(pages) == []
 
@@ -160,7 +160,7 @@ def test_a_name_is_worth_its_addresses(
 
     asked: list[str] = []
     monkeypatch.setattr(aiohttp.DefaultResolver, "resolve", resolve)
-    with pytest.raises(MediaProblem, match="an address that this server does not fetch from"):
+    with pytest.raises(MediaProblem, match="an address that is not public"):
         fetch("/picture", host="pictures.example", allowed=("pictures.example",))
     assert asked == ["pictures.example"], "looked up once"
     assert seen(pages) == []
@@ -236,7 +236,7 @@ def test_what_an_allowed_host_has_is_fetched(fetch: Fetch) -> None:
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("/to-localhost", "at a host that this server does not fetch from"),
+        ("/to-localhost", "at a host that --allowed-media-domains does not name"),
         ("/to-file", "neither http nor https"),
         ("/to-nowhere", "could not be fetched"),
         ("/loop", "too many redirects"),
@@ -262,7 +262,7 @@ def test_redirects_can_be_switched_off(fetch: Fetch) -> None:
 @pytest.mark.usefixtures("private")
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1@localhost", "localhost#@127.0.0.1"])
 def test_another_host_is_not_asked(fetch: Fetch, pages: ThreadingHTTPServer, host: str) -> None:
-    with pytest.raises(MediaProblem, match="at a host that this server does not fetch from"):
+    with pytest.raises(MediaProblem, match="at a host that --allowed-media-domains does not name"):
         fetch("/picture", host=host)
     assert seen(pages) == []
 
@@ -276,7 +276,7 @@ def test_no_more_is_read_than_allowed(fetch: Fetch, pages: ThreadingHTTPServer) 
 
 @pytest.mark.usefixtures("private")
 def test_no_longer_is_waited_than_allowed(fetch: Fetch) -> None:
-    with pytest.raises(MediaProblem, match=r"no answer in time, 0\.2 s at first"):
+    with pytest.raises(MediaProblem, match=r"no answer in time \(first attempt: 0\.2 s\)"):
         fetch("/slow", timeout=0.2)
 
 
@@ -408,10 +408,10 @@ def test_the_connector_fetches_from_the_hosts_that_the_operator_names(pages: Thr
     opened = GuardedConnector(allowed_media_domains=["127.0.0.1"])
     assert load(opened, "/picture").media.tobytes() == PICTURE.tobytes()
     for connector, path, problem in (
-        (opened, "/page", "holds 6 bytes that are no image"),
+        (opened, "/page", "is not an image in a known format (6 bytes)"),
         (opened, "/missing", "answered with status 404"),
         (GuardedConnector(allowed_media_domains=["example.com"]), "/picture", "at a host that this server"),
-        (GuardedConnector(), "/picture", "is on the web, from where this server does not fetch"),
+        (GuardedConnector(), "/picture", "is on the web, and --allowed-media-domains is not set"),
     ):
         with pytest.raises(MediaRefused, match=problem):
             load(connector, path)

@@ -204,7 +204,7 @@ def test_no_setting_lifts_the_limit_of_pillow(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", "500000000")
     with pytest.raises(MediaProblem, match="has far too many pixels") as refused:
         decoded(saved(Image.new("1", (20_000, 10_000))))
-    assert refused.value.accepted == "at most 178.95697 megapixels (a limit of Pillow's)"
+    assert refused.value.accepted == "at most 178.95697 megapixels (Pillow's limit)"
 
 
 class Allowance:
@@ -250,11 +250,11 @@ def test_a_file_over_the_limit_is_refused_before_its_base64_is_decoded(monkeypat
             ImageIntake().load_base64("image/png", base64.b64encode(b"A" * size).decode())
     with pytest.raises(MediaProblem, match="is too large"):
         ImageIntake().load_base64("image/png", "@" * 5000)  # which is no base64
-    with pytest.raises(MediaProblem, match="holds 1024 bytes that are no image"):
+    with pytest.raises(MediaProblem, match=r"is not an image in a known format \(1024 bytes\)"):
         ImageIntake().load_base64("image/png", base64.b64encode(b"A" * 1024).decode())
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"GIF89a"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
-    with pytest.raises(MediaProblem, match="holds"):
+    with pytest.raises(MediaProblem, match=r"is not an image in a known format|cannot be decoded"):
         decoded(data)

@@ -184,6 +184,8 @@ def test_the_help_of_serve_shows_our_option_with_an_example(serve: Callable[[str
     assert done.returncode == 0
     assert "[--pruning-default POLICY] [--pruning-presets FILE]" in done.stdout
     assert "vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced" in done.stdout
+    assert re.search(r"^  Pruning  +Which visual tokens are dropped", done.stdout, re.MULTILINE)
+    assert "vtprune serve --help=Pruning" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_vtprune_server.stream import with_errors_completed, with_last_event_completed
+from vllm_vtprune_server.stream import with_last_event_completed
 
 DONE = "data: [DONE]\n\n"
 COMMENT = ": keep-alive\n\n"
@@ -220,18 +220,3 @@ def test_nothing_is_lost_changed_or_reordered(events: list[str], done: bool) -> 
 
 def _is_token(one: str) -> bool:
     return any(choice["finish_reason"] is None for choice in data(one).get("choices", ()))
-
-
-def test_an_error_gets_what_it_lacks_and_nothing_else_changes() -> None:
-    events = [token('data: {"error":{}}'), ERROR, DONE]
-
-    async def source() -> AsyncGenerator[str, None]:
-        for one in events:
-            yield one
-
-    async def collect() -> list[str]:
-        return [one async for one in with_errors_completed(source(), lambda error: error.update(param="stop"))]
-
-    found = asyncio.run(collect())
-    assert [found[0], found[2]] == [events[0], DONE]
-    assert data(found[1])["error"] == {**data(ERROR)["error"], "param": "stop"}

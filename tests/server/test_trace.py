@@ -175,7 +175,7 @@ SECRETIVE: dict[str, tuple[Body | bytes, str]] = {
     "a budget": ({"pruning": tokens(0)}, "400 BadRequestError, pruning.budget.keep: expected an integer from 1"),
     "an address": (
         {"messages": [user(SECRET, f"https://{SECRET}.example/{SECRET}.png")]},
-        "400 BadRequestError, messages.0.content.0.image_url: is on the web, from where this server does not fetch",
+        "400 BadRequestError, messages.0.content.0.image_url: is on the web, and --allowed-media-domains is not set",
     ),
     "an image": (
         {"messages": [user(SECRET, url_of_bytes(SECRET.encode() * 3))]},
@@ -183,7 +183,8 @@ SECRETIVE: dict[str, tuple[Body | bytes, str]] = {
     ),
     "a path": (
         {"messages": [user("Hello."), user(SECRET, image_part(f"file:///{SECRET}"))]},
-        "400 BadRequestError, messages.1.content.0.image_url: is a file of the server, which it does not open",
+        "400 BadRequestError, messages.1.content.0.image_url: is a local file, and --allowed-local-media-path is not "
+        "set",
     ),
     "a regex": ({"structured_outputs": {"regex": f"({SECRET}"}}, "400 BadRequestError"),
     "a model": ({"model": f"llava@{SECRET}"}, "404 NotFoundError, model"),

@@ -142,7 +142,7 @@ def test_images_are_pruned_and_videos_pass_in_every_order(
 
 def test_a_video_that_is_not_taken_is_named_by_its_field(server: Server, parts: Mapping[str, Body]) -> None:
     for url, problem in (
-        ("https://example.com/cat.mp4", "is on the web, from where this server does not fetch"),
+        ("https://example.com/cat.mp4", "is on the web, and --allowed-media-domains is not set"),
         ("data:video/mp4;base64,@", "does not hold valid base64"),
         ("data:video/mp4;base64,QUJD", "could not be loaded"),
     ):
