@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource
 
 from loadtests.records import Record
 from loadtests.sse import StreamReader, error_text
@@ -78,8 +79,8 @@ def ask(
     try:
         with client.stream("POST", path, json=request) as answer:
             if answer.status_code == 200:
-                for data in answer.iter_bytes():
-                    reader.feed(data, time.perf_counter())
+                for event in EventSource(answer).iter_sse():
+                    reader.take(event.data, time.perf_counter())
             else:
                 error = _refusal(answer.status_code, answer.read())
     except httpx.HTTPError as failure:

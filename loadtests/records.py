@@ -6,7 +6,7 @@ Definitions, as in ``vllm bench serve`` except where it is said:
   counts from sending.)
 - TTFT, time to first token: from when the request is due, connecting included, to the first chunk with content. (vLLM
   takes the first chunk with a choice, also where it holds only the role.)
-- ITL, inter-token latencies: the gaps between chunks with content. Chunks that came in one piece have a gap of 0.
+- ITL, inter-token latencies: the gaps between chunks with content. Chunks that came in one piece have next to none.
 - E2E, end-to-end latency: to the last chunk with a choice; the usage chunk and ``[DONE]`` do not count.
 - TPOT, time per output token: (E2E - TTFT) / (output tokens - 1), for answers of two tokens or more.
 - Token counts are those of ``usage``, so the request has to ask for it (``stream_options.include_usage``).

@@ -1,12 +1,10 @@
-"""From the bytes of a streamed chat completion, and the times at which they came, to one record.
+"""From the events of a streamed chat completion, and the times at which they came, to one record.
 
 What the times mean is defined in `loadtests.records`.
 """
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 from collections.abc import Mapping
 from itertools import pairwise
@@ -18,22 +16,20 @@ DONE = "[DONE]"
 
 
 class StreamReader:
-    """Takes a stream's bytes as they come, however they are cut, and makes a record of them at the end."""
+    """Takes a stream's events as they come, and makes a record of them at the end."""
 
     def __init__(self, name: str, *, started: float, due: float, sent: float) -> None:
         """
         Args:
             name: the kind of request.
             started: when it was due, in seconds since the epoch, for the record.
-            due: the same moment on the clock that `feed` and `finish` are given.
+            due: the same moment on the clock that `take` and `finish` are given.
             sent: when it was sent, on that clock.
         """
         self._name = name
         self._started = started
         self._due = due
         self._lag = sent - due
-        self._decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
-        self._pending = ""
         self._content_at: list[float] = []
         self._last_choice: float | None = None
         self._texts: list[str] = []
@@ -42,44 +38,10 @@ class StreamReader:
         self._error: str | None = None
         self._done = False
 
-    def feed(self, data: bytes, at: float) -> None:
-        """Take the next bytes, which came at this time (seconds)."""
-        self._pending += self._decoder.decode(data)
-        *events, self._pending = self._pending.split("\n\n")
-        for event in events:
-            self._take(event, at)
-
-    def finish(self, at: float, error: str | None = None) -> Record:
-        """The record, when the stream has ended at this time (seconds).
-
-        Args:
-            at: the end.
-            error: what went wrong outside of the stream's text, such as a lost connection.
-        """
-        if _data_of(self._pending) == DONE:  # some servers end without the blank line
-            self._done = True
-        if not self._done:
-            error = error or f"the stream ended before {DONE}"
-        moments = self._content_at
-        return Record(
-            name=self._name,
-            started=self._started,
-            elapsed=at - self._due,
-            ttft=moments[0] - self._due if moments else None,
-            itls=tuple(later - earlier for earlier, later in pairwise(moments)),
-            e2e=None if self._last_choice is None else self._last_choice - self._due,
-            input_tokens=self._usage.get("prompt_tokens"),
-            output_tokens=self._usage.get("completion_tokens"),
-            text="".join(self._texts),
-            pruning=self._pruning,
-            error=self._error or error,
-            lag=self._lag,
-        )
-
-    def _take(self, event: str, at: float) -> None:
-        data = _data_of(event)
+    def take(self, data: str, at: float) -> None:
+        """Take the data of the next event, which came at this time (seconds)."""
         if not data:
-            return  # a comment, such as a keep-alive
+            return  # an event that has an id alone, for example
         if data == DONE:
             self._done = True
             return
@@ -103,6 +65,31 @@ class StreamReader:
         self._usage = chunk.get("usage") or self._usage
         self._pruning = chunk.get("pruning") or self._pruning
 
+    def finish(self, at: float, error: str | None = None) -> Record:
+        """The record, when the stream has ended at this time (seconds).
+
+        Args:
+            at: the end.
+            error: what went wrong outside of the stream's text, such as a lost connection.
+        """
+        if not self._done:
+            error = error or f"the stream ended before {DONE}"
+        moments = self._content_at
+        return Record(
+            name=self._name,
+            started=self._started,
+            elapsed=at - self._due,
+            ttft=moments[0] - self._due if moments else None,
+            itls=tuple(later - earlier for earlier, later in pairwise(moments)),
+            e2e=None if self._last_choice is None else self._last_choice - self._due,
+            input_tokens=self._usage.get("prompt_tokens"),
+            output_tokens=self._usage.get("completion_tokens"),
+            text="".join(self._texts),
+            pruning=self._pruning,
+            error=self._error or error,
+            lag=self._lag,
+        )
+
 
 def error_text(answer: Mapping[str, Any]) -> str:
     """An error in OpenAI's shape (``{"error": {"type", "message", ...}}``) on one line."""
@@ -110,9 +97,3 @@ def error_text(answer: Mapping[str, Any]) -> str:
     if not isinstance(error, dict):
         return str(error)
     return f"{error.get('type') or 'error'}: {error.get('message')}"
-
-
-def _data_of(event: str) -> str:
-    """The ``data`` of one event."""
-    lines = (line for line in event.split("\n") if line.startswith("data:"))
-    return "\n".join(line.removeprefix("data:").removeprefix(" ") for line in lines)

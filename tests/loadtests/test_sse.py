@@ -1,4 +1,4 @@
-"""What is read from a stream, however its bytes are cut: over real HTTP, and byte by byte with times of our own."""
+"""What is read from a stream: over real HTTP, and event by event with times of our own."""
 
 import threading
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,7 @@ import pytest
 from loadtests.client import ask, connect
 from loadtests.records import Record
 from loadtests.sse import StreamReader
+from tests.support.chat import data_of
 from tests.support.fake_chat import DONE, ROLE, Reply, event, fake_chat, report, token, usage
 
 ERROR = event({"error": {"message": "the engine died", "type": "InternalServerError", "code": 500}})
@@ -21,17 +22,13 @@ def asked(*parts: bytes | float, status: int = 200, cut: bool = False, timeout: 
 
 
 def read(arrivals: Iterable[tuple[float, bytes]]) -> Record:
-    """The record of bytes that came at these times (seconds) after the request was sent."""
+    """The record of events that came at these times (seconds) after the request was sent."""
     reader = StreamReader("kind", started=5.0, due=1000.0, sent=1000.0)
     at = 0.0
-    for at, data in arrivals:
-        reader.feed(data, 1000.0 + at)
+    for at, events in arrivals:
+        for data in data_of(events.decode()):
+            reader.take(data, 1000.0 + at)
     return reader.finish(1000.0 + at)
-
-
-def read_all(data: bytes, size: int) -> Record:
-    """The record of these bytes, so many at a time."""
-    return read((0.1 * (i // size), data[i : i + size]) for i in range(0, len(data), size))
 
 
 # --- the times --------------------------------------------------------------------------------------------------------
@@ -61,11 +58,6 @@ def test_empty_deltas_are_no_tokens() -> None:
     assert (record.ttft, record.itls) == (3.0, (3.0,))
 
 
-def test_chunks_in_one_piece_have_no_gap() -> None:
-    record = read([(1.0, token("a") + token("b")), (2.0, token("c"))])
-    assert (record.ttft, record.itls) == (1.0, (0.0, 1.0))
-
-
 @pytest.mark.parametrize("completion", [0, 1])
 def test_an_answer_of_one_token_has_no_time_per_output_token(completion: int) -> None:
     assert read([(1.0, token("a", "stop")), (1.0, usage(10, completion)), (1.0, DONE)]).tpot is None
@@ -91,37 +83,17 @@ def test_real_silence_is_measured() -> None:
 # --- the bytes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 100_000])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
-def test_pieces_may_split_lines_and_characters(size: int, newline: bytes) -> None:
-    record = read_all(b"".join(STREAM).replace(b"\n", newline), size)
+def test_pieces_are_put_together_over_http() -> None:
+    data = b"".join(STREAM)
+    record = asked(*(data[i : i + 5] for i in range(0, len(data), 5)))
     assert (record.text, record.input_tokens, record.output_tokens, record.error) == ("naïve 猫🐈", 100, 5, None)
     assert len(record.itls) == 2
 
 
-def test_pieces_are_put_together_over_http() -> None:
-    data = b"".join(STREAM)
-    record = asked(*(data[i : i + 5] for i in range(0, len(data), 5)))
-    assert (record.text, record.output_tokens, record.error) == ("naïve 猫🐈", 5, None)
-
-
-def test_comments_and_other_fields_are_skipped() -> None:
+def test_comments_other_fields_and_line_breaks_of_unicode_end_no_event() -> None:
     noise = b": keep-alive\n\n: another\nevent: message\nid: 7\nretry: 10\n\n"
-    record = read([(1.0, noise), (2.0, noise + token("a")), (3.0, noise), (4.0, b"id: 8\n" + token("b") + DONE)])
-    assert (record.ttft, record.itls, record.text, record.error) == (2.0, (2.0,), "ab", None)
-
-
-def test_data_may_stand_on_several_lines_and_without_a_space() -> None:
-    record = read([(1.0, b'data:{"choices":[{"index":0,\ndata: "delta":{"content":"a"}}]}\n\ndata:[DONE]\n\n')])
-    assert (record.text, record.error) == ("a", None)
-
-
-def test_line_breaks_of_unicode_are_text() -> None:
-    assert read([(1.0, token("a\u2028b\x85c") + DONE)]).text == "a\u2028b\x85c"
-
-
-def test_the_last_blank_line_may_be_missing() -> None:
-    assert read([(1.0, token("a") + b"data: [DONE]")]).error is None
+    record = asked(noise, noise + token("a\u2028b\x85c"), noise, b"id: 8\n" + token("d") + DONE)
+    assert (len(record.itls), record.text, record.error) == (1, "a\u2028b\x85cd", None)
 
 
 # --- what the server says ---------------------------------------------------------------------------------------------
