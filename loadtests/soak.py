@@ -134,7 +134,7 @@ def server_processes(url: str) -> list[psutil.Process]:
 
 def role_of(process: psutil.Process) -> str:
     """Its command line, cut, without the folder of its program."""
-    program, *arguments = process.cmdline()
+    program, *arguments = process.cmdline() or [process.name()]  # of one that has just ended
     return " ".join([Path(program).name, *arguments])[:32]
 
 
