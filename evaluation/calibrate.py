@@ -137,26 +137,36 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
-    parser.add_argument("--sample", type=Path, metavar="FILE", help="JSON lines (default: scenes of our own)")
+    parser.add_argument(
+        "--sample", type=Path, metavar="FILE", help="sample of your pictures, as JSON lines (default: generated scenes)"
+    )
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--tokens", type=count, metavar="K", help="to keep, on average over questions; asks no server")
+    target.add_argument(
+        "--tokens", type=count, metavar="K", help="tokens to keep on average over questions; needs no server"
+    )
     target.add_argument(
         "--retain",
         type=_share,
         metavar="SHARE",
-        help="of the right answers that the unpruned model gives; without answers, of answers that stay as they are",
+        help="share of the unpruned model's right answers to retain; without answers: share of unchanged answers",
     )
-    parser.add_argument("--method", choices=METHODS_OF_ANY_SIZE, default="resprune", help="(default: %(default)s)")
-    parser.add_argument("--name", type=_name, default="calibrated", help="of the preset (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("build/calibrate"), help="for answers (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the presets file, such as presets.toml"
+        "--method", choices=METHODS_OF_ANY_SIZE, default="resprune", help="method (default: %(default)s)"
+    )
+    parser.add_argument("--name", type=_name, default="calibrated", help="name of the preset (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/calibrate"), help="folder for answers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="presets file to write, such as presets.toml"
     )
     args = parser.parse_args(argv)
     if args.out.suffix != ".toml":
-        parser.error(f"--out: {args.out} given; expected a name that ends in .toml")
+        parser.error(f"--out: {args.out} is not accepted; expected a name that ends in .toml")
     if args.out.exists() or not args.out.parent.is_dir():
-        parser.error(f"--out: {args.out} given; expected a file that does not exist yet, in a folder that does")
+        parser.error(
+            f"--out: {args.out} is not accepted; expected a file that does not exist yet, in a folder that does"
+        )
     return args
 
 
@@ -166,14 +176,14 @@ def _share(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given; expected a number above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected a number above 0 and at most 1")
     return share
 
 
 def _name(text: str) -> str:
     if not PRESET_NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} given; expected a letter, then at most 63 letters, digits and any of _ . -"
+            f"{text!r} is not accepted; expected a letter, then at most 63 letters, digits and any of _ . -"
         )
     return text
 

@@ -1,4 +1,4 @@
-"""`vtprune eval`: how many answers stay right under every way of pruning."""
+"""`vtprune eval`: the accuracy of methods and presets on scenes with known answers."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def evaluate(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vtprune eval",
-        description="Ask a server about scenes whose answers are known, once for every way of pruning, and compare. "
-        "What was begun in --out is continued.",
+        description="Ask a server about scenes with known answers, once per method and budget; compare accuracies. "
+        "Answers that --out already holds are not asked for again.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -132,7 +132,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--offline",
         action="store_true",
-        help="without a server: the same answers, many times faster (in float32, on every core; LLaVA-1.5 only)",
+        help="run without a server: same answers, many times faster (float32, all cores; LLaVA-1.5 only)",
     )
     parser.add_argument(
         "--merged",
@@ -145,11 +145,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--split",
         choices=["test", "validation"],
         default="test",
-        help='the scenes: choose on "validation", report on "test" (default: %(default)s); the thresholds of "+E" are '
-        'found on scenes of "validation" that are not asked about',
+        help='scenes: choose on "validation", report on "test" (default: %(default)s); the thresholds of "+E" come '
+        'from other scenes of "validation"',
     )
-    parser.add_argument("--questions", type=count, default=200, metavar="N", help="to ask (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="number of the first scene (default: %(default)s)")
+    parser.add_argument(
+        "--questions", type=count, default=200, metavar="N", help="number of questions (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="index of the first scene (default: %(default)s)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--methods",
@@ -158,11 +160,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="A,B",
         help=f'"all", "none", or any of {", ".join(METHODS)} (default: {",".join(METHODS_BY_DEFAULT)})',
     )
-    parser.add_argument("--keep", type=_counts, metavar="K,L", help="tokens of a picture (default: 128,64)")
+    parser.add_argument("--keep", type=_counts, metavar="K,L", help="budgets, in tokens per picture (default: 128,64)")
     parser.add_argument(
         "--adaptive",
         action="store_true",
-        help='also "+E": the same methods at energy budgets that keep as many tokens on average',
+        help='add "+E": the same methods with energy budgets that keep as many tokens on average',
     )
     parser.add_argument(
         "--presets", type=_presets, default=[], metavar="A,B", help=f'"all", or any of {", ".join(BUILTIN_PRESETS)}'
@@ -170,27 +172,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     which.add_argument(
         "--ablation",
         choices=[*ABLATIONS, SOLVERS],
-        help="the rows of a paper's table in place of --methods: "
+        help="rows of a paper's table instead of --methods: "
         + "; ".join(f"{name}, {ablation.title}" for name, ablation in ABLATIONS.items())
         + f"; {SOLVERS}, E-AdaPrune, Table 4",
     )
     parser.add_argument(
         "--in-llm",
         action="store_true",
-        help="also the methods that prune inside the language model, in plain transformers (slow; LLaVA-1.5 only)",
+        help="add methods that prune inside the language model, in plain transformers (slow; LLaVA-1.5 only)",
     )
-    parser.add_argument("--gallery", action="store_true", help="also draw what each way keeps of the first scenes")
-    parser.add_argument("--out", type=Path, default=Path("build/eval"), help="folder (default: %(default)s)")
+    parser.add_argument("--gallery", action="store_true", help="draw what each method keeps of the first scenes")
+    parser.add_argument("--out", type=Path, default=Path("build/eval"), help="output folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object on the last line")
     args = parser.parse_args(argv)
     if args.offline and args.url:
-        parser.error("--offline: no server is asked; it does not go with --url")
+        parser.error("--offline: cannot be combined with --url")
     if args.merged and (not args.offline or args.ablation not in ABLATIONS or args.model or args.gallery):
-        parser.error("--merged: goes with --offline and --ablation NAME, and with none of --model, --gallery")
+        parser.error("--merged: needs --offline and --ablation, and cannot be combined with --model or --gallery")
     if args.ablation and (args.keep or args.adaptive or args.presets or args.in_llm):
-        parser.error(
-            "--ablation: a table has its own budgets; it goes with none of --keep, --adaptive, --presets, --in-llm"
-        )
+        parser.error("--ablation: cannot be combined with --keep, --adaptive, --presets or --in-llm")
     args.keep = args.keep or [128, 64]
     return args
 
@@ -212,7 +212,7 @@ def _names(text: str, known: Iterable[str]) -> list[str]:
     names = known if text == "all" else list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} given; expected any of {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not accepted; expected any of {', '.join(known)}")
     return names
 
 
@@ -234,7 +234,7 @@ def _arms(
         return solver_arms(thresholds[SOLVERS_KEEP], SOLVERS_KEEP, sample.features.encoder.shape[1]), []
     methods = ways.usable(args.methods, sample.family)
     if left_out := [method for method in args.methods if method not in methods]:
-        print(f"Left out, as the model lacks what they need: {', '.join(left_out)}.", file=sys.stderr)
+        print(f"Skipped, because the model lacks what they need: {', '.join(left_out)}.", file=sys.stderr)
     arms = [
         *ways.grid(methods, args.keep, thresholds, sample.features),
         *ways.own_counts(methods),

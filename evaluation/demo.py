@@ -46,7 +46,7 @@ def demo(argv: list[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="vtprune demo",
-        description="Start a server, ask it about a picture without and with pruning, and stop it.",
+        description="Start a server, ask one question about a picture without and with pruning, and stop the server.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,11 +55,11 @@ def demo(argv: list[str]) -> None:
         "--family",
         choices=list(FAMILIES),
         default=DEFAULT,
-        help="whose small checkpoint to serve: the trained one of llava, or a random one of another (default: "
+        help="family of the small checkpoint to serve: llava is trained, the others have random weights (default: "
         "%(default)s)",
     )
-    parser.add_argument("--model", help="another model to serve")
-    parser.add_argument("--question", help="what to ask (default: one that suits the picture)")
+    parser.add_argument("--model", help="serve this model instead")
+    parser.add_argument("--question", help="question (default: one about the picture)")
     args = parser.parse_args(argv)
 
     from openai import OpenAIError

@@ -59,31 +59,29 @@ def inspect(argv: list[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="vtprune inspect",
-        description="Draw which parts of an image a policy keeps. Loads the model's vision encoder, and no engine.",
+        description="Draw which visual tokens of an image a policy keeps. Loads the vision encoder, no engine.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("image", type=Path, help="a file that holds a picture")
-    parser.add_argument("--query", default="", help="the question that the choice looks at (default: none)")
+    parser.add_argument("image", type=Path, help="image file")
+    parser.add_argument("--query", default="", help="question that guides the selection (default: none)")
     parser.add_argument(
         "--pruning",
         default=POLICY,
         metavar="POLICY",
         help=f"a preset ({', '.join(builtin_presets())}) or a policy as JSON (default: %(default)s)",
     )
-    parser.add_argument("--model", help="a model's directory or its name on the hub")
+    parser.add_argument("--model", help="directory of a model, or name on the hub")
     parser.add_argument(
         "--family",
         choices=list(FAMILIES),
         default=DEFAULT,
-        help="without a model: whose small checkpoint to make and take (default: %(default)s)",
+        help="without --model: family of the small checkpoint to use (default: %(default)s)",
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that reads the config, where a model brings it"
+        "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="where the drawing goes, such as kept.png"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to write, such as kept.png")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in Image.registered_extensions():
@@ -96,8 +94,8 @@ def inspect(argv: list[str]) -> None:
         parser.error(f"--pruning: {args.pruning} keeps every token; expected a policy that prunes")
     if not policy.selects:
         parser.error(
-            f"--pruning: method {policy.method} scales the picture and chooses no tokens, so that there is nothing to "
-            "draw; expected a policy that chooses tokens"
+            f"--pruning: method {policy.method} scales the picture and selects no tokens; expected a policy that "
+            "selects tokens"
         )
     try:
         with Image.open(args.image) as picture:

@@ -19,8 +19,8 @@ SMALL_OPTIONS = ("--max-model-len", "2048")  # enough for the embedded model's 5
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """``--model`` and ``--url``."""
-    parser.add_argument("--model", help="a model's directory or its name on the hub (default: the embedded one)")
-    parser.add_argument("--url", help="of a server of that model that runs already, such as http://localhost:8000")
+    parser.add_argument("--model", help="directory of a model, or name on the hub (default: the demo model)")
+    parser.add_argument("--url", help="address of a running server of that model, such as http://localhost:8000")
 
 
 def dtype_of(args: argparse.Namespace) -> str:
@@ -32,7 +32,7 @@ def count(text: str) -> int:
     """A whole number from 1."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given; expected a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected a whole number from 1")
     return number
 
 
@@ -45,7 +45,7 @@ def make_folder(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"{option}: {folder} cannot be made a folder ({error.strerror}); expected a folder, new or not")
+        sys.exit(f"{option}: {folder} cannot be created ({error.strerror}); expected a new or existing folder")
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def served(url: str | None, model: str, dtype: str = "auto") -> Iterator[str]:
         return
     small = model == embedded_model()
     options = [*SERVE_OPTIONS, "--dtype", dtype, *(SMALL_OPTIONS if small else ())]
-    name = "the model that comes with the package" if small else model
+    name = "the demo model" if small else model
     with announced_server(name, [model, *options]) as own:
         yield own
 
@@ -67,7 +67,7 @@ def interrupted() -> NoReturn:
     Raises:
         SystemExit: 130.
     """
-    print("\nInterrupted; the same command goes on.", file=sys.stderr)
+    print("\nInterrupted; run the same command to continue.", file=sys.stderr)
     sys.exit(130)
 
 

@@ -97,7 +97,7 @@ def read_sample(file: Path) -> list[Picture]:
             or not {"image", "question"} <= entry.keys() <= {"image", "question", "answer"}
             or not all(isinstance(value, str) for value in entry.values())
         ):
-            raise SampleError(f"{file}:{number}: {line[:80]} given; expected {accepted}")
+            raise SampleError(f"{file}:{number}: {line[:80]} is not accepted; expected {accepted}")
         image = file.parent / entry["image"]
         try:
             read_image(image)

@@ -13,7 +13,7 @@ SEPARATOR = "@"
 
 
 class UnknownPreset(LookupError):
-    """An alias of a model that is served, with a preset that does not exist; the message says which do."""
+    """An alias of a served model with an unknown preset; the message lists the known ones."""
 
 
 class AliasedModels(OpenAIModelRegistry):
@@ -40,7 +40,7 @@ class AliasedModels(OpenAIModelRegistry):
             for model in self.base_model_paths
             for preset in self._presets
         }
-        return {alias: meant for alias, meant in aliases.items() if not self._is_served(alias)}
+        return {alias: target for alias, target in aliases.items() if not self._is_served(alias)}
 
     def resolve(self, name: str | None) -> tuple[str, str] | None:
         """The model and the preset that an alias stands for; None for any other name.
@@ -96,10 +96,10 @@ class AliasedModels(OpenAIModelRegistry):
         return listed
 
     async def retrieve(self, name: str) -> ModelCard:
-        """What the list of models says of one: a model, an adapter or an alias.
+        """The card of a model, an adapter or an alias, as in the list of models.
 
         Raises:
-            LookupError: there is none of this name; the message says so.
+            LookupError: no model, adapter or alias has this name.
         """
         listed = await self._models.show_available_models()
         for card in listed.data:

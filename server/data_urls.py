@@ -37,8 +37,8 @@ def plain_base64(text: str) -> str:
     end where digits are missing. Text without a plain form is left as what a strict decoder refuses.
     """
     if "%" in text:
-        for written, meant in ESCAPES.items():
-            text = text.replace(written, meant)
+        for escape, char in ESCAPES.items():
+            text = text.replace(escape, char)
     line = text.replace("\r", "").replace("\n", "")
     inside = line.strip(" ")
     if inside != line and len(inside) % 4:

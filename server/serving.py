@@ -64,7 +64,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         Args:
             stock: the handler that vLLM built from its options; not used by this one afterwards.
             processor: the multimodal processor of this API process; None where it cannot prune.
-            runtime: the processor's, or one without a tower.
+            runtime: the processor's, or a runtime without a vision encoder.
             policies: presets and the default.
             trust_request_mm_kwargs: whether clients may send ``mm_processor_kwargs``.
         """

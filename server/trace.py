@@ -60,7 +60,7 @@ class Refusal:
 
         Args:
             request_id: vLLM's; None where it has none.
-            why: what is wrong with the field, in words of ours.
+            why: what is wrong with the field; nothing that the client wrote.
         """
         logger.info(
             "Request %s to %s refused: %d %s%s%s",
@@ -94,7 +94,7 @@ class Trace:
         preset: the name under which it was asked for.
         preset_label: of its metrics.
         report: what was done to the images; None until they were processed.
-        why_refused: what is wrong with its policy or one of its images, in words of ours.
+        why_refused: what is wrong with its policy or one of its images; nothing that the client wrote.
         unknown_preset: it was refused for a preset that its model name asks for.
         request_id: vLLM's, as far as it is known.
         started: when it arrived, by the wall clock as vLLM's arrival times.

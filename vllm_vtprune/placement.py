@@ -70,7 +70,7 @@ def device_for(asked: str, process: Process) -> str:
         A device for torch: cpu or cuda:INDEX.
 
     Raises:
-        TowerError: the device is none of vLLM's platform or not visible, or which GPU it is is not known.
+        TowerError: the device is not on vLLM's platform, not visible, or unknown.
     """
     if process.platform == "cpu":
         if asked not in ("auto", "cpu"):

@@ -1,4 +1,4 @@
-"""What was done to the images of a request, as told to whoever sent it."""
+"""The report of a request: what was done to its images."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ class ImageReport:
     """One image of a request.
 
     Attributes:
-        method: the selection method that was asked for, ``"none"`` for an image that is served unpruned.
-        visual_tokens: tokens that the image has unpruned.
+        method: the requested selection method; ``"none"`` for an image served unpruned.
+        visual_tokens: tokens of the image before pruning.
         kept_tokens: tokens that entered prefill.
         energy: share of the encoder features' spectral energy that the budget keeps, in [0, 1]; None if not measured.
-        nouns: the words of the text that the selection was conditioned on.
-        text_fallback: why the selection was made without the text although its method looks at it; None if it was not.
-        cached: what an earlier request made of the image was reused.
-        bypass_reason: why nothing was pruned although a policy applies; None if it was pruned or if no policy applies.
+        nouns: words of the text that guided the selection.
+        text_fallback: why the text did not guide the selection as the policy asks; None if it did, or if the
+            method uses no text.
+        cached: whether the result of an earlier request was reused.
+        bypass_reason: why the image was left unpruned although a policy applies; None if it was pruned, or if no
+            policy applies.
     """
 
     method: str
@@ -55,7 +57,7 @@ class ImageReport:
         return cls(policy.method, visual_tokens, kept_tokens, bypass_reason=why_whole if whole else None, **measured)
 
     def as_cached(self) -> ImageReport:
-        """The same report, for a request that reuses what was made of the image."""
+        """The same report, for a request that reuses the result."""
         return replace(self, cached=True)
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +99,7 @@ class RequestReport:
     """All images of one request, in prompt order, and the stages that their plans took.
 
     Attributes:
-        untuned: whether the defaults were not chosen for models of this kind.
+        untuned: whether the defaults were tuned on other models only.
     """
 
     images: list[ImageReport] = field(default_factory=list)

@@ -77,9 +77,12 @@ def test_a_picture_is_seen_as_the_server_sees_it(tmp_path: Path) -> None:
     [
         ("", "holds no question"),
         ("{", ":1: is not JSON"),
-        ('{"image": "a.png"}', ':1: {"image": "a.png"} given; expected an object with strings "image" and "question"'),
-        ('{"image": "a.png", "question": "What?", "label": "x"}', "given; expected an object"),
-        ('{"image": "a.png", "question": 3}', "given; expected an object"),
+        (
+            '{"image": "a.png"}',
+            ':1: {"image": "a.png"} is not accepted; expected an object with strings "image" and "question"',
+        ),
+        ('{"image": "a.png", "question": "What?", "label": "x"}', "is not accepted; expected an object"),
+        ('{"image": "a.png", "question": 3}', "is not accepted; expected an object"),
         ('{"image": "a.png", "question": "What?"}', ":1: image: [Errno 2] No such file"),
         (
             '{"image": "sample.jsonl", "question": "What?"}',
@@ -101,15 +104,21 @@ def test_a_file_that_is_no_sample_says_where_and_why(content: str, message: str,
         (["--out", "p.toml"], "one of the arguments --tokens --retain is required"),
         (
             ["--retain", "99", "--out", "p.toml"],
-            "argument --retain: '99' given; expected a number above 0 and at most 1",
+            "argument --retain: '99' is not accepted; expected a number above 0 and at most 1",
         ),
-        (["--tokens", "0", "--out", "p.toml"], "argument --tokens: '0' given; expected a whole number from 1"),
+        (
+            ["--tokens", "0", "--out", "p.toml"],
+            "argument --tokens: '0' is not accepted; expected a whole number from 1",
+        ),
         (
             ["--tokens", "9", "--out", "no such/p.toml"],
             "expected a file that does not exist yet, in a folder that does",
         ),
-        (["--tokens", "9", "--out", "p.json"], "--out: p.json given; expected a name that ends in .toml"),
-        (["--tokens", "9", "--out", "p.toml", "--name", "9"], "argument --name: '9' given; expected a letter"),
+        (["--tokens", "9", "--out", "p.json"], "--out: p.json is not accepted; expected a name that ends in .toml"),
+        (
+            ["--tokens", "9", "--out", "p.toml", "--name", "9"],
+            "argument --name: '9' is not accepted; expected a letter",
+        ),
     ],
 )
 def test_options_that_are_none_are_refused(

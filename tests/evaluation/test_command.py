@@ -25,7 +25,7 @@ from vllm_vtprune_evaluation.options import embedded_model
 from vllm_vtprune_evaluation.photo import photograph
 
 TIMEOUT = 300  # seconds
-MESSAGE = "\nInterrupted; the same command goes on.\n"
+MESSAGE = "\nInterrupted; run the same command to continue.\n"
 
 
 class StandIn(ThreadingHTTPServer):
@@ -204,7 +204,7 @@ def test_interrupted_while_the_server_starts_it_is_stopped(tmp_path: Path) -> No
     finally:
         kill(server)
     assert status == 130, stderr
-    line = "Starting a vLLM server with the model that comes with the package ...\n"
+    line = "Starting a vLLM server with the demo model ...\n"
     assert stderr.endswith(line + MESSAGE), stderr
     assert stdout == ""
 
@@ -212,5 +212,5 @@ def test_interrupted_while_the_server_starts_it_is_stopped(tmp_path: Path) -> No
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(SystemExit, match=f"--out: {out} cannot be made a folder"):
+        with pytest.raises(SystemExit, match=f"--out: {out} cannot be created"):
             evaluate(["--offline", "--out", str(out)])

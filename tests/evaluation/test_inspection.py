@@ -70,7 +70,7 @@ def test_as_much_of_the_picture_stays_as_tokens(
         (["--pruning", "blanced", "--out", "a.png"], 2, "--pruning"),
         (["--pruning", "off", "--out", "a.png"], 2, "keeps every token"),
         (["--pruning", '{"alpha": -1}', "--out", "a.png"], 2, "--pruning.alpha"),
-        (["--pruning", RESIZE, "--out", "a.png", "--family", "qwen2_5_vl"], 2, "there is nothing to draw"),
+        (["--pruning", RESIZE, "--out", "a.png", "--family", "qwen2_5_vl"], 2, "selects no tokens"),
         (["--out", "a.xyz"], 2, "names no format"),
         (["--pruning", '{"method": "hired"}', "--out", "a.png", "--family", "qwen2_5_vl"], "vtprune inspect:", "hired"),
     ],

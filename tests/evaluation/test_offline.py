@@ -203,7 +203,7 @@ def test_no_server_is_asked_offline(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         evaluate(["--offline", "--url", "http://localhost:8000"])
     assert refused.value.code == 2
-    assert "--offline: no server is asked; it does not go with --url" in capsys.readouterr().err
+    assert "--offline: cannot be combined with --url" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])

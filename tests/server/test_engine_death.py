@@ -197,5 +197,5 @@ def check(error: Body) -> None:
     """vLLM's, or ours where the server ends before vLLM sees that its engine did."""
     assert (error["code"], error["message"][:34]) in (
         (500, "EngineCore encountered an issue. S"),
-        (503, "The server is shutting down and co"),
+        (503, "The server is shutting down and di"),
     )

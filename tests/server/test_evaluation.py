@@ -122,10 +122,10 @@ def test_every_table_of_the_papers_is_one_command(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "magic"], "argument --methods: 'magic' given; expected any of resprune,"),
-        (["--keep", "0"], "argument --keep: '0' given; expected a whole number from 1"),
+        (["--methods", "magic"], "argument --methods: 'magic' is not accepted; expected any of resprune,"),
+        (["--keep", "0"], "argument --keep: '0' is not accepted; expected a whole number from 1"),
         (["--ablation", "resprune-seed", "--keep", "64"], "--ablation: a table has its own budgets"),
-        (["--presets", "slow"], "argument --presets: 'slow' given; expected any of off, quality,"),
+        (["--presets", "slow"], "argument --presets: 'slow' is not accepted; expected any of off, quality,"),
     ],
 )
 def test_options_that_are_none_are_refused(

@@ -201,7 +201,7 @@ def test_usage_tells_visual_tokens_where_vllm_gives_no_details(operated: Server)
 def check_ended(error: Body) -> None:
     """Ours says that the server shuts down; vLLM's, where it is the first to see its engine end, that this happened."""
     assert (error["code"], error["message"][:34]) in (
-        (503, "The server is shutting down and co"),
+        (503, "The server is shutting down and di"),
         (500, "EngineCore encountered an issue. S"),
     )
 

@@ -277,7 +277,7 @@ def test_an_api_process_encodes_beside_its_engine(parallel: dict[str, Any], devi
 def test_of_a_processor_of_llm_nothing_is_known_but_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_for("auto", gpu.process_of(None)) == "cuda:0"
     monkeypatch.setenv("VLLM_DP_RANK_LOCAL", "1")
-    with pytest.raises(TowerError, match="this is data-parallel rank 1"):
+    with pytest.raises(TowerError, match="the GPU of data-parallel rank 1 is unknown here"):
         device_for("auto", gpu.process_of(None))
 
 
