@@ -58,7 +58,7 @@ def seen_by_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> P
         assigned: physical ids of the GPUs that engines are given.
         facts: other attributes of the process.
     """
-    platform = compat.platform_name()
+    platform = compat.platform_name(current_platform)
     visible = range(torch.cuda.device_count() if platform in GPU_PLATFORMS else 0)
     if assigned is None:
         return Process(platform, tuple(visible), **facts)

@@ -2,7 +2,7 @@
 
 Each entry says what goes wrong without it, the version that it was read in, and when it can go. Private names are
 checked when a module is imported or an object is met (`names`), in every version of vLLM that is tested; sentences of
-vLLM's that an entry matches are checked by `tests/test_private_names.py`. What only servers need is in `server`.
+vLLM's that an entry matches are checked by `tests/test_compat.py`. What only servers need is in `server`.
 """
 
 from vllm_vtprune.plugin.compat.engine import (

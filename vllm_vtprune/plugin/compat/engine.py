@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm import envs as vllm_envs
 from vllm.config import KVTransferConfig, MultiModalConfig, ParallelConfig, VllmConfig
-from vllm.platforms import Platform, current_platform
+from vllm.platforms import Platform
 
 from vllm_vtprune.plugin.compat.names import private, require
 
@@ -68,10 +68,10 @@ def api_process(parallel: ParallelConfig) -> tuple[int, int]:
     return max(int(private(parallel, "_api_process_rank")), 0), int(private(parallel, "_api_process_count"))
 
 
-def platform_name() -> str:
-    """Name of the platform that vLLM runs on, such as ``cuda`` or ``cpu``.
+def platform_name(platform: Platform) -> str:
+    """Name of a platform that vLLM runs on, such as ``cuda`` or ``cpu``.
 
     vLLM 0.32.0 has it in a private field (platforms/interface.py) and public questions for some of the names alone. Can
     go when the name is public.
     """
-    return str(private(current_platform, "_enum").name).lower()
+    return str(private(platform, "_enum").name).lower()
