@@ -178,7 +178,7 @@ def refuse_other_front_ends(args: argparse.Namespace) -> None:
     """Exit if vLLM would answer through a front end that loads no endpoint plugins, and so ignores ``pruning``."""
     from vllm import envs
 
-    asked = {"--grpc": getattr(args, "grpc", False), "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
+    asked = {"--grpc": args.grpc, "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
     for name, given in asked.items():
         if given:
             sys.exit(f"vtprune serve: {name} cannot be combined with pruning: its front end has none of our routes.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -83,6 +84,10 @@ def test_the_server_puts_itself_where_its_shutdown_is_watched() -> None:
     from vllm.entrypoints.launchers import launcher
 
     assert "app.state.server = server" in inspect.getsource(launcher)
+
+
+def test_the_program_that_is_warned_of_ignored_policies_is_there() -> None:
+    assert find_spec("vllm.entrypoints.cli.main") is not None  # as `vllm_vtprune.plugin.unserved` knows it
 
 
 # --- Still said -------------------------------------------------------------------------------------------------------
