@@ -120,7 +120,7 @@ def take_over(handler: type[Handler], stock: BaseServing) -> Handler:
     vLLM 0.32.0 builds its handler from two dozen options (entrypoints/openai/generate/api_router.py) and has no place
     for a class of a plugin's. Can go when it does.
     """
-    taken = handler.__new__(handler)
+    taken = object.__new__(handler)
     vars(taken).update(vars(stock))
     return taken
 
@@ -203,7 +203,7 @@ def retried(fetch: Fetch) -> Fetch:
     vLLM 0.32.0 has a private decorator for it (connections.py). Can go as `request_headers`.
     """
     decorated: Any = connections._async_retry(fetch)
-    return decorated  # type: ignore[no-any-return]
+    return decorated
 
 
 def is_too_large(error: Exception) -> bool:
