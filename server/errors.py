@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Sequence
 
-from vllm_vtprune.plugin.limits import ImageNotTaken
+from vllm_vtprune.plugin.compat import lost_place_of_medium
+from vllm_vtprune.plugin.limits import ImageNotTaken, data_is_missing
 from vllm_vtprune_server.problem import MediaProblem, data_url
 from vllm_vtprune_server.protocol import ImagePart, MediaPart, PruningChatCompletionRequest
 from vllm_vtprune_server.validation import InvalidField
@@ -48,8 +48,7 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
             return InvalidField(error.named(param), parameter=param)
         if image.url == "":  # vLLM takes it for none
             return InvalidField(f"{param}: '' is not a URL of an image; expected {data_url('image')}.", parameter=param)
-        # The words of vLLM 0.32.0 for an item that comes with a uuid alone (multimodal/processing/processor.py).
-        if image.url is None and "data is not provided" in str(error):
+        if image.url is None and data_is_missing(error):
             problem = "null, and no image is cached under this uuid"
             return InvalidField(f"{param}: {problem}; expected {data_url('image')}.", parameter=param)
     return None
@@ -58,20 +57,17 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
 def explain_truncation(request: PruningChatCompletionRequest, error: Exception) -> InvalidField | None:
     """What is wrong with ``truncate_prompt_tokens`` where it cuts the place of a medium out of the prompt.
 
-    vLLM 0.32.0 then finds fewer places than media (multimodal/processing/processor.py) and takes the fault on itself.
+    vLLM then finds fewer places than media and takes the fault on itself.
     """
     limit = request.truncate_prompt_tokens
     media = request.images or request.other_media
-    if limit is None or not media or not LOST_PLACE.search(str(error)):
+    if limit is None or not media or not lost_place_of_medium(error):
         return None
     return InvalidField(
         f"truncate_prompt_tokens: {limit} would cut off an image, a video or audio; expected at least the "
         "tokens of the prompt, or null.",
         parameter="truncate_prompt_tokens",
     )
-
-
-LOST_PLACE = re.compile(r"prompt (?:placeholders|updates)|Failed to apply prompt replacement")
 
 
 def explain_media_error(media: Sequence[MediaPart], error: Exception) -> InvalidField | None:

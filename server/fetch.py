@@ -15,15 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import aiohttp
-from vllm.connections import (
-    HTTPConnection,
-    MediaDownloadSizeExceededError,
-    _async_read_response_bytes,
-    _async_retry,
-)
+from vllm.connections import HTTPConnection, MediaDownloadSizeExceededError
 from yarl import URL
 
 from vllm_vtprune import envs
+from vllm_vtprune.plugin.compat.server import read_bounded, request_headers, retried
 from vllm_vtprune_server.problem import MediaProblem, too_large
 
 MAX_REDIRECTS = 3
@@ -83,14 +79,14 @@ class GuardedConnection(HTTPConnection):
         with ThreadPoolExecutor(max_workers=1) as thread:
             return thread.submit(lambda: asyncio.run(self.async_get_bytes(*args, **kwargs))).result()
 
-    @_async_retry
+    @retried
     async def _attempt(
         self, url: str, *, timeout: float | None, redirects: int, max_bytes: int | None, **budgets: Any
     ) -> bytes:
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(socket_factory=_checked_socket),
             timeout=aiohttp.ClientTimeout(total=timeout),
-            headers=self._headers(),
+            headers=request_headers(self),
         ) as session:
             try:
                 return await self._get(session, _parsed(url), redirects, max_bytes, **budgets)
@@ -110,7 +106,7 @@ class GuardedConnection(HTTPConnection):
                     raise MediaProblem("could not be fetched: too many redirects")
                 return await self._get(session, url.join(_parsed(location)), redirects - 1, max_bytes, **budgets)
             response.raise_for_status()
-            return await _async_read_response_bytes(response, max_bytes, **budgets)
+            return await read_bounded(response, max_bytes, **budgets)
 
     def _check(self, url: URL) -> None:
         host = (url.host or "").rstrip(".").lower()

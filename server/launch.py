@@ -182,7 +182,7 @@ def refuse_other_front_ends(args: argparse.Namespace) -> None:
     """Exit if vLLM would answer through a front end that loads no endpoint plugins, and so ignores ``pruning``."""
     from vllm import envs
 
-    front_ends = {"--grpc": getattr(args, "grpc", False), "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
+    front_ends = {"--grpc": args.grpc, "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
     for name, is_set in front_ends.items():
         if is_set:
             sys.exit(f"vtprune serve: {name} cannot be combined with pruning: its front end ignores the pruning field.")

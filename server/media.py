@@ -15,11 +15,12 @@ from typing import Any
 
 from PIL import Image
 from vllm import envs as vllm_envs
-from vllm.exceptions import VLLMClientError, VLLMValidationError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO, MediaWithBytes
+from vllm.exceptions import VLLMClientError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaIO, MediaWithBytes
 from vllm.multimodal.media.connector import MODALITY_IO_MAP
 
 from vllm_vtprune import envs
+from vllm_vtprune.plugin.compat.server import ReadsDataUrls, is_too_large, names_setting
 from vllm_vtprune.plugin.early import EarlyEncoding, current
 from vllm_vtprune_server import data_urls
 from vllm_vtprune_server.errors import MediaRefused
@@ -49,7 +50,7 @@ class _EarlyIntake(ImageIntake):
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
-class GuardedConnector(MediaConnector):
+class GuardedConnector(ReadsDataUrls):
     """Takes the place of vLLM's connector, with its arguments.
 
     Args:
@@ -90,7 +91,7 @@ class GuardedConnector(MediaConnector):
         with self._checked(url, media_io) as stripped:
             return await super().load_from_url_async(stripped, media_io, fetch_timeout=fetch_timeout)
 
-    def _load_data_url(self, url: str, media_io: MediaIO[Any]) -> Any:
+    def load_data_url(self, url: str, media_io: MediaIO[Any]) -> Any:
         return media_io.load_base64(*data_urls.read(url))
 
     def _intake(self, url: str, image_mode: str | None) -> ImageIntake:
@@ -134,11 +135,10 @@ def _problem(error: Exception, modality: str, max_bytes: int | None) -> MediaPro
     """
     if isinstance(error, MediaProblem):
         return error
-    if isinstance(error, VLLMValidationError) and error.parameter == "audio_filesize_mb" and max_bytes is not None:
-        return too_large(max_bytes, SIZE_SETTINGS[modality])  # so vLLM calls it for any file
+    if is_too_large(error) and max_bytes is not None:
+        return too_large(max_bytes, SIZE_SETTINGS[modality])
     if isinstance(error, binascii.Error):
         return MediaProblem("does not hold valid base64")
-    words = str(error.args[0] if error.args else "").removeprefix("Failed to fetch media from URL: ")
-    if "VLLM_" in words:
-        return MediaProblem(f"could not be loaded: {words.removesuffix('.')}", "a file within that limit")
+    if words := names_setting(error):
+        return MediaProblem(f"could not be loaded: {words}", "a file within that limit")
     return MediaProblem("could not be loaded")

@@ -15,6 +15,7 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_
 
 from vllm_vtprune import envs
 from vllm_vtprune.placement import GIB, Process, most_on_one_gpu, reserve
+from vllm_vtprune.plugin.compat.server import assigned_gpus
 from vllm_vtprune.plugin.gpu import footprint_of, seen_by_process
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.tower import TowerError
@@ -145,7 +146,7 @@ def api_processes(args: argparse.Namespace) -> list[Process]:
     ray = "ray" in (args.distributed_executor_backend, args.data_parallel_backend)
     return [
         seen_by_process(
-            assigned=AsyncEngineArgs.from_cli_args(args)._resolve_device_ids(),
+            assigned=assigned_gpus(AsyncEngineArgs.from_cli_args(args)),
             rank=rank,
             engines=engines,
             gpus=args.tensor_parallel_size * args.pipeline_parallel_size * args.prefill_context_parallel_size,

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin.compat import counts_must_be_fixed
+from vllm_vtprune.plugin.compat.server import replace_registry
 from vllm_vtprune.plugin.image import warm_up
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_tower
@@ -170,7 +171,8 @@ class ServerPlugin:
         metrics.BUILD_INFO.labels(runtime.model_name, __version__, vllm.__version__, *built, text_pipeline_name()).set(
             1
         )
-        state.openai_serving_models.registry = AliasedModels(state.openai_serving_models, policies.presets)
+        models = state.openai_serving_models
+        replace_registry(models, AliasedModels(models, policies.presets))
         state.openai_serving_chat = PruningServingChat.take_over(
             state.openai_serving_chat,
             processor=processor,

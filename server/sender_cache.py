@@ -13,7 +13,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.multimodal.cache.base import MultiModalProcessorCacheInItem, MultiModalProcessorCacheOutItem
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 
-from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.compat import server as compat
 
 
 class ResendingSenderCache(LruKeyReplicatedSenderCache):
@@ -37,8 +37,9 @@ class ResendingSenderCache(LruKeyReplicatedSenderCache):
         item, updates = super().get_and_update_item(mm_item, mm_hash)
         if item is not None:
             self.unsent.add(mm_hash)
-            if len(self.unsent) > 2 * len(self._cache):
-                self.unsent.intersection_update(self._cache)
+            known = compat.known_images(self)
+            if len(self.unsent) > 2 * len(known):
+                self.unsent.intersection_update(known)
         return item, updates
 
     def clear_cache(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, aclosing, nullcontext
-from copy import copy
 from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeAlias
@@ -18,7 +17,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, PromptTokenUsa
 from vllm.outputs import RequestOutput
 
 from vllm_vtprune import metrics
-from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.compat import server as compat
 from vllm_vtprune.plugin.early import EarlyEncoding
 from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -31,7 +30,7 @@ from vllm_vtprune_server.aliases import AliasedModels, UnknownPreset
 from vllm_vtprune_server.errors import MediaRefused, explain_image_error, explain_media_error, explain_truncation
 from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
-from vllm_vtprune_server.shutdown import ServerStopping, was_cut_short
+from vllm_vtprune_server.shutdown import ServerStopping, came_too_late, was_cut_short
 from vllm_vtprune_server.stream import with_last_event_completed
 from vllm_vtprune_server.trace import USAGE_KEY, Trace
 from vllm_vtprune_server.tracing import record_stages
@@ -68,11 +67,9 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             policies: presets and the default.
             trust_request_mm_kwargs: whether clients may send ``mm_processor_kwargs``.
         """
-        serving = cls.__new__(cls)
-        serving.__dict__.update(stock.__dict__)
+        serving = compat.take_over(cls, stock)
         # Our own kwargs reach the processor through the renderer; clients' kwargs are checked before it sees them.
-        serving.online_renderer = copy(stock.online_renderer)
-        serving.online_renderer.trust_request_mm_kwargs = True
+        serving.online_renderer = compat.trusting(stock.online_renderer)
         serving.processor, serving.runtime = processor, runtime
         serving.policies = policies
         options = None if processor is None else processor.family.options
@@ -127,7 +124,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             trace.why_refused = f"expected {error.accepted}"
             raise InvalidField(str(error), parameter=error.param) from error
         except Exception as error:
-            if compat.says_shut_down(error):
+            if came_too_late(error):
                 raise ServerStopping from error
             explained = (
                 explain_image_error(request.images, error)

@@ -11,7 +11,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError
 from vllm.outputs import RequestOutput
 
-from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.compat import server as compat
 
 POLL = 0.1  # seconds
 
@@ -60,6 +60,14 @@ def notice_shutdown(state: State, engine_client: EngineClient) -> None:
             engine_died.set()
 
     compat.before_shutdown(engine_client, look)
+
+
+def came_too_late(error: Exception) -> bool:
+    """Whether a request failed because the server had begun to stop, and with it the threads that render.
+
+    vLLM would answer with status 500 (v1/engine/async_llm.py shuts the renderer down first).
+    """
+    return isinstance(error, RuntimeError) and stopping.is_set()
 
 
 async def was_cut_short(result: RequestOutput) -> bool:

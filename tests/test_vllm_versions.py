@@ -155,6 +155,13 @@ def test_the_newest_has_every_name_that_is_imported(newest_environment: dict[str
     assert done.stdout.splitlines()[-1] == NEWEST
 
 
+def test_the_newest_has_every_private_name_and_says_what_is_matched(newest_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "tests/test_compat.py"]
+    environment = {**os.environ, **newest_environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 @pytest.fixture(scope="module")
 def newest(newest_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("newest") / "server.log"

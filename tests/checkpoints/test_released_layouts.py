@@ -23,7 +23,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.plugins import load_general_plugins
 
-from vllm_vtprune.plugin import compat, vision
+from vllm_vtprune.plugin import vision
+from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import of_language_model
 from vllm_vtprune.token_table import NAMES
 from vllm_vtprune_checkpoints import write_checkpoint
@@ -196,7 +197,7 @@ def in_memory(model_config: Any) -> Shapes:
 def assert_consumed_once(model_config: Any, tensors: Shapes, unread: str) -> None:
     """By vLLM's model, each parameter of which they fill: its loaders compare shapes."""
     config = vision._encoder_only(model_config, torch.device("cpu"))
-    with set_current_vllm_config(config), compat.rotary_embeddings_of_its_own():
+    with set_current_vllm_config(config), loading.rotary_embeddings_of_its_own():
         vision._join_world_of_one()
         with torch.device("meta"):
             model = initialize_model(vllm_config=config)

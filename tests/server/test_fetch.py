@@ -14,12 +14,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from vllm import connections
 from vllm.connections import HTTPResponseSizeExceededError
 
 from tests.server.test_images import saved
 from tests.support.chat import fresh_picture
 from vllm_vtprune import envs
-from vllm_vtprune_server import fetch as fetch_module
 from vllm_vtprune_server.errors import MediaRefused
 from vllm_vtprune_server.fetch import GuardedConnection, is_public
 from vllm_vtprune_server.media import GuardedConnector
@@ -377,7 +377,7 @@ class Allowance:
 def test_what_is_downloaded_counts_against_the_budget_of_the_request(
     fetch: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = fetch_module._async_read_response_bytes
+    stock = connections._async_read_response_bytes
     if "request_budget" not in inspect.signature(stock).parameters:  # before vLLM 0.33
 
         async def read(response: Any, max_bytes: int | None, request_budget: Allowance) -> bytes:
@@ -385,7 +385,7 @@ def test_what_is_downloaded_counts_against_the_budget_of_the_request(
             request_budget.charge(len(body))
             return body
 
-        monkeypatch.setattr(fetch_module, "_async_read_response_bytes", read)
+        monkeypatch.setattr(connections, "_async_read_response_bytes", read)
     size = len(saved(PICTURE))
     budget = Allowance(2 * size, "VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB")
     for path in ("/gzip", "/moved"):

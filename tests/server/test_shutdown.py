@@ -3,13 +3,14 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from vllm_vtprune_server import shutdown
 from vllm_vtprune_server.serving import _watch
-from vllm_vtprune_server.shutdown import ServerStopping
+from vllm_vtprune_server.shutdown import ServerStopping, came_too_late
 from vllm_vtprune_server.trace import Trace
 
 
@@ -61,6 +62,17 @@ def test_the_engine_may_know_first(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         timer.join()
         shutdown.stopping.clear()
+
+
+def test_threads_that_are_gone_are_an_error_of_the_server_only_while_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = ThreadPoolExecutor()
+    threads.shutdown()
+    with pytest.raises(RuntimeError) as gone:
+        threads.submit(print)
+    assert not came_too_late(gone.value)
+    monkeypatch.setattr(shutdown.stopping, "is_set", lambda: True)
+    assert came_too_late(gone.value)
+    assert not came_too_late(ValueError("of the client's making"))
 
 
 def test_pausing_aborts_requests_as_stock_vllm_does() -> None:

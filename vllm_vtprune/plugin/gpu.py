@@ -23,6 +23,7 @@ from vllm_vtprune.placement import (
     most_on_one_gpu,
     reserve,
 )
+from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.runtime import ENCODE_BATCH, ON_DEVICE_BYTES
 from vllm_vtprune.tower import TowerError
@@ -42,7 +43,7 @@ def process_of(engine: VllmConfig | None) -> Process:
     parallel = engine.parallel_config
     return seen_by_process(
         assigned=parallel.assigned_physical_gpu_ids,
-        rank=max(parallel._api_process_rank, 0),
+        rank=compat.api_process(parallel)[0],
         engines=parallel.data_parallel_size_local,
         first_engine=parallel.data_parallel_rank_local or 0,
         gpus=parallel.local_world_size,
@@ -57,7 +58,7 @@ def seen_by_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> P
         assigned: physical ids of the GPUs that engines are given.
         facts: other attributes of the process.
     """
-    platform = current_platform._enum.name.lower()
+    platform = compat.platform_name(current_platform)
     visible = range(torch.cuda.device_count() if platform in GPU_PLATFORMS else 0)
     if assigned is None:
         return Process(platform, tuple(visible), **facts)
@@ -89,7 +90,7 @@ def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Foo
 def limit_memory(device: torch.device, need: Footprint, engine: VllmConfig | None) -> None:
     """Have torch in this process take no more of a GPU than the engine there leaves free, or than the tower needs."""
     process = process_of(engine)
-    count = 1 if engine is None else engine.parallel_config._api_process_count
+    count = 1 if engine is None else compat.api_process(engine.parallel_config)[1]
     sharing = most_on_one_gpu(envs.device(), [replace(process, rank=rank) for rank in range(count)])
     if not sharing:
         return

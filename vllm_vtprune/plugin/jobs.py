@@ -26,6 +26,7 @@ from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import DynamicResolution
 from vllm_vtprune.plugin.image import ImageJob, preprocess, size_of
 from vllm_vtprune.plugin.items import pruned_item
+from vllm_vtprune.plugin.limits import DataMissing
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.report import RequestReport, StageRun, in_prompt_order
@@ -63,7 +64,7 @@ class PromptJobs:
         """Settle what is done with each image, and the item that it becomes.
 
         Raises:
-            ValueError: an image is named by its uuid, and what is needed of it is not known any more.
+            DataMissing: an image is named by its uuid, and what is needed of it is not known any more.
             CancelledError: the request was given up meanwhile.
             Exception: what encoding an image raised.
         """
@@ -170,7 +171,7 @@ class PromptJobs:
         """Which images stock vLLM makes the items of, now that it processes these.
 
         Raises:
-            ValueError: an image is named by its uuid, and what was known of it is gone.
+            DataMissing: an image is named by its uuid, and what was known of it is gone.
         """
         for job in self.images:
             job.processed = True
@@ -208,5 +209,5 @@ def _hash_of(*identity: object) -> str:
 
 def _data_of(job: ImageJob) -> Any:
     if job.data is None:
-        raise ValueError(f"Cache miss for image {job.feature_key} but data is not provided.")
+        raise DataMissing(f"Cache miss for image {job.feature_key} but data is not provided.")
     return job.data

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.request import without_pruning
 from vllm_vtprune.policy import PolicyError
 
@@ -47,6 +48,15 @@ class ImageNotTaken(NotTaken):
         super().__init__(f"image {index} {reason}", parameter=f"multi_modal_data.image.{index}")
         self.index = index
         self.reason = reason
+
+
+class DataMissing(ValueError):
+    """An image that comes by its uuid alone, of which nothing is remembered."""
+
+
+def data_is_missing(error: Exception) -> bool:
+    """Whether an image came by its uuid alone and is not known, as we say or vLLM."""
+    return isinstance(error, DataMissing) or compat.says_data_is_missing(error)
 
 
 def check_options(own: frozenset[str], options: Mapping[str, object]) -> None:
@@ -90,7 +100,7 @@ def names_what_it_refuses(apply: Apply) -> Apply:
             blamed = _blamed(self, inputs.mm_data_items, options)
             if blamed is not None:
                 raise blamed from error
-            if options and "data is not provided" not in str(error):
+            if options and not data_is_missing(error):
                 raise _options_refused(str(error)) from error
             raise
         except TypeError as error:

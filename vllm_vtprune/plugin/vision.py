@@ -45,7 +45,7 @@ from vllm_vtprune import envs
 from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.footprint import BATCH_PATCHES
 from vllm_vtprune.placement import device_for
-from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
 from vllm_vtprune.token_table import TokenTable
@@ -109,11 +109,11 @@ def build(model_config: ModelConfig, device: torch.device) -> Built:
         TowerError: the weights are not there or do not fit, or this process is one of several that share a model.
     """
     if device.type == "cpu":
-        compat.tell_memory_of_cpu()
+        loading.tell_memory_of_cpu()
     config = _encoder_only(model_config, device)
     with set_current_vllm_config(config), current(device):
         _join_world_of_one()
-        with set_default_torch_dtype(model_config.dtype), device, compat.rotary_embeddings_of_its_own():
+        with set_default_torch_dtype(model_config.dtype), device, loading.rotary_embeddings_of_its_own():
             model = initialize_model(vllm_config=config)
         _leave_out_heads(model)
         parameters = list(model.parameters())
@@ -274,7 +274,7 @@ class Encoder(VisionTower):
         if dummy:
             self._table = TokenTable.random(text.vocab_size, text.hidden_size, model_config.seed)
         else:
-            self._table = TokenTable.of_checkpoint(compat.model_directory(model_config), text.hidden_size)
+            self._table = TokenTable.of_checkpoint(loading.model_directory(model_config), text.hidden_size)
         built = build(model_config, device)
         self._model, self.num_parameters, self.nbytes = built.model, built.num_parameters, built.nbytes
         self._lock = threading.Lock()  # of what the hooks have seen

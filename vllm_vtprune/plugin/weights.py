@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 
-from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.loads import Load, LoadNotes
 from vllm_vtprune.runtime import PruningRuntime
 
@@ -73,14 +73,14 @@ class NotesLoads:
         Raises:
             RuntimeError: Ray started this worker, and the model has its weights already.
         """
-        starting = compat.is_starting(self)
+        starting = loading.is_starting(self)
         if self._started_by_ray and not starting:
             raise RuntimeError(
                 "weights cannot be replaced in an engine on Ray with vllm-vtprune, whose vision encoder in the API "
                 "process would not learn of it: start the engine anew, or with VLLM_PLUGINS set to a list without "
                 "vtprune"
             )
-        load = Load(self._model_config.model, compat.come_from_checkpoint(weights))
+        load = Load(self._model_config.model, loading.come_from_checkpoint(weights))
         loaded = super().load_weights(weights)  # type: ignore[misc]
         if not starting:
             self._load_notes.add(load)

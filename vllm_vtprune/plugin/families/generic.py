@@ -75,7 +75,7 @@ def build(info: Any, dummy_inputs: Any, stock: Any) -> Any:
 
 def _sees_numbered_images(stock: Any) -> bool:
     """Whether a model takes images, and numbers the tokens of a prompt one by one."""
-    if not supports_multimodal(stock) or supports_mrope(stock) or not hasattr(stock, "_processor_factory"):
+    if not supports_multimodal(stock) or supports_mrope(stock) or not compat.has_stock_factories(stock):
         return False
     try:
         return bool(stock.get_placeholder_str("image", 1))
