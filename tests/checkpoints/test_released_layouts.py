@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 from vllm.config import set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.plugins import load_general_plugins
@@ -160,10 +159,8 @@ ROWS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugin() -> Iterator[None]:
+def plugin() -> None:
     load_general_plugins()
-    yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module", params=ROWS)

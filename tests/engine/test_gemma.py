@@ -6,7 +6,7 @@ runners make of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import Gemma4AudioConfig
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import TimingContext
@@ -37,10 +36,8 @@ WINDOW = 32
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugin() -> Iterator[None]:
+def plugin() -> None:
     load_general_plugins()
-    yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")

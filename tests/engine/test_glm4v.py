@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -27,10 +25,8 @@ FRAMES = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugin() -> Iterator[None]:
+def plugin() -> None:
     load_general_plugins()
-    yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import TimingContext
@@ -24,12 +22,11 @@ ROWS, COLUMNS = 8, 11  # of 28 x 28 pixels, of an image of 300 x 200
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
     load_general_plugins()
     checkpoint: Path = write_mistral3_checkpoint(tmp_path_factory.mktemp("mistral3"))
     options = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=1024)
-    yield MULTIMODAL_REGISTRY.create_processor(options.create_model_config())
-    cleanup_dist_env_and_memory()
+    return MULTIMODAL_REGISTRY.create_processor(options.create_model_config())
 
 
 def placed(processor: Any, policy: object) -> tuple[list[str], ImageReport]:

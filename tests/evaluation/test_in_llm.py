@@ -434,8 +434,8 @@ def test_special_tokens_can_be_left_to_the_template(checkpoint: Path, model: InL
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: FastV(TokensBudget(keep=0)), ["keep", "0", "greater than or equal to 1"]),
-        (lambda: FastV(EnergyBudget(threshold=1.5)), ["threshold", "1.5", "less than or equal to 1"]),
+        (lambda: FastV(TokensBudget(keep=0)), ["keep", "0", "an integer from 1"]),
+        (lambda: FastV(EnergyBudget(threshold=1.5)), ["threshold", "1.5", "at most 1"]),
         (lambda: FastV(64), ["budget", "64", "TokensBudget, RatioBudget or EnergyBudget"]),
         (lambda: VTW("64"), ["budget", "'64'", "TokensBudget"]),
         (lambda: AdaptPrune(None), ["budget", "None", "TokensBudget"]),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+    model_parallel_is_initialized,
+)
 from vllm.envs import disable_envs_cache
 
 from vllm_vtprune.report import ImageReport, RequestReport
@@ -166,6 +173,17 @@ def variables(environment: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
+def join_world() -> None:
+    """Have the groups of a world of one, for every engine and encoder of this process, whatever their models.
+
+    vLLM makes them with its first engine, and those of a model without experts are too few for one with.
+    """
+    if not model_parallel_is_initialized():
+        with TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+            init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+
+
 @contextmanager
 def running_engine(
     checkpoint: Path, name: str, environment: Mapping[str, str] | None = None, **options: Any
@@ -192,6 +210,7 @@ def running_engine(
         and "distributed_executor_backend" not in options
         and options.get("worker_extension_cls", OBSERVED_WORKER) == OBSERVED_WORKER
     ):
+        join_world()
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         shared |= {"distributed_executor_backend": "uni", "worker_extension_cls": OBSERVED_WORKER}
     with variables(environment), pytest.MonkeyPatch.context() as patch:
