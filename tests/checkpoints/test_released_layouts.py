@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from vllm_vtprune.plugin import vision
 from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import of_language_model
 from vllm_vtprune.token_table import NAMES
-from vllm_vtprune_checkpoints import write_checkpoint
+from vllm_vtprune_checkpoints import FAMILIES, write_checkpoint
+from vllm_vtprune_checkpoints.writing import released
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -200,7 +202,8 @@ def assert_consumed_once(model_config: Any, tensors: Shapes, unread: str) -> Non
             model = initialize_model(vllm_config=config)
             vision._leave_out_heads(model)
             loaded = model.load_weights([(name, torch.empty(shape)) for name, shape in tensors.items()])
-    held = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    held = parameters | {name: its for name, its in model.named_buffers() if name in loaded}  # the others are computed
     assert loaded == held.keys()
     read = sum(math.prod(shape) for name, shape in tensors.items() if not re.search(unread, name))
     assert read == sum(map(torch.numel, held.values()))
@@ -232,6 +235,42 @@ def test_our_checkpoint_is_called_as_the_released_one(name: str, row: Row, tmp_p
     language_model = re.compile(r"(model\.)?(language_model|text_model|embed_tokens|layers|norm|lm_head)\.")
     vision_names = {name for name in names if not language_model.match(name)}
     assert numberless(vision_names) == numberless(row.tensors.keys())
+
+
+RELEASED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": ("4b", "^$", {}),
+    "gemma4": ("e2b", "^$", {}),
+    "gemma4 as a large one": ("e2b", "^$", {"large": True}),
+    "glm4v": ("released", "^$", {}),
+    "glm4v with experts": ("released", "^$", {"moe": True}),
+    "internvl_chat": ("1b", "^$", {}),
+    "llava_onevision": ("0.5b", r"\.post_layernorm\.", {}),
+    "mistral3": ("24b", "^$", {}),
+    "qwen3_5": ("9b", "^$", {}),
+    "qwen3_vl with experts": ("30b-a3b", "^$", {}),
+}
+"""Of other families: the size with released shapes, the names that vLLM leaves out, and options of the maker."""
+
+
+def test_every_family_is_here() -> None:
+    assert {name.split()[0] for name in (*ROWS, *RELEASED)} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_vllm_consumes_each_released_tensor_once(name: str, tmp_path: Path) -> None:
+    """Its names are the maker's, which takes shapes from transformers."""
+    family, (size, unread, options) = name.split()[0], RELEASED[name]
+    directory = write_checkpoint(family, tmp_path, size=size, weights=False, **options)
+    engine: dict[str, Any] = dict(dtype="bfloat16", max_model_len=1024, trust_remote_code=True)
+    model_config = EngineArgs(model=str(directory), **engine).create_model_config()
+    writer = getattr(import_module(f"vllm_vtprune_checkpoints.{family}"), f"write_{family}_checkpoint")
+    checkpoint = writer.make(size, **options)
+    tensors: dict[str, tuple[int, ...]] = {}
+    for tensor, shape in checkpoint.shapes().items():
+        if not of_language_model(tensor):
+            known = tensors.get(released(tensor, checkpoint.names))  # of those that are joined
+            tensors[released(tensor, checkpoint.names)] = shape if known is None else (known[0] + shape[0], *shape[1:])
+    assert_consumed_once(model_config, tensors, unread)
 
 
 def numberless(names: Collection[str]) -> set[str]:
