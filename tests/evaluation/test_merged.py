@@ -145,7 +145,7 @@ def test_what_a_merger_does_not_go_with(options: list[str], capsys: pytest.Captu
     with pytest.raises(SystemExit) as refused:
         evaluate([*options, "--merged", "build/merged"])
     assert refused.value.code == 2
-    assert "--merged: goes with --offline and --ablation NAME" in capsys.readouterr().err
+    assert "--merged: needs --offline and --ablation" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_merger_is_refused(folder: Path, tmp_path: Path) -> None:

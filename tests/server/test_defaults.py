@@ -94,7 +94,7 @@ def test_an_alias_with_an_unknown_preset(server: Server, stream: bool) -> None:
     error = error_of(server.post(body), 404)
     assert (error["type"], error["param"]) == ("NotFoundError", "model")
     assert "`llava@fsat` does not exist" in error["message"]
-    assert "llava@ and one of off, quality, balanced, fast, document, thumbnail" in error["message"]
+    assert "llava@PRESET with one of off, quality, balanced, fast, document, thumbnail" in error["message"]
 
 
 @pytest.mark.parametrize("model", ["other@fast", "@fast", "other", "llava@"])

@@ -254,7 +254,7 @@ def test_a_uuid_that_nobody_showed_an_image_for(server: Server) -> None:
 
 def test_more_images_than_allowed(server: Server) -> None:
     error = refusal(server.post({"messages": [user("Compare.", *[fresh_url() for _ in range(4)])]}))
-    assert "3 image" in error["message"]
+    assert "too many images; expected at most 3" in error["message"]
 
 
 TURNED = Image.Exif()

@@ -124,7 +124,7 @@ def test_every_table_of_the_papers_is_one_command(
     [
         (["--methods", "magic"], "argument --methods: 'magic' is not accepted; expected any of resprune,"),
         (["--keep", "0"], "argument --keep: '0' is not accepted; expected a whole number from 1"),
-        (["--ablation", "resprune-seed", "--keep", "64"], "--ablation: a table has its own budgets"),
+        (["--ablation", "resprune-seed", "--keep", "64"], "--ablation: cannot be combined with --keep"),
         (["--presets", "slow"], "argument --presets: 'slow' is not accepted; expected any of off, quality,"),
     ],
 )

@@ -205,11 +205,12 @@ def running_engine(
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
     }
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
-    if (
+    in_process = (
         "TRITON_INTERPRET" not in environment
         and "distributed_executor_backend" not in options
         and options.get("worker_extension_cls", OBSERVED_WORKER) == OBSERVED_WORKER
-    ):
+    )
+    if in_process:
         join_world()
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         shared |= {"distributed_executor_backend": "uni", "worker_extension_cls": OBSERVED_WORKER}
@@ -228,7 +229,10 @@ def running_engine(
     try:
         yield Engine(llm)
     finally:
-        llm.llm_engine.engine_core.shutdown(timeout=1)  # then by force: its interpreters take 10 s to clean up
+        with pytest.MonkeyPatch.context() as patch:
+            if in_process:  # other engines of this process go on using vLLM's groups
+                patch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)
+            llm.llm_engine.engine_core.shutdown(timeout=1)  # then by force: its interpreters take 10 s to clean up
         del llm
         gc.collect()
 

@@ -11,6 +11,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 def state(model: object = None) -> dict[str, Any]:
     """What this process holds of the package: its modules, and how many runtimes and loaded towers there are."""
     runtime_class = getattr(sys.modules.get("vllm_vtprune.runtime"), "PruningRuntime", None)
+    gc.unfreeze()  # an engine in this process has hidden what it found when it started
     runtimes = [thing for thing in gc.get_objects() if type(thing) is runtime_class]
     return {
         "pid": os.getpid(),
