@@ -27,6 +27,7 @@ __all__ = [
     "max_image_aspect",
     "max_image_mb",
     "max_image_megapixels",
+    "placement",
     "report_table_size",
     "tower_threads",
 ]
@@ -85,6 +86,12 @@ def _limit(text: str) -> float:
     return value
 
 
+def _placement(text: str) -> str:
+    if text not in ("auto", "api", "engine"):
+        raise ValueError
+    return text
+
+
 def _switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError
@@ -121,6 +128,15 @@ report_table_size = Variable(
     accepts="a whole number of entries, 1 or more",
     doc="Reports that each API process remembers, so that a repeated image is still reported in full. Set it to at "
     "least the number of images in vLLM's processor cache.",
+)
+placement = Variable(
+    name="VTPRUNE_PLACEMENT",
+    default="auto",
+    parse=_placement,
+    accepts="auto, api or engine",
+    doc="Where tokens are selected. engine: in the engine's encoder step, without a vision encoder in the API process; "
+    "policies that need one are refused. api: in the API process. auto: in the engine where it can follow the policy. "
+    "`vtprune serve` sets it from --pruning-placement.",
 )
 load_format = Variable(
     name="VTPRUNE_LOAD_FORMAT",
@@ -186,6 +202,7 @@ VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool
     max_image_aspect,
     max_image_mb,
     max_image_megapixels,
+    placement,
     report_table_size,
     tower_threads,
 )

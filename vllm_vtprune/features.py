@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, TypeAlias
@@ -72,6 +73,58 @@ class Layout:
     scaled: tuple[int, int] | None = None
     places: Tensor | None = None
     prompt: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """``N``."""
+        if self.tiles is not None:
+            return len(self.tiles.ids)
+        if self.grid is not None:
+            return prod(self.grid)
+        assert self.prompt is not None
+        return self.prompt.count(EMBED)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """As of `VisualFeatures`."""
+        return planes_of(self.grid, self.tiles)
+
+    def dump(self) -> dict[str, Any]:
+        """The layout as JSON values; `load` reads it back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.tiles is not None:
+            tiles = self.tiles
+            values["tiles"] = {field.name: getattr(tiles, field.name) for field in fields(tiles)}
+            values["tiles"]["ids"] = tiles.ids.tolist()
+        for name in ("sources", "places"):
+            values[name] = None if values[name] is None else values[name].tolist()
+        return values
+
+    @classmethod
+    def load(cls, values: Mapping[str, Any]) -> Layout:
+        """A layout from what `dump` gave, also after a passage through JSON."""
+        loaded: dict[str, Any] = {name: _as_tuple(value) for name, value in values.items()}
+        if values["tiles"] is not None:
+            tiles = {name: _as_tuple(value) for name, value in values["tiles"].items()}
+            loaded["tiles"] = Tiles(**{**tiles, "ids": torch.tensor(tiles["ids"])})
+        for name in ("sources", "places"):
+            loaded[name] = None if values[name] is None else torch.tensor(values[name])
+        return cls(**loaded)
+
+
+def planes_of(grid: tuple[int, int] | None, tiles: Tiles | None) -> tuple[tuple[int, int], ...]:
+    """``grids`` of `VisualFeatures` with this grid and these tiles."""
+    if tiles is None:
+        return () if grid is None else (grid,)
+    if tiles.canvas is None:
+        return tiles.grids
+    assert tiles.overview is not None
+    overview = tiles.grids[tiles.overview]
+    return (overview, tiles.canvas) if prod(tiles.canvas) else (overview,)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,13 +215,7 @@ class VisualFeatures:
 
         That is the whole image, or each tile, or the overview and the map that the other tiles form.
         """
-        if self.tiles is None:
-            return () if self.grid is None else (self.grid,)
-        if self.tiles.canvas is None:
-            return self.tiles.grids
-        assert self.tiles.overview is not None
-        overview = self.tiles.grids[self.tiles.overview]
-        return (overview, self.tiles.canvas) if prod(self.tiles.canvas) else (overview,)
+        return planes_of(self.grid, self.tiles)
 
     @property
     def canvas(self) -> tuple[int, int]:

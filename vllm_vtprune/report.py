@@ -13,6 +13,9 @@ from vllm_vtprune.text import TextFallback
 BypassReason = Literal["budget_not_below_tokens", "unsupported_modality", "unsupported_model"]
 """Why an image that a policy applies to was not pruned."""
 
+Placement = Literal["api", "engine"]
+"""Where tokens were selected: in the API process, or in the engine's encoder step."""
+
 STAGES = ("text", "encode", "budget", "select")
 """The stages of a plan, in the order in which they run."""
 
@@ -32,6 +35,8 @@ class ImageReport:
         cached: whether the result of an earlier request was reused.
         bypass_reason: why the image was left unpruned although a policy applies; None if it was pruned, or if no
             policy applies.
+        placement: where its tokens were selected; None if none were.
+        placement_reason: why not in the engine, where the server would select; None if it did, or need not.
     """
 
     method: str
@@ -42,6 +47,8 @@ class ImageReport:
     text_fallback: TextFallback | None = None
     cached: bool = False
     bypass_reason: BypassReason | None = None
+    placement: Placement | None = None
+    placement_reason: str | None = None
 
     @classmethod
     def of(
@@ -71,6 +78,8 @@ class ImageReport:
             "text_fallback": self.text_fallback,
             "cached": self.cached,
             "bypass_reason": self.bypass_reason,
+            "placement": self.placement,
+            "placement_reason": self.placement_reason,
         }
 
 

@@ -38,7 +38,7 @@ class EarlyEncoding:
     ) -> None:
         self._processor = processor
         self._hf_kwargs = hf_kwargs
-        self._images = [image for image in images if image.policy.selects]
+        self._images = [image for image in images if image.policy.selects and processor.place(image.policy)[0] == "api"]
         self._expected: dict[str, list[ImageJob]] = {}
         for image in self._images:
             self._expected.setdefault(image.url, []).append(image)

@@ -65,6 +65,8 @@ class Family(FamilyDefaults):
         intermediate: of a config, width of the feed-forward part of the encoder's layers, where ``intermediate_size``
             is another; else 0.
         tuned: whether the defaults were chosen for it.
+        fixed_length: whether what stands in a prompt for an image follows from the number of tokens that are kept,
+            whichever they are.
         options: what a request may set of the HF processor, beside the values of pixels.
         parameters: of a config, parameters of encoder and connector.
     """
@@ -79,6 +81,7 @@ class Family(FamilyDefaults):
     patches: Callable[[Any], int] = none
     intermediate: Callable[[Any], int] = none
     tuned: bool = True
+    fixed_length: bool = True
     options: frozenset[str] = frozenset()
     parameters: Callable[[Any], int] = parameters_in_transformers
 

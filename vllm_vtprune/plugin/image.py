@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -13,10 +13,14 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded
-from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
+from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plan import PruningPlan
+from vllm_vtprune.plugin.placement import WATCHED
 from vllm_vtprune.plugin.prompt import noun_ids
+from vllm_vtprune.plugin.selection import Selection
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport
 from vllm_vtprune.sequence import sequence, sequence_length
@@ -48,6 +52,8 @@ class ImageJob:
         whole_tokens: of an image that may be scaled.
         area: in pixels, to which the image is scaled; None where it is not.
         processed: whether vLLM's cache lacked the item.
+        in_engine: whether the engine selects the image's tokens.
+        placement_reason: as of `ImageReport`.
         report: of an image that was planned, by this request or before.
     """
 
@@ -68,6 +74,8 @@ class ImageJob:
     whole_tokens: int = 0
     area: int | None = None
     processed: bool = False
+    in_engine: bool = False
+    placement_reason: str | None = None
     report: ImageReport | None = None
 
     def read_text(self, processor: PruningProcessor) -> None:
@@ -93,8 +101,35 @@ class ImageJob:
             energy=plan.energy,
             nouns=self.nouns,
             text_fallback=self.text_fallback,
+            placement="api",
+            placement_reason=self.placement_reason,
         )
         return plan, embeds
+
+    def leave_to_engine(
+        self, processor: PruningProcessor, item: MultiModalKwargsItem, hf_kwargs: Mapping[str, object]
+    ) -> MultiModalKwargsItem:
+        """vLLM's item of the image with what the engine needs to select its tokens; notes the report.
+
+        Raises:
+            PolicyError: tokens would attend to each other otherwise than unpruned.
+        """
+        layout = processor.layout(item, size_of(self.data), hf_kwargs)
+        if not self.policy.reads & WATCHED:
+            layout = replace(layout, sources=None)  # where hooks would see the tokens
+        tokens = layout.num_tokens
+        keep = self.count(layout)
+        _refuse_other_mask(processor, self.policy, tokens, keep)
+        self.report = ImageReport.of(
+            self.policy, tokens, keep, nouns=self.nouns, text_fallback=self.text_fallback, placement="engine"
+        )
+        return Selection(self.item_hash, self.policy, keep, self.noun_ids, layout).attach(item)
+
+    def count(self, layout: Layout) -> int:
+        """Tokens that a policy with a budget in tokens or as a ratio keeps of an image."""
+        budget = self.policy.budget
+        assert isinstance(budget, RatioBudget | TokensBudget)
+        return min(fixed_count(budget, layout.num_tokens), self.policy.chosen.max_keep(layout))
 
     def report_of(self, kept: int) -> ImageReport:
         """The report of the image, of which that many tokens stand in the prompt."""

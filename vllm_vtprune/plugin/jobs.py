@@ -80,7 +80,7 @@ class PromptJobs:
         try:
             for job in images:
                 if job.policy.selects:
-                    jobs._start(job)
+                    jobs._place(job)
                 elif job.policy.enabled:
                     jobs._choose_area(job)
             jobs._plan_encoded()
@@ -93,14 +93,42 @@ class PromptJobs:
 
     # 1. The text is read, and what vLLM's cache lacks is encoded; or it is settled how far an image is scaled
 
-    def _start(self, job: ImageJob) -> None:
-        """Have an image encoded, unless vLLM's cache holds what is asked for; then the job has its hash and report."""
-        runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
+    def _place(self, job: ImageJob) -> None:
+        """Read the text, and start what is to be done in this process."""
         if job.policy.conditions_on_text:
             started = time.perf_counter()
             job.read_text(self.processor)
             self.report.text_pipeline = text_pipeline_name()
             self.report.add_timings({"text": time.perf_counter() - started})
+        placement, job.placement_reason = self.processor.place(job.policy)
+        if placement == "api" or not self._leave_to_engine(job):
+            self._start(job)
+
+    def _leave_to_engine(self, job: ImageJob) -> bool:
+        """Whether the engine selects the tokens of an image; then the job has its hash and, of a known image, report.
+
+        It cannot where the client names the image by its uuid alone and vLLM's cache lacks it. This process may have
+        its features.
+        """
+        runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
+        key = _hash_of("engine", job.item_hash, job.policy.selection_digest(), job.noun_ids)
+        is_cached = cache is not None and cache.is_cached([key])[0]
+        if job.data is None and not is_cached and self.processor.engine_placement.choice == "auto":
+            job.placement_reason = "the request names the image by its uuid alone"
+            return False
+        job.question = job.item_hash = key
+        job.in_engine = True
+        known = runtime.planned.get(key)
+        if known is not None:
+            job.report = replace(known[1], nouns=job.nouns, text_fallback=job.text_fallback)
+        elif is_cached and job.data is not None:
+            hf_kwargs = self.inputs.hf_processor_mm_kwargs
+            job.leave_to_engine(self.processor, self.processor.stock_item(job.data, hf_kwargs), hf_kwargs)
+        return True
+
+    def _start(self, job: ImageJob) -> None:
+        """Have an image encoded, unless vLLM's cache holds what is asked for; then the job has its hash and report."""
+        runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
         job.question = _hash_of(runtime.generation, job.item_hash, job.policy.selection_digest(), job.noun_ids)
         known = runtime.planned.get(job.question)
         if known is not None and cache is not None and cache.is_cached([known[0]])[0]:
@@ -188,8 +216,22 @@ class PromptJobs:
 
     def items(self, stock: Sequence[MultiModalKwargsItem]) -> list[MultiModalKwargsItem]:
         """The item of each image, given those that stock vLLM has made."""
-        rest = iter(stock)
-        return [next(rest) if job.item is None else job.item for job in self.images]
+        stock_items = iter(stock)
+        items = []
+        for job in self.images:
+            if job.item is not None:
+                items.append(job.item)
+            elif job.in_engine:
+                items.append(self._with_selection(job, next(stock_items)))
+            else:
+                items.append(next(stock_items))
+        return items
+
+    def _with_selection(self, job: ImageJob, item: MultiModalKwargsItem) -> MultiModalKwargsItem:
+        item = job.leave_to_engine(self.processor, item, self.inputs.hf_processor_mm_kwargs)
+        assert job.report is not None
+        self.processor.runtime.planned.put(job.question, (job.item_hash, replace(job.report, nouns=())))
+        return item
 
     # 4. The prompt is reported
 

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_vtprune.plugin import compat
+from vllm_vtprune.plugin.in_engine import SelectsInEngine
 from vllm_vtprune.plugin.items import TakesKeptEmbeddings
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import unpruned
@@ -17,8 +18,8 @@ from vllm_vtprune.plugin.weights import NotesLoads
 Model = TypeVar("Model", bound=type)
 
 
-class PrunedModel(TakesKeptEmbeddings, NotesLoads):
-    """Mixin before a stock model, which then also accepts images that arrive as the embeddings to prefill."""
+class PrunedModel(TakesKeptEmbeddings, SelectsInEngine, NotesLoads):
+    """Mixin before a stock model, which then prunes images, or takes those that arrive as the embeddings to prefill."""
 
     _pruning: type[PruningProcessor]
 

@@ -10,15 +10,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.model_executor.models.interfaces import is_hybrid
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
+from vllm_vtprune.plugin.selection import SELECTION
 
 
 class KeepsPositions:
     """Mixin before a stock model with M-RoPE, whose images are one run of placeholders each."""
 
     config: Any
+
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """What Model Runner V2 keeps of requests of this model: positions, too, of tokens that the engine selects."""
+        from vllm_vtprune.plugin.model_state import DefaultState, HybridState  # of V2, which needs Triton
+
+        return HybridState if is_hybrid(cls) else DefaultState
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
@@ -71,7 +80,14 @@ def _field(feature: MultiModalFeatureSpec, name: str) -> torch.Tensor:
 
 
 def _kept_positions(feature: MultiModalFeatureSpec) -> torch.Tensor | None:
-    """(k,) which of an image's tokens are in the prompt; None where all are, and for other media."""
-    if feature.data is None or KEPT_POSITIONS not in feature.data:
+    """(k,) which of an image's tokens are in the prompt; None where all are, and for other media.
+
+    Those that the engine selects are not known before it has: until then, the first ones.
+    """
+    if feature.data is None:
+        return None
+    if SELECTION in feature.data:
+        return torch.arange(feature.mm_position.length)
+    if KEPT_POSITIONS not in feature.data:
         return None
     return _field(feature, KEPT_POSITIONS)

@@ -36,6 +36,7 @@ from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_vtprune import envs
 from vllm_vtprune.features import Box, Layout, VisualFeatures
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
@@ -44,10 +45,13 @@ from vllm_vtprune.plugin.items import KEPT_EMBEDS, KEPT_PROMPT
 from vllm_vtprune.plugin.jobs import PromptJobs
 from vllm_vtprune.plugin.limits import names_what_it_refuses
 from vllm_vtprune.plugin.placeholders import Placeholder
+from vllm_vtprune.plugin.placement import EnginePlacement
 from vllm_vtprune.plugin.prompt import said_in_turns, text_of
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning, without_pruning
+from vllm_vtprune.plugin.selection import SELECTION, Selection
 from vllm_vtprune.plugin.weights import EngineWeights
-from vllm_vtprune.report import RequestReport, unpruned_media
+from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.report import Placement, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune.tower import VisionTower
 
@@ -94,6 +98,21 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             )
         self._weights = EngineWeights(self.model_config.model)
         self.runtime = PruningRuntime(self._load_tower, self.family, compat.model_name(self.model_config))
+
+    @classmethod
+    def family_of(cls, config: Any) -> Family:
+        """The family of a model with this config."""
+        return cls.family
+
+    @cached_property
+    def engine_placement(self) -> EnginePlacement:
+        """Which policies the engine can follow in its encoder step; settled when first asked."""
+        choice: Any = envs.placement()
+        return EnginePlacement.of(choice, self.model_config, self.engine)
+
+    def place(self, policy: PruningPolicy, *, param: str = "pruning") -> tuple[Placement, str | None]:
+        """Where a policy that selects tokens does so, and why not in the engine; see `EnginePlacement.place`."""
+        return self.engine_placement.place(policy, self.family, param=param)
 
     def _load_tower(self) -> VisionTower:
         from vllm_vtprune.plugin import vision  # builds vLLM's model, which engine processes need not import
@@ -216,7 +235,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         )
         stock = replace(inputs, hf_processor_mm_kwargs=without_pruning(inputs.hf_processor_mm_kwargs))
         if prunes and any(policy.enabled for policy in pruning.policies):
-            self._weights.follow(self.runtime, selects=any(policy.selects for policy in pruning.policies))
+            here = any(policy.selects and self.place(policy)[0] == "api" for policy in pruning.policies)
+            self._weights.follow(self.runtime, selects=here)
             jobs = PromptJobs.settle(self, stock, pruning)
             result = super().apply(jobs.in_inputs(), timing_ctx)
             result[REPORT_KEY] = jobs.finish(result["mm_placeholders"])
@@ -259,17 +279,17 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if jobs is None:
             return super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         items = jobs.items(out_mm_kwargs.get("image", []))
-        in_pixels = [index for index, item in enumerate(items) if KEPT_EMBEDS not in item]
-        out_mm_kwargs["image"] = [items[index] for index in in_pixels]
+        whole = [index for index, item in enumerate(items) if item.keys().isdisjoint((KEPT_EMBEDS, SELECTION))]
+        out_mm_kwargs["image"] = [items[index] for index in whole]
         updates = self._get_prompt_updates(
-            mm_items=_select_images(mm_items, in_pixels),
+            mm_items=_select_images(mm_items, whole),
             hf_processor_mm_kwargs=without_pruning(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
 
         def content(stock: Callable[[int], Any], index: int) -> Any:
-            if index in in_pixels:
-                return stock(in_pixels.index(index))
+            if index in whole:
+                return stock(whole.index(index))
             return self._pruned_placeholder(items[index]).content()
 
         updates = [
@@ -284,6 +304,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """What stands in the prompt for a pruned image."""
         if KEPT_PROMPT in item:
             return Placeholder(self.image_token_id, tuple(item[KEPT_PROMPT].data.tolist()))
+        if SELECTION in item:
+            return self._placeholder_of_blank.resized(Selection.read(item[SELECTION].data).keep)
         return self._placeholder_of_blank.resized(len(item[KEPT_EMBEDS].data))
 
 

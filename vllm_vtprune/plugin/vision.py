@@ -11,8 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
-from math import isqrt, prod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,12 +41,12 @@ from vllm.multimodal.utils import group_and_batch_mm_items
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_vtprune import envs
-from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
-from vllm_vtprune.footprint import BATCH_PATCHES
+from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.placement import device_for
 from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
+from vllm_vtprune.plugin.reading import FeatureReader, batches
 from vllm_vtprune.token_table import TokenTable
 from vllm_vtprune.tower import TowerError, VisionTower, Weights
 
@@ -251,11 +250,7 @@ def load(family: Family, model_config: ModelConfig, *, largest: int, engine: Vll
 
 
 class Encoder(VisionTower):
-    """The vision encoder of a model of vLLM's, read by hooks on its way.
-
-    ``encoder`` is what feeds the connector, of merged patches their mean, or ``embeds`` where no more is known of the
-    family; ``embeds`` what the engine would compute; ``cls_attention`` and ``keys`` those of the last attention, the
-    sum and the mean of merged patches; ``overview_attention`` that of the first layer.
+    """The vision encoder of a model of vLLM's, read by a `FeatureReader`.
 
     Args:
         family: of the model.
@@ -277,13 +272,8 @@ class Encoder(VisionTower):
             self._table = TokenTable.of_checkpoint(loading.model_directory(model_config), text.hidden_size)
         built = build(model_config, device)
         self._model, self.num_parameters, self.nbytes = built.model, built.num_parameters, built.nbytes
-        self._lock = threading.Lock()  # of what the hooks have seen
-        self._width: int = text.hidden_size
-        self._across = family.merge(model_config.hf_config)
-        self._patches = 1 if family.pooled else self._across**2  # of a token, in what the connector is given
-        self._rows = family.rows
-        self._connector = _Inputs(_submodule(built.model, family.connector)) if family.connector else None
-        self._attention = [_Inputs(_submodule(built.model, path)) for path in family.attention or ()]
+        self._lock = threading.Lock()  # of what the reader has seen
+        self._reader = FeatureReader(built.model, family, model_config)
 
     def token_rows(self, token_ids: Sequence[int]) -> Tensor:
         return self._table.rows(token_ids).to(self.device, self.dtype)
@@ -291,143 +281,14 @@ class Encoder(VisionTower):
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         with self._lock, current(self.device):
-            return [features for batch in batches(images) for features in self._encode(batch)]
+            parts = batches([image.layout for image in images])
+            return [features for part in parts for features in self._encode(images[part.start : part.stop])]
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        hooks = [hook for hook in (self._connector, *self._attention) if hook is not None]
-        for hook in hooks:
-            hook.calls.clear()
-        embeds = [
-            rows
-            for _, fields in group_and_batch_mm_items([image.item for image in images], device=self.device)
-            for rows in self._model.embed_multimodal(**fields)
-        ]
-        tokens = [image.layout.patches // self._across**2 for image in images]
-        encoder, early, attention, keys = None, None, None, None
-        if self._connector is not None:
-            given = [self._rows(self._connector.module, *arguments) for arguments in self._connector.calls]
-            states = torch.cat([rows.flatten(0, -2) for rows in given])
-            encoder = torch.split(states.reshape(sum(tokens), self._patches, -1).mean(dim=1), tokens)
-        if self._attention:
-            first, last = (
-                [_of_cls(inputs.module, *call[:2], across=self._across) for call in inputs.calls]
-                for inputs in self._attention
-            )
-            early = torch.split(torch.cat([seen for seen, _ in first]), tokens)
-            attention = torch.split(torch.cat([seen for seen, _ in last]), tokens)
-            keys = torch.split(torch.cat([its for _, its in last]), tokens)
-        for hook in hooks:
-            hook.calls.clear()
-        return [
-            self._features(
-                image.layout,
-                embeds[i],
-                *(None if values is None else values[i] for values in (encoder, early, attention, keys)),
-            )
-            for i, image in enumerate(images)
-        ]
-
-    def _features(
-        self,
-        layout: Layout,
-        rows: Tensor,
-        encoder: Tensor | None,
-        early: Tensor | None,
-        attention: Tensor | None,
-        keys: Tensor | None,
-    ) -> VisualFeatures:
-        """Those of one image, from the rows that belong to it."""
-
-        def own(values: Tensor) -> Tensor:
-            values = values.clone() if layout.sources is None else values[layout.sources.to(self.device)]
-            return values if layout.scaled is None else scaled(values, layout)
-
-        newline = None
-        if layout.places is not None:
-            places = layout.places.to(self.device)
-            is_token = torch.zeros(len(rows), dtype=torch.bool, device=self.device).index_fill(0, places, True)
-            newline = None if is_token.all() else rows[~is_token][0].clone()
-            rows = rows[places]
-        embeds = rows[:, : self._width].clone()
-        tiles, overview = layout.tiles, None
-        if tiles is not None:
-            tiles = replace(tiles, ids=tiles.ids.to(self.device))
-            if early is not None and tiles.overview is not None:
-                overview = own(early)[tiles.ids == tiles.overview]
-        return VisualFeatures(
-            encoder=embeds if encoder is None else own(encoder),
-            embeds=embeds,
-            grid=layout.grid,
-            tiles=tiles,
-            cls_attention=None if attention is None else own(attention),
-            overview_attention=overview,
-            keys=None if keys is None else own(keys),
-            deepstack=rows[:, self._width :].clone() if rows.shape[1] > self._width else None,
-            newline=newline,
-            prompt=layout.prompt,
-        )
-
-
-class _Inputs:
-    """The arguments of each call of a module, since `calls` was emptied."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.calls: list[tuple[Tensor, ...]] = []
-        module.register_forward_pre_hook(lambda _, arguments: self.calls.append(arguments))
-
-
-def scaled(values: Tensor, layout: Layout) -> Tensor:
-    """(n, d) the overview and the canvas that is scaled -> (N, d) the overview and the canvas of the tokens."""
-    assert layout.scaled is not None
-    assert layout.tiles is not None
-    overview, canvas = torch.split(values, [len(values) - prod(layout.scaled), prod(layout.scaled)])
-    planes = canvas.T.reshape(1, -1, *layout.scaled)
-    tokens = nn.functional.interpolate(planes, layout.tiles.canvas, mode="bilinear")[0]
-    return torch.cat([overview, tokens.flatten(1).T])
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    module: Any = model
-    for part in path.split("."):
-        module = module[int(part)] if part.lstrip("-").isdigit() else getattr(module, part)
-    found: nn.Module = module
-    return found
-
-
-def _of_cls(attention: Any, query: Tensor, key: Tensor, *, across: int) -> tuple[Tensor, Tensor]:
-    """What the CLS token attends to, without the map of all pairs, and keys; one value, or row, for each token.
-
-    Args:
-        attention: vLLM's layer.
-        query, key: ``(S, 1 + n, heads * d)`` of S squares of n patches.
-        across: patches of a token in either direction, in raster order of the square.
-
-    Returns:
-        ``(T,)`` in float32, the sum over a token's patches of their softmax over all 1 + n, mean over heads; and
-        ``(T, d)`` the mean of its patches' keys, mean over heads.
-    """
-    query, key = (states.view(*states.shape[:2], -1, attention.head_size) for states in (query, key))
-    scores = torch.einsum("shd,snhd->shn", query[:, 0].float(), key.float()) * attention.scale
-    seen = scores.softmax(dim=-1).mean(dim=1)[:, 1:, None]
-    return _blocks(seen, across).sum(dim=1)[:, 0], _blocks(key[:, 1:].mean(dim=2), across).mean(dim=1)
-
-
-def _blocks(patches: Tensor, across: int) -> Tensor:
-    """(S, n, d) in raster order of a square -> (S * n / across^2, across^2, d): its blocks in raster order."""
-    squares, count, width = patches.shape
-    blocks = isqrt(count) // across
-    grid = patches.view(squares, blocks, across, blocks, across, width)
-    return grid.transpose(2, 3).reshape(squares * blocks**2, across**2, width)
-
-
-def batches(images: Sequence[PreparedImage]) -> Iterator[Sequence[PreparedImage]]:
-    """Consecutive images that together stay within `BATCH_PATCHES`, or one that is larger alone."""
-    begin, total = 0, 0
-    for end, image in enumerate(images):
-        if end > begin and total + image.layout.patches > BATCH_PATCHES:
-            yield images[begin:end]
-            begin, total = end, 0
-        total += image.layout.patches
-    if begin < len(images):
-        yield images[begin:]
+        with self._reader.watching():
+            embeds = [
+                rows
+                for _, fields in group_and_batch_mm_items([image.item for image in images], device=self.device)
+                for rows in self._model.embed_multimodal(**fields)
+            ]
+            return self._reader.features(embeds, [image.layout for image in images])

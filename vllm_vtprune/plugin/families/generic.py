@@ -34,7 +34,7 @@ PATCHES = 4
 class GenericProcessor(PruningProcessor):
     """Mixin before any stock processor. ``encoder`` is ``embeds``; there is neither a grid nor attention."""
 
-    family = Family(name="generic", clip_alpha=0.5, provides=frozenset(), connector="", tuned=False)
+    family = Family(name="generic", clip_alpha=0.5, provides=frozenset(), connector="", tuned=False, fixed_length=False)
 
     def layout(self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         placeholder = self.placeholder_of(item, size, hf_kwargs)

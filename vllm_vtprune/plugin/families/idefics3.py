@@ -34,6 +34,7 @@ class PrunedIdefics3Processor(PruningProcessor, Idefics3MultiModalProcessor):
         clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
         provides=frozenset({"positions"}),
         connector="model.connector.modality_projection",
+        fixed_length=False,
         merge=across,
         options=frozenset({"do_image_splitting", "max_image_size", "size"}),
     )

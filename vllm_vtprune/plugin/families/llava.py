@@ -31,8 +31,12 @@ class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
         """Not those that drop the first of SigLIP's patches as if it were a CLS token."""
         return has_clip(config) or has_siglip(config)
 
+    @classmethod
+    def family_of(cls, config: Any) -> Family:
+        return WITH_CLIP if has_clip(config) else WITH_SIGLIP
+
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
-        self.family = WITH_CLIP if has_clip(info.get_hf_config()) else WITH_SIGLIP
+        self.family = self.family_of(info.get_hf_config())
         super().__init__(info, dummy_inputs)
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:

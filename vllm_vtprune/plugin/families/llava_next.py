@@ -33,6 +33,7 @@ class PrunedLlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
         clip_alpha=0.75,
         provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"}),
         connector="multi_modal_projector",
+        fixed_length=False,
         attention=ATTENTION,
     )
 

@@ -40,6 +40,7 @@ class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalPr
         clip_alpha=0.3,  # that of Qwen2.5-VL, a model of its language model's kind; not calibrated
         provides=frozenset({"positions"}),
         connector="multi_modal_projector",
+        fixed_length=False,
         patches=most_patches,
     )
 

@@ -52,6 +52,7 @@ class PrunedMistral3Processor(PruningProcessor, Mistral3MultiModalProcessor):
         clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
         provides=frozenset({"grid", "positions"}),
         connector="multi_modal_projector",
+        fixed_length=False,
         rows=means,
         merge=across,
         pooled=True,

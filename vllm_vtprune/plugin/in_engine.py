@@ -1,0 +1,155 @@
+"""Selection in the engine's encoder step: images that come with a `Selection` leave it as their kept embeddings.
+
+Each tensor-parallel rank encodes; the first one selects and tells the others. An engine that encodes an image again,
+in a batch whose rounding differs, keeps the tokens that it kept before, so that blocks of its prefix cache fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_vtprune import envs
+from vllm_vtprune.cache import BoundedTable
+from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.plan import PruningPlan, plan_tokens
+from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.placement import WATCHED
+from vllm_vtprune.plugin.reading import FeatureReader, batches
+from vllm_vtprune.plugin.selection import SELECTION, Selection, split
+from vllm_vtprune.sequence import sequence
+
+logger = init_logger("vllm.vtprune")
+
+KEPT = "kept"
+"""Attribute of an image's embeddings in vLLM's encoder cache: (k,) int64, which of its tokens they are."""
+
+
+class SelectsInEngine:
+    """Mixin before a stock model: selects the tokens of images that come with a `Selection`."""
+
+    _pruning: Any
+    _model_config: ModelConfig
+    _selector: TokenSelector | None = None
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Embeddings of a batch of images or videos, in order.
+
+        Args:
+            kwargs: of the stock model and, for images to be pruned, `SELECTION`: (B, L) uint8, or B tensors (L,).
+
+        Returns:
+            One (k, d + p) tensor for each image to be pruned; else as the stock model.
+        """
+        data = kwargs.pop(SELECTION, None)
+        encode = super().embed_multimodal  # type: ignore[misc]
+        if data is None:
+            return encode(**kwargs)
+        if self._selector is None:
+            family = self._pruning.family_of(self._model_config.hf_config)
+            self._selector = TokenSelector(self, family, self._model_config)  # type: ignore[arg-type]
+        return self._selector.prune(encode, kwargs, [Selection.read(each) for each in data])
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Load weights as the stock model does, and forget what was selected with others."""
+        self._selector = None
+        return super().load_weights(weights)  # type: ignore[misc]
+
+
+class TokenSelector:
+    """Selects the tokens of the images that a model of the engine encodes.
+
+    Args:
+        model: of vLLM's.
+        family: of the model.
+        config: of the model.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, config: ModelConfig) -> None:
+        self._family = family
+        self._reader = FeatureReader(model, family, config)
+        self._words = _word_embedding(model, config.hf_text_config.hidden_size)
+        self._kept: BoundedTable[str, Tensor] = BoundedTable(envs.report_table_size())
+
+    def prune(
+        self, encode: Callable[..., Any], fields: Mapping[str, Any], selections: Sequence[Selection]
+    ) -> list[Tensor]:
+        """Encode images, in batches that an encoder without pruning would have, and select.
+
+        Args:
+            encode: the stock model's ``embed_multimodal``.
+            fields: of it, for all images.
+            selections: one for each image.
+
+        Returns:
+            (k, d + p) for each image, with the attribute `KEPT`.
+        """
+        parts = list(batches([selection.layout for selection in selections]))
+        pruned = []
+        for part, of_part in zip(parts, split(fields, selections, parts), strict=True):
+            chosen = selections[part.start : part.stop]
+            watched = any(selection.policy.reads & WATCHED for selection in chosen)
+            with self._reader.watching() if watched else nullcontext():
+                images = self._reader.features(encode(**of_part), [selection.layout for selection in chosen])
+            pruned += [self._prune(*image) for image in zip(images, chosen, strict=True)]
+        return pruned
+
+    def _prune(self, features: VisualFeatures, selection: Selection) -> Tensor:
+        kept = self._kept.get(selection.key)
+        if selection.keep >= features.num_tokens:
+            kept = torch.arange(features.num_tokens, device=features.embeds.device)
+        if kept is None or selection.policy.chosen.merges:
+            kept, embeds = self._plan(features, selection)
+            self._kept.put(selection.key, kept)
+        else:
+            embeds = features.embeds[kept]
+        rows = sequence(features, PruningPlan(kept, kept, len(kept), None, embeds, {}))
+        setattr(rows, KEPT, kept)
+        return rows
+
+    def _plan(self, features: VisualFeatures, selection: Selection) -> tuple[Tensor, Tensor]:
+        """(k,) which tokens to keep, and (k, d) their embeddings: the same on all ranks."""
+        device, group = features.embeds.device, get_tp_group()
+        text = None
+        if selection.noun_ids:
+            text = self._words(torch.tensor(selection.noun_ids, device=device)).to(features.embeds.dtype)  # all ranks
+        if group.rank_in_group == 0:
+            kept, embeds = self._decide(features, selection, text)
+        else:
+            kept = torch.empty(selection.keep, dtype=torch.long, device=device)
+            embeds = features.embeds.new_empty(selection.keep, features.embeds.shape[1])
+        if group.world_size > 1:
+            kept = group.broadcast(kept.contiguous(), src=0)
+            merges = selection.policy.chosen.merges
+            embeds = group.broadcast(embeds.contiguous(), src=0) if merges else features.embeds[kept]
+        return kept, embeds
+
+    def _decide(self, features: VisualFeatures, selection: Selection, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same on the first rank. An error here would end the engine: then tokens at equal distances are kept."""
+        try:
+            plan = plan_tokens(features, selection.policy, text, family=self._family)
+            if len(plan.kept) == selection.keep:
+                return plan.kept, plan.embeds.to(features.embeds)
+            problem = f"{len(plan.kept)} tokens were selected, {selection.keep} announced"
+        except ValueError as error:
+            problem = str(error)
+        logger.error("Image %s: tokens at equal distances are kept, as selection failed: %s", selection.key, problem)
+        kept = torch.arange(selection.keep, device=features.embeds.device) * features.num_tokens // selection.keep
+        return kept, features.embeds[kept]
+
+
+def _word_embedding(model: nn.Module, width: int) -> nn.Module:
+    """The embedding of words of a model, without what adapters add to it."""
+    for module in model.modules():
+        is_head = isinstance(module, ParallelLMHead)
+        if isinstance(module, VocabParallelEmbedding) and not is_head and module.embedding_dim == width:
+            return module
+    raise ValueError(f"{type(model).__name__} has no embedding of words of width {width}")
