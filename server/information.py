@@ -64,7 +64,12 @@ class PruningInformation(BaseModel):
     methods: list[Method]
     family: str | None = Field(description="Model family; null if the model is served unpruned.")
     untuned: bool = Field(description="Whether the defaults were tuned on other models only.")
-    tower: Tower | None = Field(description="null if the model is served unpruned.")
+    placement: Literal["auto", "api", "engine"] | None = Field(
+        description="Where tokens are selected (--pruning-placement); null if the model is served unpruned."
+    )
+    tower: Tower | None = Field(
+        description="null if this process never holds one: the model is served unpruned, or placement is engine."
+    )
     text_pipeline: str = Field(description="Pipeline that finds the nouns of a question.")
     versions: Versions
 
@@ -85,6 +90,7 @@ def pruning_information(
         aliases: model names that select a preset, with that preset.
     """
     family = None if processor is None else processor.family
+    choice = None if processor is None else processor.engine_placement.choice
     return PruningInformation(
         models=models,
         default=policies.default.dump(),
@@ -94,7 +100,8 @@ def pruning_information(
         family=None if family is None else family.name,
         untuned=family is not None and not family.tuned,
         methods=[_method(name, method, family) for name, method in METHODS.items()],
-        tower=None if processor is None else _tower(processor),
+        placement=choice,
+        tower=None if processor is None or choice == "engine" else _tower(processor),
         text_pipeline=text_pipeline_name(),
         versions=Versions(
             vllm_vtprune=vllm_vtprune.__version__,

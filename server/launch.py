@@ -92,6 +92,13 @@ def serve(argv: list[str]) -> None:
         help="File of presets, TOML or (.json) JSON: one policy per name. "
         "A name of a built-in preset replaces that preset.",
     )
+    group.add_argument(
+        "--pruning-placement",
+        choices=("auto", "api", "engine"),
+        help="Where tokens are selected. engine: in the engine's encoder step, for budgets in tokens or as a ratio; "
+        "other policies are refused, and API processes hold no vision encoder. api: in the API process. auto "
+        "(default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
+    )
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
     memory.mark_defaults(serve_parser)
     args = parser.parse_args(["serve", *_with_model(argv)])
@@ -103,6 +110,8 @@ def serve(argv: list[str]) -> None:
         serve_parser.error(str(error))
     command.validate(args)
     refuse_other_front_ends(args)
+    if args.pruning_placement is not None:
+        os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     os.environ.setdefault("VTPRUNE_LOAD_FORMAT", str(args.load_format))
     if args.download_dir is not None:
         os.environ.setdefault("VTPRUNE_DOWNLOAD_DIR", str(args.download_dir))

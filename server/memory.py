@@ -107,13 +107,13 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
     """Have the engines leave the vision encoders of the API processes their room on the GPUs that they share.
 
     Sets ``--mm-ipc-gpu-memory-gb``, which vLLM 0.32.0 takes off the KV cache on every GPU (multimodal/
-    gpu_ipc_memory.py), unless it was given. Nothing is reserved where images are encoded on a GPU without an engine,
-    nor for models that cannot be pruned and instances that do not prune.
+    gpu_ipc_memory.py), unless it was given. Nothing is reserved where images are encoded on a GPU without an engine
+    or by the engine alone, nor for models that cannot be pruned and instances that do not prune.
 
     Raises:
         SystemExit: what was given does not hold the encoders, or their device is not there or not known.
     """
-    if current_platform.is_cpu() or encodes_only(args):
+    if current_platform.is_cpu() or encodes_only(args) or envs.placement() == "engine":
         return
     processor = MULTIMODAL_REGISTRY.create_processor(model_config) if model_config.is_multimodal_model else None
     if not isinstance(processor, PruningProcessor):

@@ -130,8 +130,8 @@ class ServerPlugin:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Take over the chat handler; the server is not healthy before this returns.
 
-        The vision encoder is loaded where the operator has set up a policy that selects tokens; else by the first
-        request that does.
+        The vision encoder is loaded where the operator has set up a policy that selects tokens in this process; else by
+        the first request that does.
 
         Raises:
             RuntimeError: the model cannot be pruned, and the default asks for it.
@@ -149,16 +149,21 @@ class ServerPlugin:
             fixed_counts=counts_must_be_fixed(engine_client.vllm_config.kv_transfer_config),
         )
         if processor is not None:
-            policies.refuse_impossible(processor.family)
             processor.engine = engine_client.vllm_config
+            placements = policies.placements(processor)
             if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
                 logger.warning("No engine runs here: restart this process after an engine has reloaded its weights")
             runtime = processor.runtime
-            if policies.selects:
+            built: tuple[str, ...] = "none", "none", "none"
+            if processor.engine_placement.choice != "engine":
+                built = processor.encoder_facts.labels
+            if "api" in placements:
                 warm_up(processor)
-            else:
-                logger.info("The first pruned request loads the vision encoder: no default or preset file prunes")
-            built: tuple[str, ...] = processor.encoder_facts.labels
+            elif processor.engine_placement.choice != "engine":
+                logger.info(
+                    "The first request that selects tokens in this process loads the vision encoder: no default or "
+                    "preset file does"
+                )
         elif policies.default.enabled:
             raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {why}")
         else:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from vllm_vtprune.policy import EnergyBudget, FamilyDefaults, MethodBudget, PolicyError, PruningPolicy
+from vllm_vtprune.policy import EnergyBudget, MethodBudget, PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
+from vllm_vtprune.report import Placement
+
+if TYPE_CHECKING:
+    from vllm_vtprune.plugin.processor import PruningProcessor
 
 DEFAULT_PARAM = "--pruning-default"
 
@@ -21,15 +26,15 @@ class Policies:
         default_preset: the preset that the default is; None where it was written out, or where there is none.
         fixed_counts: the engine's option under which the number of tokens to keep must not depend on their features;
             empty where it may.
-        selects: whether the default, or a preset of the operator's own, selects tokens. The package's presets do, and
-            nobody may ask for them.
+        chosen: the default and the operator's own presets, by option or name. The package's presets are not among them:
+            nobody may ask for those.
     """
 
     presets: Mapping[str, PruningPolicy]
     default: PruningPolicy
     default_preset: str | None
     fixed_counts: str = ""
-    selects: bool = False
+    chosen: Mapping[str, PruningPolicy] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -51,19 +56,22 @@ class Policies:
         """
         known = builtin_presets() | dict(presets or {})
         policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=known)
-        selects = any(each.selects for each in (policy, *(presets or {}).values()))
-        policies = cls(known, policy, default if isinstance(default, str) else None, fixed_counts, selects)
+        chosen = {DEFAULT_PARAM: policy, **(presets or {})}
+        policies = cls(known, policy, default if isinstance(default, str) else None, fixed_counts, chosen)
         policies._refuse_counts(policy, DEFAULT_PARAM, default)
         return policies
 
-    def refuse_impossible(self, family: FamilyDefaults) -> None:
-        """Raise for a policy that a model of this family cannot follow, before any request meets it.
+    def placements(self, processor: PruningProcessor) -> set[Placement]:
+        """Where the default and the operator's own presets select tokens; empty where they select none.
 
         Raises:
-            PolicyError: naming the option or preset, and the field.
+            PolicyError: the model cannot follow one of all presets, or its server one of these; names the option or
+                preset, and the field.
         """
-        for name, policy in {DEFAULT_PARAM: self.default, **self.presets}.items():
-            policy.resolve(family, param=name)
+        for name, policy in self.presets.items():
+            policy.resolve(processor.family, param=name)
+        resolved = {name: policy.resolve(processor.family, param=name) for name, policy in self.chosen.items()}
+        return {processor.place(policy, param=name)[0] for name, policy in resolved.items() if policy.selects}
 
     def parse(self, value: object, *, param: str = "pruning") -> PruningPolicy:
         """Read what a client wrote; None for the server's default.

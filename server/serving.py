@@ -178,7 +178,12 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
     def _policy(self, value: object, param: str) -> PruningPolicy:
         """Read a policy, with the family's defaults filled in where the model can be pruned."""
         policy = self.policies.parse(value, param=param)
-        return policy if self.processor is None else policy.resolve(self.processor.family, param=param)
+        if self.processor is None:
+            return policy
+        resolved = policy.resolve(self.processor.family, param=param)
+        if resolved.selects:
+            self.processor.place(resolved, param=param)  # refuses what this server does not select
+        return resolved
 
     def _report(self, engine_input: dict[str, Any], pruning: PromptPruning) -> RequestReport:
         """The report that the processor put into its output, which is for the engine; or that of a stock request."""

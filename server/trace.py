@@ -176,6 +176,8 @@ class Trace:
             metrics.VISUAL_TOKENS.labels(*labels, self.preset_label).inc(image.visual_tokens)
             metrics.VISUAL_TOKENS_KEPT.labels(*labels, self.preset_label).inc(image.kept_tokens)
             metrics.KEEP_RATIO.labels(*labels).observe(image.kept_tokens / image.visual_tokens)
+            if image.placement is not None:
+                metrics.IMAGES.labels(model_name, image.placement).inc()
             if image.bypass_reason is not None:
                 metrics.BYPASS.labels(model_name, image.bypass_reason).inc()
         if self.ttft is not None:

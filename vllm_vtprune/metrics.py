@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from vllm_vtprune.report import BypassReason
+from vllm_vtprune.report import BypassReason, Placement
 
 Outcome: TypeAlias = Literal["finished", "refused", "failed", "aborted"]
 """finished: answered; refused: 4xx; failed: 5xx; aborted: the client left. An error in a stream counts by its code."""
@@ -53,6 +53,11 @@ KEEP_RATIO = Histogram(
     "Kept tokens / visual tokens, per image of finished requests.",
     ["model_name", "method"],
     buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
+IMAGES = Counter(
+    "vtprune:images",
+    "Images of finished requests whose tokens were selected, by where: in the API process or in the engine.",
+    ["model_name", "placement"],
 )
 STAGE_SECONDS = Histogram(
     "vtprune:stage_seconds",
@@ -130,6 +135,8 @@ def start(model_name: str, presets: Iterable[str]) -> None:
     for preset in (*presets, NO_PRESET, CUSTOM, MIXED):
         for outcome in get_args(Outcome):
             REQUESTS.labels(model_name, outcome, preset)
+    for placement in get_args(Placement):
+        IMAGES.labels(model_name, placement)
     for reason in get_args(BypassReason):
         BYPASS.labels(model_name, reason)
     for reason in get_args(RefusalReason):

@@ -221,6 +221,37 @@ def test_methods_that_read_cls_attention(method: str, checker: Checker) -> None:
             checker.engine.ask(checker.request(turns, shown))
 
 
+def test_the_engine_selects_the_same_tokens(checker: Checker) -> None:
+    """In its encoder step, as the API process does: one image, several, in one batch with unpruned ones, and cached."""
+    methods = ["divprune", "dart", "pool", *(["vispruner", "visionzip"] if checker.family.cls else [])]
+    policies = [ratio(0.2, **BLIND), ratio(0.4, **TEXT), ratio(1.0), *(ratio(0.3, method=method) for method in methods)]
+    prompts = [[checker.shown(index, policy)] for policy in policies for index in (PORTRAIT, LANDSCAPE)]
+    prompts.append([checker.shown(PORTRAIT, policies[0]), checker.shown(LANDSCAPE, False)])
+    prompts.append([checker.shown(index, policy) for index, policy in enumerate((policies[1], False, policies[3]))])
+    requests = [checker.request([Turn(QUESTION, len(shown))], shown) for shown in prompts]
+    config = checker.engine.llm.llm_engine.vllm_config
+    mrope = config.model_config.uses_mrope
+    if not checker.engine.processor.family.fixed_length or (mrope and not config.use_v2_model_runner):
+        checker.engine.select_in("engine")
+        with pytest.raises(PolicyError, match="M-RoPE" if mrope else "length of this model's prompt"):
+            checker.engine.ask(requests[0])
+        checker.engine.select_in("auto")
+        [image] = checker.engine.ask(requests[0]).images or ()
+        assert image.placement == "api"
+        assert image.placement_reason
+    else:
+        expected = [checker.engine.ask(request) for request in requests]
+        encodings = checker.engine.encodings()
+        checker.engine.select_in("engine")
+        for _ in ("new", "cached"):
+            for answer, same in zip(checker.engine.ask_together(requests), expected, strict=True):
+                assert_same(answer, same)
+                placements = [None if image.method == "none" else "engine" for image in same.images or ()]
+                assert [image.placement for image in answer.images or ()] == placements
+        assert checker.engine.encodings() == encodings
+    checker.engine.select_in("api")
+
+
 def test_another_token_would_be_seen(checker: Checker) -> None:
     """One of those kept, replaced by its neighbour that is not."""
     shown = checker.shown(SQUARE, ratio(0.2, **BLIND))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
@@ -89,7 +89,11 @@ class Engine:
         self.llm = llm
         self.processor = llm.llm_engine.renderer.get_mm_processor()
         # Not above: workers of stock engines import this module.
+        from vllm_vtprune.plugin.processor import PruningProcessor
         from vllm_vtprune.plugin.request import REPORT_KEY
+
+        if isinstance(self.processor, PruningProcessor):
+            self.select_in("api")
 
         apply = self.processor.apply
         self._reports: list[RequestReport | None] = []
@@ -100,6 +104,13 @@ class Engine:
             return result
 
         self.processor.apply = recording
+
+    def select_in(self, choice: Literal["auto", "api", "engine"]) -> None:
+        """From now on, select tokens there, as with VTPRUNE_PLACEMENT; the API process, until this is called."""
+        from vllm_vtprune.plugin.placement import EnginePlacement
+
+        config = self.llm.llm_engine.vllm_config
+        self.processor.engine_placement = EnginePlacement.of(choice, config.model_config, config)
 
     @property
     def model_runner(self) -> str:
@@ -238,7 +249,7 @@ def running_engine(
 
 
 def assert_same(answer: Answer, expected: Answer) -> float:
-    """Same prompt, tokens, log-probabilities and reports, whatever came from a cache. Returns the worst difference."""
+    """Same prompt, tokens, log-probabilities and reports but for caches and placement. Returns the worst difference."""
     assert answer.prompt_ids == expected.prompt_ids
     assert answer.token_ids == expected.token_ids
     assert uncached(answer.images) == uncached(expected.images)
@@ -246,7 +257,9 @@ def assert_same(answer: Answer, expected: Answer) -> float:
 
 
 def uncached(images: list[ImageReport] | None) -> list[ImageReport] | None:
-    return None if images is None else [replace(image, cached=False) for image in images]
+    if images is None:
+        return None
+    return [replace(image, cached=False, placement=None, placement_reason=None) for image in images]
 
 
 def worst_difference(got: Sequence[Mapping[int, float]], expected: Sequence[Mapping[int, float]]) -> float:

@@ -18,7 +18,7 @@ from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plan import PruningPlan
-from vllm_vtprune.plugin.placement import WATCHED
+from vllm_vtprune.plugin.placement import watched_inputs
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.plugin.selection import Selection
 from vllm_vtprune.policy import PolicyError, PruningPolicy
@@ -115,7 +115,7 @@ class ImageJob:
             PolicyError: tokens would attend to each other otherwise than unpruned.
         """
         layout = processor.layout(item, size_of(self.data), hf_kwargs)
-        if not self.policy.reads & WATCHED:
+        if not watched_inputs(self.policy, processor.family):
             layout = replace(layout, sources=None)  # where hooks would see the tokens
         tokens = layout.num_tokens
         keep = self.count(layout)

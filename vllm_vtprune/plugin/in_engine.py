@@ -22,7 +22,7 @@ from vllm_vtprune.cache import BoundedTable
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.plugin.placement import WATCHED
+from vllm_vtprune.plugin.placement import watched_inputs
 from vllm_vtprune.plugin.reading import FeatureReader, batches
 from vllm_vtprune.plugin.selection import SELECTION, Selection, split
 from vllm_vtprune.sequence import sequence
@@ -96,7 +96,7 @@ class TokenSelector:
         pruned = []
         for part, of_part in zip(parts, split(fields, selections, parts), strict=True):
             chosen = selections[part.start : part.stop]
-            watched = any(selection.policy.reads & WATCHED for selection in chosen)
+            watched = any(watched_inputs(selection.policy, self._family) for selection in chosen)
             with self._reader.watching() if watched else nullcontext():
                 images = self._reader.features(encode(**of_part), [selection.layout for selection in chosen])
             pruned += [self._prune(*image) for image in zip(images, chosen, strict=True)]

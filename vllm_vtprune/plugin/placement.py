@@ -16,11 +16,17 @@ from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import Placement
+from vllm_vtprune.selectors.method import Input
 
 Choice: TypeAlias = Literal["auto", "api", "engine"]
 
-WATCHED = frozenset({"encoder", "cls_attention", "overview_attention", "keys"})
+WATCHED: frozenset[Input] = frozenset({"encoder", "cls_attention", "overview_attention", "keys"})
 """Inputs of methods that hooks read inside the encoder; the others follow from its output and the image's size."""
+
+
+def watched_inputs(policy: PruningPolicy, family: Family) -> frozenset[Input]:
+    """Those of `WATCHED` that a policy that selects tokens reads of a model of this family."""
+    return policy.reads & WATCHED & family.inputs
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class EnginePlacement:
         if self.positions is False or (self.positions is None and self.choice == "auto"):
             runner = "M-RoPE needs Model Runner V2 without pipeline parallelism"
             return "method", runner if self.positions is False else f"{runner}, and the engine's is not known here"
-        watched = policy.reads & WATCHED
+        watched = watched_inputs(policy, family)
         if watched and self.watches:
             return "method", f"method {policy.method} reads {', '.join(sorted(watched))}, and {self.watches}"
         return "", ""

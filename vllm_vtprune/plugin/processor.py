@@ -47,7 +47,7 @@ from vllm_vtprune.plugin.limits import names_what_it_refuses
 from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.placement import EnginePlacement
 from vllm_vtprune.plugin.prompt import said_in_turns, text_of
-from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning, without_pruning
+from vllm_vtprune.plugin.request import PARAM, PRUNING_KEY, REPORT_KEY, PromptPruning, without_pruning
 from vllm_vtprune.plugin.selection import SELECTION, Selection
 from vllm_vtprune.plugin.weights import EngineWeights
 from vllm_vtprune.policy import PruningPolicy
@@ -110,7 +110,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         choice: Any = envs.placement()
         return EnginePlacement.of(choice, self.model_config, self.engine)
 
-    def place(self, policy: PruningPolicy, *, param: str = "pruning") -> tuple[Placement, str | None]:
+    def place(self, policy: PruningPolicy, *, param: str = PARAM) -> tuple[Placement, str | None]:
         """Where a policy that selects tokens does so, and why not in the engine; see `EnginePlacement.place`."""
         return self.engine_placement.place(policy, self.family, param=param)
 

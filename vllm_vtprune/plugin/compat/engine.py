@@ -6,6 +6,7 @@ from vllm import envs as vllm_envs
 from vllm.config import KVTransferConfig, MultiModalConfig, ParallelConfig, VllmConfig
 from vllm.platforms import Platform
 
+from vllm_vtprune import envs
 from vllm_vtprune.plugin.compat.names import private, require
 
 require(ParallelConfig, "_api_process_rank", "_api_process_count")
@@ -20,7 +21,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             frontend tower has no adapters), vLLM's own pruning of videos (it changes the embeddings of every image,
             and its positions, which are wrong for portrait images, replace ours), weights that come from a trainer
             (the frontend tower reads checkpoints) or GPU video decoders (they take what ``mm_ipc_gpu_memory_gb``
-            reserves for the frontend tower) are on.
+            reserves for the frontend tower) are on; or tokens are to be selected in an engine that cannot place them.
     """
     multimodal, transfer = vllm_config.model_config.multimodal_config, vllm_config.weight_transfer_config
     on = {
@@ -30,6 +31,13 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "weight_transfer_config.backend": transfer and transfer.backend,
         "media_io_kwargs.video.backend": multimodal and _gpu_video_backend(multimodal),
     }
+    if envs.placement() == "engine" and vllm_config.model_config.uses_mrope:
+        pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
+        if pipeline or not vllm_config.use_v2_model_runner:
+            raise ValueError(
+                "VTPRUNE_PLACEMENT=engine: this model has M-RoPE, for which vllm-vtprune selects tokens in the engine "
+                "with Model Runner V2 and without pipeline parallelism only; expected auto or api"
+            )
     for name, value in on.items():
         if value:
             raise ValueError(
