@@ -264,7 +264,7 @@ def test_a_method_the_family_cannot_run_is_refused_with_those_it_can() -> None:
     ("fields", "inputs"),
     [
         ({}, {"text", "cls_attention", "grid"}),
-        ({"alpha": 0, "seed_token": "norm"}, {"cls_attention", "grid"}),
+        ({"alpha": 0, "seed_token": "norm"}, set()),
         ({"alpha": 0, "features": "encoder"}, {"encoder", "cls_attention", "grid"}),
         ({"features": "both"}, {"text", "encoder", "cls_attention", "grid"}),
         ({"method": "divprune"}, set()),

@@ -77,7 +77,7 @@ def test_counted_budgets_go_to_the_engine(budget: dict[str, Any], choice: Any) -
             EnginePlacement("auto", True, watches="the encoder is compiled"),
             WITH_CLIP,
             "method",
-            "method vispruner reads cls_attention, keys, and the encoder is compiled",
+            "method vispruner reads cls_attention, encoder, and the encoder is compiled",
         ),
     ],
 )

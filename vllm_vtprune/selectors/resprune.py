@@ -53,10 +53,9 @@ class ResPrune(ComparesFeatures, ReadsRelevance):
     def idle(self) -> frozenset[str]:
         # without a text, `rank_by: relevance` ranks by residual energy, so every parameter can matter
         textless = self.alpha == 0 and self.rank_by == "residual" and self.seed_token != "relevance"
-        seeds = {"auto": set(), "cls": {"grid"}, "center": {"cls_attention"}}.get(
-            self.seed_token, {"cls_attention", "grid"}
-        )
-        return super().idle() | seeds | ({"text", "relevance", "gate"} if textless else set())
+        unread = {"cls_attention"} if self.seed_token not in ("auto", "cls") else set()
+        unread |= {"grid"} if self.seed_token not in ("auto", "center") else set()
+        return super().idle() | unread | ({"text", "relevance", "gate"} if textless else set())
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
         """Positions ``(k,)`` in order of selection.
