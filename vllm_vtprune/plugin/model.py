@@ -1,4 +1,4 @@
-"""What a model class of vLLM's needs to accept pruned images."""
+"""Make a vLLM model class accept pruned images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.items import TakesKeptEmbeddings
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import unpruned
-from vllm_vtprune.plugin.weights import NotesLoads
+from vllm_vtprune.plugin.weights import RecordsLoads
 
 Model = TypeVar("Model", bound=type)
 
 
-class PrunedModel(TakesKeptEmbeddings, NotesLoads):
-    """Mixin before a stock model, which then also accepts images that arrive as the embeddings to prefill."""
+class PrunedModel(TakesKeptEmbeddings, RecordsLoads):
+    """Mixin before a stock model: also accepts pruned images, which arrive as embeddings to prefill."""
 
     _pruning: type[PruningProcessor]
 
@@ -29,13 +29,13 @@ class PrunedModel(TakesKeptEmbeddings, NotesLoads):
 
 
 def processed_by(pruning: type[PruningProcessor]) -> Callable[[Model], Model]:
-    """Decorate a `PrunedModel`: this processor prunes its prompts; configs that cannot be pruned pass unpruned."""
+    """Decorate a `PrunedModel` with the processor that prunes its prompts, or passes them if it cannot prune."""
 
     def register(model: Model) -> Model:
         stock = compat.stock_factories(model)
 
         def build(info: Any, dummy_inputs: Any) -> Any:
-            if pruning.prunes_with(info):
+            if pruning.prunes_engine(info):
                 return pruning(info, dummy_inputs)
             return unpruned(stock.processor, info, dummy_inputs)
 
