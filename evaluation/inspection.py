@@ -173,16 +173,16 @@ def plan_of(
     Raises:
         PolicyError: the model's family lacks what the policy asks for.
     """
-    from vllm_vtprune.plugin.image import plan_alone
+    from vllm_vtprune.plugin.image import plan_image
 
-    return plan_alone(processor, _media(picture.convert("RGB")), policy, query)
+    return plan_image(processor, _media(picture.convert("RGB")), policy, query)
 
 
 def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeatures:
     """What the model's vision encoder makes of an image."""
-    from vllm_vtprune.plugin.image import encode_alone
+    from vllm_vtprune.plugin.image import encode_image
 
-    return encode_alone(processor, _media(picture.convert("RGB")))
+    return encode_image(processor, _media(picture.convert("RGB")))
 
 
 def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:

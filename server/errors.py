@@ -5,8 +5,8 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 
-from vllm_vtprune.plugin.compat import lost_place_of_medium
-from vllm_vtprune.plugin.limits import ImageNotTaken, data_is_missing
+from vllm_vtprune.plugin.compat import placeholder_is_missing
+from vllm_vtprune.plugin.limits import ImageRejected, data_is_missing
 from vllm_vtprune_server.problem import MediaProblem, data_url
 from vllm_vtprune_server.protocol import ImagePart, MediaPart, PruningChatCompletionRequest
 from vllm_vtprune_server.validation import InvalidField
@@ -39,7 +39,7 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
         images: the images of the request.
         error: what rendering the request raised.
     """
-    if isinstance(error, ImageNotTaken):
+    if isinstance(error, ImageRejected):
         param = images[error.index].field
         return InvalidField(f"{param}: {error.reason}; expected an image of another shape.", parameter=param)
     for image in images:
@@ -61,7 +61,7 @@ def explain_truncation(request: PruningChatCompletionRequest, error: Exception) 
     """
     limit = request.truncate_prompt_tokens
     media = request.images or request.other_media
-    if limit is None or not media or not lost_place_of_medium(error):
+    if limit is None or not media or not placeholder_is_missing(error):
         return None
     return InvalidField(
         f"truncate_prompt_tokens: {limit} would cut off an image, a video or audio; expected at least the "

@@ -20,7 +20,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaIO, MediaWithBy
 from vllm.multimodal.media.connector import MODALITY_IO_MAP
 
 from vllm_vtprune import envs
-from vllm_vtprune.plugin.compat.server import ReadsDataUrls, is_too_large, names_setting
+from vllm_vtprune.plugin.compat.server import ReadsDataUrls, is_too_large, limit_message
 from vllm_vtprune.plugin.early import EarlyEncoding, current
 from vllm_vtprune_server import data_urls
 from vllm_vtprune_server.errors import MediaRefused
@@ -139,6 +139,6 @@ def _problem(error: Exception, modality: str, max_bytes: int | None) -> MediaPro
         return too_large(max_bytes, SIZE_SETTINGS[modality])
     if isinstance(error, binascii.Error):
         return MediaProblem("does not hold valid base64")
-    if words := names_setting(error):
+    if words := limit_message(error):
         return MediaProblem(f"could not be loaded: {words}", "a file within that limit")
     return MediaProblem("could not be loaded")

@@ -16,7 +16,7 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_
 from vllm_vtprune import envs
 from vllm_vtprune.placement import GIB, Process, most_on_one_gpu, reserve
 from vllm_vtprune.plugin.compat.server import assigned_gpus
-from vllm_vtprune.plugin.gpu import footprint_of, seen_by_process
+from vllm_vtprune.plugin.gpu import footprint_of, local_process
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.tower import TowerError
 from vllm_vtprune_checkpoints import embedded_checkpoint
@@ -123,8 +123,10 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
         sharing = most_on_one_gpu(envs.device(), api_processes(args))
         if not sharing:
             return
-        need = footprint_of(model_config, processor.family, processor.most_tokens())
-        reservation = reserve(need, processes=sharing, card=current_platform.get_device_total_memory(), given=option)
+        need = footprint_of(model_config, processor.family, processor.max_image_tokens())
+        reservation = reserve(
+            need, processes=sharing, card=current_platform.get_device_total_memory(), operator_gib=option
+        )
     except TowerError as error:
         sys.exit(f"vtprune serve: {error}")
     args.mm_ipc_gpu_memory_gb = reservation.gib
@@ -145,7 +147,7 @@ def api_processes(args: argparse.Namespace) -> list[Process]:
     count, engines = _counts(args)
     ray = "ray" in (args.distributed_executor_backend, args.data_parallel_backend)
     return [
-        seen_by_process(
+        local_process(
             assigned=assigned_gpus(AsyncEngineArgs.from_cli_args(args)),
             rank=rank,
             engines=engines,

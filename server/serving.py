@@ -69,7 +69,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         """
         serving = compat.take_over(cls, stock)
         # Our own kwargs reach the processor through the renderer; clients' kwargs are checked before it sees them.
-        serving.online_renderer = compat.trusting(stock.online_renderer)
+        serving.online_renderer = compat.accept_mm_kwargs(stock.online_renderer)
         serving.processor, serving.runtime = processor, runtime
         serving.policies = policies
         options = None if processor is None else processor.family.options

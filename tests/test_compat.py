@@ -140,8 +140,8 @@ def test_a_lost_place_is_recognised() -> None:
     with pytest.raises(AssertionError) as no_match:
         BaseMultiModalProcessor._matched_updates_from_result(processor, {}, {"image": [None]})
     for error in (no_update, no_place, no_match):
-        assert compat.lost_place_of_medium(error.value)
-    assert not compat.lost_place_of_medium(RuntimeError("out of memory"))
+        assert compat.placeholder_is_missing(error.value)
+    assert not compat.placeholder_is_missing(RuntimeError("out of memory"))
 
 
 def test_a_limit_is_told_with_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +150,11 @@ def test_a_limit_is_told_with_its_setting(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", "100")
     with pytest.raises(ValueError) as too_many:
         ImageMediaIO().load_bytes(file.getvalue())
-    assert "VLLM_MAX_IMAGE_PIXELS" in (server_compat.names_setting(too_many.value) or "")
+    assert "VLLM_MAX_IMAGE_PIXELS" in (server_compat.limit_message(too_many.value) or "")
     assert not server_compat.is_too_large(too_many.value)
     with pytest.raises(ValueError) as no_image:
         ImageMediaIO().load_bytes(b"no image")
-    assert server_compat.names_setting(no_image.value) is None
+    assert server_compat.limit_message(no_image.value) is None
 
 
 def test_a_file_that_is_too_large_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:

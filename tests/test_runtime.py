@@ -93,11 +93,11 @@ def test_forgetting_leaves_no_features(
     forget: Any, runtime: PruningRuntime, copies: Copies, planned: list[VisualFeatures]
 ) -> None:
     features = encode(runtime, "a")
-    assert runtime.first_asked("a", POLICY, "")
+    assert runtime.is_first_request("a", POLICY, "")
     forget(runtime)
     assert runtime.encoder.find("a") is None
     assert runtime.encoder.cache.nbytes == 0
-    assert runtime.first_asked("a", POLICY, ""), "vLLM's caches are empty too"
+    assert runtime.is_first_request("a", POLICY, ""), "vLLM's caches are empty too"
     runtime.plan(features, POLICY, (), "a")
     assert copies[-1] == (HOST, DEVICE)
 

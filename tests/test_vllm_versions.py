@@ -75,7 +75,7 @@ def test_a_release_of_a_tested_version_is_tested(
     with pytest.raises(UntestedVllmError) as refused:
         register()
     assert str(refused.value).startswith(f"vLLM {found} is installed, but vllm-vtprune ")
-    assert "tested with 0.32 and 0.33 alone" in str(refused.value)
+    assert "tested only with 0.32 and 0.33" in str(refused.value)
     assert "VTPRUNE_ANY_VLLM=1" in str(refused.value)
     monkeypatch.setenv("VTPRUNE_ANY_VLLM", "1")
     require_tested_vllm()

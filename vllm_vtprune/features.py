@@ -1,4 +1,4 @@
-"""What a vision tower hands to the pruning core: the visual tokens of one image in two spaces."""
+"""The visual tokens of one image, before and after the projector, and their layout."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 from vllm_vtprune.lazy import Tensor, torch
 
 Box: TypeAlias = tuple[float, float, float, float]
-"""A part of an image: top, left, bottom and right, as shares of its height and width."""
+"""A part of an image: top, left, bottom, right, as fractions of its height and width."""
 
 EMBED = -1
-"""Among the ids of the tokens that stand in a prompt for an image, those that stand for one of its tokens."""
+"""In the ids of an image's placeholder: a visual token."""
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raise a ValueError unless all ``values`` are finite in float32; reads them once, through their sum."""
+    """Raise a ValueError unless all ``values`` are finite in float32. One pass, through their sum."""
     values = values.float() if values.dtype == torch.float64 else values
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
     if not torch.isfinite(total) and not torch.isfinite(values).all():  # a sum of finite values may overflow
@@ -29,13 +29,11 @@ class Tiles:
     """Which tile every token belongs to, for models that cut an image into tiles.
 
     Attributes:
-        ids: ``(N,)`` int64 index of the token's tile in ``grids``; the tokens of a tile stand in raster order.
+        ids: ``(N,)`` int64 index of the token's tile in ``grids``; tokens of a tile are in raster order.
         grids: rows and columns of each tile, in tokens.
-        boxes: the part of the image that each tile shows. None in the place of a box for the overview. Empty where it
-            is not known.
-        canvas: rows and columns, in tokens, of the one map that all tiles beside the overview form together, for models
-            that put its tokens into one raster, after those of the overview. Either may be 0. None where the tiles
-            stand one after the other.
+        boxes: the part of the image that each tile shows, None for the overview. Empty if unknown.
+        canvas: rows and columns, in tokens, of the map that all tiles but the overview form, for models that read it as
+            one raster after the overview. Either may be 0. None if tiles are read one after the other.
     """
 
     ids: Tensor
@@ -45,33 +43,33 @@ class Tiles:
 
     @property
     def overview(self) -> int | None:
-        """The tile that shows the whole image; None where there is none, or it is not known which."""
+        """Index of the tile that shows the whole image; None if there is none or it is unknown."""
         overviews = [i for i, box in enumerate(self.boxes) if box is None]
         return overviews[0] if len(overviews) == 1 else None
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How the tokens of an image lie, in the order in which the language model reads them.
+    """The layout of an image's N visual tokens, in the order in which the language model reads them.
 
     Attributes:
-        patches: how many the encoder computes for the image.
-        grid, tiles: as of `VisualFeatures`.
-        sources: ``(N,)`` int64, for each token the row of the connector's input that it comes from, among those of the
-            image. None where they have the same order.
-        scaled: rows and columns of the canvas that ``sources`` gives instead of that of ``tiles``, to which the model
-            scales it after the connector (bilinear). None where each token comes from one row.
-        places: ``(N,)`` int64, for each token the row of the model's embeddings of the image that it is; the other rows
-            are newlines. None where all rows are tokens.
-        prompt: as of `VisualFeatures`.
+        patches: patches that the encoder computes for the image.
+        grid, tiles: see `VisualFeatures`.
+        connector_rows: ``(N,)`` int64 index of each token's row in the image's connector input. None if the
+            order is the same.
+        connector_canvas: rows and columns of the canvas in the connector input, if the model resizes it (bilinear) to
+            ``tiles.canvas`` after the connector; ``connector_rows`` then indexes this canvas. Else None.
+        embed_rows: ``(N,)`` int64 index of each token's row in the model's embeddings of the image; other rows are
+            newlines. None if all rows are tokens.
+        prompt: see `VisualFeatures`.
     """
 
     patches: int
     grid: tuple[int, int] | None = None
     tiles: Tiles | None = None
-    sources: Tensor | None = None
-    scaled: tuple[int, int] | None = None
-    places: Tensor | None = None
+    connector_rows: Tensor | None = None
+    connector_canvas: tuple[int, int] | None = None
+    embed_rows: Tensor | None = None
     prompt: tuple[int, ...] | None = None
 
     @property
@@ -96,7 +94,7 @@ class Layout:
             tiles = self.tiles
             values["tiles"] = {field.name: getattr(tiles, field.name) for field in fields(tiles)}
             values["tiles"]["ids"] = tiles.ids.tolist()
-        for name in ("sources", "places"):
+        for name in ("connector_rows", "embed_rows"):
             values[name] = None if values[name] is None else values[name].tolist()
         return values
 
@@ -107,7 +105,7 @@ class Layout:
         if values["tiles"] is not None:
             tiles = {name: _as_tuple(value) for name, value in values["tiles"].items()}
             loaded["tiles"] = Tiles(**{**tiles, "ids": torch.tensor(tiles["ids"])})
-        for name in ("sources", "places"):
+        for name in ("connector_rows", "embed_rows"):
             loaded[name] = None if values[name] is None else torch.tensor(values[name])
         return cls(**loaded)
 
@@ -129,11 +127,11 @@ def _as_tuple(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """One image as the image processor of its model leaves it.
+    """One preprocessed image.
 
     Attributes:
-        item: vLLM's, with the fields that the model takes.
-        layout: how the image's tokens will lie.
+        item: vLLM's item, with the model's input fields.
+        layout: layout of its visual tokens.
     """
 
     item: Any
@@ -145,23 +143,21 @@ class VisualFeatures:
     """The ``N`` visual tokens of one image.
 
     Attributes:
-        encoder: ``(N, d_v)`` patch features at the encoder layer that feeds the projector, CLS removed: the space in
-            which spectral energy is measured.
-        embeds: ``(N, d)`` the same tokens after the projector, in the language model's input space: the space in which
-            tokens are selected.
-        grid: rows and columns in tokens, row-major; ``H * W == N``. None where the tokens form no single grid.
+        encoder: ``(N, d_v)`` projector input, CLS removed. Spectral energy is measured in this space.
+        embeds: ``(N, d)`` projector output, in the language model's input space. Tokens are selected in this space.
+        grid: rows and columns in tokens, row-major; ``H * W == N``. None if the tokens form no single grid.
         tiles: tile of every token, for tiled models.
         cls_attention: ``(N,)`` attention from the encoder's CLS token, mean over heads.
         overview_attention: ``(n,)`` early-layer CLS attention of the overview tile of a tiled model.
-        newline: ``(d + p,)`` what the model puts after each row of ``tiles.canvas``; None where it puts nothing there.
-        deepstack: ``(N, p)`` what deeper layers of the language model read of each token, which goes where the token
-            goes; no method looks at it.
-        keys: ``(N, d_k)`` keys of the same encoder layer, mean over heads, for the methods that merge by them.
-        prompt: ids of what stands in a prompt for the image, `EMBED` for each of its N tokens. None where that is the
-            same for all images but for their number of tokens.
+        newline: ``(d + p,)`` embedding after each row of ``tiles.canvas``; None if there is none.
+        deepstack: ``(N, p)`` inputs of deeper layers of the language model (DeepStack); kept with the token, not used
+            by any method.
+        keys: ``(N, d_k)`` keys of the same encoder layer, mean over heads, for methods that merge by them.
+        prompt: ids of the image's placeholder, `EMBED` for each of the N tokens. None if placeholders of all images
+            differ only in N.
 
     Raises:
-        ValueError: when shapes or types contradict each other; the message names the field.
+        ValueError: shapes or types contradict each other; the message names the field.
     """
 
     encoder: Tensor
@@ -190,7 +186,7 @@ class VisualFeatures:
         if self.grid is not None and (min(self.grid) < 1 or prod(self.grid) != n):
             raise ValueError(f"grid {self.grid} does not hold {n} tokens")
         if self.prompt is not None and self.prompt.count(EMBED) != n:
-            raise ValueError(f"prompt has places for {self.prompt.count(EMBED)} tokens, but embeds has {n}")
+            raise ValueError(f"prompt has {self.prompt.count(EMBED)} placeholder tokens, but embeds has {n}")
         if self.tiles is not None and self.tiles.ids.shape != (n,):
             raise ValueError(f"tiles.ids must have shape ({n},), got {tuple(self.tiles.ids.shape)}")
         if self.tiles is not None and self.tiles.boxes and len(self.tiles.boxes) != len(self.tiles.grids):
@@ -211,9 +207,9 @@ class VisualFeatures:
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of each plane on which tokens are neighbours; empty where they have no known place.
+        """Rows and columns of each plane of neighbouring tokens: image, each tile, or overview and canvas.
 
-        That is the whole image, or each tile, or the overview and the map that the other tiles form.
+        Empty if positions are unknown.
         """
         return planes_of(self.grid, self.tiles)
 
@@ -226,28 +222,25 @@ class VisualFeatures:
 
     @property
     def boxes(self) -> tuple[Box | None, ...]:
-        """The part of the image that each plane of ``grids`` shows; None for the overview beside others.
-
-        Where it is not known, the whole image.
-        """
-        whole: Box = (0.0, 0.0, 1.0, 1.0)
+        """The part of the image that each plane of ``grids`` shows: None for the overview, the image if unknown."""
+        image: Box = (0.0, 0.0, 1.0, 1.0)
         if self.tiles is not None and self.tiles.canvas is not None:
-            return (None, whole)[: len(self.grids)]
+            return (None, image)[: len(self.grids)]
         boxes = () if self.tiles is None else self.tiles.boxes
-        return boxes or (whole,) * len(self.grids)
+        return boxes or (image,) * len(self.grids)
 
     @property
     def overview(self) -> Tensor | None:
-        """``(n,)`` positions of the overview's tokens, of an image that has one beside other tiles."""
+        """``(n,)`` indices of the overview's tokens; None unless there are other tiles."""
         if self.tiles is None or self.tiles.overview is None or len(self.tiles.grids) == 1:
             return None
         return (self.tiles.ids == self.tiles.overview).nonzero()[:, 0]
 
     def planes(self) -> list[tuple[Tensor, tuple[int, int]]]:
-        """For each of ``grids`` the positions ``(H * W,)`` of its tokens in raster order, and ``(H, W)``.
+        """For each of ``grids``: token indices ``(H * W,)`` in raster order, and ``(H, W)``.
 
         Raises:
-            ValueError: when a tile has another number of tokens than its grid.
+            ValueError: a tile's token count does not match its grid.
         """
         if self.tiles is None:
             return [(torch.arange(self.num_tokens, device=self.embeds.device), grid) for grid in self.grids]
@@ -265,15 +258,14 @@ class VisualFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the tensors hold; one that serves as two fields (``encoder`` and ``embeds``) counts once."""
-        held = {id(t): t.nbytes for t in self._tensors().values()}
-        return sum(held.values()) + (self.tiles.ids.nbytes if self.tiles is not None else 0)
+        """Bytes of all tensors; a tensor shared by ``encoder`` and ``embeds`` counts once."""
+        sizes = {id(t): t.nbytes for t in self._tensors().values()}
+        return sum(sizes.values()) + (self.tiles.ids.nbytes if self.tiles is not None else 0)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> VisualFeatures:
-        """The same features on ``device``; a tensor that serves as two fields is moved once.
+        """Move all tensors to ``device``; a shared tensor is moved once.
 
-        With ``non_blocking``, as PyTorch does it: to the CPU through pinned memory, and only after the GPU was waited
-        for are they there.
+        ``non_blocking`` is PyTorch's: copies to the CPU use pinned memory and are complete after synchronisation.
         """
         moved: dict[int, Tensor] = {}
         for tensor in self._tensors().values():

@@ -143,7 +143,7 @@ class PruningRuntime:
         if hits:
             metrics.FEATURE_CACHE_HITS.labels(self.model_name).inc(hits)
 
-    def first_asked(self, key: str, policy: PruningPolicy, text: str) -> bool:
+    def is_first_request(self, key: str, policy: PruningPolicy, text: str) -> bool:
         """Whether nobody has asked this before for an image under the policy and, where it looks at it, the text."""
         asked = (key, policy.selection_digest(), text if policy.conditions_on_text else "")
         question = sha256(repr(asked).encode("utf-8", "surrogatepass")).hexdigest()  # texts may be long

@@ -25,7 +25,7 @@ from vllm.plugins import load_general_plugins
 
 from vllm_vtprune.plugin import vision
 from vllm_vtprune.plugin.compat import loading
-from vllm_vtprune.plugin.family import of_language_model
+from vllm_vtprune.plugin.family import in_language_model
 from vllm_vtprune.token_table import NAMES
 from vllm_vtprune_checkpoints import FAMILIES, write_checkpoint
 from vllm_vtprune_checkpoints.writing import released
@@ -190,17 +190,17 @@ def in_memory(model_config: Any) -> Shapes:
     """What transformers has beside the language model."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(model_config.hf_config)
-    return {name: tuple(its.shape) for name, its in model.named_parameters() if not of_language_model(name)}
+    return {name: tuple(its.shape) for name, its in model.named_parameters() if not in_language_model(name)}
 
 
 def assert_consumed_once(model_config: Any, tensors: Shapes, unread: str) -> None:
     """By vLLM's model, each parameter of which they fill: its loaders compare shapes."""
     config = vision._encoder_only(model_config, torch.device("cpu"))
-    with set_current_vllm_config(config), loading.rotary_embeddings_of_its_own():
-        vision._join_world_of_one()
+    with set_current_vllm_config(config), loading.private_rotary_embeddings():
+        vision._init_single_process_group()
         with torch.device("meta"):
             model = initialize_model(vllm_config=config)
-            vision._leave_out_heads(model)
+            vision._remove_heads(model)
             loaded = model.load_weights([(name, torch.empty(shape)) for name, shape in tensors.items()])
     parameters = dict(model.named_parameters())
     held = parameters | {name: its for name, its in model.named_buffers() if name in loaded}  # the others are computed
@@ -267,7 +267,7 @@ def test_vllm_consumes_each_released_tensor_once(name: str, tmp_path: Path) -> N
     checkpoint = writer.make(size, **options)
     tensors: dict[str, tuple[int, ...]] = {}
     for tensor, shape in checkpoint.shapes().items():
-        if not of_language_model(tensor):
+        if not in_language_model(tensor):
             known = tensors.get(released(tensor, checkpoint.names))  # of those that are joined
             tensors[released(tensor, checkpoint.names)] = shape if known is None else (known[0] + shape[0], *shape[1:])
     assert_consumed_once(model_config, tensors, unread)

@@ -169,8 +169,8 @@ def in_gib(size: int) -> str:
 
 
 def test_what_is_given_is_kept_where_it_holds_the_encoders() -> None:
-    assert reserve(QWEN, processes=1, card=24 * GIB, given=20.0) == Reservation(20.0)
-    few = reserve(QWEN, processes=1, card=80 * GIB, given=3.0)
+    assert reserve(QWEN, processes=1, card=24 * GIB, operator_gib=20.0) == Reservation(20.0)
+    few = reserve(QWEN, processes=1, card=80 * GIB, operator_gib=3.0)
     assert few.gib == 3.0
     assert "--mm-ipc-gpu-memory-gb=3 reserves less" in few.warning
     assert f"Set --mm-ipc-gpu-memory-gb to {in_gib(QWEN.total)}" in few.warning
@@ -181,7 +181,7 @@ def test_what_does_not_hold_the_weights_is_refused_with_both_numbers(given: floa
     least, most = in_gib(processes * LLAVA.least), in_gib(processes * LLAVA.total)
     problem = f"--mm-ipc-gpu-memory-gb={given:g} does not hold .*; expected {least} or more, and {most} for the largest"
     with pytest.raises(TowerError, match=problem):
-        reserve(LLAVA, processes=processes, card=80 * GIB, given=given)
+        reserve(LLAVA, processes=processes, card=80 * GIB, operator_gib=given)
 
 
 def test_torch_may_allocate_what_the_context_leaves() -> None:

@@ -121,7 +121,7 @@ def test_the_engine_leaves_room_for_the_vision_encoder_of_its_replica(tmp_path: 
     processor = MULTIMODAL_REGISTRY.create_processor(config)
     need = footprint_of(config, processor.family, processor.info.get_max_image_tokens())
     given = config.get_multimodal_config().mm_ipc_gpu_memory_gb
-    assert reserve(need, processes=1, card=80 * GIB, given=given).warning == ""
+    assert reserve(need, processes=1, card=80 * GIB, operator_gib=given).warning == ""
 
 
 def test_it_says_what_ray_must_be_started_with_and_the_image_does_so() -> None:

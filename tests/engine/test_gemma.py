@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 from tests.support.images import sample_images
 from vllm_vtprune.plugin import vision
 from vllm_vtprune.plugin.family import parameters_in_transformers
-from vllm_vtprune.plugin.limits import NotTaken
+from vllm_vtprune.plugin.limits import InputRejected
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor
 from vllm_vtprune.policy import PolicyError
@@ -143,14 +143,14 @@ def test_an_engine_that_crops_images_prunes_nothing(gemma3: Path, nest: Callable
 
 @pytest.mark.parametrize("nest", [dict, lambda **options: {"images_kwargs": options}], ids=["flat", "nested"])
 def test_a_request_cannot_have_images_cropped(gemma3: Path, nest: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(NotTaken, match="do_pan_and_scan"):
+    with pytest.raises(InputRejected, match="do_pan_and_scan"):
         processed(processor_of(gemma3), "<start_of_image>", [5], **nest(do_pan_and_scan=True))
 
 
 def test_a_request_may_ask_for_more_tokens(small: Path) -> None:
     [report] = processed(processor_of(small), "<|image|>", [40], max_soft_tokens=140)[REPORT_KEY].images
     assert (report.kept_tokens, report.visual_tokens) == (40, 121)
-    with pytest.raises(NotTaken, match="mm_processor_kwargs"):
+    with pytest.raises(InputRejected, match="mm_processor_kwargs"):
         processed(processor_of(small), "<|image|>", [40], max_soft_tokens=71)
 
 

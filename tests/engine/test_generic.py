@@ -104,7 +104,7 @@ E = EMBED
 
 
 @pytest.mark.parametrize(
-    ("tokens", "embeds", "ids", "is_run"),
+    ("tokens", "embeds", "ids", "is_contiguous"),
     [
         ([7, 7, 7], None, (E, E, E), True),
         ([1, 7, 7, 2], [7], (1, E, E, 2), True),
@@ -114,7 +114,7 @@ E = EMBED
     ],
 )
 def test_what_stands_for_an_image_is_read_off_vllm_s_own(
-    tokens: list[int], embeds: list[int] | None, ids: tuple[int, ...] | None, is_run: bool
+    tokens: list[int], embeds: list[int] | None, ids: tuple[int, ...] | None, is_contiguous: bool
 ) -> None:
     content = PromptUpdateDetails(tokens) if embeds is None else PromptUpdateDetails.select_token_ids(tokens, embeds)
     placeholder = Placeholder.of(content)
@@ -124,10 +124,10 @@ def test_what_stands_for_an_image_is_read_off_vllm_s_own(
     assert placeholder == Placeholder(7, ids)
     assert Placeholder.of(placeholder.content()) == placeholder
     assert placeholder.content().full == tokens
-    kept = placeholder.keeping(torch.tensor([1]))
+    kept = placeholder.prune(torch.tensor([1]))
     assert kept.ids == tuple(token for place, token in enumerate(ids) if token != E or place == ids.index(E) + 1)
-    assert placeholder.is_run == is_run
-    if is_run:
+    assert placeholder.is_contiguous == is_contiguous
+    if is_contiguous:
         assert placeholder.resized(1) == kept
         assert placeholder.resized(5).num_embeds == 5
 

@@ -27,7 +27,7 @@ from vllm_vtprune.plugin.compat import without_items
 from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.loads import Load, LoadNotes
 from vllm_vtprune.plugin.request import REPORT_KEY, PromptPruning
-from vllm_vtprune.plugin.weights import NotesLoads, WeightsElsewhere
+from vllm_vtprune.plugin.weights import RecordsLoads, WeightsNotInCheckpoint
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 
@@ -194,7 +194,7 @@ def test_after_a_load_nothing_of_the_old_weights_is_left(tmp_path: Path) -> None
     [image] = sample_images(1)
     before = process(processor, [image], uuids=["one"])
     encoding = processor.runtime.encoder.find("one")
-    early = asked_of(processor, encoding=encoding, encoded_as=("one", processor.runtime.generation))
+    early = asked_of(processor, encoding=encoding, early_key=("one", processor.runtime.generation))
 
     LoadNotes(str(old)).add(Load(str(new), from_checkpoint=True))
     expected = process(processor_of(new), [image], uuids=["one"])
@@ -213,7 +213,7 @@ def test_weights_that_are_in_no_checkpoint_prune_nothing(tmp_path: Path) -> None
     process(processor, [image])
     LoadNotes(str(checkpoint)).add(Load(str(checkpoint), from_checkpoint=False))
     for _ in range(2):
-        with pytest.raises(WeightsElsewhere, match="reload_weights"):
+        with pytest.raises(WeightsNotInCheckpoint, match="reload_weights"):
             process(processor, [image])
     assert counts(process(processor, [image], False)) == [576]
     LoadNotes(str(checkpoint)).add(Load(str(checkpoint), from_checkpoint=True))
@@ -230,7 +230,7 @@ class Stock(torch.nn.Module):
         return {name for name, _ in weights}
 
 
-class Noting(NotesLoads, Stock):
+class Noting(RecordsLoads, Stock):
     """As the classes that the plugin registers."""
 
 

@@ -26,7 +26,7 @@ from vllm_vtprune.plugin.families.internvl_chat import PrunedInternVLChatProcess
 from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune.plugin.families.llava_next import anyres
 from vllm_vtprune.plugin.image import preprocess
-from vllm_vtprune.plugin.vision import scaled
+from vllm_vtprune.plugin.reading import resize_canvas
 from vllm_vtprune_checkpoints import write_checkpoint
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -59,13 +59,13 @@ def test_anyres_is_what_transformers_packs(size: tuple[int, int]) -> None:
     rows = packed[:, 0].long()
 
     assert layout.patches == numbered.numel()
-    assert torch.equal(layout.sources, rows[rows != NEWLINE])
-    assert torch.equal(layout.places, (rows != NEWLINE).nonzero()[:, 0])
+    assert torch.equal(layout.connector_rows, rows[rows != NEWLINE])
+    assert torch.equal(layout.embed_rows, (rows != NEWLINE).nonzero()[:, 0])
     tiles = layout.tiles
     assert tiles is not None
     assert tiles.canvas is not None
     assert (tiles.overview, tiles.grids[0], tiles.canvas[0]) == (0, (LENGTH, LENGTH), int((rows == NEWLINE).sum()))
-    squares = layout.sources // LENGTH**2
+    squares = layout.connector_rows // LENGTH**2
     assert torch.equal(tiles.ids, squares.unique(return_inverse=True)[1])
     assert tiles.ids.bincount().tolist() == [prod(grid) for grid in tiles.grids]
     areas = [(bottom - top) * (right - left) for top, left, bottom, right in filter(None, tiles.boxes)]
@@ -89,7 +89,7 @@ def ranks(values: torch.Tensor) -> torch.Tensor:
 def test_anyres_scales_as_transformers_does(size: tuple[int, int]) -> None:
     """LLaVA-OneVision's canvas of more than 9 squares, in patches that are numbered by row and by column."""
     side = 27
-    layout = anyres(size, pinpoints=tuple(SQUARES), image_size=378, side=side, most=9)
+    layout = anyres(size, pinpoints=tuple(SQUARES), image_size=378, side=side, max_squares=9)
     down, across = get_anyres_image_grid_shape(size, [list(point) for point in SQUARES], 378)
     vision = SimpleNamespace(image_size=378, patch_size=14)
     model: Any = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=SQUARES))
@@ -100,15 +100,15 @@ def test_anyres_scales_as_transformers_does(size: tuple[int, int]) -> None:
     [packed], _ = LlavaOnevisionModel.pack_image_features(model, [given_patches], torch.tensor([size]), newline)
     is_token = ~packed.isnan().any(dim=1)
 
-    assert layout.places is not None
+    assert layout.embed_rows is not None
     assert layout.tiles is not None
     assert layout.tiles.canvas is not None
-    assert layout.sources is not None
+    assert layout.connector_rows is not None
     assert layout.patches == given_patches.shape[0] * side**2
-    assert torch.equal(layout.places, is_token.nonzero()[:, 0])
+    assert torch.equal(layout.embed_rows, is_token.nonzero()[:, 0])
     assert layout.tiles.canvas[0] == int((~is_token).sum())
-    values = given_patches.flatten(0, 1)[layout.sources]
-    values = values if layout.scaled is None else scaled(values, layout)
+    values = given_patches.flatten(0, 1)[layout.connector_rows]
+    values = values if layout.connector_canvas is None else resize_canvas(values, layout)
     torch.testing.assert_close(values, packed[is_token])
     middles = (packed[is_token][side**2 :] + 0.5) / side
     clear = ((middles - middles.round()).abs() > 1e-4).all(dim=1)  # of the seam of two squares
@@ -128,13 +128,13 @@ def test_the_papers_2880_tokens() -> None:
 @pytest.mark.parametrize("thumbnail", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 2), (3, 2), (12, 1)])
 def test_tiles_and_their_thumbnail(rows: int, columns: int, thumbnail: bool) -> None:
-    layout = tiled(rows, columns, patches=6, across=2, thumbnail=thumbnail)
+    layout = tiled(rows, columns, patches=6, merge=2, thumbnail=thumbnail)
     if rows * columns == 1:
         assert (layout.patches, layout.grid, layout.tiles) == (36, (3, 3), None)
         return
     total = rows * columns + thumbnail
     tiles = layout.tiles
-    assert layout.grid is layout.sources is layout.places is None
+    assert layout.grid is layout.connector_rows is layout.embed_rows is None
     assert layout.patches == total * 36
     assert tiles is not None
     assert tiles.ids.tolist() == [tile for tile in range(total) for _ in range(9)]
@@ -166,7 +166,7 @@ def test_layouts_count_the_placeholders_of_the_stock_processor(processor: Any, s
     result = processor.apply(ProcessorInputs(prompt, items), TimingContext())
     [place] = result["mm_placeholders"]["image"]
     assert count(layout) == place.get_num_embeds()
-    assert count(layout) <= processor.most_tokens()
+    assert count(layout) <= processor.max_image_tokens()
 
 
 def count(layout: Layout) -> int:
@@ -174,7 +174,7 @@ def count(layout: Layout) -> int:
     if layout.grid is not None:
         return prod(layout.grid)
     assert layout.tiles is not None
-    newlines = 0 if layout.places is None or layout.tiles.canvas is None else layout.tiles.canvas[0]
+    newlines = 0 if layout.embed_rows is None or layout.tiles.canvas is None else layout.tiles.canvas[0]
     return len(layout.tiles.ids) + newlines
 
 
@@ -232,4 +232,4 @@ def test_windows_are_undone(processor: Any, rows: int, columns: int) -> None:
     given_at = {place: index for index, place in enumerate(order)}
     assert layout.grid == (rows, columns)
     assert layout.patches == 4 * rows * columns
-    assert layout.sources.tolist() == [given_at[row, column] for row in range(rows) for column in range(columns)]
+    assert layout.connector_rows.tolist() == [given_at[row, column] for row in range(rows) for column in range(columns)]

@@ -20,9 +20,9 @@ from vllm.plugins import load_general_plugins
 from tests.support.families import Chat, Turn
 from tests.support.images import sample_images
 from vllm_vtprune.families import ARCHITECTURES, FAMILIES
-from vllm_vtprune.plugin.image import encode_alone
+from vllm_vtprune.plugin.image import encode_image
 from vllm_vtprune.plugin.items import KEPT_EMBEDS
-from vllm_vtprune.plugin.positions import KeepsPositions
+from vllm_vtprune.plugin.positions import UnprunedPositions
 from vllm_vtprune_checkpoints import write_checkpoint
 
 M_ROPE = ("glm4v", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
@@ -33,7 +33,7 @@ TURNS = [Turn("What is it?", 2), Turn("And this?", 1), Turn("Compare them.")]
 def test_every_family_with_such_positions_is_here() -> None:
     for name, architectures in FAMILIES.items():
         for architecture in architectures:
-            assert issubclass(pkgutil.resolve_name(ARCHITECTURES[architecture]), KeepsPositions) == (name in M_ROPE)
+            assert issubclass(pkgutil.resolve_name(ARCHITECTURES[architecture]), UnprunedPositions) == (name in M_ROPE)
 
 
 @pytest.fixture(scope="module", params=M_ROPE)
@@ -88,7 +88,7 @@ def test_each_token_stands_where_it_does_unpruned(
     for index, (place, item) in enumerate(
         zip(whole["mm_placeholders"]["image"], pruned["mm_kwargs"]["image"], strict=True)
     ):
-        embeds = encode_alone(processor, items["image"].get(index)).embeds
+        embeds = encode_image(processor, items["image"].get(index)).embeds
         left += [torch.arange(read, place.offset), place.offset + kept(item, embeds)]
         read = place.offset + place.length
     left.append(torch.arange(read, len(whole["prompt_token_ids"])))

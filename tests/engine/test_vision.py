@@ -36,8 +36,8 @@ from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import vision
-from vllm_vtprune.plugin.family import DynamicResolution, of_language_model
-from vllm_vtprune.plugin.image import encode_alone, preprocess, warm_up
+from vllm_vtprune.plugin.family import DynamicResolution, in_language_model
+from vllm_vtprune.plugin.image import encode_image, preprocess, warm_up
 from vllm_vtprune.plugin.vision import Encoder
 from vllm_vtprune.selectors.registry import METHODS, SELECTORS
 from vllm_vtprune.sequence import sequence, sequence_length
@@ -355,7 +355,7 @@ def test_what_feeds_the_connector_belongs_to_its_token(
 ) -> None:
     """Where tokens are scaled, `tests/engine/test_layouts.py` has it."""
     for features, expected, image in zip(found, references, images, strict=True):
-        if image.layout.scaled is not None:
+        if image.layout.connector_canvas is not None:
             continue
         sources = expected.sources(features)
         assert len(sources.unique()) == features.num_tokens
@@ -397,7 +397,7 @@ def test_grids_and_tiles(
             assert rows == columns or (rows > columns) == (picture.height > picture.width)
             continue
         assert features.grid is None
-        if image.layout.scaled is not None:
+        if image.layout.connector_canvas is not None:
             continue
         pixels = squares_of(image)
         squares = expected.sources(features) // (len(expected.outputs) // len(pixels))
@@ -457,7 +457,7 @@ def test_every_method_takes_these_features(processor: Any, found: Sequence[Visua
 
 def test_a_blank_image_can_be_encoded(processor: Any) -> None:
     warm_up(processor)
-    assert encode_alone(processor, MediaWithBytes(Image.new("RGB", (64, 64)), b"")).num_tokens > 1
+    assert encode_image(processor, MediaWithBytes(Image.new("RGB", (64, 64)), b"")).num_tokens > 1
 
 
 def test_the_vision_encoder_is_all_that_is_held(tower: Encoder, model: Any, row: Row, readable: Path) -> None:
@@ -465,7 +465,7 @@ def test_the_vision_encoder_is_all_that_is_held(tower: Encoder, model: Any, row:
     rows, deepstack = image_features(model, row, readable, PICTURES[0])
     (rows.sum() + (0 if deepstack is None else deepstack.sum())).backward()
     used = {name: weights for name, weights in model.named_parameters() if weights.grad is not None}
-    assert not any(map(of_language_model, used))
+    assert not any(map(in_language_model, used))
     assert tower.num_parameters == sum(weights.numel() for weights in used.values())
     assert tower.nbytes == 4 * tower.num_parameters
     assert tower.weights == "checkpoint"

@@ -69,5 +69,5 @@ def test_the_engine_of_the_other_node_answers_pruned_requests(head: Server) -> N
 
 
 def test_a_headless_node_loads_no_encoder_of_ours(head: Server, node_log: Path) -> None:
-    assert "Frontend vision tower loaded" in head.log.read_text(errors="replace")
-    assert "Frontend vision tower loaded" not in node_log.read_text(errors="replace")
+    assert "Vision encoder loaded" in head.log.read_text(errors="replace")
+    assert "Vision encoder loaded" not in node_log.read_text(errors="replace")

@@ -28,7 +28,7 @@ from vllm_vtprune_server.process import running_server
 pytestmark = pytest.mark.engine
 
 THINGS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
-TOWER_LOADED = "Frontend vision tower loaded"
+TOWER_LOADED = "Vision encoder loaded"
 STOPPED_WITHIN = 60  # seconds
 
 

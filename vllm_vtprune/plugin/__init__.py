@@ -1,1 +1,1 @@
-"""Everything that imports vLLM, except the server: the plugin entry point, processors and model subclasses."""
+"""All code that imports vLLM, except the server: plugin entry point, processors, model subclasses."""

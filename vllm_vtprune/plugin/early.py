@@ -1,8 +1,8 @@
-"""Encoding the images of a chat request from the moment when they are decoded.
+"""Start encoding a chat request's images as soon as they are decoded.
 
-vLLM hands a request to its multimodal processor when all of its images are there and all earlier requests are done
-with. Whoever decodes an image (the media connector) asks the `EarlyEncoding` of the request that it serves to start, so
-that images of several requests are encoded together and are ready when the processor needs them.
+vLLM calls the multimodal processor only when all images of a request are decoded and earlier requests are processed.
+The media connector calls `EarlyEncoding.start` for each decoded image, so images of several requests share a batch and
+are ready when the processor needs them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vllm_vtprune.text import read_prompt
 
 
 class EarlyEncoding:
-    """The images of one request that are encoded before its turn comes.
+    """Early encoding of one request's images.
 
-    A context: within it, `current` gives this object to whoever decodes images for the request. What has not begun
-    when the context ends (the client left, another image was refused) is not encoded.
+    A context manager: within it, `current` returns this object. On exit, encodings that have not begun are cancelled
+    (the client disconnected, or another image was rejected).
 
     Args:
-        processor: the one that will process the request in this process.
-        images: those of the request; the ones of which no tokens are chosen are left alone.
-        hf_kwargs: of the request, for the HF processor.
+        processor: the processor of this process.
+        images: the request's images; those whose policy selects no tokens are skipped.
+        hf_kwargs: the request's options for the HF processor.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class EarlyEncoding:
     def start(
         self, url: str, media: MediaWithBytes[Image.Image], media_io_kwargs: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Have an image encoded, and its text read, if the request prunes it. May take as long as preprocessing does.
+        """Preprocess an image in this thread, submit it to the encoder, and parse its text, if the request prunes it.
 
-        An image that was seen under the same policy and text is left to the processor: vLLM's cache most likely holds
-        what was made of it, and its features may be forgotten.
+        Skips an image that was requested before with the same policy and text: vLLM's processor cache probably holds
+        its pruned item, and its features may have left the feature cache.
 
         Args:
-            url: where it came from.
-            media: the image, decoded.
-            media_io_kwargs: how it was decoded.
+            url: the image's URL.
+            media: the decoded image.
+            media_io_kwargs: the decoder's options.
         """
         with self._lock:
             expected = self._expected.get(url)
@@ -78,7 +78,7 @@ class EarlyEncoding:
         processor, runtime = self._processor, self._processor.runtime
         generation = runtime.generation
         key = feature_key(processor, media, image.uuid, self._hf_kwargs, media_io_kwargs)
-        if not runtime.first_asked(key, image.policy, image.text):
+        if not runtime.is_first_request(key, image.policy, image.text):
             return
         encoder = runtime.encoder
         encoding = encoder.find(key)
@@ -86,14 +86,14 @@ class EarlyEncoding:
             try:
                 with set_default_torch_num_threads():
                     prepared = preprocess(processor, media, self._hf_kwargs)
-            except Exception:  # what is wrong is told when the request is processed
+            except Exception:  # the processor meets the same error and reports it
                 return
             encoding = encoder.submit(key, prepared)
         if image.policy.conditions_on_text:
             options = image.policy.text
-            read_prompt(image.text, options.clean, options.modifiers)  # it is remembered, for the processor
+            read_prompt(image.text, options.clean, options.modifiers)  # memoised for the processor
         with self._lock:
-            image.encoding, image.encoded_as = encoding, (key, generation)
+            image.encoding, image.early_key = encoding, (key, generation)
             if self._closed.is_set():
                 encoding.cancel()
 
@@ -102,5 +102,5 @@ _current: ContextVar[EarlyEncoding | None] = ContextVar("early_encoding", defaul
 
 
 def current() -> EarlyEncoding | None:
-    """That of the request which this task serves; None for requests that prune nothing."""
+    """The early encoding of the request that this task serves; None if it prunes nothing."""
     return _current.get()

@@ -1,4 +1,4 @@
-"""What the plugin must know of a model family, beside what its processor says of images."""
+"""The static facts about a model family: where its encoder is read, and what requests may set."""
 
 from __future__ import annotations
 
@@ -18,68 +18,65 @@ from vllm_vtprune.selectors.method import Input
 from vllm_vtprune.selectors.resize import largest_area
 
 
-def one(config: Any) -> int:
-    """For encoders whose patches are tokens."""
+def unmerged(config: Any) -> int:
+    """`Family.merge` of encoders with one token per patch."""
     return 1
 
 
 def first_argument(module: nn.Module, states: Tensor, *others: Any) -> Tensor:
-    """For modules that are given the rows as they are."""
+    """`Family.rows` of connectors that take one row per patch or token."""
     return states
 
 
-def none(config: Any) -> int:
-    """For families that lack something."""
+def zero(config: Any) -> int:
+    """0 for every config."""
     return 0
 
 
-def of_language_model(name: str) -> bool:
-    """Whether a parameter of a model in transformers belongs to its language model."""
+def in_language_model(name: str) -> bool:
+    """Whether a parameter of a transformers model belongs to its language model."""
     return "language_model." in name or "text_model." in name or name.startswith("lm_head.")
 
 
 def parameters_in_transformers(config: PretrainedConfig) -> int:
-    """Parameters of the vision encoder and the connector, counted in transformers' model without allocating it."""
+    """Parameter count of encoder and connector, from transformers' model on the meta device."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    return sum(weights.numel() for name, weights in model.named_parameters() if not of_language_model(name))
+    return sum(weights.numel() for name, weights in model.named_parameters() if not in_language_model(name))
 
 
 @dataclass(frozen=True)
 class Family(FamilyDefaults):
-    """A family of models that prune alike.
+    """Models that are pruned in the same way. Callables take the model's HF config.
 
     Attributes:
-        name: in lower case, as of its module.
-        connector: path, in vLLM's model, of the module whose input is what feeds the connector: a row for each token or
-            for each of the patches that it merges. vLLM calls modules that it could compile past their hooks, so of
-            those it is one inside. Empty, where nothing but the embeddings is known.
-        rows: of that module and the arguments that it is called with, those rows, the patches of a token after each
-            other.
-        pooled: whether those rows are the means of the patches already.
-        attention: paths of the attention of the encoder's first layer and of the one whose output is read, for encoders
-            with a CLS token; a negative number in a path counts layers from the end.
-        merge: of a config, patches of a token in either direction.
-        deepstack: of a config, how many more planes of embeddings a token has.
-        patches: of a config, the most patches of an image, where they are more than those of its tokens; else 0.
-        intermediate: of a config, width of the feed-forward part of the encoder's layers, where ``intermediate_size``
-            is another; else 0.
-        tuned: whether the defaults were chosen for it.
-        fixed_length: whether what stands in a prompt for an image follows from the number of tokens that are kept,
-            whichever they are.
-        options: what a request may set of the HF processor, beside the values of pixels.
-        parameters: of a config, parameters of encoder and connector.
+        name: name of the family's module.
+        connector: path, in vLLM's model, of the module whose input feeds the connector. Modules that vLLM could compile
+            bypass hooks: name a module inside them. Empty if only the embeddings are known.
+        rows: extracts the connector input from that module and its call arguments: one row per patch or token, the
+            patches of a token adjacent.
+        pooled: whether a row is already the mean of a token's patches.
+        attention: paths of the attention in the encoder's first layer and in the layer whose output is used, for
+            encoders with a CLS token. A negative index counts layers from the end.
+        merge: patches per token in either direction.
+        deepstack: additional planes of embeddings per token (DeepStack).
+        patches: most patches of an image, if more than its tokens have; else 0.
+        intermediate: feed-forward width of the encoder's layers, if not ``intermediate_size``; else 0.
+        tuned: whether the defaults were calibrated on this family.
+        fixed_length: whether the number of kept tokens alone determines an image's placeholder in the prompt.
+        options: HF processor options that a request may set, besides `vllm_vtprune.plugin.limits.VALUE_OPTIONS`.
+        parameters: parameter count of encoder and connector.
     """
 
     name: str
     connector: str
     attention: tuple[str, str] | None = None
-    merge: Callable[[Any], int] = one
+    merge: Callable[[Any], int] = unmerged
     rows: Callable[..., Tensor] = first_argument
     pooled: bool = False
-    deepstack: Callable[[Any], int] = none
-    patches: Callable[[Any], int] = none
-    intermediate: Callable[[Any], int] = none
+    deepstack: Callable[[Any], int] = zero
+    patches: Callable[[Any], int] = zero
+    intermediate: Callable[[Any], int] = zero
     tuned: bool = True
     fixed_length: bool = True
     options: frozenset[str] = frozenset()
@@ -91,25 +88,34 @@ class Family(FamilyDefaults):
 
 
 class DynamicResolution(ABC):
-    """Mixin of processors whose images have as many tokens as their size asks for."""
+    """Mixin for processors whose token count follows the image's size."""
 
     @abstractmethod
     def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
-        """How many tokens an image has that is not pruned; never fewer for a larger `at_area`, and 1 for area 1.
+        """Visual tokens of an unpruned image. Non-decreasing in the area of `at_area`, and 1 for area 1.
 
         Args:
-            size: height and width of the image, in pixels.
-            hf_kwargs: of the HF processor that scales it.
+            size: height and width in pixels.
+            hf_kwargs: options of the HF processor.
         """
 
     @abstractmethod
     def at_area(self, hf_kwargs: Mapping[str, object], area: int) -> Mapping[str, object]:
-        """The same options of the HF processor, but that it scales images to about ``area`` pixels."""
+        """HF processor options that resize images to about ``area`` pixels, and are ``hf_kwargs`` otherwise."""
 
     def area_for(
         self, budget: Budget, size: tuple[int, int], hf_kwargs: Mapping[str, object]
     ) -> tuple[int, int | None]:
-        """The tokens of an image, and the area in pixels at which they are in the budget; None where they are now."""
+        """The token count of an unpruned image, and the largest area in pixels within the budget.
+
+        Args:
+            budget: a fixed budget: `tokens` or `ratio`.
+            size: height and width in pixels.
+            hf_kwargs: options of the HF processor.
+
+        Returns:
+            Tokens, and the area; None if the image is already within the budget.
+        """
         assert isinstance(budget, RatioBudget | TokensBudget)
         tokens = self.num_tokens(size, hf_kwargs)
         k = fixed_count(budget, tokens)

@@ -1,4 +1,4 @@
-"""What vLLM says of an API process, its engines and their GPUs, for `vllm_vtprune.placement` to decide from."""
+"""Read from vLLM which GPUs an API process and its engines use, as input of `vllm_vtprune.placement`."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ logger = init_logger("vllm.vtprune")
 
 
 def process_of(engine: VllmConfig | None) -> Process:
-    """What this API process knows of its GPUs and engines.
+    """Describe this API process, its GPUs and its engines.
 
-    vLLM 0.32.0 gives the worker of local rank r of the engine of local rank e the GPU ``e * world size + r`` of those
-    that it was given or sees (v1/worker/gpu_worker.py, ``init_device``), and tells the processors of `vllm.LLM`
-    nothing of it. Can go when an API process is given a device.
+    vLLM 0.32.0 gives local rank r of local engine e the GPU ``e * world size + r`` of the assigned or visible ones
+    (v1/worker/gpu_worker.py, ``init_device``). Processors of `vllm.LLM` get no engine config. Remove when vLLM assigns
+    a device to API processes.
     """
     if engine is None:
-        return seen_by_process(first_engine=max(vllm_envs.VLLM_DP_RANK_LOCAL, 0), gpus=None)
+        return local_process(first_engine=max(vllm_envs.VLLM_DP_RANK_LOCAL, 0), gpus=None)
     parallel = engine.parallel_config
-    return seen_by_process(
+    return local_process(
         assigned=parallel.assigned_physical_gpu_ids,
         rank=compat.api_process(parallel)[0],
         engines=parallel.data_parallel_size_local,
@@ -51,12 +51,12 @@ def process_of(engine: VllmConfig | None) -> Process:
     )
 
 
-def seen_by_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> Process:
-    """A process of this machine, with the GPUs that it sees.
+def local_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> Process:
+    """A `Process` of this machine with its visible GPUs.
 
     Args:
-        assigned: physical ids of the GPUs that engines are given.
-        facts: other attributes of the process.
+        assigned: physical ids of the engines' GPUs.
+        facts: other attributes of `Process`.
     """
     platform = compat.platform_name(current_platform)
     visible = range(torch.cuda.device_count() if platform in GPU_PLATFORMS else 0)
@@ -67,12 +67,12 @@ def seen_by_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> P
 
 
 def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Footprint:
-    """The GPU memory that a model's frontend tower takes in one process.
+    """GPU memory that a model's vision encoder needs in one API process.
 
     Args:
-        model_config: the model's config.
-        family: of the model.
-        largest: tokens of the largest image that the processor makes.
+        model_config: vLLM's config of the model.
+        family: the model's family.
+        largest: visual tokens of the largest image that the image processor makes.
     """
     config = model_config.hf_config
     shape = Shape.of(
@@ -88,7 +88,13 @@ def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Foo
 
 
 def limit_memory(device: torch.device, need: Footprint, engine: VllmConfig | None) -> None:
-    """Have torch in this process take no more of a GPU than the engine there leaves free, or than the tower needs."""
+    """Limit torch's GPU memory in this process to its share of the reserved memory, or to what the encoder needs.
+
+    Args:
+        device: the GPU on which this process encodes.
+        need: memory of the encoder.
+        engine: the engine's config; None in `vllm.LLM`.
+    """
     process = process_of(engine)
     count = 1 if engine is None else compat.api_process(engine.parallel_config)[1]
     sharing = most_on_one_gpu(envs.device(), [replace(process, rank=rank) for rank in range(count)])
@@ -98,7 +104,7 @@ def limit_memory(device: torch.device, need: Footprint, engine: VllmConfig | Non
     reserved = 0.0 if multimodal is None else multimodal.mm_ipc_gpu_memory_gb
     card = torch.cuda.get_device_properties(device).total_memory
     try:
-        warning = reserve(need, processes=sharing, card=card, given=reserved).warning
+        warning = reserve(need, processes=sharing, card=card, operator_gib=reserved).warning
     except TowerError as error:
         warning = str(error)
     if warning:

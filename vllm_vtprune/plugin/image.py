@@ -1,4 +1,4 @@
-"""One image: the record of it, from the client's request to the report, and what is done with it by itself."""
+"""One image: its record from the request to the report, and the steps that concern one image only."""
 
 from __future__ import annotations
 
@@ -31,30 +31,32 @@ if TYPE_CHECKING:
 
 NO_OPTIONS: Mapping[str, Any] = {}
 BLANK = Image.new("RGB", (64, 64))
-"""The image that is encoded at the start."""
+"""Image for warm-up and for reading vLLM's placeholder."""
 
 
 @dataclass(eq=False)
 class ImageJob:
-    """What is to be done with one image of a prompt and, afterwards, what was done. The processor works on a copy.
+    """One image of a prompt: the request, the work in progress, and the report. The processor works on a copy.
 
     Attributes:
-        policy: its own; the family's defaults are filled in, where the model can be pruned.
-        text: that the policy looks at; empty where it looks at none.
-        url, uuid: as the client of a server wrote them.
-        encoding: its features, on their way.
-        encoded_as: key and generation of features that are encoded before the processor's turn.
-        data: the image; None where the client only names it.
-        feature_key: of its features.
-        item_hash: of the item that it becomes; the stock item's, until that is settled.
-        question: hash of image, policy and text.
-        item: of an image that was planned or scaled.
-        whole_tokens: of an image that may be scaled.
-        area: in pixels, to which the image is scaled; None where it is not.
-        processed: whether vLLM's cache lacked the item.
+        policy: the image's policy, with the family's defaults if the model can be pruned.
+        text: conditioning text; empty if the policy uses none.
+        url, uuid: as the client sent them.
+        encoding: future of the features.
+        early_key: feature key and runtime generation of an early encoding.
+        data: the decoded image; None if the client sent only a uuid.
+        feature_key: key in the feature cache.
+        item_hash: hash of vLLM's item for the image: the stock hash until the image is planned or resized.
+        nouns, noun_ids: nouns of the text, and their token ids.
+        text_fallback: see `ImageReport`.
+        plan_key: hash of image, policy and text.
+        item: item of a planned or resized image.
+        unpruned_tokens: visual tokens before resizing, of an image whose method is `resize`; else 0.
+        area: pixels to which the image is resized; None if it is not.
+        processed: whether the item was missing in vLLM's processor cache.
         in_engine: whether the engine selects the image's tokens.
-        placement_reason: as of `ImageReport`.
-        report: of an image that was planned, by this request or before.
+        placement_reason: see `ImageReport`.
+        report: report of a planned image, from this request or an earlier one.
     """
 
     policy: PruningPolicy
@@ -62,16 +64,16 @@ class ImageJob:
     url: str = ""
     uuid: str | None = None
     encoding: Future[Encoded] | None = None
-    encoded_as: tuple[str, int] | None = None
+    early_key: tuple[str, int] | None = None
     data: Any = None
     feature_key: str = ""
     item_hash: str = ""
     nouns: tuple[str, ...] = ()
     noun_ids: tuple[int, ...] = ()
     text_fallback: TextFallback | None = None
-    question: str = ""
+    plan_key: str = ""
     item: MultiModalKwargsItem | None = None
-    whole_tokens: int = 0
+    unpruned_tokens: int = 0
     area: int | None = None
     processed: bool = False
     in_engine: bool = False
@@ -79,20 +81,27 @@ class ImageJob:
     report: ImageReport | None = None
 
     def read_text(self, processor: PruningProcessor) -> None:
-        """Note the words that the policy conditions on."""
+        """Set `nouns`, `noun_ids` and `text_fallback` from `text`."""
         options = self.policy.text
         self.nouns, self.text_fallback = read_prompt(self.text, options.clean, options.modifiers)
         tokenizer = processor.info.get_tokenizer()
         self.noun_ids = tuple(token for noun in self.nouns for token in noun_ids(noun, tokenizer))
 
     def plan(self, processor: PruningProcessor, features: VisualFeatures) -> tuple[PruningPlan, Tensor]:
-        """The plan, and (T, d) what is to be prefilled; notes the report.
+        """Plan the image and set `report`.
+
+        Args:
+            processor: the model's processor.
+            features: the image's N visual tokens.
+
+        Returns:
+            The plan, and (T, d) the embeddings to prefill, in the model's dtype.
 
         Raises:
-            PolicyError: the features lack what the policy asks for, or tokens would attend to each other otherwise.
+            PolicyError: the features lack what the policy needs, or pruning would change the attention mask.
         """
         plan = processor.runtime.plan(features, self.policy, self.noun_ids, self.feature_key)
-        _refuse_other_mask(processor, self.policy, features.num_tokens, len(plan.kept))
+        _require_same_mask(processor, self.policy, features.num_tokens, len(plan.kept))
         embeds = sequence(features, plan).to(processor.model_config.dtype)
         self.report = ImageReport.of(
             self.policy,
@@ -109,17 +118,17 @@ class ImageJob:
     def leave_to_engine(
         self, processor: PruningProcessor, item: MultiModalKwargsItem, hf_kwargs: Mapping[str, object]
     ) -> MultiModalKwargsItem:
-        """vLLM's item of the image with what the engine needs to select its tokens; notes the report.
+        """Attach to vLLM's item of the image what the engine needs to select its tokens, and set `report`.
 
         Raises:
-            PolicyError: tokens would attend to each other otherwise than unpruned.
+            PolicyError: pruning would change the attention mask.
         """
         layout = processor.layout(item, size_of(self.data), hf_kwargs)
         if not watched_inputs(self.policy, processor.family):
-            layout = replace(layout, sources=None)  # where hooks would see the tokens
+            layout = replace(layout, connector_rows=None)
         tokens = layout.num_tokens
         keep = self.count(layout)
-        _refuse_other_mask(processor, self.policy, tokens, keep)
+        _require_same_mask(processor, self.policy, tokens, keep)
         self.report = ImageReport.of(
             self.policy, tokens, keep, nouns=self.nouns, text_fallback=self.text_fallback, placement="engine"
         )
@@ -132,17 +141,17 @@ class ImageJob:
         return min(fixed_count(budget, layout.num_tokens), self.policy.chosen.max_keep(layout))
 
     def report_of(self, kept: int) -> ImageReport:
-        """The report of the image, of which that many tokens stand in the prompt."""
-        report = self.report or ImageReport.of(self.policy, self.whole_tokens or kept, kept)
+        """The image's report; ``kept`` counts its tokens in the prompt."""
+        report = self.report or ImageReport.of(self.policy, self.unpruned_tokens or kept, kept)
         return report.as_cached() if self.policy.enabled and not self.processed else report
 
 
-def _refuse_other_mask(processor: PruningProcessor, policy: PruningPolicy, tokens: int, kept: int) -> None:
-    """Refuse a budget with which an image's tokens would attend to each other otherwise than unpruned.
+def _require_same_mask(processor: PruningProcessor, policy: PruningPolicy, tokens: int, kept: int) -> None:
+    """Reject a budget that would change how an image's tokens attend to each other.
 
-    Where they attend in both directions, layers with a sliding window treat an image that does not fit into the
-    window otherwise than one that does: vLLM 0.32.0 bounds it in the kernel, or makes it causal
-    (v1/worker/gpu/attn_utils.py, ``compute_mm_prefix_ranges``).
+    With bidirectional attention inside images, sliding-window layers treat an image that exceeds the window
+    differently: vLLM 0.32.0 bounds it in the kernel, or makes it causal (v1/worker/gpu/attn_utils.py,
+    ``compute_mm_prefix_ranges``).
     """
     config = processor.model_config
     window = config.get_sliding_window() if config.is_mm_prefix_lm else None
@@ -150,14 +159,14 @@ def _refuse_other_mask(processor: PruningProcessor, policy: PruningPolicy, token
         raise PolicyError(
             "pruning.budget",
             policy.budget,
-            f"one that keeps more than {window}, or an image of no more tokens than that",
-            f"{kept} of the {tokens} tokens of an image fit into the sliding window of {window}, in which they "
-            "would attend to each other in both directions, as those of the whole image do not",
+            f"one that keeps more than {window} tokens, or an image of at most {window}",
+            f"the {kept} kept tokens of the image fit into the sliding window of {window} and would attend to each "
+            f"other in both directions, unlike its {tokens} tokens unpruned",
         )
 
 
 def only_image(image: Any) -> MultiModalDataItems:
-    """One image as vLLM's processors take those of a prompt."""
+    """vLLM's multimodal data of a prompt with one image."""
     return MultiModalDataItems({"image": ImageProcessorItems([image])})
 
 
@@ -167,7 +176,7 @@ def size_of(image: Any) -> tuple[int, int]:
     return size.height, size.width
 
 
-# Without any prompt; `image` may be all that vLLM takes
+# Without a prompt; `image` may be anything that vLLM accepts as an image
 
 
 def feature_key(
@@ -177,41 +186,50 @@ def feature_key(
     hf_kwargs: Mapping[str, object] = NO_OPTIONS,
     media_io_kwargs: Mapping[str, Mapping[str, Any]] = NO_OPTIONS,
 ) -> str:
-    """The key of an image's features, whoever has it encoded: with its uuid, HF processor's options, and decoder's."""
+    """Key of an image in the feature cache: vLLM's hash of the image (or uuid), HF options and decoder options."""
     items, uuids = only_image(image), {"image": [uuid]}
     inputs = ProcessorInputs([], items, uuids, hf_processor_mm_kwargs=hf_kwargs, media_io_kwargs=media_io_kwargs)
     return processor.stock_hashes(inputs)["image"][0]
 
 
 def preprocess(processor: PruningProcessor, image: Any, hf_kwargs: Mapping[str, object] = NO_OPTIONS) -> PreparedImage:
-    """An image as the tower takes it. May be called from any thread."""
+    """Preprocess an image for the encoder. Thread-safe."""
     item = processor.stock_item(image, hf_kwargs)
     return PreparedImage(item, processor.layout(item, size_of(image), hf_kwargs))
 
 
 def warm_up(processor: PruningProcessor) -> None:
-    """Load the tower and what else the first request would wait for; see `PruningRuntime.warm_up`."""
+    """Load the encoder and everything else that the first request would wait for; see `PruningRuntime.warm_up`."""
     processor.runtime.warm_up(preprocess(processor, BLANK))
 
 
-def encode_alone(processor: PruningProcessor, image: Any) -> VisualFeatures:
-    """What the vision encoder makes of an image."""
+def encode_image(processor: PruningProcessor, image: Any) -> VisualFeatures:
+    """Encode one image."""
     key = feature_key(processor, image)
     return processor.runtime.encoder.submit(key, preprocess(processor, image)).result().features
 
 
-def plan_alone(
+def plan_image(
     processor: PruningProcessor, image: Any, policy: PruningPolicy, query: str
 ) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
-    """What a request would be told of an image under a policy that prunes; the plan; and what it was made from.
+    """Plan one image under a policy that selects tokens, as a request would.
+
+    Args:
+        processor: the model's processor.
+        image: the image.
+        policy: the unresolved policy.
+        query: the conditioning text.
+
+    Returns:
+        Report, plan, and features.
 
     Raises:
-        PolicyError: the family lacks what the policy asks for.
+        PolicyError: the family lacks what the policy needs.
     """
     job = ImageJob(policy.resolve(processor.family), query)
     if job.policy.conditions_on_text:
         job.read_text(processor)
-    features = encode_alone(processor, image)
+    features = encode_image(processor, image)
     plan, _ = job.plan(processor, features)
     assert job.report is not None
     return job.report, plan, features

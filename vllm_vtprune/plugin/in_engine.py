@@ -97,7 +97,7 @@ class TokenSelector:
         for part, of_part in zip(parts, split(fields, selections, parts), strict=True):
             chosen = selections[part.start : part.stop]
             watched = any(watched_inputs(selection.policy, self._family) for selection in chosen)
-            with self._reader.watching() if watched else nullcontext():
+            with self._reader.recording() if watched else nullcontext():
                 images = self._reader.features(encode(**of_part), [selection.layout for selection in chosen])
             pruned += [self._prune(*image) for image in zip(images, chosen, strict=True)]
         return pruned

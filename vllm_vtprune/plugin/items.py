@@ -1,7 +1,6 @@
-"""What a pruned image is to vLLM: an item with fields of its own, the same for every model family.
+"""vLLM's item for a pruned image: its own fields, the same for every model family.
 
-vLLM joins items with the same fields into one batch, so a batch holds either pruned images or images in pixels, and
-whatever reads pixels never meets a pruned one.
+vLLM batches items with equal fields, so a batch holds either pruned images or pixels, never both.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from torch import Tensor
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 
 KEPT_EMBEDS = "kept_embeds"
-"""Field: (T, d) what is prefilled for the image."""
+"""Field: (T, d) embeddings to prefill for the image."""
 KEPT_POSITIONS = "kept_positions"
-"""Field, of families whose positions follow the grid: (k,) int64, ascending, which of the image's tokens are kept."""
+"""Field, with M-RoPE: (k,) int64, ascending indices of the kept visual tokens."""
 KEPT_PROMPT = "kept_prompt"
-"""Field, of families that have text between an image's tokens: (L,) int64 what stands in the prompt, as of `EMBED`."""
+"""Field, with text between visual tokens: (L,) int64 ids of the placeholder, `EMBED` for visual tokens."""
 
 
 def pruned_item(embeds: Tensor, on_cpu: Mapping[str, Tensor]) -> MultiModalKwargsItem:
     """The item of a pruned image.
 
     Args:
-        embeds: (T, d) to be prefilled, on the CPU.
-        on_cpu: fields that positions are computed from; the engine keeps them where it has no need of the embeddings.
+        embeds: (T, d) embeddings to prefill, on the CPU.
+        on_cpu: fields from which positions are computed; the engine keeps them even when it needs no embeddings.
     """
     fields = {KEPT_EMBEDS: MultiModalFieldElem(embeds, MultiModalBatchedField())}
     for name, data in on_cpu.items():
@@ -34,10 +33,10 @@ def pruned_item(embeds: Tensor, on_cpu: Mapping[str, Tensor]) -> MultiModalKwarg
 
 
 class TakesKeptEmbeddings:
-    """Mixin before a stock model: pruned images pass as they come, all others go to the stock code."""
+    """Mixin before a stock model: returns the embeddings of pruned images; the stock code encodes all others."""
 
     _takes_embeds = True
-    """Whether embeddings by clients pass too, as they stand: of as many rows each as they like."""
+    """Whether clients may send image embeddings of any length."""
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Embeddings of a batch of images or videos, in order.

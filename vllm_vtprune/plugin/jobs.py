@@ -1,12 +1,11 @@
-"""What becomes of the images of one prompt, in the order in which it happens.
+"""The steps that prune the images of one prompt, in order.
 
-`PromptJobs.settle` runs before vLLM's own processing: it reads the text, looks for what vLLM's cache holds, has the
-other images encoded, plans them and makes their items. Then vLLM processes the prompt, with the images that stay in
-pixels, and `PromptJobs.finish` reports.
+`PromptJobs.prepare` runs before vLLM's processing: it parses the text, looks up vLLM's processor cache, has the
+remaining images encoded, plans them and makes their items. vLLM then processes the prompt with the unpruned images.
+`PromptJobs.finish` makes the report.
 
-The hash of a pruned item tells which tokens were kept. Features differ in their last bits between batches of the
-encoder, and so, now and then, does what is kept of them: the same image under the same policy is another item then, and
-none of vLLM's caches confuses the two.
+The hash of a pruned item covers the kept tokens. Features differ in their last bits between encoder batches, and so may
+the kept tokens. The same image under the same policy is then a different item, and vLLM's caches do not confuse them.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ if TYPE_CHECKING:
     from vllm_vtprune.plugin.processor import PruningProcessor
 
 IDENTITY = "vtprune-4"
-"""Part of the hash of every pruned item; to be changed when the same policy comes to keep other tokens than before."""
+"""Part of the hash of every pruned item. Change it whenever an unchanged policy starts to keep other tokens."""
 
 
 @dataclass(frozen=True)
 class PromptJobs:
-    """Travels through vLLM's hooks in place of the client's value: nothing is kept on the processor itself.
+    """The images of one prompt. Passed through vLLM's hooks in the options, so the processor itself holds no state.
 
     Attributes:
-        processor: of the model.
-        inputs: of the prompt, as stock vLLM takes them.
-        stock_hashes: of every item of the prompt, by modality, as stock vLLM computes them.
-        policy: of what is no image.
-        images: those of the prompt or, for the hooks that work on those, the ones that vLLM's cache lacks.
-        report: of the prompt.
+        processor: the model's processor.
+        inputs: the prompt's inputs, without the ``pruning`` entry.
+        stock_hashes: vLLM's own hash of every item, by modality.
+        policy: the request's policy, which applies to media other than images.
+        images: the prompt's images; in some hooks only those missing in vLLM's processor cache.
+        report: the prompt's report.
     """
 
     processor: PruningProcessor
@@ -60,17 +59,22 @@ class PromptJobs:
     report: RequestReport
 
     @classmethod
-    def settle(cls, processor: PruningProcessor, inputs: ProcessorInputs, pruning: PromptPruning) -> PromptJobs:
-        """Settle what is done with each image, and the item that it becomes.
+    def prepare(cls, processor: PruningProcessor, inputs: ProcessorInputs, pruning: PromptPruning) -> PromptJobs:
+        """Encode and plan the images, and make their items and hashes.
+
+        Args:
+            processor: the model's processor.
+            inputs: the prompt's inputs, without the ``pruning`` entry.
+            pruning: the parsed entry.
 
         Raises:
-            DataMissing: an image is named by its uuid, and what is needed of it is not known any more.
-            CancelledError: the request was given up meanwhile.
-            Exception: what encoding an image raised.
+            DataMissing: the client sent only a uuid, and no cache holds the image.
+            CancelledError: the request was cancelled.
+            Exception: whatever encoding an image raised.
         """
         hashes = processor.stock_hashes(inputs)
-        identified = compat.without_synthetic_uuids(inputs)
-        keys = hashes if identified is inputs else processor.stock_hashes(identified)
+        without_synthetic = compat.without_synthetic_uuids(inputs)
+        keys = hashes if without_synthetic is inputs else processor.stock_hashes(without_synthetic)
         data = inputs.mm_data_items.get_items("image", ImageProcessorItems).data
         images = [
             replace(image, data=data[i], feature_key=keys["image"][i], item_hash=hashes["image"][i])
@@ -91,10 +95,10 @@ class PromptJobs:
             raise
         return jobs
 
-    # 1. The text is read, and what vLLM's cache lacks is encoded; or it is settled how far an image is scaled
+    # 1. Parse the text and submit images to the encoder; or choose the area to which an image is resized
 
     def _place(self, job: ImageJob) -> None:
-        """Read the text, and start what is to be done in this process."""
+        """Parse the text; leave the selection to the engine, or submit the image to the encoder."""
         if job.policy.conditions_on_text:
             started = time.perf_counter()
             job.read_text(self.processor)
@@ -105,10 +109,10 @@ class PromptJobs:
             self._start(job)
 
     def _leave_to_engine(self, job: ImageJob) -> bool:
-        """Whether the engine selects the tokens of an image; then the job has its hash and, of a known image, report.
+        """Set the hash and, if the image is cached, the report of an image whose tokens the engine selects.
 
-        It cannot where the client names the image by its uuid alone and vLLM's cache lacks it. This process may have
-        its features.
+        Returns:
+            False for an image sent as a uuid only that vLLM's cache lacks: this process may have its features.
         """
         runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
         key = _hash_of("engine", job.item_hash, job.policy.selection_digest(), job.noun_ids)
@@ -116,46 +120,46 @@ class PromptJobs:
         if job.data is None and not is_cached and self.processor.engine_placement.choice == "auto":
             job.placement_reason = "the request names the image by its uuid alone"
             return False
-        job.question = job.item_hash = key
+        job.plan_key = job.item_hash = key
         job.in_engine = True
-        known = runtime.planned.get(key)
-        if known is not None:
-            job.report = replace(known[1], nouns=job.nouns, text_fallback=job.text_fallback)
+        planned = runtime.planned.get(key)
+        if planned is not None:
+            job.report = replace(planned[1], nouns=job.nouns, text_fallback=job.text_fallback)
         elif is_cached and job.data is not None:
             hf_kwargs = self.inputs.hf_processor_mm_kwargs
             job.leave_to_engine(self.processor, self.processor.stock_item(job.data, hf_kwargs), hf_kwargs)
         return True
 
     def _start(self, job: ImageJob) -> None:
-        """Have an image encoded, unless vLLM's cache holds what is asked for; then the job has its hash and report."""
+        """Submit an image to the encoder; if vLLM's cache holds its pruned item, take that hash and report instead."""
         runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
-        job.question = _hash_of(runtime.generation, job.item_hash, job.policy.selection_digest(), job.noun_ids)
-        known = runtime.planned.get(job.question)
-        if known is not None and cache is not None and cache.is_cached([known[0]])[0]:
-            job.item_hash, report = known
+        job.plan_key = _hash_of(runtime.generation, job.item_hash, job.policy.selection_digest(), job.noun_ids)
+        planned = runtime.planned.get(job.plan_key)
+        if planned is not None and cache is not None and cache.is_cached([planned[0]])[0]:
+            job.item_hash, report = planned
             job.report = replace(report, nouns=job.nouns, text_fallback=job.text_fallback)
             job.encoding = None
-        elif job.encoded_as != (job.feature_key, runtime.generation):
+        elif job.early_key != (job.feature_key, runtime.generation):
             job.encoding = runtime.encoder.find(job.feature_key)
             if job.encoding is None:
                 image = preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs)
                 job.encoding = runtime.encoder.submit(job.feature_key, image)
 
     def _choose_area(self, job: ImageJob) -> None:
-        """Have an image scaled, unless it has no more tokens than the budget as it is: then it stays the stock item."""
+        """Choose the area to which an image is resized; an image within the budget stays the stock item."""
         assert isinstance(self.processor, DynamicResolution)
         runtime, hf_kwargs = self.processor.runtime, self.inputs.hf_processor_mm_kwargs
         if job.data is not None:
             runtime.image_sizes.put(job.feature_key, size_of(job.data))
         size = runtime.image_sizes.get(job.feature_key) or size_of(_data_of(job))
-        job.whole_tokens, job.area = self.processor.area_for(job.policy.budget, size, hf_kwargs)
+        job.unpruned_tokens, job.area = self.processor.area_for(job.policy.budget, size, hf_kwargs)
         if job.area is not None:
             job.item_hash = _hash_of(runtime.generation, job.item_hash, job.policy.method, job.area)
 
-    # 2. What was encoded is planned
+    # 2. Plan the encoded images
 
     def _plan_encoded(self) -> None:
-        """Wait for the features of every image that is to be planned; plan it, and note what became of it."""
+        """Wait for the features of every submitted image, plan it, and make its item, hash and report."""
         runtime = self.processor.runtime
         encoded = [(job, job.encoding.result()) for job in self.images if job.encoding is not None]
         runtime.count_hits(image for _, image in encoded)
@@ -165,18 +169,17 @@ class PromptJobs:
             plan, embeds = job.plan(self.processor, image.features)
             self.report.add_timings(plan.timings)
             kept = plan.kept.cpu()
-            job.item = pruned_item(embeds.cpu(), self.processor.fields_of(image.features, kept))
-            job.item_hash = _hash_of(job.question, sha256(kept.numpy().tobytes()).hexdigest())
+            job.item = pruned_item(embeds.cpu(), self.processor.position_fields(image.features, kept))
+            job.item_hash = _hash_of(job.plan_key, sha256(kept.numpy().tobytes()).hexdigest())
             assert job.report is not None
-            runtime.planned.put(job.question, (job.item_hash, replace(job.report, nouns=())))
+            runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
 
-    # 3. vLLM processes the prompt; its hooks call these
+    # 3. Called by vLLM's hooks while it processes the prompt
 
-    def in_inputs(self) -> ProcessorInputs:
-        """The inputs of the prompt with the jobs among them.
+    def inputs_with_jobs(self) -> ProcessorInputs:
+        """The prompt's inputs with these jobs in the options.
 
-        An image that the client named by its uuid, without data, gets a stand-in if its item is there; else it stays
-        missing and vLLM answers that its data is not there.
+        An image sent as a uuid only gets stand-in data if its item exists; otherwise vLLM rejects it as missing.
         """
         stand_in = Image.new("RGB", (1, 1))
         data = [stand_in if job.data is None and job.item is not None else job.data for job in self.images]
@@ -188,18 +191,18 @@ class PromptJobs:
 
     @property
     def hashes(self) -> Mapping[str, list[str]]:
-        """Of every item of the prompt, by modality."""
+        """Hash of every item of the prompt, by modality."""
         return {**self.stock_hashes, "image": [job.item_hash for job in self.images]}
 
-    def missing(self, is_cached: Sequence[bool]) -> PromptJobs:
-        """The jobs of the images that vLLM's cache lacks."""
+    def uncached(self, is_cached: Sequence[bool]) -> PromptJobs:
+        """The jobs of the images missing in vLLM's processor cache."""
         return replace(self, images=[job for job, cached in zip(self.images, is_cached, strict=True) if not cached])
 
-    def as_they_are(self) -> list[int]:
-        """Which images stock vLLM makes the items of, now that it processes these.
+    def stock_indices(self) -> list[int]:
+        """Mark the images as processed; indices of those whose items stock vLLM makes.
 
         Raises:
-            DataMissing: an image is named by its uuid, and what was known of it is gone.
+            DataMissing: the client sent only a uuid, and no cache holds the image.
         """
         for job in self.images:
             job.processed = True
@@ -207,15 +210,15 @@ class PromptJobs:
                 _data_of(job)
         return [index for index, job in enumerate(self.images) if job.item is None and job.area is None]
 
-    def scale(self, hf_kwargs: Mapping[str, object]) -> None:
-        """Make the items of the images that are scaled, each in its own way."""
+    def resize(self, hf_kwargs: Mapping[str, object]) -> None:
+        """Make the items of resized images, each with its own area."""
         for job in self.images:
             if job.area is not None:
                 assert isinstance(self.processor, DynamicResolution)
                 job.item = self.processor.stock_item(job.data, self.processor.at_area(hf_kwargs, job.area))
 
     def items(self, stock: Sequence[MultiModalKwargsItem]) -> list[MultiModalKwargsItem]:
-        """The item of each image, given those that stock vLLM has made."""
+        """The item of each image: the pruned or resized item, else the next of ``stock``, maybe with a selection."""
         stock_items = iter(stock)
         items = []
         for job in self.images:
@@ -230,22 +233,21 @@ class PromptJobs:
     def _with_selection(self, job: ImageJob, item: MultiModalKwargsItem) -> MultiModalKwargsItem:
         item = job.leave_to_engine(self.processor, item, self.inputs.hf_processor_mm_kwargs)
         assert job.report is not None
-        self.processor.runtime.planned.put(job.question, (job.item_hash, replace(job.report, nouns=())))
+        self.processor.runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
         return item
 
-    # 4. The prompt is reported
+    # 4. Report
 
     def finish(self, placeholders: Mapping[str, Sequence[Any]]) -> RequestReport:
-        """The report of the prompt, in which the media of each modality stand at these places."""
-        places = placeholders.get("image", ())
-        images = [job.report_of(place.get_num_embeds()) for job, place in zip(self.images, places, strict=True)]
+        """The prompt's report; ``placeholders`` are vLLM's ranges of the prompt, by modality."""
+        ranges = placeholders.get("image", ())
+        images = [job.report_of(place.get_num_embeds()) for job, place in zip(self.images, ranges, strict=True)]
         self.report.images = in_prompt_order(images, placeholders, self.policy)
         self.processor.runtime.count_stages(self.report)
         return self.report
 
 
 def _hash_of(*identity: object) -> str:
-    """Of a pruned item."""
     return sha256(repr((IDENTITY, *identity)).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""What a model's image processor does not take, refused with the field to blame, before the engine gets anything.
+"""Reject images and options that the model's image processor cannot handle, and name the field, before the engine runs.
 
-vLLM reports what Hugging Face's processors raise under the name of a Python class, without saying which image was the
-cause. Options that change the shape of what the engine gets end it: no processor checks them.
+vLLM reports errors of Hugging Face processors by Python class, without the image. No processor checks options that
+change the shape of its output; such options would kill the engine.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ OPTIONS_FIELD = "mm_processor_kwargs"
 NESTED_OPTIONS = ("images_kwargs", "videos_kwargs")
 
 VALUE_OPTIONS = frozenset({"do_convert_rgb", "do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"})
-"""Options that change the values of pixels and nothing else."""
+"""Options that change pixel values only."""
 
 VIDEO_OPTIONS = frozenset({"do_sample_frames", "fps", "max_frames", "min_frames", "num_frames"})
 
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 
 
-class NotTaken(VLLMValidationError, ValueError):
-    """What the model's image processor does not take; a ``ValueError`` too, as what it stands for."""
+class InputRejected(VLLMValidationError, ValueError):
+    """Input rejected by the model's image processor; also a ``ValueError``, like the error it replaces."""
 
     def __init__(self, message: str, *, parameter: str) -> None:
         VLLMValidationError.__init__(self, message, parameter=parameter)
 
 
-class ImageNotTaken(NotTaken):
-    """An image that the model's image processor does not take.
+class ImageRejected(InputRejected):
+    """An image rejected by the model's image processor.
 
     Attributes:
-        index: of the image, among those of its prompt.
-        reason: why, in words that follow its name.
+        index: index of the image in its prompt.
+        reason: predicate of the error sentence, such as "has 1 x 900 pixels, ...".
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -51,41 +51,41 @@ class ImageNotTaken(NotTaken):
 
 
 class DataMissing(ValueError):
-    """An image that comes by its uuid alone, of which nothing is remembered."""
+    """An image sent as a uuid only, which no cache holds."""
 
 
 def data_is_missing(error: Exception) -> bool:
-    """Whether an image came by its uuid alone and is not known, as we say or vLLM."""
+    """Whether an error, ours or vLLM's, says that no cache holds an image sent as a uuid only."""
     return isinstance(error, DataMissing) or compat.says_data_is_missing(error)
 
 
-def check_options(own: frozenset[str], options: Mapping[str, object]) -> None:
-    """Refuse options of a request that the engine would not survive.
+def check_options(family_options: frozenset[str], options: Mapping[str, object]) -> None:
+    """Reject a request's options that could kill the engine.
 
     Args:
-        own: those of the model's family, which may change how many tokens an image has.
-        options: for the Hugging Face processor.
+        family_options: options of the model's family, which may change an image's token count.
+        options: the request's options for the Hugging Face processor.
 
     Raises:
-        NotTaken: naming the option.
+        InputRejected: names the option.
     """
-    accepted = VALUE_OPTIONS | own
+    accepted = VALUE_OPTIONS | family_options
     for name, value in options.items():
         path = f"{OPTIONS_FIELD}.{name}"
         if name in NESTED_OPTIONS and isinstance(value, Mapping):
             paths = [f"{path}.{inner}" for inner in value if inner not in accepted]
         else:
             paths = [] if name in accepted else [path]
-        for refused in paths:
-            raise NotTaken(
-                f"{refused[:200]}: not an option that this model takes from a request; expected one of "
+        for rejected in paths:
+            raise InputRejected(
+                f"{rejected[:200]}: not an option that a request may set for this model; expected one of "
                 f"{', '.join(sorted(accepted))}.",
-                parameter=refused,
+                parameter=rejected,
             )
 
 
-def names_what_it_refuses(apply: Apply) -> Apply:
-    """Decorate ``apply`` of a multimodal processor: what it cannot process is refused by image or by option."""
+def rejects_bad_input(apply: Apply) -> Apply:
+    """Decorate ``apply`` of a multimodal processor: errors name the image or the option at fault."""
 
     @wraps(apply)
     def checked(self: Any, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
@@ -97,22 +97,22 @@ def names_what_it_refuses(apply: Apply) -> Apply:
         except (VLLMError, PolicyError):
             raise
         except ValueError as error:
-            blamed = _blamed(self, inputs.mm_data_items, options)
-            if blamed is not None:
-                raise blamed from error
+            rejection = _rejection(self, inputs.mm_data_items, options)
+            if rejection is not None:
+                raise rejection from error
             if options and not data_is_missing(error):
-                raise _options_refused(str(error)) from error
+                raise _options_rejected(str(error)) from error
             raise
         except TypeError as error:
-            if options:  # vLLM's own processors take their options by name, and no others
-                raise _options_refused(str(error)) from error
+            if options:  # vLLM's own processors raise it for unknown options
+                raise _options_rejected(str(error)) from error
             raise
 
     return checked  # type: ignore[return-value]
 
 
-def _blamed(processor: Any, mm_items: MultiModalDataItems, options: Mapping[str, object]) -> NotTaken | None:
-    """The image, or the options, with which the Hugging Face processor fails; None if it takes each image."""
+def _rejection(processor: Any, mm_items: MultiModalDataItems, options: Mapping[str, object]) -> InputRejected | None:
+    """Try each image alone; the error for the image or options at fault, None if every image passes."""
     images = mm_items.get("image")
     if not isinstance(images, ImageProcessorItems):
         return None
@@ -121,16 +121,14 @@ def _blamed(processor: Any, mm_items: MultiModalDataItems, options: Mapping[str,
             continue
         reason = _failure(processor, image, {})
         if reason is None:
-            return _options_refused("no image can be processed with these values")
+            return _options_rejected("no image can be processed with these values")
         size = images.get_image_size(index)
-        return ImageNotTaken(
-            index, f"has {size.width} x {size.height} pixels, which this model does not take: {reason}"
-        )
+        return ImageRejected(index, f"has {size.width} x {size.height} pixels, which this model rejects: {reason}")
     return None
 
 
-def _options_refused(problem: str) -> NotTaken:
-    return NotTaken(
+def _options_rejected(problem: str) -> InputRejected:
+    return InputRejected(
         f"{OPTIONS_FIELD}: {problem}; expected values of the type and in the range that the model's image processor "
         "documents.",
         parameter=OPTIONS_FIELD,
@@ -138,7 +136,7 @@ def _options_refused(problem: str) -> NotTaken:
 
 
 def _failure(processor: Any, image: Any, options: Mapping[str, object]) -> str | None:
-    """What Hugging Face's processor says against an image; None if it takes it."""
+    """The Hugging Face processor's error for an image; None if it accepts it."""
     items = MultiModalDataItems({"image": ImageProcessorItems([image])})
     try:
         processor._apply_hf_processor_main(items, options)

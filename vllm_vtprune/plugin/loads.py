@@ -1,6 +1,6 @@
-"""Notes of what an engine loaded while it ran: its workers write them, API processes read them.
+"""A file that records an engine's weight loads: workers append, API processes read.
 
-A file holds them, whose name all processes of an engine inherit. Imports nothing of vLLM.
+All processes of an engine inherit the file's name. Does not import vLLM.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pathlib import Path
 from uuid import uuid4
 
 PREFIX = "VTPRUNE_LOAD_NOTES"
-"""Environment variable: what the names of the files begin with."""
+"""Environment variable: path prefix of the files."""
 
 
-def name_files() -> str:
-    """What the names of the files begin with; settled for this process and those that it will start."""
+def notes_prefix() -> str:
+    """Path prefix of the files; sets it for this process and its children if it is unset."""
     return os.environ.setdefault(PREFIX, str(Path(tempfile.gettempdir()) / f"vtprune-{uuid4().hex}"))
 
 
 @dataclass(frozen=True)
 class Load:
-    """Weights that a worker loaded.
+    """One load of weights by a worker.
 
     Attributes:
-        model: directory of their checkpoint, or its name on a hub.
-        from_checkpoint: whether they were read from there; False for weights that somebody handed in.
+        model: the checkpoint's directory, or its name on a hub.
+        from_checkpoint: whether the weights were read from it; False for weights passed in by a caller.
     """
 
     model: str
@@ -39,23 +39,24 @@ class LoadNotes:
     """The loads of one engine.
 
     Args:
-        model: what the engine was started with, which tells it from others that the same process started.
+        model: model that the engine started with; separates engines of the same process.
     """
 
     def __init__(self, model: str) -> None:
-        self._file = Path(f"{name_files()}-{sha256(model.encode()).hexdigest()[:16]}")
-        self._read = self._size()
+        self._file = Path(f"{notes_prefix()}-{sha256(model.encode()).hexdigest()[:16]}")
+        self._read_bytes = self._size()
 
     def add(self, load: Load) -> None:
+        """Append a load."""
         with self._file.open("a") as file:
             file.write(json.dumps(asdict(load)) + "\n")
 
     def latest(self) -> Load | None:
-        """The last load since this was asked last, or since this object was made; None where there was none."""
+        """The last load since the previous call, or since this object was made; None if there was none."""
         size = self._size()
-        if size == self._read:
+        if size == self._read_bytes:
             return None
-        self._read = size
+        self._read_bytes = size
         return Load(**json.loads(self._file.read_text().splitlines()[-1]))
 
     def _size(self) -> int:

@@ -1,4 +1,4 @@
-"""What a model class of vLLM's needs to accept pruned images."""
+"""Make a vLLM model class accept pruned images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vllm_vtprune.plugin.in_engine import SelectsInEngine
 from vllm_vtprune.plugin.items import TakesKeptEmbeddings
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import unpruned
-from vllm_vtprune.plugin.weights import NotesLoads
+from vllm_vtprune.plugin.weights import RecordsLoads
 
 Model = TypeVar("Model", bound=type)
 
 
-class PrunedModel(TakesKeptEmbeddings, SelectsInEngine, NotesLoads):
-    """Mixin before a stock model, which then prunes images, or takes those that arrive as the embeddings to prefill."""
+class PrunedModel(TakesKeptEmbeddings, SelectsInEngine, RecordsLoads):
+    """Mixin before a stock model: prunes images, or accepts pruned ones, which arrive as embeddings to prefill."""
 
     _pruning: type[PruningProcessor]
 
@@ -30,13 +30,13 @@ class PrunedModel(TakesKeptEmbeddings, SelectsInEngine, NotesLoads):
 
 
 def processed_by(pruning: type[PruningProcessor]) -> Callable[[Model], Model]:
-    """Decorate a `PrunedModel`: this processor prunes its prompts; configs that cannot be pruned pass unpruned."""
+    """Decorate a `PrunedModel` with the processor that prunes its prompts, or passes them if it cannot prune."""
 
     def register(model: Model) -> Model:
         stock = compat.stock_factories(model)
 
         def build(info: Any, dummy_inputs: Any) -> Any:
-            if pruning.prunes_with(info):
+            if pruning.prunes_engine(info):
                 return pruning(info, dummy_inputs)
             return unpruned(stock.processor, info, dummy_inputs)
 

@@ -1,4 +1,4 @@
-"""What stands in a prompt for an image: tokens that each stand for an embedding, and text before, between and after."""
+"""The placeholder of an image in a prompt: one token per embedding, and text before, between and after."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vllm_vtprune.features import EMBED
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Of one image.
+    """The placeholder of one image.
 
     Attributes:
         token: id of the token that stands for an embedding.
-        ids: of all tokens; `EMBED` for those that stand for an embedding.
+        ids: ids of all tokens; `EMBED` in place of `token`.
     """
 
     token: int
@@ -25,7 +25,7 @@ class Placeholder:
 
     @classmethod
     def of(cls, content: PromptUpdateDetails) -> Placeholder | None:
-        """What vLLM puts in; None where several tokens stand for embeddings, or none does."""
+        """Read vLLM's placeholder; None unless exactly one token id stands for embeddings."""
         tokens = content.full
         is_embed = [True] * len(tokens) if content.is_embed is None else content.is_embed(tokens).tolist()
         ids = tuple(EMBED if embed else token for token, embed in zip(tokens, is_embed, strict=True))
@@ -38,30 +38,30 @@ class Placeholder:
         return self.ids.count(EMBED)
 
     @property
-    def is_run(self) -> bool:
-        """Whether no text stands between the embeddings."""
+    def is_contiguous(self) -> bool:
+        """Whether there is no text between the embeddings."""
         begin = self.ids.index(EMBED)
         return self.ids[begin : begin + self.num_embeds].count(EMBED) == self.num_embeds
 
     def resized(self, num_embeds: int) -> Placeholder:
-        """A run with another number of embeddings and the same text before and after."""
-        assert self.is_run, "what text stays between embeddings depends on which of them stay"
+        """The same text before and after ``num_embeds`` contiguous embeddings."""
+        assert self.is_contiguous, "with text between embeddings, use `prune`"
         begin = self.ids.index(EMBED)
         after = self.ids[begin + self.num_embeds :]
         return Placeholder(self.token, (*self.ids[:begin], *[EMBED] * num_embeds, *after))
 
-    def keeping(self, kept: Tensor) -> Placeholder:
-        """With some of the embeddings and all of the text.
+    def prune(self, kept: Tensor) -> Placeholder:
+        """Keep some of the embeddings and all of the text.
 
         Args:
-            kept: (k,) int64, which embeddings, on the CPU.
+            kept: (k,) int64 indices of the kept embeddings, on the CPU.
         """
         ids = torch.tensor(self.ids)
-        stays = ids != EMBED
-        stays[(~stays).nonzero()[kept, 0]] = True
-        return Placeholder(self.token, tuple(ids[stays].tolist()))
+        is_kept = ids != EMBED
+        is_kept[(~is_kept).nonzero()[kept, 0]] = True
+        return Placeholder(self.token, tuple(ids[is_kept].tolist()))
 
     def content(self) -> PromptUpdateDetails:
-        """What goes into a prompt."""
+        """The placeholder in vLLM's form."""
         is_embed = torch.tensor(self.ids) == EMBED
-        return PromptUpdateDetails([self.token if each == EMBED else each for each in self.ids], lambda _: is_embed)
+        return PromptUpdateDetails([self.token if id_ == EMBED else id_ for id_ in self.ids], lambda _: is_embed)

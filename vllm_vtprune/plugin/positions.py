@@ -1,7 +1,6 @@
-"""Positions of three numbers (M-RoPE) of a prompt with pruned images: those that its tokens would have without pruning.
+"""M-RoPE positions of a prompt with pruned images: every token keeps the position that it has without pruning.
 
-The prompt is laid out as if nothing were pruned, vLLM numbers it, and the numbers of the tokens that are gone are left
-out.
+Lay the prompt out unpruned, let vLLM compute its positions, and drop those of pruned tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.selection import SELECTION
 
 
-class KeepsPositions:
-    """Mixin before a stock model with M-RoPE, whose images are one run of placeholders each."""
+class UnprunedPositions:
+    """Mixin before a stock M-RoPE model whose image placeholders are contiguous."""
 
     config: Any
 
@@ -32,57 +31,56 @@ class KeepsPositions:
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Where each token of a prompt stands: exactly where it would without pruning.
+        """The position of each token, as without pruning.
 
         Args:
-            input_tokens: L token ids.
-            mm_features: images and videos of the prompt. Of one that the engine does not encode, it may have nothing
-                but the fields that stay on the CPU.
+            input_tokens: L token ids of the pruned prompt.
+            mm_features: its images and videos. Items that the engine does not encode may hold only their CPU fields.
 
         Returns:
-            (3, L) time, height and width of each token, and what to add to the index of a token after the prompt to
-            get its position, in all three.
+            (3, L) time, height and width of each token; and the offset from the index of a generated token to its
+            position.
         """
         if not any(_kept_positions(feature) is not None for feature in mm_features):
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
         merge = self.config.vision_config.spatial_merge_size
-        whole_tokens: list[int] = []  # the prompt, without pruning
-        whole_features: list[MultiModalFeatureSpec] = []
-        present = []  # of the tokens of that prompt, those that are in ours
-        read = 0
+        unpruned_tokens: list[int] = []
+        unpruned_features: list[MultiModalFeatureSpec] = []
+        kept_index = []  # indices into `unpruned_tokens` of the tokens in `input_tokens`
+        end = 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             begin, length = feature.mm_position.offset, feature.mm_position.length
-            present.append(len(whole_tokens) + torch.arange(begin - read))
-            whole_tokens += input_tokens[read:begin]
+            kept_index.append(len(unpruned_tokens) + torch.arange(begin - end))
+            unpruned_tokens += input_tokens[end:begin]
             kept, tokens = _kept_positions(feature), input_tokens[begin : begin + length]
             embeds = None
             if kept is None:
                 kept = torch.arange(length)
-                embeds = feature.mm_position.is_embed  # between the frames of a video stand their times
+                embeds = feature.mm_position.is_embed  # timestamps stand between the frames of a video
             else:
                 tokens = tokens[:1] * (int(_field(feature, "image_grid_thw").prod()) // merge**2)
-            place = PlaceholderRange(len(whole_tokens), len(tokens), embeds)
-            present.append(len(whole_tokens) + kept)
-            whole_tokens += tokens
-            whole_features.append(replace(feature, mm_position=place))
-            read = begin + length
-        present.append(len(whole_tokens) + torch.arange(len(input_tokens) - read))
-        whole_tokens += input_tokens[read:]
-        positions, delta = super().get_mrope_input_positions(whole_tokens, whole_features)  # type: ignore[misc]
-        return positions[:, torch.cat(present)], delta + len(whole_tokens) - len(input_tokens)
+            placeholder = PlaceholderRange(len(unpruned_tokens), len(tokens), embeds)
+            kept_index.append(len(unpruned_tokens) + kept)
+            unpruned_tokens += tokens
+            unpruned_features.append(replace(feature, mm_position=placeholder))
+            end = begin + length
+        kept_index.append(len(unpruned_tokens) + torch.arange(len(input_tokens) - end))
+        unpruned_tokens += input_tokens[end:]
+        positions, delta = super().get_mrope_input_positions(unpruned_tokens, unpruned_features)  # type: ignore[misc]
+        return positions[:, torch.cat(kept_index)], delta + len(unpruned_tokens) - len(input_tokens)
 
 
 def _field(feature: MultiModalFeatureSpec, name: str) -> torch.Tensor:
-    assert feature.data is not None, "models with positions of three numbers get at least what stays on the CPU"
+    assert feature.data is not None, "vLLM passes M-RoPE models at least the CPU fields"
     data = feature.data[name].data
     assert isinstance(data, torch.Tensor)
     return data
 
 
 def _kept_positions(feature: MultiModalFeatureSpec) -> torch.Tensor | None:
-    """(k,) which of an image's tokens are in the prompt; None where all are, and for other media.
+    """(k,) indices of a pruned image's kept tokens; None for other items.
 
-    Those that the engine selects are not known before it has: until then, the first ones.
+    Tokens that the engine selects are unknown before it has encoded the image: the first k stand for them.
     """
     if feature.data is None:
         return None

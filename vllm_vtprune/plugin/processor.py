@@ -1,20 +1,20 @@
-"""The multimodal processor that prunes: a mixin over a stock vLLM processor.
+"""The multimodal processor that prunes: a mixin before a stock vLLM processor.
 
-vLLM sizes the placeholders of an image here, before its engine encodes it, so a budget that depends on the features
-needs the features here. For an image with a policy we encode, plan, and hand the engine the kept embeddings in place of
-the pixels; an image without one passes through the stock processor untouched, under its stock hash. One that is only
-scaled down (`vllm_vtprune.selectors.resize`) passes through it too, under limits of its own and another hash.
+vLLM sets an image's placeholder length here, before the engine encodes the image. An adaptive budget needs the features
+at this point. So the processor encodes and plans each image with a policy, and passes the kept embeddings to the engine
+instead of pixels. Images without a policy take the stock path under their stock hash. Images of the method `resize`
+(`vllm_vtprune.selectors.resize`) take the stock path with their own size limits and hash.
 
-| vLLM's method | what it does here |
+| vLLM's method | override |
 | --- | --- |
-| ``apply`` | has images encoded and plans them, which settles what each item is, and adds the report to its output |
-| ``_get_mm_hashes`` | stock hash; of a pruned image with policy, nouns and kept tokens, of a scaled one with its area |
-| ``_get_cache_missing_processor_kwargs`` | keeps the jobs of the images that vLLM's cache lacks, lest they shift |
-| ``_apply_hf_processor_main`` | leaves out images that are planned, and scales those that are only scaled |
-| ``_get_mm_prompt_updates`` | puts planned items among the others, with as many placeholders as tokens were kept |
-| ``_merge_mm_kwargs`` | notices a cache that is too small for one request |
+| ``apply`` | encodes and plans the images, and adds the report to the output |
+| ``_get_mm_hashes`` | hash with policy, nouns and kept tokens for pruned images, with the area for resized ones |
+| ``_get_cache_missing_processor_kwargs`` | keeps only the jobs of images missing in vLLM's processor cache |
+| ``_apply_hf_processor_main`` | skips planned images, resizes those of `resize` |
+| ``_get_mm_prompt_updates`` | inserts planned items, with placeholders of the kept length |
+| ``_merge_mm_kwargs`` | detects a processor cache too small for one request |
 
-``get_dummy_mm_inputs`` is inherited: start-up profiling carries no policy and therefore measures the stock encoder.
+``get_dummy_mm_inputs`` is inherited: start-up profiling has no policy and so measures the stock encoder.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.image import BLANK, NO_OPTIONS, only_image, size_of
 from vllm_vtprune.plugin.items import KEPT_EMBEDS, KEPT_PROMPT
 from vllm_vtprune.plugin.jobs import PromptJobs
-from vllm_vtprune.plugin.limits import names_what_it_refuses
+from vllm_vtprune.plugin.limits import rejects_bad_input
 from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.placement import EnginePlacement
-from vllm_vtprune.plugin.prompt import said_in_turns, text_of
+from vllm_vtprune.plugin.prompt import text_of, text_without_system
 from vllm_vtprune.plugin.request import PARAM, PRUNING_KEY, REPORT_KEY, PromptPruning, without_pruning
 from vllm_vtprune.plugin.selection import SELECTION, Selection
 from vllm_vtprune.plugin.weights import EngineWeights
@@ -56,44 +56,44 @@ from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune.tower import VisionTower
 
 if TYPE_CHECKING:
-    from vllm_vtprune.plugin.vision import Facts as EncoderFacts
+    from vllm_vtprune.plugin.vision import EncoderFacts
 
 
 class CacheTooSmall(Exception):
-    """Images of one request drove others of it out of vLLM's processor cache; `cache` is to be taken instead."""
+    """Images of a request evicted each other from vLLM's processor cache; retry the request with `cache`."""
 
     def __init__(self, cache: BaseMultiModalProcessorCache | None) -> None:
-        super().__init__("vLLM's processor cache does not hold the images of one request")
+        super().__init__("vLLM's processor cache is too small for the images of one request")
         self.cache = cache
 
 
 class PruningProcessor(BaseMultiModalProcessor[Any]):
-    """Mixin: stands before the family's stock processor in the bases of a class.
+    """Mixin before the family's stock processor.
 
-    A family sets `family` and says how its images lie; `vllm_vtprune.plugin.items` says what a pruned image is.
+    A family sets `family` and defines `layout`; `vllm_vtprune.plugin.items` defines the item of a pruned image.
     """
 
     family: Family
     turn: str | None = None
-    """The token that begins each turn of a prompt, for chat templates of the form that `said_in_turns` reads."""
+    """Token that begins each turn, for chat templates that `text_without_system` reads; None for others."""
 
     @classmethod
     def prunes(cls, config: Any) -> bool:
-        """Whether a model of the family's architectures with this config can be pruned."""
+        """Whether a model with this HF config can be pruned."""
         return True
 
     @classmethod
-    def prunes_with(cls, info: Any) -> bool:
-        """Whether a model can be pruned with its engine's options of the HF processor."""
+    def prunes_engine(cls, info: Any) -> bool:
+        """Whether the model can be pruned under the engine's HF processor options."""
         return cls.prunes(info.get_hf_config())
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self.model_config = info.ctx.model_config
-        self.engine: VllmConfig | None = None  # a server sets it; vLLM tells processors of the model alone
+        self.engine: VllmConfig | None = None  # set by a server; vLLM passes processors only the model's config
         if PRUNING_KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise ValueError(
-                "mm_processor_kwargs.pruning is set for the whole engine: expected in each prompt, "
+                "mm_processor_kwargs.pruning: set for the whole engine; expected in each prompt, "
                 "or as --pruning-default of `vtprune serve`"
             )
         self._weights = EngineWeights(self.model_config.model)
@@ -115,49 +115,50 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return self.engine_placement.place(policy, self.family, param=param)
 
     def _load_tower(self) -> VisionTower:
-        from vllm_vtprune.plugin import vision  # builds vLLM's model, which engine processes need not import
+        from vllm_vtprune.plugin import vision  # not needed in engine processes
 
         config = copy(self.model_config)
         if self._weights.load.model != config.model:
             config.model, config.revision = self._weights.load.model, None
-        return vision.load(self.family, config, largest=self.most_tokens(), engine=self.engine)
+        return vision.load(self.family, config, largest=self.max_image_tokens(), engine=self.engine)
 
     @property
     def encoder_facts(self) -> EncoderFacts:
-        """What is known of the encoder of this API process before it is loaded.
+        """Facts about this API process's encoder that need no loading.
 
         Raises:
-            TowerError: it has no device to be on.
+            TowerError: there is no device for it.
         """
         from vllm_vtprune.plugin import vision
 
-        return vision.Facts.of(self.model_config, self.engine)
+        return vision.EncoderFacts.of(self.model_config, self.engine)
 
-    # What a family says of its items
+    # Overridden by families
 
-    def fields_of(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Fields of a pruned image beside its embeddings: what depends on where the kept tokens were.
+    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Fields of a pruned image that depend on which tokens are kept, besides its embeddings.
 
         Args:
-            features: of the whole image.
-            kept: (k,) which of its tokens are kept, on the CPU.
+            features: the image's N visual tokens.
+            kept: (k,) int64 indices of the kept tokens, on the CPU.
         """
         if features.prompt is None:
             return {}
-        return {KEPT_PROMPT: torch.tensor(self.keeping(Placeholder(self.image_token_id, features.prompt), kept).ids)}
+        placeholder = self.prune_placeholder(Placeholder(self.image_token_id, features.prompt), kept)
+        return {KEPT_PROMPT: torch.tensor(placeholder.ids)}
 
-    def keeping(self, whole: Placeholder, kept: torch.Tensor) -> Placeholder:
-        """What stands in the prompt for a pruned image, for families that have text between its tokens.
+    def prune_placeholder(self, placeholder: Placeholder, kept: torch.Tensor) -> Placeholder:
+        """The placeholder of a pruned image, for families with text between visual tokens.
 
         Args:
-            whole: what stands there unpruned.
-            kept: (k,) which of the image's tokens are kept, on the CPU.
+            placeholder: the unpruned placeholder.
+            kept: (k,) int64 indices of the kept tokens, on the CPU.
         """
-        return whole.keeping(kept)
+        return placeholder.prune(kept)
 
     @property
     def image_token_id(self) -> int:
-        """The token that stands for an embedding of an image in a prompt."""
+        """Id of the token that stands for a visual token in a prompt."""
         return self._placeholder_of_blank.token
 
     @cached_property
@@ -167,78 +168,81 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return placeholder
 
     def stock_item(self, image: Any, hf_kwargs: Mapping[str, object] = NO_OPTIONS) -> MultiModalKwargsItem:
-        """vLLM's own item of an image."""
+        """vLLM's item of an unpruned image."""
         processed = self._apply_hf_processor_main(only_image(image), hf_kwargs)
         fields = self._get_mm_fields_config(processed, hf_kwargs)
         [item] = MultiModalKwargsItems.from_hf_inputs(processed, fields).get("image", [])
         return item
 
     def stock_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
-        """vLLM's own hash of each item of a prompt, by modality."""
+        """vLLM's hash of each item of an unpruned prompt, by modality."""
         return super()._get_mm_hashes(inputs)
 
     def placeholder_of(
         self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]
     ) -> Placeholder | None:
-        """What stock vLLM puts into a prompt for the image of `layout`; None where several tokens are embeddings."""
-        stand_in = only_image(Image.new("1", size[::-1]))  # vLLM asks for the size alone
+        """vLLM's placeholder of an unpruned image; arguments as for `layout`.
+
+        None unless exactly one token id stands for embeddings.
+        """
+        stand_in = only_image(Image.new("1", size[::-1]))  # vLLM reads only the size
         items = MultiModalKwargsItems({"image": [item]})
         [[update]] = self._get_mm_prompt_updates(stand_in, hf_kwargs, items)["image"]
         return Placeholder.of(update.content)
 
     @abstractmethod
     def layout(self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        """How the tokens of an image lie.
+        """The layout of an image's visual tokens.
 
         Args:
-            item: vLLM's fields of the image, unpruned.
-            size: height and width of the image, in pixels.
-            hf_kwargs: of the HF processor that made the fields.
+            item: vLLM's item of the unpruned image.
+            size: height and width in pixels.
+            hf_kwargs: HF processor options with which the item was made.
         """
 
-    def most_tokens(self) -> int:
-        """Tokens of the largest image that the HF processor makes."""
+    def max_image_tokens(self) -> int:
+        """Visual tokens of the largest image that the HF processor makes."""
         count: int = self.info.get_max_image_tokens()
         return count
 
     def view(self, height: int, width: int) -> Box:
-        """The part of an image of that size, in pixels, that the model sees."""
+        """The part of an image of that size, in pixels, that reaches the encoder."""
         return 0.0, 0.0, 1.0, 1.0
 
     def prompt_text(self, prompt: list[int]) -> str:
-        """What a prompt says, without images and speakers; where there is a `turn`, without the system's, which may be
-        a standard one."""
+        """The text of a prompt without images and role names; with `turn`, without the system message, which may be
+        the chat template's default."""
         tokenizer = self.info.get_tokenizer()
         if self.turn is None:
             return text_of(prompt, tokenizer, self.image_token_id)
-        return said_in_turns(prompt, tokenizer, self.image_token_id, turn=self.turn)
+        return text_without_system(prompt, tokenizer, self.image_token_id, turn=self.turn)
 
-    # Hooks of vLLM
+    # vLLM's hooks
 
-    @names_what_it_refuses
+    @rejects_bad_input
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         try:
             return self._apply(inputs, timing_ctx)
-        except CacheTooSmall as full:
-            return self._apply(replace(inputs, cache=full.cache), timing_ctx)
+        except CacheTooSmall as error:
+            return self._apply(replace(inputs, cache=error.cache), timing_ctx)
 
     def _apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         if PRUNING_KEY not in inputs.hf_processor_mm_kwargs:
             return super().apply(inputs, timing_ctx)
 
-        prunes = isinstance(inputs.mm_data_items.get("image"), ImageProcessorItems)  # not embeddings by clients
+        has_images = isinstance(inputs.mm_data_items.get("image"), ImageProcessorItems)  # not clients' embeddings
         pruning = PromptPruning.of(
             inputs,
             from_client=self.runtime.clients_write_prompts,
             prompt_text=lambda: self.prompt_text(inputs.prompt),
-            family=self.family if prunes else None,
+            family=self.family if has_images else None,
         )
         stock = replace(inputs, hf_processor_mm_kwargs=without_pruning(inputs.hf_processor_mm_kwargs))
-        if prunes and any(policy.enabled for policy in pruning.policies):
-            here = any(policy.selects and self.place(policy)[0] == "api" for policy in pruning.policies)
-            self._weights.follow(self.runtime, selects=here)
-            jobs = PromptJobs.settle(self, stock, pruning)
-            result = super().apply(jobs.in_inputs(), timing_ctx)
+        if has_images and any(policy.enabled for policy in pruning.policies):
+            selects_here = any(policy.selects and self.place(policy)[0] == "api" for policy in pruning.policies)
+            self._weights.follow(self.runtime, selects=selects_here)
+            jobs = PromptJobs.prepare(self, stock, pruning)
+            result = super().apply(jobs.inputs_with_jobs(), timing_ctx)
             result[REPORT_KEY] = jobs.finish(result["mm_placeholders"])
         else:
             result = super().apply(stock, timing_ctx)
@@ -255,15 +259,15 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     ) -> Mapping[str, object]:
         kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
         jobs = _jobs_in(kwargs)
-        return kwargs if jobs is None else {**kwargs, PRUNING_KEY: jobs.missing(mm_is_cached["image"])}
+        return kwargs if jobs is None else {**kwargs, PRUNING_KEY: jobs.uncached(mm_is_cached["image"])}
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         jobs = _jobs_in(hf_kwargs)
         if jobs is None:
             return super()._apply_hf_processor_main(mm_items, hf_kwargs)
         hf_kwargs = without_pruning(hf_kwargs)
-        processed = super()._apply_hf_processor_main(_select_images(mm_items, jobs.as_they_are()), hf_kwargs)
-        jobs.scale(hf_kwargs)
+        processed = super()._apply_hf_processor_main(_select_images(mm_items, jobs.stock_indices()), hf_kwargs)
+        jobs.resize(hf_kwargs)
         return processed
 
     def _merge_mm_kwargs(self, cache: BaseMultiModalProcessorCache, mm_hashes: Any, *args: Any, **kwargs: Any) -> Any:
@@ -279,17 +283,17 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if jobs is None:
             return super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         items = jobs.items(out_mm_kwargs.get("image", []))
-        whole = [index for index, item in enumerate(items) if item.keys().isdisjoint((KEPT_EMBEDS, SELECTION))]
-        out_mm_kwargs["image"] = [items[index] for index in whole]
+        unpruned = [index for index, item in enumerate(items) if item.keys().isdisjoint((KEPT_EMBEDS, SELECTION))]
+        out_mm_kwargs["image"] = [items[index] for index in unpruned]
         updates = self._get_prompt_updates(
-            mm_items=_select_images(mm_items, whole),
+            mm_items=_select_images(mm_items, unpruned),
             hf_processor_mm_kwargs=without_pruning(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
 
         def content(stock: Callable[[int], Any], index: int) -> Any:
-            if index in whole:
-                return stock(whole.index(index))
+            if index in unpruned:
+                return stock(unpruned.index(index))
             return self._pruned_placeholder(items[index]).content()
 
         updates = [
@@ -301,7 +305,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         return bound
 
     def _pruned_placeholder(self, item: MultiModalKwargsItem) -> Placeholder:
-        """What stands in the prompt for a pruned image."""
+        """The placeholder of a pruned image."""
         if KEPT_PROMPT in item:
             return Placeholder(self.image_token_id, tuple(item[KEPT_PROMPT].data.tolist()))
         if SELECTION in item:

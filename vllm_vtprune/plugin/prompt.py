@@ -1,4 +1,4 @@
-"""What is read off a prompt: its text, and its nouns as tokens."""
+"""Extract a prompt's text, and the token ids of its nouns."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ ROLE_MARKER = re.compile(
 
 
 def text_of(prompt: Sequence[int], tokenizer: Any, image_token_id: int) -> str:
-    """The text of a prompt, without image placeholders, special tokens and the names of the speakers."""
+    """Decode a prompt without image placeholders, special tokens and role names."""
     tokens = [token for token in prompt if token != image_token_id]
     return ROLE_MARKER.sub(" ", tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def said_in_turns(prompt: Sequence[int], tokenizer: Any, image_token_id: int, *, turn: str) -> str:
-    """The text of a prompt in turns, without image placeholders, names of speakers and what the system says.
+def text_without_system(prompt: Sequence[int], tokenizer: Any, image_token_id: int, *, turn: str) -> str:
+    """Decode a prompt of turns without image placeholders, role names and the system message.
 
     Args:
-        prompt: its tokens.
-        tokenizer: of the model.
-        image_token_id: stands for images.
-        turn: the token that begins each turn: the speaker, a line feed, what was said.
+        prompt: token ids.
+        tokenizer: the model's tokenizer.
+        image_token_id: id of the placeholder token.
+        turn: token that begins each turn; the role, a line feed and the message follow.
     """
     turn_id = tokenizer.get_vocab().get(turn)
     turns: list[list[int]] = [[]]
@@ -36,15 +36,15 @@ def said_in_turns(prompt: Sequence[int], tokenizer: Any, image_token_id: int, *,
             turns.append([])
         elif token != image_token_id:
             turns[-1].append(token)
-    before, *texts = (tokenizer.decode(said, skip_special_tokens=True) for said in turns)
-    spoken = [said for speaker, _, said in (text.partition("\n") for text in texts) if speaker.strip() != "system"]
-    return "\n".join([before, *spoken])
+    before, *texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in turns)
+    messages = [message for role, _, message in (text.partition("\n") for text in texts) if role.strip() != "system"]
+    return "\n".join([before, *messages])
 
 
 def noun_ids(noun: str, tokenizer: Any) -> list[int]:
-    """Token ids of a noun as the model would read it inside a sentence, with its leading space."""
-    before = tokenizer.encode("the", add_special_tokens=False)
-    within = tokenizer.encode(f"the {noun}", add_special_tokens=False)
-    if within[: len(before)] == before:
-        return list(within[len(before) :])
+    """Token ids of a noun inside a sentence, that is with its leading space."""
+    article = tokenizer.encode("the", add_special_tokens=False)
+    phrase = tokenizer.encode(f"the {noun}", add_special_tokens=False)
+    if phrase[: len(article)] == article:
+        return list(phrase[len(article) :])
     return list(tokenizer.encode(noun, add_special_tokens=False))

@@ -1,4 +1,4 @@
-"""What methods read of images, while a vision model of vLLM's encodes them: in an API process, or in the engine."""
+"""What methods read of images while a vLLM vision model encodes them, in an API process or in the engine."""
 
 from __future__ import annotations
 
@@ -19,29 +19,33 @@ from vllm_vtprune.plugin.family import Family
 
 
 class FeatureReader:
-    """Makes features of what a vision model gives and, within `watching`, of what hooks see on its way.
+    """Makes features of a vision model's output and, within `recording`, of what hooks record inside it.
 
-    ``embeds`` are the model's output. Watched, ``encoder`` is what feeds the connector, of merged patches their mean,
-    or ``embeds`` where no more is known of the family; ``cls_attention`` and ``keys`` are those of the last attention,
-    the sum and the mean of merged patches; ``overview_attention`` is that of the first layer.
+    | feature | recorded at | merged patches |
+    | --- | --- | --- |
+    | ``encoder`` | connector input (``embeds`` if the family names no connector) | mean |
+    | ``embeds`` | connector output, as the engine computes it | |
+    | ``cls_attention`` | attention of the layer whose output is used | sum |
+    | ``keys`` | keys of that layer | mean |
+    | ``overview_attention`` | attention of the first layer | sum |
 
     Args:
-        model: of vLLM's.
-        family: of the model.
-        config: of the model.
+        model: vLLM's model.
+        family: the model's family.
+        config: vLLM's config of the model.
     """
 
     def __init__(self, model: nn.Module, family: Family, config: ModelConfig) -> None:
         self._width: int = config.hf_text_config.hidden_size
-        self._across = family.merge(config.hf_config)
-        self._patches = 1 if family.pooled else self._across**2  # of a token, in what the connector is given
+        self._merge = family.merge(config.hf_config)
+        self._rows_per_token = 1 if family.pooled else self._merge**2  # rows of the connector input
         self._rows = family.rows
-        self._connector = _Inputs(_submodule(model, family.connector)) if family.connector else None
-        self._attention = [_Inputs(_submodule(model, path)) for path in family.attention or ()]
+        self._connector = _RecordedCalls(_submodule(model, family.connector)) if family.connector else None
+        self._attention = [_RecordedCalls(_submodule(model, path)) for path in family.attention or ()]
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within this context, features hold what hooks see."""
+    def recording(self) -> Iterator[None]:
+        """Within this context, hooks record, and `features` uses what they recorded."""
         hooks = [hook for hook in (self._connector, *self._attention) if hook is not None]
         for hook in hooks:
             hook.calls = []
@@ -52,31 +56,31 @@ class FeatureReader:
                 hook.calls = None
 
     def features(self, embeds: Sequence[Tensor], layouts: Sequence[Layout]) -> list[VisualFeatures]:
-        """Features of each image, each in memory of its own.
+        """Features of each image, in memory of its own. Without records, ``encoder`` is ``embeds``.
 
         Args:
             embeds: (T, d + p) the model's output for each image.
-            layouts: of the images.
+            layouts: layouts of the images.
         """
-        tokens = [layout.patches // self._across**2 for layout in layouts]
-        encoder, early, attention, keys = None, None, None, None
+        tokens = [layout.patches // self._merge**2 for layout in layouts]
+        encoder, early_attention, attention, keys = None, None, None, None
         if self._connector is not None and self._connector.calls is not None:
             inputs = [self._rows(self._connector.module, *arguments) for arguments in self._connector.calls]
             states = torch.cat([rows.flatten(0, -2) for rows in inputs])
-            encoder = torch.split(states.reshape(sum(tokens), self._patches, -1).mean(dim=1), tokens)
+            encoder = torch.split(states.reshape(sum(tokens), self._rows_per_token, -1).mean(dim=1), tokens)
         if self._attention and self._attention[0].calls is not None:
             first, last = (
-                [_of_cls(inputs.module, *call[:2], across=self._across) for call in inputs.calls or ()]
-                for inputs in self._attention
+                [_cls_attention(hook.module, *call[:2], merge=self._merge) for call in hook.calls or ()]
+                for hook in self._attention
             )
-            early = torch.split(_over_ranks(torch.cat([weights for weights, _ in first])), tokens)
-            attention = torch.split(_over_ranks(torch.cat([weights for weights, _ in last])), tokens)
-            keys = torch.split(_over_ranks(torch.cat([rows for _, rows in last])), tokens)
+            early_attention = torch.split(_mean_over_ranks(torch.cat([scores for scores, _ in first])), tokens)
+            attention = torch.split(_mean_over_ranks(torch.cat([scores for scores, _ in last])), tokens)
+            keys = torch.split(_mean_over_ranks(torch.cat([layer_keys for _, layer_keys in last])), tokens)
         return [
             self._of_image(
                 layout,
                 embeds[i],
-                *(None if values is None else values[i] for values in (encoder, early, attention, keys)),
+                *(None if values is None else values[i] for values in (encoder, early_attention, attention, keys)),
             )
             for i, layout in enumerate(layouts)
         ]
@@ -86,67 +90,74 @@ class FeatureReader:
         layout: Layout,
         rows: Tensor,
         encoder: Tensor | None,
-        early: Tensor | None,
+        early_attention: Tensor | None,
         attention: Tensor | None,
         keys: Tensor | None,
     ) -> VisualFeatures:
-        """Those of one image, from the rows that belong to it."""
+        """The features of one image from its rows: ``rows`` of the embeddings, the others of the connector input."""
 
-        def in_order(values: Tensor) -> Tensor:
-            values = values.clone() if layout.sources is None else values[layout.sources.to(rows.device)]
-            return values if layout.scaled is None else scaled(values, layout)
+        def in_token_order(values: Tensor) -> Tensor:
+            values = values.clone() if layout.connector_rows is None else values[layout.connector_rows.to(rows.device)]
+            return values if layout.connector_canvas is None else resize_canvas(values, layout)
 
         newline = None
-        if layout.places is not None:
-            places = layout.places.to(rows.device)
-            is_token = torch.zeros(len(rows), dtype=torch.bool, device=rows.device).index_fill(0, places, True)
+        if layout.embed_rows is not None:
+            token_rows = layout.embed_rows.to(rows.device)
+            is_token = torch.zeros(len(rows), dtype=torch.bool, device=rows.device).index_fill(0, token_rows, True)
             newline = None if is_token.all() else rows[~is_token][0].clone()
-            rows = rows[places]
+            rows = rows[token_rows]
         embeds = rows[:, : self._width].clone()
         tiles, overview = layout.tiles, None
         if tiles is not None:
             tiles = replace(tiles, ids=tiles.ids.to(rows.device))
-            if early is not None and tiles.overview is not None:
-                overview = in_order(early)[tiles.ids == tiles.overview]
+            if early_attention is not None and tiles.overview is not None:
+                overview = in_token_order(early_attention)[tiles.ids == tiles.overview]
         return VisualFeatures(
-            encoder=embeds if encoder is None else in_order(encoder),
+            encoder=embeds if encoder is None else in_token_order(encoder),
             embeds=embeds,
             grid=layout.grid,
             tiles=tiles,
-            cls_attention=None if attention is None else in_order(attention),
+            cls_attention=None if attention is None else in_token_order(attention),
             overview_attention=overview,
-            keys=None if keys is None else in_order(keys),
+            keys=None if keys is None else in_token_order(keys),
             deepstack=rows[:, self._width :].clone() if rows.shape[1] > self._width else None,
             newline=newline,
             prompt=layout.prompt,
         )
 
 
-def _over_ranks(mean_over_heads: Tensor) -> Tensor:
-    """The mean over all heads, of means over those that each tensor-parallel rank has: as many each."""
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean over tensor-parallel ranks, each of which has the mean over an equal share of the heads."""
     ranks = get_tensor_model_parallel_world_size()
-    return mean_over_heads if ranks == 1 else tensor_model_parallel_all_reduce(mean_over_heads) / ranks
+    return values if ranks == 1 else tensor_model_parallel_all_reduce(values) / ranks
 
 
-class _Inputs:
-    """The arguments of each call of a module while `calls` is a list."""
+class _RecordedCalls:
+    """Records the positional arguments of each call of a module, while `calls` is a list."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.calls: list[tuple[Tensor, ...]] | None = None
-        module.register_forward_pre_hook(self._note)
+        module.register_forward_pre_hook(self._record)
 
-    def _note(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def _record(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if self.calls is not None:
             self.calls.append(arguments)
 
 
-def scaled(values: Tensor, layout: Layout) -> Tensor:
-    """(n, d) the overview and the canvas that is scaled -> (N, d) the overview and the canvas of the tokens."""
-    assert layout.scaled is not None
+def resize_canvas(values: Tensor, layout: Layout) -> Tensor:
+    """Resize the canvas from ``layout.connector_canvas`` to ``layout.tiles.canvas``, as the model does (bilinear).
+
+    Args:
+        values: (n, d) the overview's rows, then those of the canvas.
+
+    Returns:
+        (N, d) the overview's rows, then those of the resized canvas.
+    """
+    assert layout.connector_canvas is not None
     assert layout.tiles is not None
-    overview, canvas = torch.split(values, [len(values) - prod(layout.scaled), prod(layout.scaled)])
-    planes = canvas.T.reshape(1, -1, *layout.scaled)
+    overview, canvas = torch.split(values, [len(values) - prod(layout.connector_canvas), prod(layout.connector_canvas)])
+    planes = canvas.T.reshape(1, -1, *layout.connector_canvas)
     tokens = nn.functional.interpolate(planes, layout.tiles.canvas, mode="bilinear")[0]
     return torch.cat([overview, tokens.flatten(1).T])
 
@@ -159,34 +170,34 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     return submodule
 
 
-def _of_cls(attention: Any, query: Tensor, key: Tensor, *, across: int) -> tuple[Tensor, Tensor]:
-    """What the CLS token attends to, without the map of all pairs, and keys; one value, or row, for each token.
+def _cls_attention(attention: Any, query: Tensor, key: Tensor, *, merge: int) -> tuple[Tensor, Tensor]:
+    """The CLS row of an attention layer, and the keys, per visual token.
 
     Args:
-        attention: vLLM's layer.
-        query, key: ``(S, 1 + n, heads * d)`` of S squares of n patches.
-        across: patches of a token in either direction, in raster order of the square.
+        attention: vLLM's attention layer.
+        query, key: ``(S, 1 + n, heads * d)`` for S square tiles of n patches in raster order, CLS first.
+        merge: patches per token in either direction.
 
     Returns:
-        ``(T,)`` in float32, the sum over a token's patches of their softmax over all 1 + n, mean over heads; and
-        ``(T, d)`` the mean of its patches' keys, mean over heads.
+        ``(T,)`` float32: softmax over all 1 + n, mean over heads, sum over a token's patches.
+        ``(T, d)``: keys, mean over heads and over a token's patches.
     """
     query, key = (states.view(*states.shape[:2], -1, attention.head_size) for states in (query, key))
     scores = torch.einsum("shd,snhd->shn", query[:, 0].float(), key.float()) * attention.scale
-    seen = scores.softmax(dim=-1).mean(dim=1)[:, 1:, None]
-    return _blocks(seen, across).sum(dim=1)[:, 0], _blocks(key[:, 1:].mean(dim=2), across).mean(dim=1)
+    probabilities = scores.softmax(dim=-1).mean(dim=1)[:, 1:, None]
+    return _blocks(probabilities, merge).sum(dim=1)[:, 0], _blocks(key[:, 1:].mean(dim=2), merge).mean(dim=1)
 
 
-def _blocks(patches: Tensor, across: int) -> Tensor:
-    """(S, n, d) in raster order of a square -> (S * n / across^2, across^2, d): its blocks in raster order."""
+def _blocks(patches: Tensor, merge: int) -> Tensor:
+    """(S, n, d) patches of S squares in raster order -> (S * n / merge^2, merge^2, d) blocks in raster order."""
     squares, count, width = patches.shape
-    blocks = isqrt(count) // across
-    grid = patches.view(squares, blocks, across, blocks, across, width)
-    return grid.transpose(2, 3).reshape(squares * blocks**2, across**2, width)
+    blocks = isqrt(count) // merge
+    grid = patches.view(squares, blocks, merge, blocks, merge, width)
+    return grid.transpose(2, 3).reshape(squares * blocks**2, merge**2, width)
 
 
 def batches(layouts: Sequence[Layout]) -> Iterator[range]:
-    """Indices of consecutive images that together stay within `BATCH_PATCHES`, or of one that is larger alone."""
+    """Split images, in order, into batches of at most `BATCH_PATCHES` patches; a larger image is its own batch."""
     begin, total = 0, 0
     for end, layout in enumerate(layouts):
         if end > begin and total + layout.patches > BATCH_PATCHES:

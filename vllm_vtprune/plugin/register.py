@@ -1,12 +1,12 @@
-"""The `vllm.general_plugins` entry point: tells vLLM which classes serve the architectures we prune.
+"""The `vllm.general_plugins` entry point: registers our model classes.
 
-vLLM calls `register` in every process, possibly more than once, before it looks a model up.
+vLLM calls `register` in every process, possibly more than once, before it looks up a model.
 """
 
 from __future__ import annotations
 
 from vllm_vtprune.families import ARCHITECTURES
-from vllm_vtprune.plugin.loads import name_files
+from vllm_vtprune.plugin.loads import notes_prefix
 from vllm_vtprune.plugin.unserved import warn_where_policies_are_ignored
 from vllm_vtprune.plugin.version import require_tested_vllm
 
@@ -14,19 +14,19 @@ GENERIC = "vllm_vtprune.plugin.families.generic"
 
 
 def register() -> None:
-    """Have vLLM serve each multimodal architecture by our subclass, which is the stock class where nothing is pruned.
+    """Register our class for each multimodal architecture; an architecture that cannot be pruned keeps vLLM's class.
 
-    vLLM passes an error on to whoever starts it, so that no model is served unpruned unnoticed.
+    An error stops vLLM, so no model is silently served unpruned.
 
     Raises:
-        UntestedVllmError: the plugin was not tested with this vLLM.
+        UntestedVllmError: the plugin was not tested with the installed vLLM.
     """
     require_tested_vllm()
     from vllm import ModelRegistry
 
     from vllm_vtprune.plugin.compat import multimodal_architectures
 
-    name_files()
+    notes_prefix()
     for architecture in multimodal_architectures():
         target = ARCHITECTURES.get(architecture, f"{GENERIC}:{architecture}")
         ModelRegistry.register_model(architecture, target)

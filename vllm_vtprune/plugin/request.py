@@ -1,10 +1,10 @@
-"""The ``pruning`` entry of a prompt's ``mm_processor_kwargs``: what is asked for each of its images.
+"""The ``pruning`` entry of a prompt's ``mm_processor_kwargs``: the policy of each image.
 
 >>> {"pruning": {"method": "resprune", "budget": {"type": "tokens", "keep": 128}}}
 >>> {"pruning": {"method": "resprune", "texts": ["What colour is the bus?", "Who drives?"]}}
->>> {"pruning": {"method": "resprune", "images": [None, False, "fast"]}}     # per image; None: as the request
+>>> {"pruning": {"method": "resprune", "images": [None, False, "fast"]}}     # per image; None: the prompt's policy
 
-Clients of a server write their policies elsewhere: there this entry holds a `PromptPruning`, which no JSON can be.
+In a server, the entry is a `PromptPruning` made from the request's own field; clients cannot write it in JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
 
 PRUNING_KEY = "pruning"
 REPORT_KEY = "pruning"
-"""Where the `RequestReport` is in what the processor returns for such a prompt."""
+"""Key of the `RequestReport` in the processor's output."""
 PARAM = f"mm_processor_kwargs.{PRUNING_KEY}"
-ELSEWHERE = "the policy in the request's own pruning field, which /v1/chat/completions takes"
+SERVER_FIELD = "the policy in the request's own pruning field, which /v1/chat/completions takes"
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class PromptPruning:
     """The parsed entry.
 
     Attributes:
-        policy: of what is no image.
-        images: in the order of the prompt.
+        policy: the prompt's policy, which applies to media other than images.
+        images: the images in prompt order.
     """
 
     policy: PruningPolicy
@@ -51,16 +51,16 @@ class PromptPruning:
         prompt_text: Callable[[], str],
         family: FamilyDefaults | None,
     ) -> PromptPruning:
-        """The entry of a prompt, in either form.
+        """Parse a prompt's entry.
 
         Args:
-            inputs: of the processor, with the entry.
-            from_client: whether clients of a server may have written it, unless it is a `PromptPruning`.
-            prompt_text: gives the text of the whole prompt, for entries without ``texts``.
-            family: with which policies are resolved; None: they are not.
+            inputs: the processor's inputs, with the entry.
+            from_client: reject an entry that is not a `PromptPruning`, because a server's client may have written it.
+            prompt_text: returns the prompt's text, for entries without ``texts``.
+            family: fills in defaults of the policies; None leaves them unset.
 
         Raises:
-            PolicyError: naming the field, its value and what is accepted.
+            PolicyError: names the field, its value and what is accepted.
         """
         value = inputs.hf_processor_mm_kwargs[PRUNING_KEY]
         num_images = len(inputs.mm_data_items.get("image", ()))
@@ -68,15 +68,15 @@ class PromptPruning:
             _per_image("images", value.images, num_images)
             return value
         if from_client:
-            raise PolicyError(PARAM, value, ELSEWHERE)
+            raise PolicyError(PARAM, value, SERVER_FIELD)
         fields = dict(value) if isinstance(value, Mapping) else {}
-        texts, own = fields.pop("texts", None), fields.pop("images", None)
-        whole = PruningPolicy.parse(fields if isinstance(value, Mapping) else value, param=PARAM)
+        texts, image_values = fields.pop("texts", None), fields.pop("images", None)
+        prompt_policy = PruningPolicy.parse(fields if isinstance(value, Mapping) else value, param=PARAM)
         policies = [
-            PruningPolicy.parse(each, param=f"{PARAM}.images.{index}", default=whole)
-            for index, each in enumerate(_per_image("images", own, num_images))
+            PruningPolicy.parse(image_value, param=f"{PARAM}.images.{index}", default=prompt_policy)
+            for index, image_value in enumerate(_per_image("images", image_values, num_images))
         ]
-        whole_text = cache(prompt_text)
+        full_text = cache(prompt_text)
         images = []
         for index, (policy, text) in enumerate(zip(policies, _per_image("texts", texts, num_images), strict=True)):
             if texts is not None and not isinstance(text, str):
@@ -84,18 +84,18 @@ class PromptPruning:
             resolved = policy if family is None else policy.resolve(family)
             images.append(ImageJob(resolved))
             if resolved.conditions_on_text:
-                asked = resolved.text.query
-                images[-1].text = asked if asked is not None else text if isinstance(text, str) else whole_text()
-        return cls(whole, tuple(images))
+                query = resolved.text.query
+                images[-1].text = query if query is not None else text if isinstance(text, str) else full_text()
+        return cls(prompt_policy, tuple(images))
 
 
 def without_pruning(hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
-    """A prompt's ``mm_processor_kwargs`` as stock vLLM takes them."""
+    """A prompt's ``mm_processor_kwargs`` without the ``pruning`` entry."""
     return {key: value for key, value in hf_kwargs.items() if key != PRUNING_KEY}
 
 
 def _per_image(name: str, value: object, num_images: int) -> Sequence[object]:
-    """One entry for each image; as many None where the client gave nothing."""
+    """Check that a list has one entry per image; None stands for a list of None."""
     if value is None:
         return [None] * num_images
     if not isinstance(value, (list, tuple)) or len(value) != num_images:

@@ -1,4 +1,4 @@
-"""Models that cannot be pruned: their images pass as they are, and the report says why."""
+"""Models that cannot be pruned: images pass unpruned, and the report gives the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.plugin.limits import names_what_it_refuses
+from vllm_vtprune.plugin.limits import rejects_bad_input
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning, without_pruning
 from vllm_vtprune.policy import FamilyDefaults
 from vllm_vtprune.report import RequestReport, unpruned_media
@@ -19,13 +19,13 @@ from vllm_vtprune.tower import TowerError, VisionTower
 
 
 class UnprunedProcessor(BaseMultiModalProcessor[Any]):
-    """Mixin before a stock processor: reads a prompt's ``pruning`` entry, refuses a wrong one, and prunes nothing."""
+    """Mixin before a stock processor: validates a prompt's ``pruning`` entry and prunes nothing."""
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self.runtime = runtime_without_tower(info.ctx.model_config)
 
-    @names_what_it_refuses
+    @rejects_bad_input
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         if PRUNING_KEY not in inputs.hf_processor_mm_kwargs:
             return super().apply(inputs, timing_ctx)
@@ -38,15 +38,15 @@ class UnprunedProcessor(BaseMultiModalProcessor[Any]):
 
 
 def unpruned(processor: Any, info: Any, dummy_inputs: Any) -> Any:
-    """What a stock factory builds, of a class that also has the mixin."""
+    """Build a stock factory's processor with `UnprunedProcessor` mixed in."""
     stock = type(processor(info, dummy_inputs))
     return type(f"Unpruned{stock.__name__}", (UnprunedProcessor, stock), {})(info, dummy_inputs)
 
 
 def runtime_without_tower(model_config: ModelConfig) -> PruningRuntime:
-    """Where the requests of a model that cannot be pruned are counted."""
+    """The runtime of a model that cannot be pruned; it only counts requests."""
 
     def refuse() -> VisionTower:
-        raise TowerError(f"{model_config.model} has no vision tower that can be loaded here")
+        raise TowerError(f"{model_config.model}: the model cannot be pruned, so it has no vision encoder to load")
 
     return PruningRuntime(refuse, FamilyDefaults(clip_alpha=0, provides=frozenset()), compat.model_name(model_config))

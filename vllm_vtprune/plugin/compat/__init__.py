@@ -1,8 +1,8 @@
-"""What we touch of vLLM that is not a public interface, by area.
+"""All uses of vLLM's private interfaces, by area.
 
-Each entry says what goes wrong without it, the version that it was read in, and when it can go. Private names are
-checked when a module is imported or an object is met (`names`), in every version of vLLM that is tested; sentences of
-vLLM's that an entry matches are checked by `tests/test_compat.py`. What only servers need is in `server`.
+Each entry states the problem it solves, the vLLM version in which it was read, and when to remove it. `names` checks
+private names at import or first use, in every tested version. `tests/test_compat.py` checks the error texts that
+entries match. `server` holds what only servers need.
 """
 
 from vllm_vtprune.plugin.compat.engine import (
@@ -21,7 +21,7 @@ from vllm_vtprune.plugin.compat.models import (
 from vllm_vtprune.plugin.compat.multimodal import (
     PROCESSOR_HOOKS,
     cache_in_use,
-    lost_place_of_medium,
+    placeholder_is_missing,
     says_data_is_missing,
     without_items,
     without_synthetic_uuids,
@@ -35,9 +35,9 @@ __all__ = [
     "cache_in_use",
     "counts_must_be_fixed",
     "has_stock_factories",
-    "lost_place_of_medium",
     "model_name",
     "multimodal_architectures",
+    "placeholder_is_missing",
     "platform_name",
     "refuse_unsupported",
     "says_data_is_missing",

@@ -1,4 +1,4 @@
-"""vLLM's configuration of its engines: which options exclude pruning, and where API processes and engines run."""
+"""vLLM's engine configuration: options that exclude pruning, and the placement of API processes and engines."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ require(Platform, "_enum")
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise for engine options under which pruned embeddings would not reach the language model, or memory would fail.
+    """Raise for engine options that are incompatible with pruning (vLLM 0.32.0).
+
+    - Encoder CUDA graphs bypass ``embed_multimodal`` (v1/worker).
+    - LoRA of encoder and connector: the API process's encoder has no adapters.
+    - vLLM's video pruning changes the embeddings of every image, and replaces our positions by its own, which are wrong
+      for portrait images.
+    - Weight transfer from a trainer: the API process's encoder reads checkpoints.
+    - GPU video decoders use the memory that ``mm_ipc_gpu_memory_gb`` reserves for the API process's encoder.
 
     Raises:
-        ValueError: encoder CUDA graphs (they bypass ``embed_multimodal``, vLLM 0.32.0 v1/worker), tower LoRA (the
-            frontend tower has no adapters), vLLM's own pruning of videos (it changes the embeddings of every image,
-            and its positions, which are wrong for portrait images, replace ours), weights that come from a trainer
-            (the frontend tower reads checkpoints) or GPU video decoders (they take what ``mm_ipc_gpu_memory_gb``
-            reserves for the frontend tower) are on; or tokens are to be selected in an engine that cannot place them.
+        ValueError: names the option.
     """
     multimodal, transfer = vllm_config.model_config.multimodal_config, vllm_config.weight_transfer_config
     on = {
@@ -41,13 +44,13 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     for name, value in on.items():
         if value:
             raise ValueError(
-                f"{name}={value} cannot be combined with vllm-vtprune: switch it off, or run `vllm serve` with "
+                f"{name}={value} cannot be combined with vllm-vtprune: turn it off, or run `vllm serve` with "
                 "VLLM_PLUGINS set to a list without vtprune"
             )
 
 
 def _gpu_video_backend(multimodal: MultiModalConfig) -> str:
-    """The backend that decodes videos on the GPU; empty where none does."""
+    """The backend that decodes videos on the GPU; empty if none does."""
     if not multimodal.use_gpu_video_backend():
         return ""
     options = multimodal.media_io_kwargs.get("video", {})
@@ -55,11 +58,11 @@ def _gpu_video_backend(multimodal: MultiModalConfig) -> str:
 
 
 def counts_must_be_fixed(kv_transfer_config: KVTransferConfig | None) -> str:
-    """The option because of which an image must keep a number of tokens that does not depend on its features.
+    """The option that requires token counts independent of the features; empty if there is none.
 
-    Where instances of vLLM exchange KV caches, each encodes an image for itself, and features differ in their last
-    bits: counts that follow from them may then differ, and the caches with them. Empty where there is no such option;
-    connectors that offload within one instance are none (names of vLLM 0.32.0). Can go when counts travel with caches.
+    vLLM instances that exchange KV caches each encode an image, and features differ in their last bits. Counts computed
+    from features may then differ between instances, and the KV caches would not match. Connectors that only offload
+    within one instance are safe (names of vLLM 0.32.0). Remove when counts are sent with KV caches.
     """
     connector = None if kv_transfer_config is None else kv_transfer_config.kv_connector
     if connector in (None, "OffloadingConnector", "SimpleCPUOffloadConnector"):
@@ -68,18 +71,18 @@ def counts_must_be_fixed(kv_transfer_config: KVTransferConfig | None) -> str:
 
 
 def api_process(parallel: ParallelConfig) -> tuple[int, int]:
-    """Rank of this API process among those of its server, and how many they are.
+    """Rank of this API process in its server, and the number of API processes.
 
-    vLLM 0.32.0 notes both in private fields (config/parallel.py), the rank as -1 in the process that starts the others.
-    Without them each would take the memory of all. Can go when the fields are public.
+    vLLM 0.32.0 keeps both in private fields (config/parallel.py); the rank is -1 in the launching process. Without
+    them, each process would claim the memory of all. Remove when the fields are public.
     """
     return max(int(private(parallel, "_api_process_rank")), 0), int(private(parallel, "_api_process_count"))
 
 
 def platform_name(platform: Platform) -> str:
-    """Name of a platform that vLLM runs on, such as ``cuda`` or ``cpu``.
+    """Name of a vLLM platform, such as ``cuda`` or ``cpu``.
 
-    vLLM 0.32.0 has it in a private field (platforms/interface.py) and public questions for some of the names alone. Can
-    go when the name is public.
+    vLLM 0.32.0 keeps it in a private field (platforms/interface.py) and has public predicates for some names only.
+    Remove when the name is public.
     """
     return str(private(platform, "_enum").name).lower()

@@ -19,11 +19,11 @@ from vllm_vtprune.plugin.compat.names import private, require
 require(DefaultModelLoader, "get_all_weights")
 
 
-def tell_memory_of_cpu() -> None:
-    """Have ``torch.accelerator.get_memory_info`` tell of the machine's memory, where there is no accelerator.
+def report_cpu_memory() -> None:
+    """Make ``torch.accelerator.get_memory_info`` report the machine's memory on machines without an accelerator.
 
-    Gemma 4 of vLLM 0.32.0 asks for it before it encodes (model_executor/models/gemma4_mm.py), and torch raises; only
-    workers replace it (v1/worker/cpu/shm.py). Can go when the model asks vLLM's platform.
+    vLLM 0.32.0's Gemma 4 calls it before encoding (model_executor/models/gemma4_mm.py), and torch raises; vLLM replaces
+    it in workers only (v1/worker/cpu/shm.py). Remove when the model queries vLLM's platform.
     """
 
     def available_and_total(device: object = None) -> tuple[int, int]:
@@ -34,45 +34,46 @@ def tell_memory_of_cpu() -> None:
 
 
 @contextmanager
-def rotary_embeddings_of_its_own() -> Iterator[None]:
-    """A model that is built within takes no rotary embedding that another one made, and leaves none behind.
+def private_rotary_embeddings() -> Iterator[None]:
+    """A model built in this context shares no rotary embeddings with other models.
 
-    vLLM 0.32.0 keeps them in one table of the process (layers/rotary_embedding/__init__.py). Those of a language model
-    that is left out (``mm_encoder_only``) hold no data, and an engine in this process would take them for its own. Can
-    go when vLLM does not keep what it leaves out.
+    vLLM 0.32.0 shares them through a table of the process (layers/rotary_embedding/__init__.py). Those of an omitted
+    language model (``mm_encoder_only``) hold no data, and an engine in this process would reuse them. Remove when vLLM
+    does not share them.
     """
     table: dict[Any, Any] = private(rotary_embedding, "_ROPE_DICT")
-    others = dict(table)
+    saved = dict(table)
     table.clear()
     try:
         yield
     finally:
         table.clear()
-        table.update(others)
+        table.update(saved)
 
 
 def is_starting(model: Any) -> bool:
-    """Whether a model of the engine is being built: vLLM 0.32.0 puts it into evaluation mode when it has its weights.
+    """Whether an engine's model is being built, as opposed to reloaded.
 
-    (model_executor/model_loader/base_loader.py). Can go when a model is told that it is loaded anew.
+    vLLM 0.32.0 switches it to evaluation mode after the first load (model_executor/model_loader/base_loader.py). Remove
+    when vLLM tells a model that it is reloaded.
     """
     return bool(model.training)
 
 
-def come_from_checkpoint(weights: object) -> bool:
-    """Whether weights that are loaded into a model are read from a checkpoint, and not handed in by somebody.
+def are_from_checkpoint(weights: object) -> bool:
+    """Whether weights are read from a checkpoint, as opposed to passed in by a caller.
 
     vLLM 0.32.0 reads checkpoints with the loaders' generator ``get_all_weights``
-    (model_executor/model_loader/reload/inplace.py). Can go when the model is told where they come from.
+    (model_executor/model_loader/reload/inplace.py). Remove when vLLM tells the model their source.
     """
     return getattr(weights, "__name__", None) == DefaultModelLoader.get_all_weights.__name__
 
 
 def model_directory(model_config: ModelConfig) -> Path:
-    """The local directory of a model's files; downloads what the tower needs of a model on a hub.
+    """The local directory of a model's files; downloads the needed files of a model on a hub.
 
-    As vLLM 0.32.0 does it (model_executor/model_loader/weight_utils.py), whose loaders keep the directory to
-    themselves. Can go when a loader tells it.
+    As in vLLM 0.32.0 (model_executor/model_loader/weight_utils.py), whose loaders do not expose the directory. Remove
+    when a loader does.
     """
     if Path(model_config.model).is_dir():
         return Path(model_config.model)

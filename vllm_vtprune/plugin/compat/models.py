@@ -15,32 +15,32 @@ require(SupportsMultiModal, "_processor_factory")
 
 
 def stock_factories(model_class: type) -> Any:
-    """The factories (``info``, ``processor``, ``dummy_inputs``) with which a stock model class was registered.
+    """The processor factories (``info``, ``processor``, ``dummy_inputs``) of a stock model class.
 
     vLLM 0.32.0 stores them as ``_processor_factory`` (multimodal/registry.py). Needed to extend a stock processor
-    without repeating its builder functions, which are private too. Can go when the registry offers a lookup.
+    without copying its private builder functions. Remove when the registry offers a lookup.
     """
     return private(model_class, "_processor_factory")
 
 
 def has_stock_factories(model_class: type) -> bool:
-    """Whether a class was registered with factories; vLLM 0.32.0 has models whose modules do so for none or later."""
+    """Whether a class has processor factories; some models of vLLM 0.32.0 have none, or register them later."""
     return hasattr(model_class, "_processor_factory")
 
 
 def multimodal_architectures() -> list[str]:
-    """Architectures of all multimodal models that vLLM has.
+    """vLLM's multimodal architectures.
 
-    vLLM 0.32.0 lists them in a private table of its registry. One that is missed is served by vLLM's own class, which
-    ignores policies. Can go when the registry offers a list.
+    vLLM 0.32.0 lists them in a private table. An architecture that we missed would be served by vLLM's own class, which
+    ignores policies. Remove when the registry offers a list.
     """
     return list(_table())
 
 
 def stock_model(architecture: str) -> type | None:
-    """vLLM's own class for an architecture; None for one that it does not have.
+    """vLLM's own class of an architecture; None if vLLM has none.
 
-    Our classes are registered in its place, so it is looked up in the table of `multimodal_architectures`.
+    The public registry returns our class, so this reads the table of `multimodal_architectures`.
     """
     if architecture not in _table():
         return None
@@ -56,9 +56,9 @@ def _table() -> dict[str, tuple[str, str]]:
 
 
 def model_name(model_config: ModelConfig) -> str:
-    """The name under which vLLM's own metrics label the model.
+    """The model's label in vLLM's metrics.
 
-    As vLLM 0.32.0 chooses it (config/model.py, ``get_served_model_name``): the configuration may hold a list.
+    As in vLLM 0.32.0 (config/model.py, ``get_served_model_name``): the configuration may hold a list.
     """
     served = model_config.served_model_name
     return served[0] if isinstance(served, list) else served or model_config.model

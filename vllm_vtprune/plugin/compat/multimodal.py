@@ -1,4 +1,4 @@
-"""vLLM's multimodal processing: the hooks of its processors, its caches, and what it says of missing media."""
+"""vLLM's multimodal processing: processor hooks, processor cache, and error texts."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ PROCESSOR_HOOKS = (
 )
 """Methods of vLLM's processors that `vllm_vtprune.plugin.processor` overrides or calls (vLLM 0.32.0).
 
-An override of a method that vLLM does not call any more would have no effect: images would pass unpruned. Can go when
-vLLM documents which methods a processor may override.
+An override that vLLM no longer calls would have no effect: images would pass unpruned. Remove when vLLM documents which
+methods a processor may override.
 """
 require(BaseMultiModalProcessor, *PROCESSOR_HOOKS)
 
 _SYNTHETIC_UUID = re.compile(r"renderer-?\d+-mm-\d+-\w+-\d+")
 _DATA_IS_MISSING = "but data is not provided"
-_LOST_PLACE = re.compile(r"prompt (?:placeholders|updates)|Failed to apply prompt replacement")
+_PLACEHOLDER_IS_MISSING = re.compile(r"prompt (?:placeholders|updates)|Failed to apply prompt replacement")
 
 
 def without_synthetic_uuids(inputs: ProcessorInputs) -> ProcessorInputs:
-    """The inputs, with the image ids removed that vLLM made up to avoid hashing.
+    """The inputs without the image ids that vLLM invents to avoid hashing.
 
-    vLLM 0.32.0 invents an id per request and item when neither the processor cache nor prefix caching is on
-    (renderers/base.py, ``_process_mm_uuids``). Such an id says nothing about the image; as a key of our feature cache
-    it would never hit. Can go when the made-up ids are marked as such.
+    vLLM 0.32.0 invents an id per request and item if both the processor cache and the prefix cache are off
+    (renderers/base.py, ``_process_mm_uuids``). As a key of our feature cache, such an id would never hit. Remove when
+    vLLM marks these ids.
     """
     if not inputs.mm_uuid_items:
         return inputs
@@ -51,9 +51,9 @@ def without_synthetic_uuids(inputs: ProcessorInputs) -> ProcessorInputs:
 
 
 def cache_in_use(inputs: ProcessorInputs) -> BaseMultiModalProcessorCache | None:
-    """The cache in which vLLM will look for the items of a prompt: none where any of its media come as embeddings.
+    """The processor cache that vLLM will use for a prompt; None if any of its media are embeddings.
 
-    As vLLM 0.32.0 decides it (multimodal/processing/processor.py, ``_cached_apply_hf_processor``).
+    As in vLLM 0.32.0 (multimodal/processing/processor.py, ``_cached_apply_hf_processor``).
     """
     return None if any(items.get_passthrough_data() for items in inputs.mm_data_items.values()) else inputs.cache
 
@@ -61,11 +61,10 @@ def cache_in_use(inputs: ProcessorInputs) -> BaseMultiModalProcessorCache | None
 def without_items(
     cache: BaseMultiModalProcessorCache, mm_hashes: Mapping[str, Sequence[str]]
 ) -> BaseMultiModalProcessorCache | None:
-    """A processor cache that has none of some items: the same one, where it can forget them, else none.
+    """Evict items from a processor cache; None if the cache cannot evict them.
 
-    In vLLM 0.32.0 an item that is cached when a request begins may be driven out by others of the same request, which
-    then fails on an assertion (multimodal/cache/lru.py), while the others are taken for sent. Can go when vLLM
-    processes such an item again.
+    In vLLM 0.32.0, items of a request may evict cached items of the same request. The request then fails on an
+    assertion (multimodal/cache/lru.py), and the others count as sent. Remove when vLLM processes evicted items again.
     """
     for mm_hash in (mm_hash for hashes in mm_hashes.values() for mm_hash in hashes):
         cache.invalidate(mm_hash)
@@ -73,18 +72,18 @@ def without_items(
 
 
 def says_data_is_missing(error: Exception) -> bool:
-    """Whether vLLM says that an image which comes by its uuid alone is in no cache.
+    """Whether vLLM's error says that no cache holds an image sent as a uuid only.
 
-    vLLM 0.32.0 says so in a ``ValueError`` alone (multimodal/processing/processor.py, ``_get_cache_missing_items``),
-    as it does of wrong options, which would be blamed. Can go when the error has a type of its own.
+    vLLM 0.32.0 raises a plain ``ValueError`` (multimodal/processing/processor.py, ``_get_cache_missing_items``), as it
+    does for wrong options. Remove when the error has its own type.
     """
     return isinstance(error, ValueError) and _DATA_IS_MISSING in str(error)
 
 
-def lost_place_of_medium(error: Exception) -> bool:
-    """Whether vLLM found fewer places in a prompt than media.
+def placeholder_is_missing(error: Exception) -> bool:
+    """Whether vLLM's error says that a prompt has fewer placeholders than media.
 
-    vLLM 0.32.0 raises ``RuntimeError`` and ``AssertionError`` (multimodal/processing/processor.py), which it answers
-    with status 500, also where the client had the prompt truncated. Can go when the error has a type of its own.
+    vLLM 0.32.0 raises ``RuntimeError`` and ``AssertionError`` (multimodal/processing/processor.py) and answers with
+    status 500, even if the client had the prompt truncated. Remove when the error has its own type.
     """
-    return isinstance(error, RuntimeError | AssertionError) and _LOST_PLACE.search(str(error)) is not None
+    return isinstance(error, RuntimeError | AssertionError) and _PLACEHOLDER_IS_MISSING.search(str(error)) is not None

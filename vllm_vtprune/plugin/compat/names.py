@@ -1,4 +1,4 @@
-"""The check of every private name of vLLM: a release without it stops us at once, with a message that names it."""
+"""Check vLLM's private names: fail at once, and name the one that a vLLM release has removed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ class VllmChanged(RuntimeError):
     """The installed vLLM does not have a name that this package uses."""
 
     def __init__(self, owner: object, name: str) -> None:
-        where = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
+        path = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
         super().__init__(
-            f"vLLM {installed_vllm()} has no {where}.{name}, which vllm-vtprune {__version__} uses "
+            f"vLLM {installed_vllm()} has no {path}.{name}, which vllm-vtprune {__version__} uses "
             f"(vllm_vtprune/plugin/compat): install vLLM {' or '.join(TESTED)}, or a newer vllm-vtprune"
         )
 
 
 def require(owner: Any, *names: str) -> None:
-    """Check that a class or module of vLLM has these names, or declares them for its instances.
+    """Check that a vLLM class or module has these names, or annotates them as instance attributes.
 
     Raises:
-        VllmChanged: one is missing.
+        VllmChanged: a name is missing.
     """
     for name in names:
         declared = any(name in vars(base).get("__annotations__", {}) for base in getattr(owner, "__mro__", (owner,)))
@@ -32,10 +32,10 @@ def require(owner: Any, *names: str) -> None:
 
 
 def private(owner: object, name: str) -> Any:
-    """An attribute of an object of vLLM's that is not public.
+    """A private attribute of a vLLM object.
 
     Raises:
-        VllmChanged: there is none of this name.
+        VllmChanged: the object has no such attribute.
     """
     try:
         return getattr(owner, name)

@@ -1,4 +1,4 @@
-"""vLLM's server: its shutdown, its handlers, what it sends to its engine, and how it fetches media."""
+"""vLLM's server: options, shutdown, sender cache, handlers, media."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Fetch = TypeVar("Fetch", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
 def assigned_gpus(args: AsyncEngineArgs) -> list[int] | None:
-    """Physical ids of the GPUs that ``--device-ids`` gives to the engines; None where it is not set.
+    """Physical ids of the engines' GPUs from ``--device-ids``; None if it is unset.
 
-    vLLM 0.32.0 resolves them as it makes the engine's configuration (engine/arg_utils.py), which is too late for the
-    size of the KV cache. Can go when the method is public.
+    vLLM 0.32.0 resolves them when it builds the engine's configuration (engine/arg_utils.py), too late to size the KV
+    cache. Remove when the method is public.
     """
     ids: list[int] | None = private(args, "_resolve_device_ids")()
     return ids
@@ -49,32 +49,31 @@ def assigned_gpus(args: AsyncEngineArgs) -> list[int] | None:
 
 
 def engine_client_is_stopped(app_state: Any) -> bool:
-    """Whether a server that is shutting down has stopped its engine client, after which no more tokens come.
+    """Whether a server has stopped its engine client during shutdown; no more tokens will arrive.
 
-    vLLM 0.32.0 (entrypoints/launchers/launcher.py) keeps its uvicorn server in ``app.state.server`` and has it exit at
-    that point. Can go with `fail_unfinished_requests`.
+    vLLM 0.32.0 (entrypoints/launchers/launcher.py) then sets ``should_exit`` of the uvicorn server in
+    ``app.state.server``. Remove with `fail_unfinished_requests`.
     """
     server = getattr(app_state, "server", None)
     return server is not None and server.should_exit
 
 
 def fail_unfinished_requests(engine_client: Any, error: Exception) -> None:
-    """Have every request that still waits for the engine raise ``error``.
+    """Raise ``error`` in every request that still waits for the engine.
 
-    vLLM 0.32.0 stops the task that hands out the engine's outputs when it stops the engine, so requests that were not
-    finished by then wait for ever, and their clients with them, until someone kills the server. Can go when vLLM ends
-    them itself.
+    vLLM 0.32.0 stops the task that delivers the engine's outputs together with the engine. Unfinished requests, and
+    their clients, would wait until the server is killed. Remove when vLLM ends them itself.
     """
     private(engine_client, "output_processor").propagate_error(error)
 
 
 def before_shutdown(engine_client: Any, callback: Callable[[], None]) -> None:
-    """Have a callback run when the engine client begins to shut down.
+    """Run a callback when the engine client begins to shut down.
 
-    vLLM 0.32.0 shuts it down before the server where that is told to stop, and after it where that ends by itself, as
-    the engine died (entrypoints/launchers/launcher.py). Both end with status 0. What is shut down first is the renderer
-    (v1/engine/async_llm.py), which closes ``_resources`` (renderers/base.py). Can go when vLLM's server ends with
-    another status where its engine died.
+    vLLM 0.32.0 exits with status 0 both after a stop signal and after the death of the engine. It shuts the engine
+    client down before the server in the first case, and after it in the second (entrypoints/launchers/launcher.py). The
+    client first closes the renderer (v1/engine/async_llm.py), and that its ``_resources`` (renderers/base.py). Remove
+    when vLLM exits with another status after the engine's death.
     """
     private(engine_client.renderer, "_resources").callback(callback)
 
@@ -83,11 +82,11 @@ def before_shutdown(engine_client: Any, callback: Callable[[], None]) -> None:
 
 
 def after_images_were_sent(engine_client: Any, callback: Callable[[str], None]) -> None:
-    """Have a callback told the hash of each image whose data was handed to the engine, in the order of the requests.
+    """Call a callback with the hash of each image whose data was sent to the engine, in request order.
 
-    vLLM 0.32.0 and 0.33.0 send requests over one ordered connection (v1/engine/core_client.py) and tell nobody. Needed
-    to know what the engine has: vLLM notes an image before (renderers/base.py), so that one whose request is refused or
-    given up in between is taken for sent. Can go when vLLM notes it when it is sent.
+    vLLM 0.32.0 and 0.33.0 mark an image as sent earlier (renderers/base.py), even if its request is then rejected or
+    cancelled. They send requests over one ordered connection (v1/engine/core_client.py), which has no hook. Remove when
+    vLLM marks an image when it is sent.
     """
     core = private(engine_client, "engine_core")
     send = private(core, "add_request_async")
@@ -102,34 +101,34 @@ def after_images_were_sent(engine_client: Any, callback: Callable[[str], None]) 
 
 
 def known_images(cache: LruKeyReplicatedSenderCache) -> Mapping[str, object]:
-    """What a sender cache holds, by the hash of the image.
+    """The entries of a sender cache, by image hash.
 
-    vLLM 0.32.0 keeps it in a private field (multimodal/cache/lru.py). Without it the list of unsent images would grow
-    for ever. Can go with `after_images_were_sent`.
+    vLLM 0.32.0 keeps them in a private field (multimodal/cache/lru.py). Without them, our list of unsent images would
+    grow forever. Remove with `after_images_were_sent`.
     """
-    known: Mapping[str, object] = private(cache, "_cache")
-    return known
+    entries: Mapping[str, object] = private(cache, "_cache")
+    return entries
 
 
 # --- Handlers ---------------------------------------------------------------------------------------------------------
 
 
 def take_over(handler: type[Handler], stock: BaseServing) -> Handler:
-    """A handler of our class with all that vLLM gave to its own, which is not to be used afterwards.
+    """An instance of our handler class with the state of vLLM's handler. Do not use ``stock`` afterwards.
 
-    vLLM 0.32.0 builds its handler from two dozen options (entrypoints/openai/generate/api_router.py) and has no place
-    for a class of a plugin's. Can go when it does.
+    vLLM 0.32.0 builds its handler from two dozen options (entrypoints/openai/generate/api_router.py) and accepts no
+    other class. Remove when it does.
     """
-    taken = object.__new__(handler)
-    vars(taken).update(vars(stock))
-    return taken
+    replacement = object.__new__(handler)
+    vars(replacement).update(vars(stock))
+    return replacement
 
 
-def trusting(renderer: OnlineRenderer) -> OnlineRenderer:
-    """A copy of a renderer that passes ``mm_processor_kwargs`` on, whoever wrote them.
+def accept_mm_kwargs(renderer: OnlineRenderer) -> OnlineRenderer:
+    """A copy of a renderer that forwards every request's ``mm_processor_kwargs``.
 
-    vLLM 0.32.0 refuses them for the whole server or not at all (renderers/online_renderer.py), so a policy could not
-    reach the processor. Can go when a handler can add arguments of its own.
+    vLLM 0.32.0 forwards or rejects them for the whole server (renderers/online_renderer.py); without this, no policy
+    would reach the processor. Remove when a handler can add its own arguments.
     """
     private(renderer, "trust_request_mm_kwargs")
     renderer = copy(renderer)
@@ -138,21 +137,20 @@ def trusting(renderer: OnlineRenderer) -> OnlineRenderer:
 
 
 def replace_registry(models: OpenAIServingModels, registry: OpenAIModelRegistry) -> None:
-    """Have a server list and look up its models in another registry.
+    """Replace the registry in which a server lists and looks up its models.
 
-    vLLM 0.32.0 makes its own (entrypoints/openai/models/serving.py). Without ours, aliases would be no models. Can go
-    when vLLM takes a registry from a plugin.
+    vLLM 0.32.0 creates its own (entrypoints/openai/models/serving.py), which does not know our aliases. Remove when
+    vLLM accepts a registry from a plugin.
     """
     private(models, "registry")
     models.registry = registry
 
 
 class PropagatesCurrentSpan:
-    """Mixin before a serving class of vLLM: what its engine client traces is below the current span.
+    """Mixin before a vLLM serving class: engine spans become children of the current span.
 
-    vLLM 0.32.0 hands the engine only what the HTTP request carries (entrypoints/serve/engine/serving.py,
-    ``_get_trace_headers``), so that its ``llm_request`` would be a trace of its own. Can go when it looks at the
-    current span.
+    vLLM 0.32.0 passes the engine only the HTTP request's trace headers (entrypoints/serve/engine/serving.py,
+    ``_get_trace_headers``), so its ``llm_request`` would start a new trace. Remove when it uses the current span.
     """
 
     async def _get_trace_headers(self, headers: Mapping[str, str]) -> Mapping[str, str] | None:
@@ -165,10 +163,10 @@ class PropagatesCurrentSpan:
 
 
 class ReadsDataUrls(MediaConnector):
-    """A media connector that reads data URLs in its own way.
+    """A media connector with its own reader of data URLs.
 
-    vLLM 0.32.0 has a private method for them (multimodal/media/connector.py), which ends in status 500 for what is no
-    base64. Can go when the method is public.
+    vLLM 0.32.0 reads them in a private method (multimodal/media/connector.py) and answers invalid base64 with status
+    500. Remove when the method is public.
     """
 
     @abstractmethod
@@ -180,46 +178,45 @@ class ReadsDataUrls(MediaConnector):
 
 
 def request_headers(connection: HTTPConnection) -> MutableMapping[str, str]:
-    """Headers of the requests by which vLLM fetches media; 0.32.0 has a private method for them (connections.py).
+    """HTTP headers with which vLLM fetches media; private in vLLM 0.32.0 (connections.py).
 
-    Can go when a connection can be told which addresses to refuse.
+    Remove when vLLM's connection can restrict addresses.
     """
     return connection._headers()
 
 
 async def read_bounded(response: aiohttp.ClientResponse, max_bytes: int | None, **budgets: Any) -> bytes:
-    """The body of a response, within the limits of vLLM.
+    """Read the body of a response, within vLLM's limits.
 
-    vLLM 0.32.0 has a private function for it (connections.py), 0.33.0 with budgets for a whole request. Can go as
-    `request_headers`.
+    Private in vLLM 0.32.0 (connections.py); 0.33.0 adds budgets per request. Remove with `request_headers`.
     """
     data: bytes = await connections._async_read_response_bytes(response, max_bytes, **budgets)
     return data
 
 
 def retried(fetch: Fetch) -> Fetch:
-    """Decorate what fetches with a ``timeout``: it is tried again as vLLM tries.
+    """Decorate a fetch that has a ``timeout`` with vLLM's retries.
 
-    vLLM 0.32.0 has a private decorator for it (connections.py). Can go as `request_headers`.
+    Private in vLLM 0.32.0 (connections.py). Remove with `request_headers`.
     """
     decorated: Any = connections._async_retry(fetch)
     return decorated
 
 
 def is_too_large(error: Exception) -> bool:
-    """Whether a medium has more bytes than its kind may have.
+    """Whether an error says that a medium exceeds vLLM's file size limit.
 
-    vLLM 0.32.0 says so with the parameter ``audio_filesize_mb`` of whatever is read by its audio loader
-    (multimodal/media/audio.py). Can go when the error has a type of its own.
+    vLLM 0.32.0 reports it as parameter ``audio_filesize_mb`` (multimodal/media/audio.py). Remove when the error has its
+    own type.
     """
     return isinstance(error, VLLMValidationError) and error.parameter == "audio_filesize_mb"
 
 
-def names_setting(error: Exception) -> str | None:
-    """What vLLM says of a medium that is over a limit which the operator can set; None for any other error.
+def limit_message(error: Exception) -> str | None:
+    """vLLM's message about a medium that exceeds a limit set by the operator; None for any other error.
 
-    vLLM 0.32.0 names the environment variable in a ``ValueError`` alone (multimodal/media). Other errors may tell of
-    the inside of the server. Can go when these errors have a type of their own.
+    vLLM 0.32.0 names the environment variable in the text of a ``ValueError`` (multimodal/media). Other messages may
+    reveal internals of the server. Remove when these errors have their own type.
     """
-    words = str(error.args[0] if error.args else "").removeprefix("Failed to fetch media from URL: ")
-    return words.removesuffix(".") if "VLLM_" in words else None
+    message = str(error.args[0] if error.args else "").removeprefix("Failed to fetch media from URL: ")
+    return message.removesuffix(".") if "VLLM_" in message else None

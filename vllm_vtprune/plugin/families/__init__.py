@@ -1,1 +1,1 @@
-"""One module for each model family: how its images lie, and the classes that serve it."""
+"""One module per model family: the layout of its images, and its model classes."""

@@ -1,8 +1,8 @@
-"""Models of vLLM that have no family of their own: what is known of an image is the embeddings that it becomes.
+"""vLLM models without their own family: only an image's embeddings are known.
 
-Those are pruned in whose prompts one token stands for each embedding, and whose positions are numbered one by one. Text
-between the tokens of an image stays. `__getattr__` gives the class that serves an architecture: vLLM's own, where it
-cannot be pruned.
+A model is pruned if its prompts have one placeholder token per embedding and its positions are 0, 1, 2, ... Text
+between an image's tokens is kept. `__getattr__` returns the class for an architecture: vLLM's own if it cannot be
+pruned.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import unpruned
 
 SIZES = ((64, 64), (600, 64), (64, 600), (900, 900))
-"""Widths and heights, in pixels, of images for which the same token is to stand."""
+"""Widths and heights, in pixels, of images that must have the same placeholder token."""
 
 PATCHES = 4
-"""Of a token: a guess, by which batches of the encoder are bounded."""
+"""Assumed patches per token, for limiting the encoder's batches."""
 
 
 class GenericProcessor(PruningProcessor):
-    """Mixin before any stock processor. ``encoder`` is ``embeds``; there is neither a grid nor attention."""
+    """Mixin before any stock processor. ``encoder`` equals ``embeds``; no grid, no attention."""
 
     family = Family(name="generic", clip_alpha=0.5, provides=frozenset(), connector="", tuned=False, fixed_length=False)
 
@@ -41,13 +41,13 @@ class GenericProcessor(PruningProcessor):
         assert placeholder is not None
         return Layout(PATCHES * placeholder.num_embeds, prompt=placeholder.ids)
 
-    def understands(self) -> bool:
-        """Whether one token stands for each embedding of an image, the same for images of each of `SIZES`."""
+    def has_single_placeholder(self) -> bool:
+        """Whether images of all `SIZES` have one placeholder token per embedding, always the same token."""
         placeholders = [self._placeholder_for(Image.new("RGB", size)) for size in SIZES]
         return None not in placeholders and len({placeholder.token for placeholder in placeholders if placeholder}) == 1
 
-    def most_tokens(self) -> int:
-        """Of the image that vLLM measures its encoder with."""
+    def max_image_tokens(self) -> int:
+        """Tokens of the image with which vLLM profiles the encoder."""
         data = self.dummy_inputs.get_dummy_mm_data(self.model_config.max_model_len, {"image": 1}, {})
         placeholder = self._placeholder_for(data["image"][0])
         assert placeholder is not None
@@ -58,28 +58,28 @@ class GenericProcessor(PruningProcessor):
 
 
 def build(info: Any, dummy_inputs: Any, stock: Any) -> Any:
-    """The processor of a model.
+    """Build a model's processor: a pruning one if possible.
 
     Args:
-        info, dummy_inputs: as vLLM gives them.
-        stock: the factories of the model.
+        info, dummy_inputs: from vLLM.
+        stock: the model's stock factories.
     """
     config = info.ctx.model_config
     if "image" in info.supported_mm_limits and not config.is_mm_prefix_lm and not config.is_encoder_decoder:
-        own = type(stock.processor(info, dummy_inputs))
-        processor = type(f"Pruned{own.__name__}", (GenericProcessor, own), {})(info, dummy_inputs)
-        if processor.understands():
+        stock_class = type(stock.processor(info, dummy_inputs))
+        processor = type(f"Pruned{stock_class.__name__}", (GenericProcessor, stock_class), {})(info, dummy_inputs)
+        if processor.has_single_placeholder():
             return processor
     return unpruned(stock.processor, info, dummy_inputs)
 
 
-def _sees_numbered_images(stock: Any) -> bool:
-    """Whether a model takes images, and numbers the tokens of a prompt one by one."""
+def _has_plain_positions(stock: Any) -> bool:
+    """Whether a model accepts images and has no M-RoPE."""
     if not supports_multimodal(stock) or supports_mrope(stock) or not compat.has_stock_factories(stock):
         return False
     try:
         return bool(stock.get_placeholder_str("image", 1))
-    except Exception:  # models of sounds have no word for an image, and each says so in its own way
+    except Exception:  # audio models raise various errors for images
         return False
 
 
@@ -87,11 +87,11 @@ def __getattr__(architecture: str) -> type:
     stock = compat.stock_model(architecture)
     if stock is None:
         raise AttributeError(architecture)
-    if not _sees_numbered_images(stock):
+    if not _has_plain_positions(stock):
         return stock
     factories = compat.stock_factories(stock)
-    own = {"_pruning": GenericProcessor, "_takes_embeds": False, "__module__": __name__}
-    model: Any = type(f"Pruned{architecture}", (PrunedModel, stock), own)
+    namespace = {"_pruning": GenericProcessor, "_takes_embeds": False, "__module__": __name__}
+    model: Any = type(f"Pruned{architecture}", (PrunedModel, stock), namespace)
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
         return build(info, dummy_inputs, factories)

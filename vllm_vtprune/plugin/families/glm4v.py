@@ -1,6 +1,6 @@
 """GLM-4.1V, 4.5V and 4.6V (``Glm4vForConditionalGeneration``, ``Glm4vMoeForConditionalGeneration``).
 
-Images at their own resolution, positions of three numbers, and a convolution that makes one token of 2 x 2 patches.
+Images at native resolution, M-RoPE, and a convolution that merges 2 x 2 patches into a token.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from vllm_vtprune.plugin.families.qwen import PROVIDES, GridProcessor, merge_siz
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.limits import VIDEO_OPTIONS
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
-from vllm_vtprune.plugin.positions import KeepsPositions
+from vllm_vtprune.plugin.positions import UnprunedPositions
 
 
 def patches(downsample: nn.Module, blocks: Tensor) -> Tensor:
-    """(T, C, 2, 2) -> (T, 4, C)."""
+    """Patches of each token: (T, C, 2, 2) -> (T, 4, C)."""
     return blocks.flatten(2).transpose(1, 2)
 
 
 def feed_forward(config: Any) -> int:
-    """``intermediate_size`` is that of the connector."""
+    """Feed-forward width of the encoder; ``intermediate_size`` is the connector's."""
     size: int = config.vision_config.out_hidden_size
     return size
 
 
 class PrunedGlm4vProcessor(GridProcessor, Glm4vMultiModalProcessor):
-    """One image has a token for each 28 x 28 pixels."""
+    """One token per 28 x 28 pixels."""
 
     family = Family(
         name="glm4v",
-        clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
+        clip_alpha=0.3,  # Qwen2.5-VL's; not calibrated
         provides=PROVIDES,
         connector="visual.downsample",
         rows=patches,
@@ -50,10 +50,10 @@ class PrunedGlm4vProcessor(GridProcessor, Glm4vMultiModalProcessor):
     )
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        return self.in_raster(item)
+        return self.raster_layout(item)
 
     def resized(self, height: int, width: int, unit: int, least: int, most: int) -> tuple[int, int]:
-        """An image counts as several frames, for its pixels too."""
+        """GLM treats an image as several frames, also in its pixel limits."""
         frames = self.info.get_hf_config().vision_config.temporal_patch_size
         scaled: tuple[int, int] = smart_resize(frames, height, width, frames, unit, least, most)
         return scaled
@@ -63,10 +63,10 @@ class PrunedGlm4vProcessor(GridProcessor, Glm4vMultiModalProcessor):
 
 
 @processed_by(PrunedGlm4vProcessor)
-class PrunedGlm4vForConditionalGeneration(KeepsPositions, PrunedModel, Glm4vForConditionalGeneration):
-    """GLM-4.1V, which also takes pruned images."""
+class PrunedGlm4vForConditionalGeneration(UnprunedPositions, PrunedModel, Glm4vForConditionalGeneration):
+    """GLM-4.1V with pruned images."""
 
 
 @processed_by(PrunedGlm4vProcessor)
-class PrunedGlm4vMoeForConditionalGeneration(KeepsPositions, PrunedModel, Glm4vMoeForConditionalGeneration):
-    """GLM-4.5V, which also takes pruned images."""
+class PrunedGlm4vMoeForConditionalGeneration(UnprunedPositions, PrunedModel, Glm4vMoeForConditionalGeneration):
+    """GLM-4.5V with pruned images."""

@@ -1,8 +1,7 @@
 """InternVL in the layout of transformers (``InternVLForConditionalGeneration``): InternViT on tiles of the image.
 
-The image is scaled to a number of tiles, each of which is encoded by itself; where it is more than one, a thumbnail of
-the whole image follows. Pixel shuffle puts blocks of 2 x 2 patches side by side, and the connector makes one token of
-each block.
+The image is resized to a grid of tiles, which are encoded separately. If there are several, a thumbnail of the whole
+image follows. Pixel shuffle concatenates 2 x 2 patches, and the connector maps them to a token.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from vllm_vtprune.plugin.processor import PruningProcessor
 LAYERS = "vision_tower.encoder.layer"
 
 
-def across(config: Any) -> int:
-    """Patches of a token in either direction."""
+def merge_size(config: Any) -> int:
+    """Patches per token in either direction."""
     return round(1 / config.downsample_ratio)
 
 
 class PrunedInternVLProcessor(PruningProcessor, InternS1MultiModalProcessor):
-    """One image is 256 tokens for each of its tiles, between ``<img>`` and ``</img>``."""
+    """256 tokens per tile, between ``<img>`` and ``</img>``."""
 
     family = Family(
         name="internvl",
-        clip_alpha=0.3,  # that of Qwen2.5-VL, whose language model InternVL3 has; not calibrated
+        clip_alpha=0.3,  # Qwen2.5-VL's, whose language model InternVL3 shares; not calibrated
         provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"}),
         connector="multi_modal_projector",
         attention=(f"{LAYERS}.0.attention.attn", f"{LAYERS}.-1.attention.attn"),
-        merge=across,
+        merge=merge_size,
         options=VIDEO_OPTIONS | {"crop_to_patches", "max_patches", "min_patches"},
     )
 
@@ -47,36 +46,36 @@ class PrunedInternVLProcessor(PruningProcessor, InternS1MultiModalProcessor):
         rows, columns = 1, 1
         if len(item["pixel_values"].data) > 1:
             processor = self.info.get_hf_processor(**hf_kwargs).image_processor
-            given = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
-            given |= given.get("images_kwargs", {})
+            options = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+            options |= options.get("images_kwargs", {})
             columns, rows = get_optimal_tiled_canvas(
                 size,
                 (processor.size.height, processor.size.width),
-                given.get("min_patches", processor.min_patches),
-                given.get("max_patches", processor.max_patches),
+                options.get("min_patches", processor.min_patches),
+                options.get("max_patches", processor.max_patches),
             )
-        return tiled(rows, columns, patches, across(config))
+        return tiled(rows, columns, patches, merge_size(config))
 
 
 def tiled(
     rows: int,
     columns: int,
     patches: int,
-    across: int,
+    merge: int,
     *,
     thumbnail: bool = True,
     prompt: tuple[int, ...] | None = None,
 ) -> Layout:
-    """The layout of an image of so many rows and columns of tiles, and the thumbnail where it has several.
+    """The layout of an image cut into tiles.
 
     Args:
-        rows, columns: of tiles.
-        patches: of a tile's side.
-        across: patches of a token in either direction.
-        thumbnail: whether several have one.
-        prompt: as of `Layout`.
+        rows, columns: rows and columns of tiles.
+        patches: patches per side of a tile.
+        merge: patches per token in either direction.
+        thumbnail: whether a thumbnail follows several tiles.
+        prompt: see `Layout`.
     """
-    side = patches // across
+    side = patches // merge
     if rows * columns == 1:
         return Layout(patches**2, grid=(side, side), prompt=prompt)
     boxes: list[Box | None] = [
@@ -93,4 +92,4 @@ def tiled(
 
 @processed_by(PrunedInternVLProcessor)
 class PrunedInternVLForConditionalGeneration(PrunedModel, InternS1ForConditionalGeneration):
-    """InternVL, which also takes pruned images."""
+    """InternVL with pruned images."""

@@ -1,4 +1,4 @@
-"""InternVL in the layout of its authors (``InternVLChatModel``), whose config takes ``trust_remote_code``."""
+"""InternVL in its authors' layout (``InternVLChatModel``), whose config needs ``trust_remote_code``."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from vllm.model_executor.models.internvl import InternVLChatModel, InternVLMulti
 from vllm.transformers_utils.processors.internvl import calculate_internvl_targets
 
 from vllm_vtprune.features import Layout
-from vllm_vtprune.plugin.families.internvl import PrunedInternVLProcessor, across, tiled
+from vllm_vtprune.plugin.families.internvl import PrunedInternVLProcessor, merge_size, tiled
 from vllm_vtprune.plugin.family import parameters_in_transformers
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
 from vllm_vtprune.plugin.processor import PruningProcessor
 
 LAYERS = "vision_model.encoder.layers"
 MEDIA = re.compile("<(?:image|video)>")
-"""How media are written in the text of a prompt: no special tokens."""
+"""Media in the text of a prompt; not special tokens."""
 
 
 def parameters(config: Any) -> int:
-    """Those of the same model in transformers' layout, with any language model of its width."""
+    """Parameter count of encoder and connector, from the same model in transformers' layout."""
     vision = config.vision_config
-    alike = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     return parameters_in_transformers(
         InternVLConfig(
             vision_config=InternVLVisionConfig(
                 attention_bias=vision.qkv_bias,
                 use_qk_norm=vision.qk_normalization,
                 norm_type=vision.norm_type,
-                **{name: getattr(vision, name) for name in alike},
+                **{name: getattr(vision, name) for name in same},
             ),
             text_config={"model_type": "qwen2", "hidden_size": config.text_config.hidden_size},
             downsample_ratio=config.downsample_ratio,
@@ -41,7 +41,7 @@ def parameters(config: Any) -> int:
 
 
 class PrunedInternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor):
-    """As that of InternVL; ``<image>`` in the text of a prompt becomes the image."""
+    """Like InternVL's; ``<image>`` in a prompt's text is replaced by the image."""
 
     turn = "<|im_start|>"
     family = replace(
@@ -49,13 +49,13 @@ class PrunedInternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor)
         name="internvl_chat",
         connector="mlp1",
         attention=(f"{LAYERS}.0.attn.attn", f"{LAYERS}.-1.attn.attn"),
-        options=frozenset({"dynamic_image_size", "max_dynamic_patch", "min_dynamic_patch"}),  # where it has no videos
+        options=frozenset({"dynamic_image_size", "max_dynamic_patch", "min_dynamic_patch"}),  # no video options
         parameters=parameters,
     )
 
     @classmethod
     def prunes(cls, config: Any) -> bool:
-        """Not those of the first version of pixel shuffle, which swaps rows and columns."""
+        """False for the first version of pixel shuffle, which swaps rows and columns."""
         return bool(config.ps_version != "v1")
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
@@ -74,7 +74,7 @@ class PrunedInternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor)
             rows // side,
             columns // side,
             patches=side // config.vision_config.patch_size,
-            across=across(config),
+            merge=merge_size(config),
             thumbnail=processor.image_processor.use_thumbnail,
         )
 
@@ -84,4 +84,4 @@ class PrunedInternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor)
 
 @processed_by(PrunedInternVLChatProcessor)
 class PrunedInternVLChatModel(PrunedModel, InternVLChatModel):
-    """InternVL, which also takes pruned images."""
+    """InternVL with pruned images."""

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (``LlavaForConditionalGeneration``), with an encoder of CLIP or SigLIP."""
+"""LLaVA-1.5 (``LlavaForConditionalGeneration``) with a CLIP or SigLIP encoder."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ WITH_CLIP = replace(WITH_SIGLIP, provides=WITH_SIGLIP.provides | {"cls_attention
 
 
 class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
-    """One image is 576 tokens (24 x 24 at 336 pixels) unpruned."""
+    """576 tokens per image (24 x 24 at 336 pixels)."""
 
     @classmethod
     def prunes(cls, config: Any) -> bool:
-        """Not those that drop the first of SigLIP's patches as if it were a CLS token."""
+        """False for models that drop SigLIP's first patch as if it were a CLS token."""
         return has_clip(config) or has_siglip(config)
 
     @classmethod
@@ -44,9 +44,9 @@ class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
         return Layout(length**2, grid=(length, length))
 
     def view(self, height: int, width: int) -> Box:
-        """With CLIP the square in the middle: the image processor scales the shorter side and crops the longer one."""
+        """With CLIP, the centre square: the image processor resizes the shorter side and crops the longer one."""
         config = self.info.get_hf_config()
-        if not has_clip(config):  # the patches leave a margin at the right and the bottom
+        if not has_clip(config):  # patches leave a margin at the right and the bottom
             share = side(config) * config.vision_config.patch_size / config.vision_config.image_size
             return 0.0, 0.0, share, share
         top, left = max(0.0, 1 - width / height) / 2, max(0.0, 1 - height / width) / 2
@@ -55,4 +55,4 @@ class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
 
 @processed_by(PrunedLlavaProcessor)
 class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGeneration):
-    """LLaVA-1.5, which also takes pruned images."""
+    """LLaVA-1.5 with pruned images."""

@@ -1,9 +1,9 @@
-"""LLaVA-NeXT (``LlavaNextForConditionalGeneration`` with a CLIP encoder): an overview, and squares cut out ("anyres").
+"""LLaVA-NeXT (``LlavaNextForConditionalGeneration`` with a CLIP encoder): an overview and square tiles ("anyres").
 
-The image is scaled to the best of some sizes, padded and cut into squares; each of them, and the whole image scaled to
-one square, is encoded by itself. What the language model reads is the overview's tokens in raster order, then those of
-all squares in one raster, the canvas, from which the rows or columns of padding are cut off. After each row of the
-canvas stands a newline (`vllm_vtprune.sequence`).
+The image is resized to the best of several sizes, padded and cut into squares. The squares and the overview (the whole
+image resized to one square) are encoded separately. The language model reads the overview's tokens in raster order,
+then the canvas: the tokens of all squares in one raster, without rows or columns of padding, with a newline after each
+row (`vllm_vtprune.sequence`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_vtprune.plugin.processor import PruningProcessor
 
 
 class PrunedLlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
-    """One image is an overview of 576 tokens and up to 2,304 of the squares, a newline after each of their rows."""
+    """576 tokens of the overview, and up to 2,304 of the canvas plus a newline per row."""
 
     family = Family(
         name="llava_next",
@@ -45,15 +45,15 @@ class PrunedLlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
         return anyres_of(self.info.get_hf_config(), item["image_sizes"].data)
 
 
-def anyres_of(config: Any, size: torch.Tensor, *, most: int | None = None) -> Layout:
-    """The layout of an image for a model with this config; `size` and `most` as of `anyres`."""
+def anyres_of(config: Any, size: torch.Tensor, *, max_squares: int | None = None) -> Layout:
+    """`anyres` for a model with this config."""
     height, width = size.tolist()
     return anyres(
         (height, width),
         pinpoints=tuple((int(rows), int(columns)) for rows, columns in config.image_grid_pinpoints),
         image_size=config.vision_config.image_size,
         side=side(config),
-        most=most,
+        max_squares=max_squares,
     )
 
 
@@ -64,55 +64,54 @@ def anyres(
     pinpoints: tuple[tuple[int, int], ...],
     image_size: int,
     side: int,
-    most: int | None = None,
+    max_squares: int | None = None,
 ) -> Layout:
-    """The layout of an image.
+    """The layout of an image under "anyres".
 
     Args:
-        size: height and width of the image, in pixels.
-        pinpoints: heights and widths, in pixels, to which an image may be scaled.
-        image_size: pixels of a square's side.
-        side: tokens of a square's side.
-        most: squares whose tokens a canvas may have; one that has over 1.21 times as many is scaled down to them.
+        size: height and width in pixels.
+        pinpoints: heights and widths, in pixels, to which an image may be resized.
+        image_size: pixels per side of a square.
+        side: tokens per side of a square.
+        max_squares: a canvas with over 1.21 times the tokens of this many squares is resized to them; None: never.
     """
     down, across = get_anyres_image_grid_shape(size, [list(point) for point in pinpoints], image_size)
     raster = torch.arange(down * across * side * side).view(down, across, side, side).transpose(1, 2)
-    canvas = unpad_image(raster.reshape(1, down * side, across * side), size)[0]  # cuts as many from either side
-    seen = side * side
-    square_of = canvas // seen
+    canvas = unpad_image(raster.reshape(1, down * side, across * side), size)[0]  # crops both sides equally
+    square_tokens = side * side
+    square_of = canvas // square_tokens
     rows, columns = canvas.shape
-    ratio = 1.0 if most is None else sqrt(rows * columns / (most * seen))
-    scaled = ratio > 1.1
-    if scaled:
+    ratio = 1.0 if max_squares is None else sqrt(rows * columns / (max_squares * square_tokens))
+    is_resized = ratio > 1.1
+    if is_resized:
         rows, columns = int(rows // ratio), int(columns // ratio)
         square_of = interpolate(square_of[None, None].double(), (rows, columns), mode="nearest-exact")[0, 0].long()
     squares, tile_of = square_of.unique(return_inverse=True)
 
-    grids: list[tuple[int, int]] = [(side, side)]  # the overview, which is the first square and the first tile
+    grids: list[tuple[int, int]] = [(side, side)]  # the overview is the first square and the first tile
     boxes: list[Box | None] = [None]
     for tile in range(len(squares)):
-        place = (tile_of == tile).nonzero()
-        top, left = place[0].tolist()
-        bottom, right = (place[-1] + 1).tolist()
+        cells = (tile_of == tile).nonzero()
+        top, left = cells[0].tolist()
+        bottom, right = (cells[-1] + 1).tolist()
         grids.append((bottom - top, right - left))
         boxes.append((top / rows, left / columns, bottom / rows, right / columns))
-    overview = torch.arange(seen)
+    overview = torch.arange(square_tokens)
+    canvas_rows = square_tokens + torch.arange(rows * (columns + 1)).view(rows, columns + 1)[:, :columns]
     return Layout(
-        patches=(1 + down * across) * seen,
+        patches=(1 + down * across) * square_tokens,
         tiles=Tiles(
             ids=torch.cat([torch.zeros_like(overview), 1 + tile_of.flatten()]),
             grids=tuple(grids),
             boxes=tuple(boxes),
             canvas=(rows, columns),
         ),
-        sources=torch.cat([overview, seen + canvas.flatten()]),
-        scaled=(canvas.shape[0], canvas.shape[1]) if scaled else None,
-        places=torch.cat(
-            [overview, (seen + torch.arange(rows * (columns + 1)).view(rows, columns + 1)[:, :columns]).flatten()]
-        ),
+        connector_rows=torch.cat([overview, square_tokens + canvas.flatten()]),
+        connector_canvas=(canvas.shape[0], canvas.shape[1]) if is_resized else None,
+        embed_rows=torch.cat([overview, canvas_rows.flatten()]),
     )
 
 
 @processed_by(PrunedLlavaNextProcessor)
 class PrunedLlavaNextForConditionalGeneration(PrunedModel, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT, which also takes pruned images."""
+    """LLaVA-NeXT with pruned images."""

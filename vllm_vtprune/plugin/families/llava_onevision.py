@@ -1,7 +1,7 @@
 """LLaVA-OneVision (``LlavaOnevisionForConditionalGeneration`` with a SigLIP encoder): LLaVA-NeXT on a larger canvas.
 
-Where the canvas has many more tokens than 9 squares, it is scaled down to as many after the connector: a token is then
-a mean of its neighbours on the larger canvas, and so is what feeds the connector of it.
+A canvas with many more tokens than 9 squares is resized to that number after the connector. A token is then a mean of
+its neighbours on the larger canvas; so is its row of ``encoder``.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from vllm_vtprune.plugin.model import PrunedModel, processed_by
 from vllm_vtprune.plugin.processor import PruningProcessor
 
 MOST_SQUARES = 9
-"""vLLM 0.32.0 takes "anyres_max_9" for whatever ``vision_aspect_ratio`` a config names."""
+"""vLLM 0.32.0 uses "anyres_max_9" for any ``vision_aspect_ratio``."""
 
 
 def most_patches(config: Any) -> int:
-    """Of an image: the overview, and the squares of the largest canvas, which are more than its tokens."""
+    """Most patches of an image: the overview and the squares of the largest canvas, before resizing."""
     squares = max(height * width for height, width in config.image_grid_pinpoints) // config.vision_config.image_size**2
     return int((1 + squares) * side(config) ** 2)
 
 
 class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalProcessor):
-    """An overview of 729 tokens and a canvas of about nine times as many, with a newline after each row."""
+    """729 tokens of the overview, and up to about nine times as many of the canvas plus a newline per row."""
 
     turn = "<|im_start|>"
     family = Family(
         name="llava_onevision",
-        clip_alpha=0.3,  # that of Qwen2.5-VL, a model of its language model's kind; not calibrated
+        clip_alpha=0.3,  # Qwen2.5-VL's, which has a similar language model; not calibrated
         provides=frozenset({"positions"}),
         connector="multi_modal_projector",
         fixed_length=False,
@@ -49,16 +49,15 @@ class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalPr
         return has_siglip(config)
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        return anyres_of(self.info.get_hf_config(), item["image_sizes"].data, most=MOST_SQUARES)
+        return anyres_of(self.info.get_hf_config(), item["image_sizes"].data, max_squares=MOST_SQUARES)
 
-    def most_tokens(self) -> int:
-        """With room for those that are not scaled down yet; vLLM's count is that of one size of image."""
+    def max_image_tokens(self) -> int:
+        """An upper bound, with 1.21 times the canvas; vLLM's count covers one image size only."""
         config = self.info.get_hf_config()
-        seen = side(config) ** 2
         rows = max(height for height, _ in config.image_grid_pinpoints) // config.vision_config.patch_size
-        return int((1 + 1.21 * MOST_SQUARES) * seen + rows)
+        return int((1 + 1.21 * MOST_SQUARES) * side(config) ** 2 + rows)
 
 
 @processed_by(PrunedLlavaOnevisionProcessor)
 class PrunedLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionForConditionalGeneration):
-    """LLaVA-OneVision, which also takes pruned images."""
+    """LLaVA-OneVision with pruned images."""

@@ -1,7 +1,7 @@
 """Mistral Small 3.1 and later (``Mistral3ForConditionalGeneration``): Pixtral's encoder, on images of any aspect ratio.
 
-The connector makes one token of 2 x 2 patches. In the prompt, a token of its own stands after each row of an image's
-tokens, another after the last row. A row of which nothing is kept goes with the token after it.
+The connector merges 2 x 2 patches into a token. In the prompt, a break token follows each row of an image's tokens, and
+an end token the last row. A row without kept tokens loses its break.
 """
 
 from __future__ import annotations
@@ -23,38 +23,41 @@ from vllm_vtprune.plugin.placeholders import Placeholder
 from vllm_vtprune.plugin.processor import PruningProcessor
 
 
-def across(config: Any) -> int:
-    """Patches of a token in either direction."""
+def merge_size(config: Any) -> int:
+    """Patches per token in either direction."""
     size: int = config.spatial_merge_size
     return size
 
 
 def means(projector: Any, patches: Tensor, sizes: Any) -> Tensor:
-    """(P, C) the patches of several images, each in raster order, -> (T, C) the mean of those of each token.
+    """Mean of each token's patches.
 
     Args:
         projector: vLLM's connector.
-        patches: its input.
+        patches: (P, C) its input: the patches of several images, each in raster order.
         sizes: height and width of each image, in pixels.
+
+    Returns:
+        (T, C), one row per token.
     """
     merger = projector.patch_merger
     grids = [(height // merger.patch_size, width // merger.patch_size) for height, width in sizes]
     maps = zip(torch.split(patches, [rows * columns for rows, columns in grids]), grids, strict=True)
-    pooled = [avg_pool2d(its.view(*grid, -1).permute(2, 0, 1), merger.spatial_merge_size) for its, grid in maps]
-    return torch.cat([its.flatten(1).T for its in pooled])
+    pooled = [avg_pool2d(rows.view(*grid, -1).permute(2, 0, 1), merger.spatial_merge_size) for rows, grid in maps]
+    return torch.cat([tokens.flatten(1).T for tokens in pooled])
 
 
 class PrunedMistral3Processor(PruningProcessor, Mistral3MultiModalProcessor):
-    """One image has a token for each 28 x 28 pixels."""
+    """One token per 28 x 28 pixels."""
 
     family = Family(
         name="mistral3",
-        clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
+        clip_alpha=0.3,  # Qwen2.5-VL's; not calibrated
         provides=frozenset({"grid", "positions"}),
         connector="multi_modal_projector",
         fixed_length=False,
         rows=means,
-        merge=across,
+        merge=merge_size,
         pooled=True,
     )
 
@@ -64,27 +67,27 @@ class PrunedMistral3Processor(PruningProcessor, Mistral3MultiModalProcessor):
 
     def layout(self, item: MultiModalKwargsItem, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         config = self.info.get_hf_config()
-        unit = config.vision_config.patch_size * across(config)
+        unit = config.vision_config.patch_size * merge_size(config)
         rows, columns = (pixels // unit for pixels in item["pixel_values"].data.shape[-2:])
         placeholder = self.placeholder_of(item, size, hf_kwargs)
         assert placeholder is not None
-        return Layout(rows * columns * across(config) ** 2, grid=(rows, columns), prompt=placeholder.ids)
+        return Layout(rows * columns * merge_size(config) ** 2, grid=(rows, columns), prompt=placeholder.ids)
 
-    def most_tokens(self) -> int:
+    def max_image_tokens(self) -> int:
         size = self.info.get_image_size_with_most_features()
         count: int = self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
         return count
 
-    def keeping(self, whole: Placeholder, kept: Tensor) -> Placeholder:
-        """A row's break goes where the row does; after the last that stays stands what ends an image."""
-        ids = whole.keeping(kept).ids
+    def prune_placeholder(self, placeholder: Placeholder, kept: Tensor) -> Placeholder:
+        """Drop the breaks of rows without kept tokens; the end token follows the last kept row."""
+        ids = placeholder.prune(kept).ids
         ids = ids[ids.index(EMBED) :]
         following = (*ids[1:], EMBED)
-        ends = tuple(each for each, after in zip(ids, following, strict=True) if EMBED in (each, after))
-        return Placeholder(whole.token, ends)
+        kept_ids = tuple(id_ for id_, next_id in zip(ids, following, strict=True) if EMBED in (id_, next_id))
+        return Placeholder(placeholder.token, kept_ids)
 
     def prompt_text(self, prompt: list[int]) -> str:
-        """What a prompt says, but for the system's turn: every prompt that has none gets a standard one."""
+        """The text without the system prompt, because the chat template adds a default one."""
         vocabulary = self.info.get_tokenizer().get_vocab()
         begin, end = (vocabulary.get(token) for token in ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"))
         if begin in prompt and end in prompt:
@@ -94,4 +97,4 @@ class PrunedMistral3Processor(PruningProcessor, Mistral3MultiModalProcessor):
 
 @processed_by(PrunedMistral3Processor)
 class PrunedMistral3ForConditionalGeneration(PrunedModel, Mistral3ForConditionalGeneration):
-    """Mistral Small 3.1, which also takes pruned images."""
+    """Mistral Small 3.1 with pruned images."""

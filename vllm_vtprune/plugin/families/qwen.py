@@ -1,7 +1,4 @@
-"""What processors have in common of models that take images at their own resolution, with positions of three numbers.
-
-And those of Qwen's, which have ChatML turns.
-"""
+"""Shared by models with native-resolution images and M-RoPE: Qwen-VL and GLM-V."""
 
 from __future__ import annotations
 
@@ -23,29 +20,29 @@ PROVIDES: frozenset[Input] = frozenset({"grid", "positions", "dynamic_resolution
 
 
 def merge_size(config: Any) -> int:
-    """Patches of a token in either direction."""
+    """Patches per token in either direction."""
     size: int = config.vision_config.spatial_merge_size
     return size
 
 
 class GridProcessor(DynamicResolution, PruningProcessor):
-    """Mixin: the item of a pruned image also holds its grid, and where the kept embeddings stand in it.
+    """Mixin: a pruned item also holds the image's grid and the indices of its kept tokens, on the CPU.
 
-    The engine may have an image's keys and values at hand and still needs its positions: for items that a model of
-    this kind has no need to encode, it keeps what stays on the CPU (``keep_on_cpu``).
+    The engine needs positions even for an image in the prefix cache; of such an item it keeps the CPU fields
+    (``keep_on_cpu``).
     """
 
-    def fields_of(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
         assert features.grid is not None
         merge = merge_size(self.info.get_hf_config())
         grid = torch.tensor([1, *(merge * side for side in features.grid)])
         return {"image_grid_thw": grid, KEPT_POSITIONS: kept}
 
-    def in_raster(self, item: Mapping[str, Any], sources: torch.Tensor | None = None) -> Layout:
-        """The layout of an image whose tokens are one raster; `sources` as of `Layout`."""
+    def raster_layout(self, item: Mapping[str, Any], connector_rows: torch.Tensor | None = None) -> Layout:
+        """The layout of an image whose tokens form one grid; ``connector_rows`` as in `Layout`."""
         _, height, width = item["image_grid_thw"].data.tolist()
         merge = merge_size(self.info.get_hf_config())
-        return Layout(height * width, grid=(height // merge, width // merge), sources=sources)
+        return Layout(height * width, grid=(height // merge, width // merge), connector_rows=connector_rows)
 
     def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
         vision = self.info.get_hf_config().vision_config
@@ -59,11 +56,16 @@ class GridProcessor(DynamicResolution, PruningProcessor):
                 most = options.get("max_pixels", limits["longest_edge"])
                 height, width = self.resized(height, width, unit, least, most)
         except (TypeError, ArithmeticError) as error:
-            raise ValueError(f"an image cannot be scaled with {dict(hf_kwargs)}: {error}") from error
+            raise ValueError(f"images cannot be resized with {dict(hf_kwargs)}: {error}") from error
         return (height // unit) * (width // unit)
 
     def resized(self, height: int, width: int, unit: int, least: int, most: int) -> tuple[int, int]:
-        """Height and width to which the HF processor scales an image: multiples of a unit, within limits of the area.
+        """Height and width, in pixels, to which the HF processor resizes an image.
+
+        Args:
+            height, width: size of the image, in pixels.
+            unit: the result is a multiple of it.
+            least, most: limits of the area, in pixels.
 
         Raises:
             ValueError: the image is too narrow.
@@ -72,20 +74,20 @@ class GridProcessor(DynamicResolution, PruningProcessor):
         return scaled
 
     def at_area(self, hf_kwargs: Mapping[str, object], area: int) -> Mapping[str, object]:
-        """Other sizes, the request's and the engine's, give way in each of their forms: ``images_kwargs`` go first."""
+        """Override every size option of request and engine: ``images_kwargs`` take precedence."""
         size = {"shortest_edge": area, "longest_edge": area}
         options = self._image_options(hf_kwargs)
-        named = {name: area for name in ("min_pixels", "max_pixels") if name in options}
-        given: Any = hf_kwargs.get("images_kwargs", {})
-        return {**hf_kwargs, "images_kwargs": {**given, **named, "size": size, "do_resize": True}}
+        limits = {name: area for name in ("min_pixels", "max_pixels") if name in options}
+        image_options: Any = hf_kwargs.get("images_kwargs", {})
+        return {**hf_kwargs, "images_kwargs": {**image_options, **limits, "size": size, "do_resize": True}}
 
     def _image_options(self, hf_kwargs: Mapping[str, object]) -> dict[str, Any]:
-        """What the request and the engine ask of the HF processor of images, but for what they leave to it."""
+        """Image options of the request, then the engine; without the HF processor's defaults."""
         merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         return {**merged, **merged.get("images_kwargs", {})}
 
 
 class QwenProcessor(GridProcessor):
-    """Mixin: as `GridProcessor`, of a model with ChatML turns."""
+    """`GridProcessor` for ChatML prompts."""
 
     turn = "<|im_start|>"

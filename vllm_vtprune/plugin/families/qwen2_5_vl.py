@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (``Qwen2_5_VLForConditionalGeneration``): images at their own resolution, positions of three numbers."""
+"""Qwen2.5-VL (``Qwen2_5_VLForConditionalGeneration``): images at native resolution, M-RoPE."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.qwen import OPTIONS, PROVIDES, QwenProcessor, merge_size
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
-from vllm_vtprune.plugin.positions import KeepsPositions
+from vllm_vtprune.plugin.positions import UnprunedPositions
 
 
 class PrunedQwen2_5_VLProcessor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
-    """One image has a token for each 28 x 28 pixels."""
+    """One token per 28 x 28 pixels."""
 
     family = Family(
         name="qwen2_5_vl",
@@ -28,13 +28,13 @@ class PrunedQwen2_5_VLProcessor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
     )
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        """The merger is given patches by windows, four of a token after each other."""
+        """The merger's input is ordered by attention window, the four patches of a token adjacent."""
         vision = self.info.get_hf_config().vision_config
         grid = item["image_grid_thw"].data[None]
         order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-        return self.in_raster(item, sources=order.argsort())
+        return self.raster_layout(item, connector_rows=order.argsort())
 
 
 @processed_by(PrunedQwen2_5_VLProcessor)
-class PrunedQwen2_5_VLForConditionalGeneration(KeepsPositions, PrunedModel, Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL, which also takes pruned images."""
+class PrunedQwen2_5_VLForConditionalGeneration(UnprunedPositions, PrunedModel, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL with pruned images."""

@@ -1,7 +1,7 @@
 """Qwen3.5 (``Qwen3_5ForConditionalGeneration``, with experts ``Qwen3_5MoeForConditionalGeneration``).
 
-Qwen3-VL's encoder without DeepStack, before a language model most of whose layers are linear attention: those see the
-order of the tokens that are kept and no positions.
+Qwen3-VL's encoder without DeepStack. Most layers of the language model are linear attention, which sees the order of
+the kept tokens but no positions.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from dataclasses import replace
 from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration
 
 from vllm_vtprune.plugin.families.qwen3_vl import PrunedQwen3VLProcessor
-from vllm_vtprune.plugin.family import none
+from vllm_vtprune.plugin.family import zero
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
-from vllm_vtprune.plugin.positions import KeepsPositions
+from vllm_vtprune.plugin.positions import UnprunedPositions
 
 
 class PrunedQwen3_5Processor(PrunedQwen3VLProcessor):
-    """One image has a token for each 32 x 32 pixels."""
+    """One token per 32 x 32 pixels."""
 
-    family = replace(PrunedQwen3VLProcessor.family, name="qwen3_5", deepstack=none)
-
-
-@processed_by(PrunedQwen3_5Processor)
-class PrunedQwen3_5ForConditionalGeneration(KeepsPositions, PrunedModel, Qwen3_5ForConditionalGeneration):
-    """Qwen3.5, which also takes pruned images."""
+    family = replace(PrunedQwen3VLProcessor.family, name="qwen3_5", deepstack=zero)
 
 
 @processed_by(PrunedQwen3_5Processor)
-class PrunedQwen3_5MoeForConditionalGeneration(KeepsPositions, PrunedModel, Qwen3_5MoeForConditionalGeneration):
-    """The same with experts."""
+class PrunedQwen3_5ForConditionalGeneration(UnprunedPositions, PrunedModel, Qwen3_5ForConditionalGeneration):
+    """Qwen3.5 with pruned images."""
+
+
+@processed_by(PrunedQwen3_5Processor)
+class PrunedQwen3_5MoeForConditionalGeneration(UnprunedPositions, PrunedModel, Qwen3_5MoeForConditionalGeneration):
+    """Qwen3.5 with experts and pruned images."""

@@ -1,6 +1,6 @@
 """Qwen3-VL (``Qwen3VLForConditionalGeneration``, with experts ``Qwen3VLMoeForConditionalGeneration``).
 
-As Qwen2.5-VL, without windows and with more planes of embeddings, for deeper layers of the language model (DeepStack).
+Like Qwen2.5-VL, without windows, and with additional embeddings for deeper layers of the language model (DeepStack).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.qwen import OPTIONS, PROVIDES, QwenProcessor, merge_size
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
-from vllm_vtprune.plugin.positions import KeepsPositions
+from vllm_vtprune.plugin.positions import UnprunedPositions
 
 
 def planes(config: Any) -> int:
-    """Layers of the encoder whose features reach deeper layers of the language model."""
+    """Number of encoder layers whose features enter deeper layers of the language model."""
     return len(config.vision_config.deepstack_visual_indexes)
 
 
 class PrunedQwen3VLProcessor(QwenProcessor, Qwen3VLMultiModalProcessor):
-    """One image has a token for each 32 x 32 pixels."""
+    """One token per 32 x 32 pixels."""
 
     family = Family(
         name="qwen3_vl",
-        clip_alpha=0.3,  # that of Qwen2.5-VL; not calibrated
+        clip_alpha=0.3,  # Qwen2.5-VL's; not calibrated
         provides=PROVIDES,
         connector="visual.merger.norm",
         merge=merge_size,
@@ -37,14 +37,14 @@ class PrunedQwen3VLProcessor(QwenProcessor, Qwen3VLMultiModalProcessor):
     )
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        return self.in_raster(item)
+        return self.raster_layout(item)
 
 
 @processed_by(PrunedQwen3VLProcessor)
-class PrunedQwen3VLForConditionalGeneration(KeepsPositions, PrunedModel, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL, which also takes pruned images: all planes of the embeddings to prefill."""
+class PrunedQwen3VLForConditionalGeneration(UnprunedPositions, PrunedModel, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL with pruned images; kept embeddings include the DeepStack planes."""
 
 
 @processed_by(PrunedQwen3VLProcessor)
-class PrunedQwen3VLMoeForConditionalGeneration(KeepsPositions, PrunedModel, Qwen3VLMoeForConditionalGeneration):
-    """The same with experts."""
+class PrunedQwen3VLMoeForConditionalGeneration(UnprunedPositions, PrunedModel, Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL with experts and pruned images."""
