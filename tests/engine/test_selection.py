@@ -108,7 +108,7 @@ def test_unknown_engines_place_no_tokens_of_mrope_models_unasked() -> None:
 
 
 LAYOUTS = {
-    "grid": Layout(16, grid=(2, 2), sources=torch.tensor([2, 0, 3, 1])),
+    "grid": Layout(16, grid=(2, 2), connector_rows=torch.tensor([2, 0, 3, 1])),
     "prompt": Layout(8, prompt=(7, EMBED, EMBED, 9)),
     "tiles": Layout(
         patches=8,
