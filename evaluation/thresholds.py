@@ -8,7 +8,7 @@ from math import ceil, floor
 
 import numpy as np
 
-from vllm_vtprune.budget import Spectrum, share
+from vllm_vtprune.budget import Spectrum, scale
 
 STEPS = 60  # bisections; float64 holds no more
 DIGITS = 9  # of a threshold: the rest depends on the machine
@@ -33,7 +33,7 @@ class Measured:
     def kept(self, threshold: float) -> int:
         """The tokens that an energy budget without other bounds keeps."""
         rank = self.spectrum.rank_at(threshold) or len(self.spectrum.energies)
-        return share(rank, self.tokens, self.measured)
+        return scale(rank, self.tokens, self.measured)
 
 
 def mean_kept(pictures: Sequence[Measured], threshold: float) -> float:

@@ -1,4 +1,4 @@
-"""Tables that forget what was used longest ago, and the feature cache: what the vision tower computed."""
+"""A thread-safe LRU table, and the feature cache."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ V = TypeVar("V")
 
 
 class BoundedTable(Generic[K, V]):
-    """A thread-safe mapping that forgets the least recently used entries.
+    """A thread-safe mapping that evicts the least recently used entries.
 
     Args:
-        capacity: the most that the sizes of all values add up to. A larger value is not kept.
-        size: of a value; None: 1 of each.
+        capacity: upper bound of the total size. A larger value is not stored.
+        size: size of a value; None: 1.
+
+    Raises:
+        ValueError: the capacity is negative.
     """
 
     def __init__(self, capacity: int, size: Callable[[V], int] | None = None) -> None:
@@ -49,8 +52,7 @@ class BoundedTable(Generic[K, V]):
 class FeatureCache(BoundedTable[str, VisualFeatures]):
     """Visual features, bounded by the bytes of their tensors.
 
-    The key is the identity of the image and of its preprocessing only, so that another question or another policy on
-    the same image does not encode it again.
+    The key identifies image and preprocessing only, so another question or policy does not encode an image again.
 
     Args:
         capacity_bytes: upper bound of `nbytes`; 0 disables the cache.

@@ -1,8 +1,7 @@
-"""Which words of a tagged prompt point at something: its nouns and, where they are wanted, what describes them.
+"""Select the words of a tagged prompt to condition on: nouns and, optionally, their modifiers.
 
-Rules about neighbours, over (text, part of speech) pairs alone: spaCy's tags and the embedded tagger's serve alike, and
-no parser is needed. Parts of speech are those of Universal Dependencies; X says no more than that a word is none of
-NOUN, PROPN, ADJ, NUM and VERB.
+Uses only (text, part of speech) pairs and neighbours, no parser, so spaCy's tags and the embedded tagger's both work.
+Parts of speech are those of Universal Dependencies; X means none of NOUN, PROPN, ADJ, NUM and VERB.
 """
 
 from __future__ import annotations
@@ -27,53 +26,53 @@ _BEFORE_PARTICIPLES = word_set("in on at of by with near behind beside under abo
 
 
 def pointing_words(words: Sequence[Tagged], modifiers: bool) -> list[int]:
-    """The places, in ``words``, of the nouns and proper nouns.
+    """Indices, in ``words``, of the nouns and proper nouns.
 
     With ``modifiers`` also of
 
     - adjectives and participles before a noun, a number or "one(s)" of the same chunk ("the small red circle");
-    - adjectives after a form of "be" or the like ("Which shape is red?");
-    - numbers, "one" only where it counts something.
+    - adjectives after a form of "be" or another linking verb ("Which shape is red?");
+    - numbers, but "one" only if it counts something.
 
     Never of determiners, quantifiers ("many", "other"), pronouns, the "tall" of "How tall ...", and the "left" and
     "right" of "left of".
     """
     if not modifiers:
-        return [place for place in range(len(words)) if _is_noun(words, place)]
-    chunk_goes_on = _goes_on(words)
-    found = []
-    linked = False  # to the subject, by a verb earlier in the sentence
-    for place, (text, _) in enumerate(words):
+        return [index for index in range(len(words)) if _is_noun(words, index)]
+    chunk_has_noun = _chunk_has_noun(words)
+    selected = []
+    linked = False  # a linking verb precedes in the sentence
+    for index, (text, _) in enumerate(words):
         if text[:1] in SENTENCE_END:
             linked = False
         linked = linked or text.lower() in _LINKING
-        if _is_noun(words, place) or _modifies(words, place, chunk_goes_on[place + 1], linked):
-            found.append(place)
-    return found
+        if _is_noun(words, index) or _modifies(words, index, chunk_has_noun[index + 1], linked):
+            selected.append(index)
+    return selected
 
 
-def _is_noun(words: Sequence[Tagged], place: int) -> bool:
-    text, tag = words[place]
+def _is_noun(words: Sequence[Tagged], index: int) -> bool:
+    text, tag = words[index]
     return tag in ("NOUN", "PROPN") and text[:1].isalnum()
 
 
-def _goes_on(words: Sequence[Tagged]) -> list[bool]:
-    """For each place, and for the end, whether a chunk that reaches it has a noun or a number there or later."""
-    goes_on = [False] * (len(words) + 1)
-    for place in reversed(range(len(words))):
-        text, tag = words[place]
-        if _is_noun(words, place) or tag == "NUM" or text.lower() == "ones":
-            goes_on[place] = True
+def _chunk_has_noun(words: Sequence[Tagged]) -> list[bool]:
+    """For each index, and the end: whether the chunk there has a noun or a number at this index or later."""
+    has_noun = [False] * (len(words) + 1)
+    for index in reversed(range(len(words))):
+        text, tag = words[index]
+        if _is_noun(words, index) or tag == "NUM" or text.lower() == "ones":
+            has_noun[index] = True
         elif tag == "ADJ" or text.lower() in _WITHIN or _is_participle(text, tag):
-            goes_on[place] = goes_on[place + 1]
-    return goes_on
+            has_noun[index] = has_noun[index + 1]
+    return has_noun
 
 
-def _modifies(words: Sequence[Tagged], place: int, before_noun: bool, linked: bool) -> bool:
-    text, tag = words[place]
+def _modifies(words: Sequence[Tagged], index: int, before_noun: bool, linked: bool) -> bool:
+    text, tag = words[index]
     word = text.lower()
-    last, last_tag = (words[place - 1][0].lower(), words[place - 1][1]) if place else ("", "")
-    following = words[place + 1][0].lower() if place + 1 < len(words) else ""
+    last, last_tag = (words[index - 1][0].lower(), words[index - 1][1]) if index else ("", "")
+    following = words[index + 1][0].lower() if index + 1 < len(words) else ""
     if not word[:1].isalnum() or word in _QUANTIFIERS or last == "how":
         return False
     if word in ("left", "right") and following == "of":

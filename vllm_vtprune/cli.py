@@ -1,4 +1,4 @@
-"""The `vtprune` command: its subcommands are entry points, since some live in packages that build on this one."""
+"""The `vtprune` command. Subcommands are entry points, because some are in packages that depend on this one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script.
 
     Args:
-        argv: arguments after the program's name; None for those of the process.
+        argv: arguments after the program's name; None: the process's arguments.
     """
     arguments = sys.argv[1:] if argv is None else argv
     commands = entry_points(group=GROUP)

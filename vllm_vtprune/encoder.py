@@ -1,7 +1,7 @@
-"""Encoding images in batches, across the requests that are waiting at the same time.
+"""Encode images in batches across concurrent requests.
 
-vLLM processes multimodal input one request at a time. Here an image is encoded from the moment when it is submitted,
-together with the others that wait by then: a batch takes what is there and never waits for more.
+vLLM processes multimodal input one request at a time. This encoder batches all submitted images, of any request, and
+never waits to fill a batch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """One run of the vision encoder; the images of its batch share it.
+    """One run of the vision encoder, shared by the images of its batch.
 
     Attributes:
-        began: nanoseconds of the wall clock.
-        seconds: how long it took.
+        began: wall clock, in nanoseconds.
+        seconds: duration.
     """
 
     began: int
@@ -32,12 +32,12 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The features of an image, for one of those who asked for them.
+    """The result of one request for an image's features.
 
     Attributes:
-        features: what the encoder computed.
-        forward: the run that computed them; None where they were cached.
-        fresh: they were computed because of this asker; False where they were cached or on their way for another.
+        features: the features.
+        forward: the run that computed them; None if they were cached.
+        fresh: whether this request caused the run; False if they were cached or in progress.
     """
 
     features: VisualFeatures
@@ -47,35 +47,35 @@ class Encoded:
 
 @dataclass(eq=False)
 class _Work:
-    """An image on its way, and everyone who waits for it. The first of them submitted it."""
+    """An image in progress, and the futures of all waiting requests; the first one submitted it."""
 
     key: str
     image: PreparedImage
-    askers: list[Future[Encoded]] = field(default_factory=list)
+    futures: list[Future[Encoded]] = field(default_factory=list)
     running: bool = False
 
-    def ask(self) -> Future[Encoded]:
-        self.askers.append(Future())
-        return self.askers[-1]
+    def add_future(self) -> Future[Encoded]:
+        self.futures.append(Future())
+        return self.futures[-1]
 
     @property
     def abandoned(self) -> bool:
-        return all(asker.cancelled() for asker in self.askers)
+        return all(future.cancelled() for future in self.futures)
 
 
 class BatchingEncoder:
-    """Encodes images on a thread of its own, each distinct one once.
+    """Encodes images on its own thread, each distinct image once.
 
-    Whoever asks gets a future. One that is cancelled gives the image up: when nobody else waits for it, it is not
-    encoded. What the encoder raises reaches those who asked for that image, and nobody else.
+    Every request gets a future. An image whose futures are all cancelled before its batch starts is not encoded. An
+    encoder error is raised only in the futures of the image that caused it.
 
     Args:
         encode: B images -> B features. Called from one thread at a time.
-        cache: where features are kept, and looked for.
-        to_cache: makes of the features of a key what is kept of them, and handed out. What the encoder computes may
-            still be under way before (on a GPU), so errors and time of this call are the encoder's.
-        max_batch: most images of one call.
-        on_batch: told the size of each batch after it was encoded.
+        cache: the feature cache.
+        to_cache: maps a key and its features to the features that are cached and returned. GPU work may still be
+            running before this call, so its errors and time count as the encoder's.
+        max_batch: most images per call of ``encode``.
+        on_batch: called with the size of each encoded batch.
     """
 
     def __init__(
@@ -92,55 +92,55 @@ class BatchingEncoder:
         self._to_cache = to_cache
         self._max_batch = max_batch
         self._on_batch = on_batch
-        self._on_their_way: dict[str, _Work] = {}  # in the order of submission
+        self._in_progress: dict[str, _Work] = {}  # in order of submission
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vtprune-encoder")
 
     def find(self, key: str) -> Future[Encoded] | None:
-        """The features of an image that is cached or on its way; None for any other."""
+        """A future of an image that is cached or in progress; None for any other."""
         with self._lock:
             return self._find(key)
 
     def submit(self, key: str, image: PreparedImage) -> Future[Encoded]:
-        """Have an image encoded, unless it is cached or on its way.
+        """A future of an image's features; encodes the image unless it is cached or in progress.
 
         Args:
             key: identity of the image and of its preprocessing.
             image: the preprocessed image.
         """
         with self._lock:
-            found = self._find(key)
-            if found is not None:
-                return found
-            work = self._on_their_way[key] = _Work(key, image)
-            asker = work.ask()
+            existing = self._find(key)
+            if existing is not None:
+                return existing
+            work = self._in_progress[key] = _Work(key, image)
+            future = work.add_future()
         self._thread.submit(self._encode_waiting)
-        return asker
+        return future
 
     def _find(self, key: str) -> Future[Encoded] | None:
-        work = self._on_their_way.get(key)
+        work = self._in_progress.get(key)
         if work is not None:
-            return work.ask()
+            return work.add_future()
         features = self.cache.get(key)
         if features is None:
             return None
-        found: Future[Encoded] = Future()
-        found.set_result(Encoded(features, forward=None, fresh=False))
-        return found
+        future: Future[Encoded] = Future()
+        future.set_result(Encoded(features, forward=None, fresh=False))
+        return future
 
     def _encode_waiting(self) -> None:
-        """One batch of those that wait. Runs once for each image submitted, and finds nothing where one batch did."""
+        """Encode one batch. Scheduled once per submitted image, so an earlier batch may have emptied the queue."""
         batch = self._take()
         if batch:
             self._encode_batch(batch)
 
     def _take(self) -> list[_Work]:
-        """The next batch: those that have waited longest, without the abandoned."""
+        """The next batch, oldest first; removes abandoned images."""
         batch: list[_Work] = []
         with self._lock:
-            for work in [work for work in self._on_their_way.values() if not work.running]:
+            for work in [work for work in self._in_progress.values() if not work.running]:
                 if work.abandoned:
-                    del self._on_their_way[work.key]
+                    del self._in_progress[work.key]
                 elif len(batch) < self._max_batch:
                     work.running = True
                     batch.append(work)
@@ -150,7 +150,7 @@ class BatchingEncoder:
         began, started = time.time_ns(), time.perf_counter()
         try:
             computed = self._encode([work.image for work in batch])
-            encoded = [self._to_cache(work.key, its) for work, its in zip(batch, computed, strict=True)]
+            encoded = [self._to_cache(work.key, features) for work, features in zip(batch, computed, strict=True)]
             forward = Forward(began, time.perf_counter() - started)
             for work, features in zip(batch, encoded, strict=True):
                 self.cache.put(work.key, features)
@@ -163,23 +163,23 @@ class BatchingEncoder:
                     self._encode_batch([work])
             return
         for work, features in zip(batch, encoded, strict=True):
-            first, *others = self._leave(work)
+            first, *others = self._remove(work)
             _resolve(first, Encoded(features, forward, fresh=True))
-            for asker in others:
-                _resolve(asker, Encoded(features, forward, fresh=False))
+            for future in others:
+                _resolve(future, Encoded(features, forward, fresh=False))
 
     def _fail(self, work: _Work, error: Exception) -> None:
-        for asker in self._leave(work):
+        for future in self._remove(work):
             with suppress(InvalidStateError):  # it was cancelled
-                asker.set_exception(error)
+                future.set_exception(error)
 
-    def _leave(self, work: _Work) -> list[Future[Encoded]]:
-        """Everyone who waits for an image that is done; nobody joins them afterwards."""
+    def _remove(self, work: _Work) -> list[Future[Encoded]]:
+        """Remove a finished image; its futures."""
         with self._lock:
-            del self._on_their_way[work.key]
-            return work.askers
+            del self._in_progress[work.key]
+            return work.futures
 
 
-def _resolve(asker: Future[Encoded], encoded: Encoded) -> None:
+def _resolve(future: Future[Encoded], encoded: Encoded) -> None:
     with suppress(InvalidStateError):  # it was cancelled
-        asker.set_result(encoded)
+        future.set_result(encoded)

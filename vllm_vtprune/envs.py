@@ -1,6 +1,6 @@
 """The project's environment variables, in one typed table.
 
-Each variable is an object that reads itself when called, so `envs.device()` is always the process's current value:
+Call a variable for its current value:
 
 >>> from vllm_vtprune import envs
 >>> envs.device()
@@ -39,7 +39,8 @@ T = TypeVar("T")
 class Variable(Generic[T]):
     """One environment variable. Call it for its value; unset and empty mean the default.
 
-    Raises ValueError, naming the variable, the value and what is accepted, where `parse` refuses the value.
+    Raises:
+        ValueError: `parse` rejects the value; names the variable, the value and what is accepted.
     """
 
     name: str

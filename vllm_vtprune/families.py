@@ -1,4 +1,4 @@
-"""The model families that can be pruned, by the names of their modules, and the architectures of their checkpoints."""
+"""The supported model families, by module name, and the architectures of their checkpoints."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ ARCHITECTURES: dict[str, str] = {
     for family, architectures in FAMILIES.items()
     for architecture in architectures
 }
-"""Architecture of a checkpoint -> the class that serves it, as ``module:class`` so that nothing is imported early."""
+"""Architecture of a checkpoint -> our model class as ``module:class``, imported by vLLM on use."""

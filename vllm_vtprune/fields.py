@@ -1,7 +1,7 @@
-"""Instructions: which of their words only say what to do and how to answer, and which name the fields of a document.
+"""Separate, in instructions, the words about the task and the answer's format from the names of document fields.
 
-"Extract the due date and total as JSON" asks for a date and a total. The verb, the format, and the likes of "the
-following fields" point at nothing in the image. Neither does the verb of "Count apples", nor "bounding box".
+"Extract the due date and total as JSON" asks for a date and a total. The verb, the format, and phrases such as "the
+following fields" refer to nothing in the image; nor do the verb of "Count apples" and "bounding box".
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from vllm_vtprune.chunks import Tagged
 from vllm_vtprune.tagger import COLOURS, DETERMINERS, FUNCTION_WORDS, QUANTITIES, readings, word_set
 
 Span = tuple[int, int]
-"""Where something begins and ends in a prompt, in characters."""
+"""Start and end in a prompt, in characters."""
 
 
 class Instructions(NamedTuple):
-    """What was found in a prompt.
+    """The instructions of a prompt.
 
     Attributes:
-        silent: what says what to do and how to answer.
-        lists: instructions that name fields of a document.
-        verbs: those of ``silent`` behind which the object of an instruction stands.
+        silent: spans about the task and the answer's format.
+        lists: instructions that name document fields.
+        verbs: spans of ``silent`` that the object of an instruction follows.
     """
 
     silent: list[Span]
@@ -52,15 +52,14 @@ _BESIDE_PLACE = word_set("label labels class category confidence score text_cont
 
 
 def quote_keys(prompt: str) -> str:
-    """``prompt`` with every JSON template replaced by its keys, in quotes; a JSON schema by those of its properties.
+    """Replace every JSON template in ``prompt`` by its keys in quotes, and a JSON schema by the keys of its properties.
 
     ``{"total": "", "items": [{"price": 0}]}`` becomes ``"total", "items", "price"``. A template need not be valid JSON.
-    Braces that hold no key stay as they are. Of a template for places ("bbox_2d", "label"), no key says what is looked
-    for: these leave nothing.
+    Braces without a key are left unchanged. Keys of templates for locations ("bbox_2d", "label") are removed.
     """
     text, done = "", 0
-    start, open_under, last = 0, list[str](), ""  # open_under: the keys whose values the open braces are in
-    keys: list[tuple[str, str]] = []  # and what each is under
+    start, open_under, last = 0, list[str](), ""  # open_under: the parent key of each open brace
+    keys: list[tuple[str, str]] = []  # (parent key, key)
     for piece in _PIECE.finditer(prompt):
         if piece[0] == "{":
             if not open_under:
@@ -96,7 +95,7 @@ _HAVING = r"(?:with|containing|including|having|that (?:has|have|contains?|inclu
 _WHICH = r"(?:the|these|only|exactly|all|following|required|requested)"
 
 NAMED_FIELDS = rf"\b{_HAVING}(?:[ \t]+{_WHICH})*[ \t]+{_NAMES}\b"
-"""Where the fields that an answer should have begin: "with the following keys"."""
+"""The beginning of a list of fields: "with the following keys"."""
 
 _SENTENCE = r"(?:\A|(?<=[^\W\d][.?!])\s|(?<=[)\]\"'][.?!])\s)[ \t]*"
 _LINE = r"^[ \t]*(?:(?:[-*•]|\d{1,3}[.)])[ \t]+)?"
@@ -106,7 +105,7 @@ _REQUEST = re.compile(
     rf"|(?:{_LINE}|(?<=[,:;])[ \t]*|\b(?:and|then|to)[ \t]+){_POLITE}(?:(?:extract|give|provide|retrieve|parse)\b|"
     rf"{_ASK}(?=[ \t]+(?:the|an?|all|only|it|them|me|each|every|any|this|that|these|those|its|their|your|just|json|as|"
     r"in|out|from)\b))"
-    # the rest of an instruction whose beginning was dropped
+    # an instruction whose beginning was removed
     rf"|{_SENTENCE}(?:{NAMED_FIELDS}|{_HAVING}\b)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -178,36 +177,36 @@ _ORDER = re.compile(
 
 
 def find_instructions(prompt: str) -> Instructions:
-    """The instructions in ``prompt``, which is single-spaced; a sentence that ends in "?" is one only if it is polite.
+    """Find the instructions in a single-spaced ``prompt``. A question counts only if it is a polite request.
 
-    Where nothing in it speaks of documents ("Read the sign."), an instruction has silent words but lists no fields.
+    An instruction without document vocabulary ("Read the sign.") has silent words but lists no fields.
     """
-    found = Instructions([match.span() for pattern in _ANYWHERE for match in pattern.finditer(prompt)], [], [])
-    end = question = 0  # where the last instruction ends, and the last question
+    instructions = Instructions([match.span() for pattern in _ANYWHERE for match in pattern.finditer(prompt)], [], [])
+    end = question = 0  # ends of the last instruction and the last question
     for request in _REQUEST.finditer(prompt):
         start = request.start()
         if start >= end:
             polite = _ASKS_POLITELY.search(request[0])
             if start < question and not polite:
                 continue
-            rest = _TO_THE_END.match(prompt, request.end())
-            end = rest.end() if rest else request.end()
+            remainder = _TO_THE_END.match(prompt, request.end())
+            end = remainder.end() if remainder else request.end()
             if prompt[end : end + 1] == "?" and not polite:
                 question = end
-                end = prompt.rfind("\n", request.end(), end)  # what is asked may be on a line of its own
+                end = prompt.rfind("\n", request.end(), end)  # the question may be on its own line
                 if end < 0:
                     continue
             for pattern in _IN_REQUESTS:
-                found.silent.extend(match.span() for match in pattern.finditer(prompt, start, end))
+                instructions.silent.extend(match.span() for match in pattern.finditer(prompt, start, end))
             if _ABOUT_DOCUMENTS.search(prompt, start, end):
-                found.lists.append((start, end))
-        found.silent.append(request.span())
-        found.verbs.append(request.span())
+                instructions.lists.append((start, end))
+        instructions.silent.append(request.span())
+        instructions.verbs.append(request.span())
     for order in _ORDER.finditer(prompt):
-        if not any(start < order.start() < end for start, end in found.lists):  # a field: "order details"
-            found.silent.append(order.span())
-            found.verbs.append(order.span())
-    return found
+        if not any(start < order.start() < end for start, end in instructions.lists):  # a field: "order details"
+            instructions.silent.append(order.span())
+            instructions.verbs.append(order.span())
+    return instructions
 
 
 # --- the names in a list of fields ----------------------------------------------------------------------------------
@@ -218,10 +217,10 @@ _DESCRIBING = COLOURS | word_set("present visible available possible readable le
 
 
 def tag_fields(words: Sequence[Tagged]) -> list[Tagged]:
-    """The words of a list of fields, with those that name a field tagged as nouns.
+    """Tag the field names in the words of a list of fields as nouns.
 
-    Between two separators ("and", a comma, a preposition, a silent word, whose text is empty) that which may be a noun
-    is one: "total" and "name" in "name, date, total". An adjective before it stays one ("total amount").
+    Between two separators ("and", a comma, a preposition, a silent word with empty text), a word that may be a noun is
+    one: "total" and "name" in "name, date, total". A preceding adjective stays an adjective ("total amount").
     """
     tagged = list(words)
     start = 0
@@ -231,12 +230,12 @@ def tag_fields(words: Sequence[Tagged]) -> list[Tagged]:
         opened = start == 0 or _separates(words[start - 1][0], _OPENS)
         closed = end == len(words) or _separates(words[end][0], _CLOSES)
         if opened and closed:
-            for place in range(start, end):
-                text, tag = words[place]
-                compound = text.endswith("ing") and place < end - 1  # "billing address"
+            for index in range(start, end):
+                text, tag = words[index]
+                compound = text.endswith("ing") and index < end - 1  # "billing address"
                 may_name = tag not in ("ADV", "PROPN") and (compound or _may_name(text.lower()))
-                if may_name and (tag == "VERB" or place == end - 1):
-                    tagged[place] = (text, "NOUN")
+                if may_name and (tag == "VERB" or index == end - 1):
+                    tagged[index] = (text, "NOUN")
             if 0 < start < end and words[start - 1][0].lower() in ("first", "last"):
                 tagged[start - 1] = (words[start - 1][0], "ADJ")
         start = end + 1
@@ -244,11 +243,11 @@ def tag_fields(words: Sequence[Tagged]) -> list[Tagged]:
 
 
 def tag_object(words: Sequence[Tagged]) -> list[Tagged]:
-    """The words behind the verb of an instruction, its object tagged as a noun: "faces" in "Detect all faces"."""
+    """Tag the object, in the words after the verb of an instruction, as a noun: "faces" in "Detect all faces"."""
     tagged = list(words)
-    place = next((i for i, (text, _) in enumerate(tagged) if text.lower() not in DETERMINERS | QUANTITIES), len(words))
-    if place < len(words) and tagged[place][1] == "VERB" and _may_name(tagged[place][0].lower()):
-        tagged[place] = (tagged[place][0], "NOUN")
+    index = next((i for i, (text, _) in enumerate(tagged) if text.lower() not in DETERMINERS | QUANTITIES), len(words))
+    if index < len(words) and tagged[index][1] == "VERB" and _may_name(tagged[index][0].lower()):
+        tagged[index] = (tagged[index][0], "NOUN")
     return tagged
 
 

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a model's vision tower takes, from the shapes in its config: no weights are read."""
+"""GPU memory of a model's vision encoder, computed from its config without reading weights."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from vllm_vtprune.placement import Footprint
 from vllm_vtprune.selectors.pivots import peak_bytes
 
 BATCH_PATCHES = 16_384
-"""Most patches of one forward, or else one image: bounds its memory, which grows with them."""
+"""Most patches per run of the encoder, unless one image has more: bounds its memory."""
 
 HEAD = 128
-"""Numbers of a key, at most."""
+"""Largest width of a key."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the memory of a vision encoder follows from.
+    """The dimensions that determine a vision encoder's memory.
 
     Attributes:
-        parameters: of encoder and connector.
+        parameters: parameter count of encoder and connector.
         hidden, intermediate: width of the encoder's layers, and of their feed-forward part.
-        values: of the pixels of a patch.
-        width: of an embedding.
-        merge: patches of a token in either direction.
-        deepstack: further planes of embeddings.
-        patches: the most that an image has, where they are more than those of its tokens; else 0.
+        values: pixel values per patch.
+        width: width of an embedding.
+        merge: patches per token in either direction.
+        deepstack: additional planes of embeddings.
+        patches: most patches of an image, if more than its tokens have; else 0.
     """
 
     parameters: int
@@ -54,7 +54,7 @@ class Shape:
         patches: int = 0,
         intermediate: int = 0,
     ) -> Shape:
-        """Of an encoder with this config; the others as the attributes, `intermediate` 0 for that of the config."""
+        """Read from an encoder's config; other arguments as the attributes, ``intermediate=0``: from the config."""
         values = 3 * _side(vision.patch_size) ** 2 * getattr(vision, "temporal_patch_size", 1)
         hidden = vision.hidden_size
         intermediate = intermediate or getattr(vision, "intermediate_size", 4 * hidden)
@@ -62,13 +62,13 @@ class Shape:
 
     @property
     def columns(self) -> int:
-        """Numbers kept of a token: embeddings, what feeds the connector, a head's keys."""
+        """Values stored per token: embeddings, connector input, keys."""
         return self.width * (1 + self.deepstack) + self.hidden + HEAD
 
     def patch_bytes(self, dtype: torch.dtype) -> int:
-        """The most that a patch takes: its pixels, and it in a layer's feed-forward part, or rotated in float32.
+        """Peak bytes per patch: pixels, and the larger of feed-forward part and rotary embedding in float32.
 
-        The factors are fitted to what torch allocates (tests/core/test_placement.py); attention is not materialised.
+        Factors are fitted to torch's allocations (tests/core/test_placement.py). Attention is not materialised.
         """
         exact = torch.float32.itemsize
         feed_forward = dtype.itemsize * (8 * self.hidden + 3.6 * self.intermediate)
@@ -77,21 +77,21 @@ class Shape:
 
 
 def footprint(shape: Shape, dtype: torch.dtype, *, tokens: int, batch: int, held: int) -> Footprint:
-    """The GPU memory of one API process, under policies whose ``features`` is ``projected``.
+    """GPU memory of one API process, under policies with ``features: projected``.
 
-    ``both`` takes ``8 * tokens * shape.hidden`` bytes more at most, 0.16 GiB for 16,384 tokens of Qwen2.5-VL-7B.
+    ``both`` needs up to ``8 * tokens * shape.hidden`` bytes more: 0.16 GiB for 16,384 tokens of Qwen2.5-VL-7B.
 
     Args:
-        shape: of the encoder.
-        dtype: the model's.
-        tokens: of the largest image that the image processor makes.
-        batch: most images that are encoded together.
+        shape: the encoder's dimensions.
+        dtype: the model's dtype.
+        tokens: visual tokens of the largest image that the image processor makes.
+        batch: most images per batch.
         held: bytes of features that stay on the GPU.
     """
     patches = shape.patches or tokens * shape.merge**2
     forward = min(batch * patches, max(patches, BATCH_PATCHES))
     features = dtype.itemsize * tokens * shape.columns
-    finished = batch * features * (1 - forward / (batch * patches))  # by the time of the last forward
+    finished = batch * features * (1 - forward / (batch * patches))  # features of all earlier runs of the batch
     return Footprint(
         weights=shape.parameters * dtype.itemsize,
         encoding=forward * shape.patch_bytes(dtype) + ceil(finished),
@@ -101,5 +101,5 @@ def footprint(shape: Shape, dtype: torch.dtype, *, tokens: int, batch: int, held
 
 
 def _side(size: int | Sequence[int]) -> int:
-    """Of a square, of which some configs give both sides."""
+    """Side of a square; some configs give both sides."""
     return size if isinstance(size, int) else size[0]

@@ -1,4 +1,4 @@
-"""torch, loaded when it is first used: a policy is validated without it, in the files that compute on tensors."""
+"""torch, imported on first use, so that policies can be validated without it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ else:
             import torch
 
             value = getattr(torch, name)
-            setattr(self, name, value)  # so that this is not asked again
+            setattr(self, name, value)  # next time without __getattr__
             return value
 
     torch = _Torch()

@@ -1,8 +1,8 @@
 """Prometheus metrics of this process, under the prefix ``vtprune:``.
 
-vLLM deletes collectors named ``vllm:*`` whenever it builds a logger, hence a prefix of our own. Counters and histograms
-add up over several API-server processes; each gauge says how it does (prometheus_client's multiprocess mode).
-Import this module only where requests are processed: prometheus_client fixes its mode when it is imported.
+vLLM deletes collectors named ``vllm:*`` whenever it builds a logger, hence our own prefix. Counters and histograms are
+summed over API processes; each gauge sets its ``multiprocess_mode``. Import this module only in processes that handle
+requests: prometheus_client fixes its mode at import.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm_vtprune.report import BypassReason, Placement
 
 Outcome: TypeAlias = Literal["finished", "refused", "failed", "aborted"]
-"""finished: answered; refused: 4xx; failed: 5xx; aborted: the client left. An error in a stream counts by its code."""
+"""finished: answered; refused: 4xx; failed: 5xx; aborted: the client disconnected. Stream errors count by code."""
 RefusalReason: TypeAlias = Literal["policy", "image"]
 
 NO_PRESET, CUSTOM, MIXED = "none", "custom", "mixed"
-"""Values of the label ``preset`` without a preset: no policy; a policy written out; several policies."""
+"""Values of the label ``preset`` without a preset: no policy; an explicit policy; several policies."""
 
 REQUESTS = Counter(
     "vtprune:requests",
@@ -103,14 +103,11 @@ BUILD_INFO = Gauge(
 )
 
 KEEP_RATIO_BANDS = (0.125, 0.25, 0.5, 0.75)
-"""Upper ends of the bands of `keep_ratio_band`, each within its band."""
+"""Inclusive upper bounds of the bands of `keep_ratio_band`."""
 
 
 def keep_ratio_band(kept: int, visual: int) -> str:
-    """The label that says which share of a request's visual tokens was kept.
-
-    ``"unpruned"`` for all of them, else a band such as ``"0.125-0.25"``; the last one ends below 1.
-    """
+    """The label for a request's keep ratio: ``"unpruned"``, or a band such as ``"0.125-0.25"``."""
     if kept >= visual:
         return "unpruned"
     lower = 0.0
@@ -122,13 +119,13 @@ def keep_ratio_band(kept: int, visual: int) -> str:
 
 
 def start(model_name: str, presets: Iterable[str]) -> None:
-    """Note when this process began, and show the counters of what goes wrong before anything does.
+    """Set the start time, and create the series of requests, bypasses and errors at 0.
 
-    Prometheus's ``rate`` does not see the event with which a series begins, and would miss the first of each kind.
+    Otherwise Prometheus's ``rate`` would miss the first event of each series.
 
     Args:
         model_name: label of every metric.
-        presets: names of those that requests can ask for.
+        presets: names of all presets.
     """
     START_TIME.labels(model_name).set_to_current_time()
     REQUESTS_WAITING.labels(model_name)

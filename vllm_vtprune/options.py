@@ -1,4 +1,4 @@
-"""What the policies of all methods share: strict models with readable errors, budgets, and the text's options."""
+"""Shared by the policies of all methods: strict models with readable errors, budgets, text options."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from typing_extensions import TypeAliasType
 MAX_QUERY_CHARS = 4096
 MAX_TOKENS = 1_000_000
 
-_SHOWN_CHARS = 200  # of a rejected value, in a message
-_SHOWN_KEY_CHARS = 64  # of an unknown key, in a path
+_SHOWN_CHARS = 200  # most characters of a rejected value in a message
+_SHOWN_KEY_CHARS = 64  # most characters of an unknown key in a path
 
 
 class PolicyError(ValueError):
-    """A policy that cannot be used; ``str()`` is one sentence that names field, value and what is accepted.
+    """An invalid policy; ``str()`` is one sentence with field, value and accepted values.
 
     Attributes:
-        param: path of the field as the client wrote it, such as ``pruning.budget.threshold``.
-        value: what was given there.
-        accepted: what would be accepted, in words.
+        param: path of the field, such as ``pruning.budget.threshold``.
+        value: the rejected value.
+        accepted: the accepted values, in words.
+        problem: the problem, in words; None: "VALUE is not accepted".
     """
 
     def __init__(self, param: str, value: object, accepted: str, problem: str | None = None) -> None:
@@ -48,13 +49,13 @@ class PolicyError(ValueError):
         return f"{self.param}: {problem}; expected {self.accepted}."
 
     def under(self, param: str) -> PolicyError:
-        """The same error with ``param`` put before its path."""
+        """The same error with ``param`` prepended to its path."""
         path = ".".join(part for part in (param, self.param) if part)
         return PolicyError(path, self.value, self.accepted, self.problem)
 
 
 class Strict(BaseModel):
-    """A frozen model that converts no types and knows all its fields; its problems are PolicyErrors."""
+    """A frozen model without type coercion or unknown fields; raises PolicyError."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -70,7 +71,7 @@ class Strict(BaseModel):
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
         inner = problem.get("ctx", {}).get("error")
-        name = str(problem["loc"][0]) if problem["loc"] else ""  # what follows is the tag of a union
+        name = str(problem["loc"][0]) if problem["loc"] else ""  # the remaining entries are tags of unions
         if isinstance(inner, PolicyError):
             raise inner.under(name)
         if problem["type"] == "missing":
@@ -82,7 +83,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read(model: type[Model], value: object) -> Model:
-    """Validate a `Strict` model, or one made of them; raise the first problem as a PolicyError."""
+    """Validate a model made of `Strict` models; raise the first problem as a PolicyError."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -178,20 +179,20 @@ class TextOptions(Strict):
 
 
 def refuse_unknown(keys: Mapping[Any, Any], known: Iterable[str]) -> None:
-    """Raise PolicyError for the first key that is not a known field, with the one that may be meant."""
+    """Raise PolicyError for the first unknown key, with the nearest known one."""
     known = list(known)
     for key, value in keys.items():
         if key not in known:
-            alike = (
+            matches = (
                 isinstance(key, str) and len(key) <= _SHOWN_KEY_CHARS and get_close_matches(key.casefold(), known, 1)
             )
-            meant = f" (did you mean {alike[0]}?)" if alike else ""
-            raise PolicyError(_shown_key(key), value, "one of " + ", ".join(known), f"unknown field{meant}")
+            hint = f" (did you mean {matches[0]}?)" if matches else ""
+            raise PolicyError(_shown_key(key), value, "one of " + ", ".join(known), f"unknown field{hint}")
 
 
 @cache
 def accepted(model: type[BaseModel], name: str) -> str:
-    """What a field accepts, in words that follow from its type and bounds."""
+    """The values that a field accepts, in words, from its type and bounds."""
     return _in_words(model.model_json_schema()["properties"][name])
 
 
@@ -223,7 +224,7 @@ def _shown_key(key: object) -> str:
 
 
 def shown(value: object) -> str:
-    """``value`` as the client wrote it, as JSON where it is a scalar, cut to a bounded length."""
+    """``value`` for a message: scalars as JSON, cut to a bounded length."""
     if isinstance(value, str):
         value = value[: _SHOWN_CHARS + 1]
     if value is None or isinstance(value, (bool, str, float)):

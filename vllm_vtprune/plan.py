@@ -1,4 +1,4 @@
-"""The plan for one image: how many visual tokens stay, and which."""
+"""The plan for one image: how many visual tokens to keep, and which."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ class PruningPlan:
     """Which of an image's ``N`` visual tokens are kept.
 
     Attributes:
-        kept: ``(k,)`` int64 positions, ascending.
-        order: ``(k,)`` int64 the same positions in the order of selection.
+        kept: ``(k,)`` int64 indices, ascending.
+        order: ``(k,)`` int64 the same indices in order of selection.
         budget: ``k``.
-        energy: share of the encoder features' spectral energy at ``k``; None where it was not measured.
-        embeds: ``(k, d)`` the tokens to prefill, one for each of ``kept``: those rows of the input embeddings
-            unchanged, or what a merging method made of them.
+        energy: share of the encoder features' spectral energy at ``k``; None if not measured.
+        embeds: ``(k, d)`` embeddings to prefill, one per ``kept``: rows of the input embeddings, or merged tokens.
         timings: seconds by stage: ``budget`` and ``select``.
     """
 
@@ -52,57 +51,57 @@ def plan_tokens(
     """Decide which visual tokens of one image to keep.
 
     Args:
-        features: the image's tokens, in any floating-point type; the arithmetic is done in float32 and float64.
-        policy: what to do; ``null`` and ``auto`` take their values from ``family`` and from what ``features`` hold.
+        features: the image's tokens, in any floating-point type; computed in float32 and float64.
+        policy: the policy; ``null`` and ``auto`` resolve to defaults of ``family`` and the available ``features``.
         text_embeds: ``(M, d)`` rows of the language model's input embedding table for the text's nouns. None or
             ``M = 0`` for the text-agnostic form.
         family: defaults of the model family.
 
     Raises:
-        ValueError: when features or text are not finite or do not fit together, or lack what the policy asks for
-            (then a :class:`~vllm_vtprune.policy.PolicyError`); PolicyError for a method that chooses no tokens.
+        PolicyError: the features lack what the policy needs, or the method selects no tokens (`resize`).
+        ValueError: features or text are not finite, or their shapes do not match.
     """
     n = features.num_tokens
     if not policy.enabled:
-        everything = torch.arange(n, device=features.embeds.device)
-        return PruningPlan(everything, everything, n, None, features.embeds, {"budget": 0.0, "select": 0.0})
+        all_tokens = torch.arange(n, device=features.embeds.device)
+        return PruningPlan(all_tokens, all_tokens, n, None, features.embeds, {"budget": 0.0, "select": 0.0})
     if not policy.selects:
-        problem = f"method {policy.method} scales the picture before it is encoded, and chooses no tokens of features"
+        problem = f"method {policy.method} resizes the image before encoding and selects no tokens"
         raise PolicyError("pruning.method", policy.method, "one of " + ", ".join(SELECTORS), problem)
     policy = policy.resolve(replace(family, provides=_provided(features)))
     method = policy.chosen
     require_finite("embeds", features.embeds)
     for name in ("encoder", "cls_attention", "overview_attention", "keys"):
-        if name in policy.reads and (given := getattr(features, name)) is not None:
-            require_finite(name, given)
-    read = features if method.runs_on == "device" else _on_cpu(features, policy.reads)
+        if name in policy.reads and (values := getattr(features, name)) is not None:
+            require_finite(name, values)
+    inputs = features if method.runs_on == "device" else _on_cpu(features, policy.reads)
     if text_embeds is not None:
-        text_embeds = _checked_text(text_embeds, read) if policy.conditions_on_text else None
+        text_embeds = _checked_text(text_embeds, inputs) if policy.conditions_on_text else None
 
     started = perf_counter()
     most = method.max_keep(features)
     energy: float | None = None
     if isinstance(policy.budget, MethodBudget):
-        k = method.count(read, text_embeds)
+        k = method.count(inputs, text_embeds)
     else:
         k, energy = token_budget(policy.budget, features, seed=method.seed, most=most)
     k = min(k, most)
     budgeted = perf_counter()
-    chosen = method.select(read, k, text_embeds)
-    order = (chosen.order if isinstance(chosen, Merged) else chosen).to(features.embeds.device)
+    selection = method.select(inputs, k, text_embeds)
+    order = (selection.order if isinstance(selection, Merged) else selection).to(features.embeds.device)
     kept, ranks = order.sort()
-    if isinstance(chosen, Merged) and k < n:
-        embeds = chosen.embeds.to(order.device)[ranks]
+    if isinstance(selection, Merged) and k < n:
+        embeds = selection.embeds.to(order.device)[ranks]
     else:
-        embeds = features.embeds[kept]  # where every token stays, nothing is merged
+        embeds = features.embeds[kept]  # if every token is kept, nothing is merged
     if embeds.is_cuda:
-        torch.cuda.synchronize(embeds.device)  # or the clock stops before the work does
+        torch.cuda.synchronize(embeds.device)  # so that the timing includes the GPU's work
     timings = {"budget": budgeted - started, "select": perf_counter() - budgeted}
     return PruningPlan(kept, order, k, energy, embeds, timings)
 
 
 def _on_cpu(features: VisualFeatures, reads: frozenset[Input]) -> VisualFeatures:
-    """The same features on the CPU; of those on a GPU, without what nobody reads."""
+    """Copy features to the CPU; GPU features without unread inputs."""
     if features.embeds.device.type == "cpu":
         return features
     names: set[Input] = {"cls_attention", "overview_attention", "keys"}

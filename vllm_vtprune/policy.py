@@ -1,6 +1,6 @@
-"""The pruning policy: what a client may ask for, and the one place where it is validated.
+"""The pruning policy, and the only place where it is validated. Other code trusts its types.
 
-Importing this module needs pydantic but neither torch nor vLLM. Everything behind it trusts its types.
+Importing this module needs pydantic but neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 else:
     AnyMethod = Annotated[Union[(*METHODS.values(), NoPruning)], Field(discriminator="method")]
 
-_OWNERS = {name: method for method in METHODS.values() for name in method.model_fields}  # a method that has the field
-_OWNERS["seed"] = _OWNERS.pop("seed")  # the last in a list of fields
+_OWNERS = {name: method for method in METHODS.values() for name in method.model_fields}  # field -> a method that has it
+_OWNERS["seed"] = _OWNERS.pop("seed")  # listed last in errors
 
 
 class PruningPolicy(RootModel[AnyMethod]):
@@ -67,8 +67,8 @@ class PruningPolicy(RootModel[AnyMethod]):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _of_its_method(cls, value: object, handler: ModelWrapValidatorHandler[PruningPolicy]) -> PruningPolicy:
-        """Let ``method`` default to resprune, and accept fields that it does not use at their defaults."""
+    def _check_fields(cls, value: object, handler: ModelWrapValidatorHandler[PruningPolicy]) -> PruningPolicy:
+        """Default ``method`` to resprune; accept fields that the method does not use only at their defaults."""
         if not isinstance(value, Mapping):
             return handler(value)
         refuse_unknown(value, _OWNERS)
@@ -76,26 +76,26 @@ class PruningPolicy(RootModel[AnyMethod]):
         if name != NONE and (not isinstance(name, str) or name not in METHODS):
             raise PolicyError("method", name, "one of " + ", ".join([NONE, *METHODS]))
         fields = METHODS[name].model_fields if name != NONE else NoPruning.model_fields
-        policy = handler({**{key: each for key, each in value.items() if key in fields}, "method": name})
+        policy = handler({**{key: item for key, item in value.items() if key in fields}, "method": name})
         for key, owner in _OWNERS.items():
             if key in value and key not in policy.root.used:
                 unused = read(owner, {key: value[key]})
                 if getattr(unused, key) != owner.model_fields[key].default:
-                    given = unused.model_dump()[key]
-                    problem = f"{shown(given)} given, but method {name} does not use {key}"
-                    others = ", ".join(sorted(policy.root.used - {"method"})) or "nothing else"
-                    raise PolicyError(key, given, f"{others} beside this method", problem)
+                    parsed = unused.model_dump()[key]
+                    problem = f"{shown(parsed)} given, but method {name} does not use {key}"
+                    accepted = ", ".join(sorted(policy.root.used - {"method"})) or "nothing else"
+                    raise PolicyError(key, parsed, f"{accepted} beside this method", problem)
         return policy
 
     @model_validator(mode="after")
-    def _budget_suits_the_method(self) -> PruningPolicy:
+    def _check_budget(self) -> PruningPolicy:
         kind = self.budget.type
         if self.enabled and self.chosen.preprocesses and kind not in ("tokens", "ratio"):
-            problem = f'"{kind}" needs features, before which method {self.method} scales the picture'
+            problem = f'"{kind}" needs features, but method {self.method} runs before encoding'
             raise PolicyError("budget.type", kind, "one of tokens, ratio", problem)
         if kind == "method" and not self.chosen.own_count:
-            own = ", ".join(name for name, method in METHODS.items() if method.own_count)
-            problem = f'"method" is only for methods with a count of their own ({own}), and {self.method} has none'
+            names = ", ".join(name for name, method in METHODS.items() if method.own_count)
+            problem = f'"method" is only for methods with a count of their own ({names}), and {self.method} has none'
             raise PolicyError("budget.type", kind, "one of energy, ratio, tokens", problem)
         return self
 
@@ -108,17 +108,17 @@ class PruningPolicy(RootModel[AnyMethod]):
         presets: Mapping[str, Mapping[str, Any] | PruningPolicy] | None = None,
         default: PruningPolicy | None = None,
     ) -> PruningPolicy:
-        """Read a policy from what a client wrote.
+        """Parse a policy.
 
         Args:
-            value: a mapping with any of the policy's fields, the name of a preset, ``False`` for no pruning, or None
-                where the client wrote nothing.
+            value: a mapping with any of the policy's fields, the name of a preset, ``False`` for no pruning, or None if
+                the field was absent.
             param: name of the field that held ``value``; begins the path in an error.
-            presets: presets by name; None for :data:`BUILTIN_PRESETS`.
-            default: the policy for None; without one, None means no pruning.
+            presets: presets by name; None: :data:`BUILTIN_PRESETS`.
+            default: the policy for None; without it, None means no pruning.
 
         Raises:
-            PolicyError: naming the first problem found.
+            PolicyError: names the first problem.
         """
         presets = BUILTIN_PRESETS if presets is None else presets
         if value is None or value is False:
@@ -156,12 +156,12 @@ class PruningPolicy(RootModel[AnyMethod]):
 
     @property
     def text(self) -> TextOptions:
-        """Where the text comes from, also for a method that reads none."""
+        """The text options; defaults for a method without text."""
         return getattr(self.root, "text", TextOptions())
 
     @property
     def selects(self) -> bool:
-        """Whether tokens are chosen among those of the encoded image."""
+        """Whether tokens of the encoded image are selected."""
         return self.enabled and not self.chosen.preprocesses
 
     @property
@@ -171,7 +171,7 @@ class PruningPolicy(RootModel[AnyMethod]):
 
     @property
     def reads(self) -> frozenset[Input]:
-        """The inputs, beside ``embeds``, that can change which tokens are kept; only for an enabled policy."""
+        """The inputs, besides ``embeds``, that can change which tokens are kept; only for an enabled policy."""
         return (self.chosen.needs | self.chosen.uses) - self.chosen.idle()
 
     def with_budget(self, budget: Budget) -> PruningPolicy:
@@ -179,48 +179,54 @@ class PruningPolicy(RootModel[AnyMethod]):
         return PruningPolicy(self.chosen.model_copy(update={"budget": budget}))
 
     def resolve(self, family: FamilyDefaults, *, param: str = "pruning") -> PruningPolicy:
-        """The policy with a value in the place of every ``null`` and ``auto`` that the method reads.
+        """Replace every ``null`` and ``auto`` that the method reads by its value.
+
+        Args:
+            family: defaults of the model family.
+            param: path of the policy in errors.
 
         Raises:
-            PolicyError: when the method, or the value of a parameter, needs an input that the family does not provide.
+            PolicyError: the method or a parameter's value needs an input that the family does not provide.
         """
         if not self.enabled:
             return self
         method = self.chosen
         for source in sorted(method.needs - family.inputs):
             problem = f"method {self.method} needs {source}, which this model does not have"
-            accepted = "one of " + ", ".join([NONE, *(name for name, each in METHODS.items() if family.supports(each))])
-            raise PolicyError(f"{param}.method", self.method, accepted, problem)
+            supported = [name for name, other in METHODS.items() if family.supports(other)]
+            raise PolicyError(f"{param}.method", self.method, "one of " + ", ".join([NONE, *supported]), problem)
+        available = (None, *family.inputs)
         for name, field in type(method).model_fields.items():
             value = getattr(method, name)
-            for needs in (each for each in field.metadata if isinstance(each, Needs)):
-                if needs.get(value) not in (None, *family.inputs):
-                    problem = f'"{value}" needs {needs[value]}, which this model\'s vision tower does not give'
-                    others = [each for each in get_args(field.annotation) if needs.get(each) in (None, *family.inputs)]
-                    raise PolicyError(f"{param}.{name}", value, " or ".join(f'"{each}"' for each in others), problem)
+            for needs in (metadata for metadata in field.metadata if isinstance(metadata, Needs)):
+                if needs.get(value) not in available:
+                    problem = f'"{value}" needs {needs[value]}, which this model\'s vision encoder does not provide'
+                    options = [option for option in get_args(field.annotation) if needs.get(option) in available]
+                    accepted = " or ".join(f'"{option}"' for option in options)
+                    raise PolicyError(f"{param}.{name}", value, accepted, problem)
         defaults = method.defaults(family).items()
         filled = {name: value for name, value in defaults if getattr(method, name) in (None, "auto")}
         return PruningPolicy(method.model_copy(update=filled))
 
     def selection_digest(self) -> str:
-        """32 hex digits that are equal for policies which keep the same tokens of the same features and text.
+        """32 hex digits, equal for policies that keep the same tokens of the same features and text.
 
-        Parameters that cannot change the picks, and ``text``, are left out. Call it on a :meth:`resolve`-d policy:
-        ``alpha: null`` and the family's own alpha are the same only there.
+        Omits ``text`` and parameters that cannot change the selection. Call it on a :meth:`resolve`-d policy, in which
+        ``alpha: null`` and the default alpha are equal.
         """
-        chosen: dict[str, Any] = {"method": self.method}
+        fields: dict[str, Any] = {"method": self.method}
         if self.enabled:
             names = self.root.used - self.chosen.idle() - {"text"}
-            chosen |= {name: getattr(self.chosen, name) for name in names}
-            unread = isinstance(self.budget, EnergyBudget) and self.budget.solver != "rsvd"
-            chosen["budget"] = self.budget.model_dump(exclude={"rank", "power_iterations"} if unread else None)
+            fields |= {name: getattr(self.chosen, name) for name in names}
+            rank_unused = isinstance(self.budget, EnergyBudget) and self.budget.solver != "rsvd"
+            fields["budget"] = self.budget.model_dump(exclude={"rank", "power_iterations"} if rank_unused else None)
         # adding 0 turns -0.0 into 0.0
-        plain = {name: value + 0 if isinstance(value, float) else value for name, value in chosen.items()}
+        plain = {name: value + 0 if isinstance(value, float) else value for name, value in fields.items()}
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
     def dump(self) -> dict[str, Any]:
-        """The policy as JSON values: the fields its method reads. :meth:`parse` reads it back."""
+        """The fields that the method uses, as JSON values; :meth:`parse` is the inverse."""
         return self.root.model_dump(include=set(self.root.used))
 
 
@@ -233,10 +239,10 @@ BUILTIN_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "document": {"budget": {"type": "energy", "threshold": 0.998, "min_tokens": 256}},
     }
 )
-"""The presets that come with the package.
+"""The built-in presets.
 
-The thresholds are E-AdaPrune's. Energy alone is no safe budget, since features of few directions hold all of it in few
-tokens: so each has a floor, chosen on validation scenes with the demo model (docs/policy.md).
+Thresholds are E-AdaPrune's. Energy alone is not a safe budget: low-rank features reach any threshold with few tokens.
+So each preset has a floor, chosen on validation scenes with the demo model (docs/policy.md).
 """
 
 OFF = PruningPolicy(NoPruning())

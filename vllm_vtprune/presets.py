@@ -1,6 +1,6 @@
-"""A file of presets: policies that requests name in one word.
+"""Read a file of presets: named policies.
 
-TOML, or JSON where the file's name ends in ``.json``; each entry is a policy as requests write it:
+TOML, or JSON if the file's name ends in ``.json``; each entry is a policy as in requests:
 
     [thumbnail]
     budget = {type = "tokens", keep = 32}
@@ -21,15 +21,15 @@ from pathlib import Path
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 
 PRESET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-"""What a preset may be called: it is part of model names (``NAME@PRESET``) and of a response header."""
+"""Valid preset names; they appear in model names (``NAME@PRESET``) and a response header."""
 
 
 class PresetsError(ValueError):
-    """A file of presets that cannot be used; the message names the file and, where it applies, preset and field."""
+    """An invalid file of presets; the message names the file and, if applicable, preset and field."""
 
 
 def builtin_presets() -> dict[str, PruningPolicy]:
-    """The presets that come with the package."""
+    """The built-in presets, by name."""
     return {name: PruningPolicy.parse(name) for name in BUILTIN_PRESETS}
 
 
@@ -37,7 +37,7 @@ def read_presets(path: Path) -> dict[str, PruningPolicy]:
     """The presets of a file, by name, in the file's order.
 
     Raises:
-        PresetsError: the file cannot be read, or holds anything but policies by name.
+        PresetsError: the file cannot be read or is not a mapping of names to policies.
     """
     presets = {}
     for name, value in _read(path).items():

@@ -11,7 +11,7 @@ from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.text import TextFallback
 
 BypassReason = Literal["budget_not_below_tokens", "unsupported_modality", "unsupported_model"]
-"""Why an image that a policy applies to was not pruned."""
+"""Why an image with a policy was not pruned."""
 
 Placement = Literal["api", "engine"]
 """Where tokens were selected: in the API process, or in the engine's encoder step."""
@@ -56,12 +56,12 @@ class ImageReport:
         policy: PruningPolicy,
         visual_tokens: int,
         kept_tokens: int,
-        why_whole: BypassReason = "budget_not_below_tokens",
+        reason: BypassReason = "budget_not_below_tokens",
         **measured: Any,
     ) -> ImageReport:
-        """The report of an image under its policy; ``why_whole`` is to blame where no token was dropped."""
-        whole = policy.enabled and kept_tokens >= visual_tokens
-        return cls(policy.method, visual_tokens, kept_tokens, bypass_reason=why_whole if whole else None, **measured)
+        """The report of an image under its policy; ``reason`` is its `bypass_reason` if no token was dropped."""
+        bypassed = policy.enabled and kept_tokens >= visual_tokens
+        return cls(policy.method, visual_tokens, kept_tokens, bypass_reason=reason if bypassed else None, **measured)
 
     def as_cached(self) -> ImageReport:
         """The same report, for a request that reuses the result."""
@@ -85,12 +85,12 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class StageRun:
-    """One run of a stage, for one image or a batch of them.
+    """One run of a stage, for one image or a batch.
 
     Attributes:
         stage: one of `STAGES`.
-        began: nanoseconds of the wall clock.
-        seconds: how long it took.
+        began: wall clock, in nanoseconds.
+        seconds: duration.
     """
 
     stage: str
@@ -99,7 +99,7 @@ class StageRun:
 
     @property
     def ended(self) -> int:
-        """Nanoseconds of the wall clock."""
+        """Wall clock at the end, in nanoseconds."""
         return self.began + int(self.seconds * 1e9)
 
 
@@ -108,7 +108,10 @@ class RequestReport:
     """All images of one request, in prompt order, and the stages that their plans took.
 
     Attributes:
-        untuned: whether the defaults were tuned on other models only.
+        images: the images' reports.
+        text_pipeline: pipeline that found the nouns; None if no text was parsed.
+        untuned: whether the defaults were calibrated on other families only.
+        stages: runs of stages.
     """
 
     images: list[ImageReport] = field(default_factory=list)
@@ -146,7 +149,7 @@ class RequestReport:
         return sum(image.kept_tokens for image in self.images)
 
     def add_timings(self, timings: Mapping[str, float]) -> None:
-        """Note stages that have just run one after the other, in the order of ``timings``: seconds by stage."""
+        """Append stages that have just run in sequence; ``timings``: seconds by stage, in order."""
         ended = time.time_ns()
         runs = []
         for stage, seconds in reversed(list(timings.items())):
@@ -189,40 +192,41 @@ def in_prompt_order(
     images: Sequence[ImageReport],
     placeholders: Mapping[str, Sequence[Any]],
     policy: PruningPolicy,
-    why_whole: BypassReason = "unsupported_modality",
+    reason: BypassReason = "unsupported_modality",
 ) -> list[ImageReport]:
-    """The reports of a prompt's images, with one for each of its other media, which are never pruned.
+    """The reports of all media of a prompt; media other than images are never pruned.
 
     Args:
         images: reports of the images, in order.
-        placeholders: where the media of each modality stand in the prompt.
-        policy: of the request.
-        why_whole: why the other media are not pruned.
+        placeholders: vLLM's placeholder ranges, by modality.
+        policy: the request's policy.
+        reason: bypass reason of the other media.
     """
     reports = [(place.offset, image) for place, image in zip(placeholders.get("image", ()), images, strict=True)]
     for place in (place for modality, places in placeholders.items() if modality != "image" for place in places):
-        reports.append((place.offset, _whole(place.get_num_embeds(), policy, why_whole)))
-    return [report for _, report in sorted(reports, key=lambda placed: placed[0])]
+        reports.append((place.offset, _bypassed(place.get_num_embeds(), policy, reason)))
+    return [report for _, report in sorted(reports, key=lambda report: report[0])]
 
 
 def unpruned_media(
     policies: Sequence[PruningPolicy],
     placeholders: Mapping[str, Sequence[Any]],
     policy: PruningPolicy,
-    why_whole: BypassReason = "unsupported_modality",
+    reason: BypassReason = "unsupported_modality",
 ) -> list[ImageReport]:
-    """The same for a prompt in which everything stands as it is.
+    """`in_prompt_order` for an unpruned prompt.
 
     Args:
-        policies: of each image that the client sent.
-        policy: of the request; of every image, where the model makes other things than images of them.
-        placeholders, why_whole: as above.
+        policies: the policy of each image that the client sent.
+        placeholders: vLLM's placeholder ranges, by modality.
+        policy: the request's policy; applies to every image if the model splits or joins the client's images.
+        reason: bypass reason of all media.
     """
     counts = [place.get_num_embeds() for place in placeholders.get("image", ())]
-    own = policies if len(policies) == len(counts) else [policy] * len(counts)
-    images = [_whole(count, each, why_whole) for count, each in zip(counts, own, strict=True)]
-    return in_prompt_order(images, placeholders, policy, why_whole)
+    policies = policies if len(policies) == len(counts) else [policy] * len(counts)
+    images = [_bypassed(count, image_policy, reason) for count, image_policy in zip(counts, policies, strict=True)]
+    return in_prompt_order(images, placeholders, policy, reason)
 
 
-def _whole(count: int, policy: PruningPolicy, why: BypassReason) -> ImageReport:
-    return ImageReport.of(policy, count, count, why)
+def _bypassed(count: int, policy: PruningPolicy, reason: BypassReason) -> ImageReport:
+    return ImageReport.of(policy, count, count, reason)

@@ -1,6 +1,6 @@
-"""One process's pruning state: the vision tower, its feature cache, and the table of what was planned.
+"""The pruning state of one process: vision encoder, feature cache, and table of planned images.
 
-Everything here is independent of vLLM; the plugin drives it from the multimodal processor.
+Independent of vLLM; the plugin's multimodal processor calls it.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from vllm_vtprune.report import ImageReport, RequestReport
 from vllm_vtprune.tower import VisionTower
 
 HOST = torch.device("cpu")
-"""Where features wait: the engine has the GPU's memory, and copying an image back is quick beside encoding it."""
+"""Device of the feature cache: the engine uses the GPU's memory, and copying back is fast compared to encoding."""
 
 ON_DEVICE_BYTES = 256 * 1024**2
-"""Of the features that were computed last and stay on a GPU, so that planning does not copy them back."""
+"""Most bytes of recent features that also stay on the GPU, so that planning need not copy them back."""
 
 ENCODE_BATCH = 8
-"""Most images per forward of the tower: bounds its memory."""
+"""Most images per run of the encoder: bounds its memory."""
 
 WARM_UP_TOKENS, WARM_UP_KEPT = 1152, 128
-"""Enough for each way in which energy is measured to be tried, and for several panels of picks."""
+"""Token counts that exercise every spectrum solver and several panels of picks."""
 
 
 class PruningRuntime:
-    """Encodes images, plans what to keep and remembers both.
+    """Encodes images, plans which tokens to keep, and caches both.
 
-    The tower is loaded on first use, because vLLM's engine processes build processors too and must not pay for it.
+    The encoder is loaded on first use, because vLLM's engine processes also build processors and must not load it.
 
     Args:
-        load_tower: loads the vision tower.
+        load_tower: loads the vision encoder.
         family: defaults of the model family.
         model_name: label of the metrics.
     """
@@ -49,14 +49,14 @@ class PruningRuntime:
         self.family = family
         self.model_name = model_name
         self.clients_write_prompts = False
-        """Whether what prompts carry comes from clients of a server. Then `PromptPruning` alone says how to prune."""
+        """Whether a server's clients write the prompts' options; then only a `PromptPruning` sets the policy."""
         self.image_sizes: BoundedTable[str, tuple[int, int]] = BoundedTable(envs.report_table_size())
-        """Height and width in pixels of images that may be scaled, by the key of their features."""
+        """Height and width in pixels of images of the method `resize`, by feature key."""
         self._load_tower = load_tower
         self._tower: VisionTower | None = None
         self._tower_lock = threading.Lock()
         self.generation = 0
-        """How often the weights were renewed: part of the hash of what is made with them."""
+        """Number of weight reloads; part of the hash of every pruned item."""
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -69,16 +69,13 @@ class PruningRuntime:
             on_batch=self._count_batch,
         )
         self.planned: BoundedTable[str, tuple[str, ImageReport]] = BoundedTable(envs.report_table_size())
-        """By the hash of image, policy and text: the hash of the item by which vLLM knows it, and the report.
-
-        Without nouns: who asks again has read the text, which may be long.
-        """
-        self._asked: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
+        """Hash of image, policy and text -> hash of vLLM's item, and report without nouns (which may be long)."""
+        self._requested: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
 
     def renew(self) -> None:
-        """Forget the tower and all that was made with it, because the engine's weights have changed.
+        """Drop the encoder and all its results, because the engine's weights have changed.
 
-        It is loaded when it is needed next. What is being encoded meanwhile reaches nobody who asks afterwards.
+        The encoder is reloaded on next use. Encodings in progress reach only the requests that already wait for them.
         """
         with self._tower_lock:
             self._tower = None
@@ -90,12 +87,12 @@ class PruningRuntime:
         """Empty the feature cache."""
         self.encoder.cache.clear()
         self._on_device.clear()
-        self._asked.clear()
+        self._requested.clear()
         metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(0)
 
     @property
     def tower(self) -> VisionTower:
-        """The vision tower; loads it on first use."""
+        """The vision encoder; loads it on first use."""
         with self._tower_lock:
             if self._tower is None:
                 self._tower = self._load_tower()
@@ -103,17 +100,17 @@ class PruningRuntime:
 
     @property
     def loaded_tower(self) -> VisionTower | None:
-        """The vision tower, if it was loaded."""
+        """The vision encoder; None if it is not loaded."""
         return self._tower
 
     def warm_up(self, image: PreparedImage) -> None:
-        """Load the tower and the text pipeline; prune a blank image, and noise of as many tokens as images have.
+        """Load the encoder and the text pipeline; plan a blank image, then random features.
 
-        So the first request does not wait for them, nor for what PyTorch and Triton prepare on first use: of a blank
-        image the tokens may be all alike, and next to nothing is computed.
+        Keeps model loading and the initialisation of PyTorch and Triton out of the first request. Random features,
+        because the tokens of a blank image may be equal, and then little is computed.
 
         Args:
-            image: a blank one.
+            image: a blank image.
         """
         [features] = self._encode([image])
         generator = torch.Generator().manual_seed(0)
@@ -124,7 +121,7 @@ class PruningRuntime:
         budget = {"type": "energy", "min_tokens": WARM_UP_KEPT, "max_tokens": WARM_UP_KEPT}
         policy = PruningPolicy.parse({"budget": budget})
         self.plan(features, policy, ())
-        self.plan(VisualFeatures(encoder, embeds), policy, ())  # without CLS attention: resolved otherwise
+        self.plan(VisualFeatures(encoder, embeds), policy, ())  # the path without CLS attention
         text.extract_nouns("What is in the image?")
 
     def _encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
@@ -138,47 +135,53 @@ class PruningRuntime:
         metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(self.encoder.cache.nbytes)
 
     def count_hits(self, encoded: Iterable[Encoded]) -> None:
-        """Count the images that a request did not have to encode itself."""
+        """Count the images that did not cause a run of the encoder."""
         hits = sum(not image.fresh for image in encoded)
         if hits:
             metrics.FEATURE_CACHE_HITS.labels(self.model_name).inc(hits)
 
     def is_first_request(self, key: str, policy: PruningPolicy, text: str) -> bool:
-        """Whether nobody has asked this before for an image under the policy and, where it looks at it, the text."""
-        asked = (key, policy.selection_digest(), text if policy.conditions_on_text else "")
-        question = sha256(repr(asked).encode("utf-8", "surrogatepass")).hexdigest()  # texts may be long
-        if self._asked.get(question):
+        """Whether this is the first request for an image with this policy and, if the policy uses it, this text.
+
+        Args:
+            key: feature key of the image.
+            policy: the image's policy.
+            text: the conditioning text.
+        """
+        identity = (key, policy.selection_digest(), text if policy.conditions_on_text else "")
+        digest = sha256(repr(identity).encode("utf-8", "surrogatepass")).hexdigest()  # texts may be long
+        if self._requested.get(digest):
             return False
-        self._asked.put(question, True)
+        self._requested.put(digest, True)
         return True
 
     def plan(
         self, features: VisualFeatures, policy: PruningPolicy, noun_ids: Sequence[int], key: str | None = None
     ) -> PruningPlan:
-        """Choose the tokens of one image.
+        """Plan one image; see `plan_tokens`.
 
         Args:
-            features: what the tower computed.
-            policy: a policy with the family's defaults filled in.
+            features: the image's N visual tokens.
+            policy: a resolved policy.
             noun_ids: token ids of the nouns to condition on; empty for the text-agnostic form.
-            key: under which the features were encoded, to find those that are still on the tower's device.
+            key: feature key, to reuse features that are still on the GPU.
         """
         tower = self.tower
         on_device = None if key is None else self._on_device.get(key)
         if policy.selects and (policy.chosen.runs_on == "device" or isinstance(policy.budget, EnergyBudget)):
             features = on_device or features.to(tower.device)
-        with cpu_threads(HOST):  # also beside a GPU: what is small, and most methods, are computed here
+        with cpu_threads(HOST):  # with a GPU, too: most methods run on the CPU
             text_embeds = tower.token_rows(noun_ids) if noun_ids else None
             return plan_tokens(features, policy, text_embeds, family=self.family)
 
     def count_stages(self, report: RequestReport) -> None:
-        """Count the time that the stages of a request took."""
+        """Observe the durations of a request's stages."""
         for stage, seconds in report.timings.items():
             metrics.STAGE_SECONDS.labels(self.model_name, stage).observe(seconds)
 
 
 def _to_host(key: str, features: VisualFeatures, *, on_device: FeatureCache) -> VisualFeatures:
-    """A copy for the cache; features on a GPU are held there too, while ``on_device`` has room."""
+    """A copy on the CPU for the feature cache; also puts GPU features into ``on_device``."""
     device = features.embeds.device
     if device == HOST:
         return features
@@ -190,10 +193,10 @@ def _to_host(key: str, features: VisualFeatures, *, on_device: FeatureCache) -> 
 
 
 class cpu_threads:
-    """Within this context, CPU kernels of the calling thread use every core that this process may run on.
+    """Within this context, CPU kernels of the calling thread use `envs.tower_threads` threads.
 
-    vLLM processes multimodal input with one thread by default, which is right for image decoding and wrong for a
-    vision encoder. No effect for other devices.
+    vLLM processes multimodal input with one thread by default, which suits image decoding but not a vision encoder. No
+    effect for other devices.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Parts of speech without a model: those each word can have (lemminflect's tables), and rules about its neighbours."""
+"""Part-of-speech tagging without a model: lemminflect's tables of possible tags, and rules about neighbouring words."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FUNCTION_WORDS = (
     )
 )  # fmt: skip
 
-# words with a noun reading in the tables that questions use as adjectives, and as verbs
+# words that are nouns in the tables, but adjectives or verbs in questions
 COLOURS = word_set(
     "red orange yellow green blue purple pink brown black white gray grey beige tan silver golden violet turquoise"
 )
@@ -55,7 +55,7 @@ _ADJECTIVES = COLOURS | word_set(
     "electric domestic wild native natural human medium clear plain curly straight solid broken tasty "
     "current recent final overall able well-known transparent following average fast slow quick"
 )
-# of those adjectives, the ones that name a thing too
+# of these adjectives, those that are also nouns
 _THINGS_TOO = word_set("square orange human adult male female professional native")
 _VERBS = word_set(
     "say see do go come wear hold eat drink look use play ride stand sit lie run walk fly catch throw hit "
@@ -85,8 +85,8 @@ SENTENCE_END = frozenset(".?!:;\n")
 def tag_words(doc: Doc) -> Doc:
     """Set ``pos_`` to NOUN, PROPN, VERB, ADJ, ADV, NUM or X for each token of ``doc``."""
     shouting = sum(t.is_upper for t in doc if t.is_alpha) * 2 > sum(t.is_alpha for t in doc)
-    verb_due = False  # "does the sign ...", "can the dog ...": a bare verb is still to come
-    first = True  # in its sentence
+    verb_due = False  # after "does the sign ...", "can the dog ...": a bare verb follows
+    first = True  # first word of a sentence
     for token in doc:
         if not token.is_alpha and not _is_compound(token):
             token.pos_ = "X"
@@ -106,7 +106,7 @@ def tag_words(doc: Doc) -> Doc:
 
 
 def _tag_modifiers(doc: Doc) -> None:
-    """Tag numbers and ranks, which are X so far, and adverbs among the adjectives. No noun comes or goes."""
+    """Tag numbers and ranks, which are X so far, and adverbs among the adjectives. Does not change nouns."""
     next_in_chunk = False
     for token in reversed(doc):
         word = token.lower_
@@ -171,7 +171,7 @@ def _is_compound(token: Token) -> bool:
 
 
 def readings(word: str) -> frozenset[str]:
-    """The parts of speech that ``word`` can have; empty for a word that is not in the tables."""
+    """The possible parts of speech of ``word``; empty for an unknown word."""
     from lemminflect import getAllLemmas
 
     if word in _KNOWN_NOUNS:

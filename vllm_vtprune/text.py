@@ -1,9 +1,8 @@
-"""The words of a prompt that point at something in the image (ResPrune, sections III-E and IV-A).
+"""Extract the words of a prompt to condition on (ResPrune, sections III-E and IV-A).
 
-Two steps: drop answer-format instructions by patterns, then keep the nouns, and where they are wanted what describes
-them. The paper reads nouns off spaCy's ``en_core_web_sm``; it is used when it is installed (it is never downloaded),
-else an embedded pipeline: spaCy's tokeniser and the rules of `vllm_vtprune.tagger`. Both know English; of a text in
-another language every word is kept.
+First drop answer-format instructions by patterns, then keep the nouns and, optionally, their modifiers. Uses spaCy's
+``en_core_web_sm``, like the paper, if it is installed (never downloads it); else an embedded pipeline: spaCy's
+tokeniser and the rules of `vllm_vtprune.tagger`. Both support English; in other languages, every word is kept.
 """
 
 from __future__ import annotations
@@ -28,40 +27,38 @@ if TYPE_CHECKING:
 
 SPACY_MODEL = "en_core_web_sm"
 EMBEDDED = "embedded"
-MAX_CHARS = 8_000  # of a prompt that are looked at: as many at its beginning as at its end
-MAX_PIECES = 256  # of those, in words and marks that are read; a word of more than 8 letters counts as two and so on
+MAX_CHARS = 8_000  # most characters of a prompt to read: half at its beginning, half at its end
+MAX_PIECES = 256  # most pieces of these to read: marks, and up to 8 letters of a word
 
 TextFallback: TypeAlias = Literal["no_nouns", "not_english_all_words"]
-"""Why a selection is not conditioned on nouns: there are none and it is made without the text, or the text is in a
-language that is not read, and it is conditioned on every word."""
+"""Why a selection is not conditioned on nouns: there are none (no conditioning), or the text is not English
+(conditioned on every word)."""
 
 _lock = Lock()
 
 
 class Reading(NamedTuple):
-    """What was found in a prompt: ``nouns``, and why they are none, or every word."""
+    """The words of a prompt to condition on, and the fallback if they are not its nouns."""
 
     nouns: tuple[str, ...]
     fallback: TextFallback | None
 
 
 def read_prompt(prompt: str, clean: bool = True, modifiers: bool = True) -> Reading:
-    """The words that a selection is conditioned on: the nouns of ``prompt``, in order, each once (letter case aside).
+    """The words to condition on: the nouns of ``prompt``, in order, without duplicates (ignoring case).
 
-    Answer-format instructions, code and the verbs of instructions are dropped first. A quoted string counts as one
-    noun, whole: it is what a question about text in the image asks for. So does a name in snake_case or camelCase, and
-    each key of a JSON template. Compounds come word by word. A prompt that is not English gives every word.
+    Drops answer-format instructions, code and the verbs of instructions first. A quoted string, a snake_case or
+    camelCase name, and a key of a JSON template each count as one noun. Compounds are split into words. A prompt that
+    is not English gives every word.
 
-    At most 256 words and marks are read: of a longer prompt, half at its beginning and half at its end. It takes tens
-    of milliseconds at most, whatever the prompt. What was read last is remembered: whoever has the time to read a
-    prompt early spares its readers the wait.
+    Reads at most 256 words and marks: of a longer prompt, half at its beginning and half at its end. Takes at most tens
+    of milliseconds. Results are memoised.
 
     Args:
-        prompt: any text; half a surrogate pair, which no text in UTF-8 holds, counts as a mark.
-        clean: False for every word, in any language (setting 1 of the paper's ablation).
-        modifiers: whether the adjectives and numbers of the same chunks come too, and adjectives after a form of "be":
-            what a question points with ("the red circle", "two dogs"). See `vllm_vtprune.chunks.pointing_words`. Of no
-            effect where every word comes.
+        prompt: any text; an unpaired surrogate counts as a mark.
+        clean: False: every word, in any language (setting 1 of the paper's ablation).
+        modifiers: with ``clean``, also adjectives and numbers of the same chunks ("the red circle", "two dogs"), and
+            adjectives after a form of "be"; see `vllm_vtprune.chunks.pointing_words`.
     """
     if len(prompt) > MAX_CHARS:
         prompt = f"{prompt[: MAX_CHARS // 2]}\n{prompt[-MAX_CHARS // 2 :]}"
@@ -69,7 +66,7 @@ def read_prompt(prompt: str, clean: bool = True, modifiers: bool = True) -> Read
 
 
 def extract_nouns(prompt: str, clean: bool = True, modifiers: bool = True) -> list[str]:
-    """The words of `read_prompt`, without the reason where they are not nouns."""
+    """The words of `read_prompt`, without the fallback."""
     return list(read_prompt(prompt, clean, modifiers).nouns)
 
 
@@ -88,9 +85,9 @@ def _read(prompt: str, clean: bool, modifiers: bool) -> Reading:
 
 
 def _tagged(prompt: str) -> tuple[list[int], list[Tagged]] | None:
-    """Where each word of a prompt begins, and the words with their parts of speech; None if it is not English."""
+    """Start of each word of a prompt, and the words with their parts of speech; None if it is not English."""
     pipeline = _pipeline()
-    with _lock, pipeline.memory_zone():  # the vocabulary that pipelines share would keep every word it ever met
+    with _lock, pipeline.memory_zone():  # otherwise spaCy's vocabulary grows with every new word
         doc = pipeline(prompt)
         if not _is_english(doc):
             return None
@@ -98,13 +95,13 @@ def _tagged(prompt: str) -> tuple[list[int], list[Tagged]] | None:
 
 
 def _pointing(prompt: str, starts: list[int], words: list[Tagged], modifiers: bool) -> tuple[str, ...]:
-    """The words of an English prompt that point at something, each once.
+    """The words of an English prompt to condition on, without duplicates.
 
     Args:
-        prompt: as `_readable` gives it.
-        starts: where each word begins in it.
-        words: with their parts of speech.
-        modifiers: as in `read_prompt`.
+        prompt: the result of `_readable`.
+        starts: start of each word.
+        words: words with their parts of speech.
+        modifiers: see `read_prompt`.
     """
     instructions = find_instructions(prompt)
     silent = _covered(instructions.silent, len(prompt))
@@ -118,18 +115,18 @@ def _pointing(prompt: str, starts: list[int], words: list[Tagged], modifiers: bo
         for start, (text, tag) in zip(starts, words, strict=True)
     ]
     for _, end in instructions.verbs:
-        behind = slice(bisect_left(starts, end), bisect_left(starts, end) + 4)
-        words[behind] = tag_object(words[behind])
+        object_words = slice(bisect_left(starts, end), bisect_left(starts, end) + 4)
+        words[object_words] = tag_object(words[object_words])
     for start, end in instructions.lists:
-        within = slice(bisect_left(starts, start), bisect_left(starts, end))
-        words[within] = tag_fields(words[within])
-    found = [(starts[place], words[place][0]) for place in pointing_words(words, modifiers)]
-    found = [word for word in found if not named[word[0]]] + [(start, text) for start, _, text in names]
-    return _once(text for _, text in sorted(found))
+        field_words = slice(bisect_left(starts, start), bisect_left(starts, end))
+        words[field_words] = tag_fields(words[field_words])
+    selected = [(starts[index], words[index][0]) for index in pointing_words(words, modifiers)]
+    selected = [word for word in selected if not named[word[0]]] + [(start, text) for start, _, text in names]
+    return _once(text for _, text in sorted(selected))
 
 
 def _every_word(text: str) -> tuple[str, ...]:
-    """The words of a text in any language, each once. One in a script without spaces is what stands between marks."""
+    """The words of a text in any language, without duplicates; split at spaces and marks."""
     plain = "".join(char if char in _IN_WORDS or unicodedata.category(char)[0] in "LMN" else " " for char in text)
     return _once(word for part in plain.split() if (word := part.strip(_IN_WORDS)))
 
@@ -143,7 +140,7 @@ def _covered(spans: Iterable[Span], length: int) -> bytearray:
 
 
 def clean_instruction(prompt: str) -> str:
-    """``prompt`` without what tells the model how to answer, code, chat markers and option letters."""
+    """Remove answer-format instructions, code, chat markers and option letters from ``prompt``."""
     prompt = _single_spaced(_FENCED.sub(_keys_alone, prompt).strip() or prompt)
     for pattern in _INSTRUCTIONS:
         prompt = pattern.sub(" ", prompt)
@@ -152,9 +149,9 @@ def clean_instruction(prompt: str) -> str:
 
 @cache
 def text_pipeline_name() -> str:
-    """Which pipeline finds the nouns: ``en_core_web_sm`` where it is installed, else ``embedded``."""
+    """The pipeline that finds the nouns: ``en_core_web_sm`` if it is installed, else ``embedded``."""
     try:
-        distribution(SPACY_MODEL)  # as spaCy looks for it: a folder of that name is no model
+        distribution(SPACY_MODEL)  # spaCy's own check; a folder of that name is no model
     except PackageNotFoundError:
         return EMBEDDED
     return SPACY_MODEL
@@ -162,7 +159,7 @@ def text_pipeline_name() -> str:
 
 @cache
 def _pipeline() -> Language:
-    import spacy  # a second of imports, paid by the first prompt
+    import spacy  # takes about a second
     from spacy.language import Language
 
     if text_pipeline_name() == SPACY_MODEL:
@@ -174,22 +171,19 @@ def _pipeline() -> Language:
 
 
 def _readable(prompt: str) -> str:
-    """What is read of a prompt.
-
-    spaCy's tokeniser takes quadratic time in the length of what stands between two spaces, so long strings are cut.
-    """
+    """Clean and shorten a prompt. Split long words, because spaCy's tokeniser takes quadratic time in their length."""
     return re.sub(r"(\S{64})(?=\S)", r"\1 ", _shortened(clean_instruction(quote_keys(prompt))))
 
 
 def _shortened(text: str) -> str:
-    """A text of more than `MAX_PIECES` words and marks without what stands in its middle."""
+    """Cut the middle out of a text of more than `MAX_PIECES` pieces."""
     ends = [piece.end() for piece in _PIECE.finditer(text)]
     half = MAX_PIECES // 2
     return text if len(ends) <= MAX_PIECES else f"{text[: ends[half - 1]]}\n{text[ends[-half - 1] :]}"
 
 
 def _keys_alone(code: re.Match[str]) -> str:
-    """Of code between fences the quoted keys of a template, if nothing else stands there."""
+    """Replace fenced code by a line break, unless it holds only quoted keys of a template."""
     return f"\n{code[1]}\n" if _ONLY_QUOTED.fullmatch(code[1]) else "\n"
 
 
@@ -198,10 +192,10 @@ def _single_spaced(text: str) -> str:
 
 
 def _once(words: Iterable[str]) -> tuple[str, ...]:
-    first: dict[str, str] = {}
+    unique: dict[str, str] = {}
     for word in words:
-        first.setdefault(word.casefold(), word)
-    return tuple(first.values())
+        unique.setdefault(word.casefold(), word)
+    return tuple(unique.values())
 
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -294,9 +288,9 @@ _STRICTLY_ENGLISH = word_set(
 
 
 def _is_english(doc: Doc) -> bool:
-    """Latin script, and mostly known words with one that only English has, or hardly any other.
+    """Latin script, and at least half known words including a strictly English one, or 75 % known words.
 
-    Of up to three words, all in plain letters, none need be known: names and slips of the pen are nouns as well.
+    Up to three ASCII words need not be known: names and misspellings are nouns, too.
     """
     letters = [c for c in doc.text if c.isalpha()]
     if sum(c < "\u0250" for c in letters) * 2 < len(letters):
@@ -305,5 +299,5 @@ def _is_english(doc: Doc) -> bool:
     known = sum(word in FUNCTION_WORDS or bool(readings(word)) for word in words)
     if len(words) < 4:
         return doc.text.isascii() or known * 2 >= len(words)
-    least = 0.5 if any(word in _STRICTLY_ENGLISH for word in words) else 0.75
-    return known >= least * len(words)
+    least_share = 0.5 if any(word in _STRICTLY_ENGLISH for word in words) else 0.75
+    return known >= least_share * len(words)

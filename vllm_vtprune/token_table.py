@@ -1,4 +1,4 @@
-"""Rows of a language model's input embedding table, read from a checkpoint without loading the table."""
+"""Read rows of a language model's input embedding table from a checkpoint without loading the table."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from vllm_vtprune.tower import TowerError
 
 INDEX = "model.safetensors.index.json"
 NAMES = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight")
-"""How the names of the table end in checkpoints of language models."""
+"""Suffixes of the table's name in checkpoints."""
 ROW_CACHE = 4096
 """Rows kept in memory: 32 MiB at d = 4096 in bfloat16."""
 
 
 class TokenTable:
-    """Rows of the table. Safe to use from several threads.
+    """An input embedding table. Thread-safe.
 
     Args:
-        read: M token ids in range -> (M, dim).
-        size, dim: of the table.
+        read: M valid token ids -> (M, dim).
+        size, dim: shape of the table.
     """
 
     def __init__(self, read: Callable[[Sequence[int]], Tensor], size: int, dim: int) -> None:
@@ -39,31 +39,30 @@ class TokenTable:
 
     @classmethod
     def random(cls, size: int, dim: int, seed: int) -> TokenTable:
-        """A random table that is never held: each row drawn from N(0, 0.02^2), the same for the same seed and id."""
+        """A random table, computed on access: rows from N(0, 0.02^2), determined by seed and id."""
 
         def row(token_id: int) -> Tensor:
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + token_id) % 2**32)  # it uses 32 bits
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + token_id) % 2**32)  # the seed has 32 bits
             return torch.randn(dim, generator=generator) * 0.02
 
         return cls(lambda ids: torch.stack([row(i) for i in ids]), size, dim)
 
     @classmethod
     def of_checkpoint(cls, directory: Path, dim: int) -> TokenTable:
-        """That of a model directory of safetensors files.
+        """The table of a model directory of safetensors files.
 
         Args:
-            directory: of the checkpoint.
+            directory: the model directory.
             dim: width of the table.
 
         Raises:
-            TowerError: the directory holds no table of floating-point numbers with that width, or files are missing or
-                damaged.
+            TowerError: the directory holds no floating-point table of that width, or files are missing or damaged.
         """
-        found = [(path, name) for name, path in _files_of(directory).items() if name.endswith(NAMES)]
-        if not found:
+        candidates = [(path, name) for name, path in _files_of(directory).items() if name.endswith(NAMES)]
+        if not candidates:
             raise TowerError(f"{directory} holds no embedding table of a language model (…{', …'.join(NAMES)})")
         problems = []
-        for path, name in found:
+        for path, name in candidates:
             table = _slice_of(path, name)
             shape, dtype = table.get_shape(), table.get_dtype()
             if len(shape) == 2 and shape[1] == dim and dtype in ("F64", "F32", "F16", "BF16"):
@@ -72,14 +71,14 @@ class TokenTable:
         raise TowerError(f"{directory}: {'; '.join(problems)}; expected floating-point numbers of shape (n, {dim})")
 
     def rows(self, token_ids: Sequence[int]) -> Tensor:
-        """(M, dim): the rows in that order, on the CPU, in the checkpoint's dtype.
+        """(M, dim) rows of ``token_ids``, in order, on the CPU, in the checkpoint's dtype.
 
         Raises:
-            ValueError: an id is outside of the table.
+            ValueError: an id is out of range.
         """
-        wrong = [i for i in token_ids if not 0 <= i < self.size]
-        if wrong:
-            raise ValueError(f"token id {wrong[0]} is not in the embedding table: expected 0 to {self.size - 1}")
+        invalid = [i for i in token_ids if not 0 <= i < self.size]
+        if invalid:
+            raise ValueError(f"token id {invalid[0]} is not in the embedding table; expected 0 to {self.size - 1}")
         if not token_ids:
             return torch.empty(0, self.dim)
         with self._lock:
@@ -99,7 +98,7 @@ def _rows(table: Any, ids: Sequence[int]) -> Tensor:
 
 
 def _files_of(directory: Path) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint, by its name."""
+    """The file of each tensor of a checkpoint, by tensor name."""
     index = directory / INDEX
     if index.is_file():
         try:
@@ -109,7 +108,7 @@ def _files_of(directory: Path) -> dict[str, Path]:
             raise TowerError(f"{index} is not a safetensors index: {error!r}") from error
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
-        raise TowerError(f"{directory} holds no *.safetensors, from which the embeddings of words are read")
+        raise TowerError(f"{directory} holds no *.safetensors, which the token embeddings are read from")
     return {name: path for path in paths for name in sorted(_opened(path).keys())}
 
 

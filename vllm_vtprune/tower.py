@@ -1,4 +1,4 @@
-"""What a vision tower is to the rest of the package: images in, `VisualFeatures` out."""
+"""The interface of a vision encoder: images in, `VisualFeatures` out."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Weights = Literal["checkpoint", "dummy"]
 
 
 class TowerError(RuntimeError):
-    """The vision tower cannot be built: the model is not supported, or its files are incomplete or do not fit."""
+    """The vision encoder cannot be loaded: unsupported model or device, incomplete or mismatched files."""
 
 
 class VisionTower(Protocol):
-    """A model's vision encoder and projector, in the API process. Safe to use from several threads.
+    """A model's vision encoder and projector, in the API process. Thread-safe.
 
     Attributes:
-        device: where images are encoded; features stay there.
-        dtype: of the features.
-        weights: "dummy" for random ones, as with ``load_format="dummy"``.
-        num_parameters: of encoder and projector.
-        nbytes: of those parameters.
+        device: device of the encoder and of its results.
+        dtype: dtype of the features.
+        weights: "dummy" for random weights, as with ``load_format="dummy"``.
+        num_parameters: parameter count of encoder and projector.
+        nbytes: bytes of these parameters.
     """
 
     device: torch.device
@@ -35,15 +35,14 @@ class VisionTower(Protocol):
     nbytes: int
 
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        """Features of each image, each in memory of its own.
+        """Features of each image, in separate memory.
 
-        An image that is encoded alone and in a batch may differ in the last bits: matrix products of other sizes add
-        up in another order.
+        Results may differ in the last bits between batch sizes, because matrix products sum in another order.
         """
 
     def token_rows(self, token_ids: Sequence[int]) -> Tensor:
         """``(M, d)`` rows of the language model's input embedding table, in order, on `device` in `dtype`.
 
         Raises:
-            ValueError: an id is outside of the table.
+            ValueError: an id is out of range.
         """

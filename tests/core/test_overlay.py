@@ -69,5 +69,5 @@ def test_a_canvas_of_several_tiles_is_one_panel(canvas: tuple[int, int], n: int,
 
 
 def test_tokens_without_a_place_cannot_be_drawn() -> None:
-    with pytest.raises(ValueError, match="no known place"):
+    with pytest.raises(ValueError, match="no known positions"):
         draw_kept(picture(4, 4), features(4), torch.tensor([0]))

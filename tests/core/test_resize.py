@@ -20,7 +20,7 @@ def resize(**fields: object) -> PruningPolicy:
 @pytest.mark.parametrize("budget", [None, {"threshold": 0.9}, {"type": "energy"}, {"type": "method"}])
 def test_budgets_that_need_features_are_refused(budget: object) -> None:
     fields = {"method": "resize"} if budget is None else {"method": "resize", "budget": budget}
-    with pytest.raises(PolicyError, match="needs features, before which method resize scales the picture") as raised:
+    with pytest.raises(PolicyError, match="needs features, but method resize runs before encoding") as raised:
         PruningPolicy.parse(fields)
     kind = "method" if budget == {"type": "method"} else "energy"
     assert (raised.value.param, raised.value.value) == ("pruning.budget.type", kind)
@@ -58,7 +58,7 @@ def test_qwen_takes_it() -> None:
 def test_it_is_a_method_but_chooses_no_tokens() -> None:
     assert set(METHODS) - set(SELECTORS) == {"resize"}
     features = VisualFeatures(torch.randn(16, 4), torch.randn(16, 4), (4, 4))
-    with pytest.raises(PolicyError, match="method resize scales the picture before it is encoded") as raised:
+    with pytest.raises(PolicyError, match="method resize resizes the image before encoding") as raised:
         plan_tokens(features, resize(), family=QWEN)
     assert raised.value.param == "pruning.method"
     assert raised.value.accepted == "one of " + ", ".join(SELECTORS)

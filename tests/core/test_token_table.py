@@ -55,7 +55,7 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(
 
 @pytest.mark.parametrize("bad", [-1, 10])
 def test_ids_outside_the_table(bad: int, counted: tuple[TokenTable, list[int]]) -> None:
-    with pytest.raises(ValueError, match=f"token id {bad} is not in the embedding table: expected 0 to 9"):
+    with pytest.raises(ValueError, match=f"token id {bad} is not in the embedding table; expected 0 to 9"):
         counted[0].rows([0, bad])
 
 

@@ -1,4 +1,4 @@
-"""Selection methods: one method per file, with its parameters, what it needs and the laws that it obeys."""
+"""Selection methods: one per file, with its parameters, required inputs and properties."""
 
 from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.registry import METHODS, SELECTORS

@@ -1,8 +1,8 @@
 """AdaptPrune: soft non-maximum suppression over importance, distance and similarity.
 
-Eq. 1-3 and Algorithm 1, with the constants of the published code. Nothing of the language model is read before prefill,
-so two things differ: the scores are the parameter ``importance``, and the similarity is that of the input embeddings
-instead of a layer's keys, for which ``sigma_s`` has not been tuned.
+Eq. 1-3 and Algorithm 1, with the constants of the published code. Two deviations, because the language model has not
+run yet: the scores are the parameter ``importance``, and similarity compares input embeddings instead of a layer's
+keys, for which ``sigma_s`` was not tuned.
 """
 
 from typing import Literal
@@ -38,10 +38,10 @@ class AdaptPrune(ReadsImportance):
         return super().idle() | distance | (set() if self.similarity else {"sigma_s"})
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` in order of selection.
+        """Indices ``(k,)`` in order of selection.
 
-        All tiles share one budget; no token suppresses another tile's. With neither ``distance`` nor ``similarity``,
-        the most important tokens are kept.
+        Tiles share one budget; tokens suppress only tokens of their own tile. With neither ``distance`` nor
+        ``similarity``, the most important tokens are kept.
         """
         scores = self.importance_map(features, text_embeds)
         tile, row, column = (torch.empty_like(scores) for _ in range(3))
@@ -58,14 +58,14 @@ class AdaptPrune(ReadsImportance):
         assert self.sigma_s is not None
         assert self.radius is not None
         unit = unit_rows(features.embeds)
-        left = torch.ones_like(scores, dtype=torch.bool)
+        remaining = torch.ones_like(scores, dtype=torch.bool)
         order = []
         for _ in range(k):
             pick = int(scores.argmax())
             order.append(pick)
-            left[pick] = False
+            remaining[pick] = False
             scores[pick] = -torch.inf
-            near = left & (tile == tile[pick])
+            near = remaining & (tile == tile[pick])
             squared = (row - row[pick]).square_().add_((column - column[pick]).square_())
             if self.distance:
                 near &= squared <= self.radius * self.radius
@@ -74,14 +74,14 @@ class AdaptPrune(ReadsImportance):
             if self.distance:
                 decay *= torch.exp(-squared[suppressed] / self.sigma_d / self.sigma_d / 2)
             if self.similarity:
-                unlike = 1 - (unit[suppressed] @ unit[pick]).double()
-                decay *= torch.exp(-(unlike / self.sigma_s).square() / 2)
+                distance = 1 - (unit[suppressed] @ unit[pick]).double()
+                decay *= torch.exp(-(distance / self.sigma_s).square() / 2)
             scores[suppressed] *= 1 - decay
         return torch.tensor(order, device=scores.device)
 
 
 def centre_mask(rows: int, columns: int) -> Tensor:
-    """``(rows, columns)`` in float64: a Gaussian about the centre, its sigma half the grid's height and width."""
+    """``(rows, columns)`` float64: a Gaussian at the centre, with sigma half the grid's height and width."""
     down, across = (
         torch.exp(-((2 * torch.arange(cells, dtype=torch.float64) - cells + 1) / cells).square() / 2)
         for cells in (rows, columns)

@@ -16,7 +16,7 @@ class AvgPool(ReadsImportance):
     needs = frozenset({"positions"})
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` by the mean importance of the 3 x 3 cells around each, as far as they lie on the tile."""
+        """Indices ``(k,)`` by the mean importance of the 3 x 3 neighbourhood within the tile, highest first."""
         scores = self.importance_map(features, text_embeds)
         for positions, grid in features.planes():
             plane = scores[positions].view(1, *grid)

@@ -1,8 +1,7 @@
-"""CDPruner: the most diverse tokens, given the question.
+"""CDPruner: diverse tokens, conditioned on the question.
 
-A determinantal point process with the kernel ``r_i cos(v_i, v_j) r_j``, whose most probable set is found greedily. The
-greedy step takes the largest residual diagonal of an incremental Cholesky factorisation: ResPrune's recurrence, on
-tokens of length ``r_i``.
+Greedy MAP inference of a determinantal point process with the kernel ``r_i cos(v_i, v_j) r_j``. Each step takes the
+largest residual diagonal of an incremental Cholesky factorisation: ResPrune's recurrence on tokens of length ``r_i``.
 """
 
 from typing import Literal
@@ -12,7 +11,7 @@ from vllm_vtprune.lazy import Tensor, torch
 from vllm_vtprune.selectors.pivots import weighted_pivots
 from vllm_vtprune.selectors.similarity import ReadsText, text_relevance, unit_rows
 
-LEAST = 1e-6  # relevance of the least relevant token; the most relevant has 1
+LEAST = 1e-6  # relevance of the least relevant token, before scaling the largest to 1
 
 
 class CDPruner(ReadsText):
@@ -24,9 +23,9 @@ class CDPruner(ReadsText):
     runs_on = "device"
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` in order of selection.
+        """Indices ``(k,)`` in order of selection.
 
-        A token's relevance is its mean cosine with the text; without one all are as relevant.
+        Relevance is a token's mean cosine with the rows of ``text_embeds (M, d)``; equal for all tokens without a text.
         """
         tokens = unit_rows(features.embeds)
         relevance = tokens.new_ones(len(tokens))

@@ -1,8 +1,8 @@
-"""CoverPruner: greedy coverage of what sets the tokens apart.
+"""CoverPruner: greedy coverage of mean-centred tokens.
 
-As SCOPE, but in the language model's input space, and on what is left of the tokens without their mean: what all of
-them share says nothing about which to keep. The paper weights by what the first layer of the language model attends to;
-before prefill, the parameter ``importance`` stands in. No code is public: the rule follows a summary of the paper.
+Like SCOPE, but in the language model's input space, and with the tokens' mean subtracted. The paper weights by
+attention of the language model's first layer; here, before prefill, by the parameter ``importance``. No code is public:
+the rule follows a summary of the paper.
 """
 
 from typing import Literal
@@ -21,10 +21,10 @@ class CoverPruner(ReadsImportance):
     equivariant = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` in order of selection, by cosine of ``embeds (N, d)`` minus their mean and by importance.
+        """Indices ``(k,)`` in order of selection, by importance and cosines of ``embeds (N, d)`` minus their mean.
 
-        A token equal to the mean covers nothing. Where all tokens are equal, the first ``k`` are kept.
+        A token equal to the mean covers nothing. If all tokens are equal, the first ``k`` are kept.
         """
         tokens = features.embeds.float()
-        mean = tokens.sum(dim=0, dtype=torch.float64) / len(tokens)  # exact where all tokens are equal
+        mean = tokens.sum(dim=0, dtype=torch.float64) / len(tokens)  # exact if all tokens are equal
         return greedy_coverage(tokens - mean, self.importance_map(features, text_embeds), k)

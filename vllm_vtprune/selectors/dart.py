@@ -1,7 +1,7 @@
-"""DART: a few pivots, and the tokens least like them.
+"""DART: a few pivots, and the tokens least similar to them.
 
-The paper takes four visual and four text tokens of a layer of the language model as pivots; before prefill, all eight
-are visual tokens.
+The paper's pivots are four visual and four text tokens of a layer of the language model; here, before prefill, eight
+visual tokens.
 """
 
 from typing import Literal
@@ -23,9 +23,9 @@ class DART(Method):
     equivariant = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``: the pivots, at most half of them, then for each pivot in turn the same number of tokens.
+        """Indices ``(k,)``: the pivots (at most half of ``k``), then equally many tokens per pivot.
 
-        Pivots are the tokens of ``embeds (N, d)`` with the largest L1 norm; each brings the remaining tokens with the
+        Pivots are the tokens of ``embeds (N, d)`` with the largest L1 norm. Each selects the remaining tokens with the
         smallest cosine.
         """
         norms = torch.linalg.vector_norm(features.embeds.float(), ord=1, dim=1, dtype=torch.float64)
@@ -34,9 +34,9 @@ class DART(Method):
         cosines = unit[pivots] @ unit.T
         cosines[:, pivots] = torch.inf
         order = [pivots]
-        each, extra = divmod(k - len(pivots), len(pivots))
+        per_pivot, extra = divmod(k - len(pivots), len(pivots))
         for i, row in enumerate(cosines):
-            brought = row.sort(stable=True).indices[: each + (i < extra)]
-            cosines[:, brought] = torch.inf
-            order.append(brought)
+            selected = row.sort(stable=True).indices[: per_pivot + (i < extra)]
+            cosines[:, selected] = torch.inf
+            order.append(selected)
         return torch.cat(order)

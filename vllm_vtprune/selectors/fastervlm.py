@@ -1,4 +1,4 @@
-"""FasterVLM: the tokens that the vision encoder's CLS token attends to most."""
+"""FasterVLM: the tokens with the highest CLS attention."""
 
 from typing import Literal
 
@@ -17,6 +17,6 @@ class FasterVLM(Method):
     equivariant = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``, most ``cls_attention (N,)`` first."""
+        """Indices ``(k,)``, highest ``cls_attention (N,)`` first."""
         assert features.cls_attention is not None
         return features.cls_attention.sort(descending=True, stable=True).indices[:k]

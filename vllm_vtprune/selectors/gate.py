@@ -1,13 +1,12 @@
-"""The gate: how a token's likeness to the text becomes a weight of its residual energy (ResPrune, Eq. 13-15).
+"""The gate: a weight of a token's residual energy from its similarity to the text (ResPrune, Eq. 13-15).
 
-The paper asks for a non-negative weight from a monotonically increasing function of strength alpha. It does not say how
-a cosine, which may be negative, becomes one. Both forms here are ours:
+The paper requires a non-negative, monotonically increasing weight with strength alpha, but does not define it for
+negative cosines. Both forms are ours:
 
-- ``minmax``, the default: cosines scaled over the image's tokens to 0.1..1. Every token keeps at least a tenth, so
-  residual energy still decides among tokens that the text does not point at. Where cosines differ by less than 0.05
-  over the image, the text says little, and the gate shrinks to 1: equal cosines give exactly 1.
-- ``clip``: cosines cut to 1e-6..1. A token at a cosine of 0 or below, often most of an image, is all but thrown out.
-  It was the default before, and is kept for the ablation.
+- ``minmax``, the default: cosines scaled to 0.1..1 over the image's tokens. Residual energy still ranks tokens that are
+  unlike the text. If cosines spread by less than 0.05 over the image, the gate approaches 1; equal cosines give 1.
+- ``clip``: cosines clipped to 1e-6..1. Almost excludes tokens with a cosine of 0 or less, often most of an image. Kept
+  for the ablation.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +14,8 @@ from types import MappingProxyType
 
 from vllm_vtprune.lazy import Tensor
 
-LEAST_WEIGHT = 0.1  # of the token least like the text, before alpha
-LEAST_SPREAD = 0.05  # of cosines over an image, from which on the gate has its whole effect
+LEAST_WEIGHT = 0.1  # weight of the token least similar to the text, before alpha
+LEAST_SPREAD = 0.05  # spread of cosines over an image from which the gate has its full effect
 LEAST_CLIPPED = 1e-6
 
 
@@ -35,11 +34,11 @@ GATES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"minmax": mi
 
 
 def gate(relevance: Tensor, form: str, alpha: float) -> Tensor:
-    """``(N,)`` weights in float64, above 0 and at most 1, that grow with the ``relevance (N,)``, cosines.
+    """``(N,)`` weights in (0, 1], float64, increasing with relevance.
 
     Args:
-        relevance: of each token to the text, -1..1.
+        relevance: ``(N,)`` cosine of each token with the text.
         form: a key of `GATES`.
-        alpha: strength; 0 for none.
+        alpha: strength; 0 gives weights of 1.
     """
     return GATES[form](relevance.double()).pow(alpha)

@@ -1,6 +1,6 @@
-"""HiRED: a budget for each tile, by what the overview attends to; in each tile the CLS token's choice.
+"""HiRED: a budget per tile from the overview's attention, then the highest CLS attention in each tile.
 
-An image of one tile keeps the tokens with the most CLS attention.
+An image of one tile keeps the tokens with the highest CLS attention.
 """
 
 from fractions import Fraction
@@ -11,7 +11,7 @@ from vllm_vtprune.features import Tiles, VisualFeatures
 from vllm_vtprune.lazy import Tensor, torch
 from vllm_vtprune.selectors.method import Method
 
-OVERVIEW = 0.5  # share of the budget that the overview gets beside other tiles
+OVERVIEW = 0.5  # share of the budget for the overview if there are other tiles
 
 
 class HiRED(Method):
@@ -25,28 +25,31 @@ class HiRED(Method):
     equivariant = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``, most ``cls_attention (N,)`` first.
+        """Indices ``(k,)``, highest ``cls_attention (N,)`` first.
 
         Without ``overview_attention`` or the tiles' ``boxes``, tiles share the budget by size.
+
+        Raises:
+            ValueError: a tile's token count does not match its grid.
         """
         assert features.cls_attention is not None
         ranking = features.cls_attention.sort(descending=True, stable=True).indices
         if features.tiles is None:
             return ranking[:k]
         if features.tiles.canvas is None:
-            features.planes()  # an error where the tiles are not of the sizes that they say
+            features.planes()  # raises if a tile's token count does not match its grid
         tile_of = features.tiles.ids[ranking]
-        stays = torch.zeros_like(ranking, dtype=torch.bool)
+        is_kept = torch.zeros_like(ranking, dtype=torch.bool)
         for i, count in enumerate(tile_budgets(features.tiles, features.overview_attention, k)):
-            stays[(tile_of == i).nonzero()[:count, 0]] = True
-        return ranking[stays]
+            is_kept[(tile_of == i).nonzero()[:count, 0]] = True
+        return ranking[is_kept]
 
 
 def tile_budgets(tiles: Tiles, overview_attention: Tensor | None, k: int) -> list[int]:
-    """Tokens to keep of each tile, ``k`` in all.
+    """Tokens to keep of each tile, ``k`` in total.
 
-    Of the budget, half goes to the overview. The rest is shared by how many of the overview's cells with the most
-    attention, as many as there is budget to share, lie in each tile's box.
+    Half of the budget goes to the overview, and ``m`` tokens to the other tiles: in proportion to how many of the
+    overview's ``m`` cells with the highest attention lie in a tile's box.
     """
     sizes = [prod(grid) for grid in tiles.grids]
     overviews = [i for i, box in enumerate(tiles.boxes) if box is None]
@@ -55,40 +58,40 @@ def tile_budgets(tiles: Tiles, overview_attention: Tensor | None, k: int) -> lis
     overview = overviews[0]
     details = max(k - sizes[overview], floor(k * (1 - OVERVIEW)))
     rows, columns = tiles.grids[overview]
-    if rows * columns != len(overview_attention):  # the encoder's cells are finer or coarser than the tokens
+    if rows * columns != len(overview_attention):  # the encoder's grid differs from the tokens'
         rows = columns = isqrt(len(overview_attention))
     cells = overview_attention.sort(descending=True, stable=True).indices[:details].tolist()
-    seen = [0.0] * len(sizes)
+    cells_in = [0.0] * len(sizes)
     for cell in cells:
         y, x = (cell // columns + 0.5) / rows, (cell % columns + 0.5) / columns
         for i, box in enumerate(tiles.boxes):
             if box is not None and box[0] <= y < box[2] and box[1] <= x < box[3]:
-                seen[i] += 1
-    rooms = [0 if i == overview else size for i, size in enumerate(sizes)]
-    budgets = shares(min(details, sum(rooms)), seen, rooms)
+                cells_in[i] += 1
+    limits = [0 if i == overview else size for i, size in enumerate(sizes)]
+    budgets = shares(min(details, sum(limits)), cells_in, limits)
     budgets[overview] = k - sum(budgets)
     return budgets
 
 
-def shares(total: int, weights: list[float], rooms: list[int]) -> list[int]:
-    """``total`` in proportion to ``weights``, none above its room; parts of one go to the largest fractions."""
-    given = [0] * len(rooms)
-    open_, left = list(range(len(rooms))), total
+def shares(total: int, weights: list[float], limits: list[int]) -> list[int]:
+    """Divide ``total`` in proportion to ``weights``, each share at most its limit; largest-remainder rounding."""
+    assigned = [0] * len(limits)
+    open_, remaining = list(range(len(limits))), total
     while open_:
         weight = sum(weights[i] for i in open_)
-        by = weights if weight > 0 else [float(room) for room in rooms]
-        whole = sum(Fraction(by[i]) for i in open_) or Fraction(1)
-        quotas = {i: left * Fraction(by[i]) / whole for i in open_}
-        full = [i for i in open_ if quotas[i] >= rooms[i]]
+        by = weights if weight > 0 else [float(limit) for limit in limits]
+        total_weight = sum(Fraction(by[i]) for i in open_) or Fraction(1)
+        quotas = {i: remaining * Fraction(by[i]) / total_weight for i in open_}
+        full = [i for i in open_ if quotas[i] >= limits[i]]
         if not full:
             break
         for i in full:
-            given[i] = rooms[i]
+            assigned[i] = limits[i]
             open_.remove(i)
-            left -= rooms[i]
+            remaining -= limits[i]
     for i in open_:
-        given[i] = floor(quotas[i])
-    largest_fractions = sorted(open_, key=lambda i: (given[i] - quotas[i], i))
-    for i in largest_fractions[: total - sum(given)]:
-        given[i] += 1
-    return given
+        assigned[i] = floor(quotas[i])
+    largest_fractions = sorted(open_, key=lambda i: (assigned[i] - quotas[i], i))
+    for i in largest_fractions[: total - sum(assigned)]:
+        assigned[i] += 1
+    return assigned

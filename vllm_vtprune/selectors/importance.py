@@ -1,7 +1,7 @@
-"""One number for each token, for the methods that start from a map of importance.
+"""A token's importance, for methods that start from an importance map.
 
-AdaptPrune and FastV read it from the attention of the language model, which is not there before prefill. The parameter
-``importance`` says what stands in for it.
+AdaptPrune and FastV use the language model's attention, which does not exist before prefill. The parameter
+``importance`` selects a substitute.
 """
 
 from typing import Annotated, Literal
@@ -32,16 +32,16 @@ class ReadsImportance(ReadsRelevance):
         return super().idle() | unread | (set() if self.importance == "relevance" else {"text", "relevance"})
 
     def importance_map(self, features: VisualFeatures, text_embeds: Tensor | None) -> Tensor:
-        """``(N,)`` in float64, never negative, the caller's to change.
+        """``(N,)`` float64, at least 0; a fresh tensor.
 
-        Similarity to the text is scaled as by ResPrune's gate ``minmax``; without a text, CLS attention or else the
-        length stands in for it.
+        ``relevance`` is scaled by ResPrune's gate ``minmax``; without a text it falls back to CLS attention, or else to
+        the norm.
         """
         kind = self.importance
         if kind == "relevance" and text_embeds is not None:
             unit = unit_rows(features.embeds)
             relevance = text_relevance(unit, text_embeds.to(unit.dtype), self.relevance)
-            return minmax(relevance.double()).float().double()  # of few digits: sums of them are exact
+            return minmax(relevance.double()).float().double()  # float32 values, so float64 sums are exact
         if kind in ("cls", "relevance") and features.cls_attention is not None:
             return features.cls_attention.to(torch.float64, copy=True)
         if kind == "residual":
@@ -50,14 +50,14 @@ class ReadsImportance(ReadsRelevance):
 
 
 def unlike_the_mean(rows: Tensor) -> Tensor:
-    """``(N,)`` energy, in float64, of each of the ``rows (N, d)`` outside the direction of their mean.
+    """``(N,)`` energy of each of ``rows (N, d)`` orthogonal to their mean, in float64.
 
-    Computed from their differences from the mean: where rows are alike, their own lengths would cancel.
+    Computed from the differences to the mean, which avoids cancellation if rows are similar.
     """
     mean = rows.sum(dim=0, dtype=torch.float64) / len(rows)
     direction = mean / torch.linalg.vector_norm(mean).clamp(min=TINY)
     energies = []
     for chunk in torch.split(rows, CHUNK):
-        apart = chunk.double() - mean
-        energies.append(apart.square().sum(dim=1) - (apart * direction).sum(dim=1).square())
+        centred = chunk.double() - mean
+        energies.append(centred.square().sum(dim=1) - (centred * direction).sum(dim=1).square())
     return torch.cat(energies).clamp(min=0)

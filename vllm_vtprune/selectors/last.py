@@ -15,6 +15,6 @@ class Last(Method):
     cost = "ranking"
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``, last first."""
+        """Indices ``(k,)``, last first."""
         n = features.num_tokens
         return torch.arange(n - 1, n - 1 - k, -1, device=features.embeds.device)

@@ -1,9 +1,9 @@
-"""Leverage: the tokens that hold most of a direction for themselves, less what is like a better one.
+"""Leverage: ridge leverage scores, discounted by similarity to a higher-scoring token.
 
-SFPruner's scores in one pass, without the steps of a greedy method. Ridge leverage scores are low for tokens whose
-directions many others hold too; the mask then lets each token suppress those like it that score lower. No code is
-public and the rule follows a summary of the paper: the ridge (:data:`RIDGE`) and the mask's form are ours, and the
-paper's weights by relevance and saliency are left out.
+SFPruner's scores, computed in one pass. A ridge leverage score is low for a token whose directions are shared by many
+others; the discount suppresses tokens similar to a higher-scoring one. No code is public, so the rule follows a summary
+of the paper: the ridge (:data:`RIDGE`) and the form of the discount are ours, and the paper's weights by relevance and
+saliency are omitted.
 """
 
 from sys import float_info
@@ -14,12 +14,12 @@ from vllm_vtprune.lazy import Tensor, torch
 from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.similarity import squared_lengths, unit_rows
 
-RIDGE = 1.0  # of the mean eigenvalue of V V^T, which is the tokens' mean squared length
-DECIMALS = 10  # of scores and cosines: equal tokens differ by less
+RIDGE = 1.0  # ridge, as a multiple of the mean eigenvalue of V V^T, the tokens' mean squared length
+DECIMALS = 10  # to which scores and cosines are rounded; equal tokens differ by less
 TINY = float_info.min
-BLOCK = 64  # rows whose products are computed at once
-STRETCH = 1024  # columns turned to float64 at once
-NEAREST = 2  # tokens whose cosine with a token is computed again in float64
+BLOCK = 64  # rows per product
+STRETCH = 1024  # columns converted to float64 at once
+NEAREST = 2  # cosines per token that are recomputed in float64
 
 
 class Leverage(Method):
@@ -31,25 +31,24 @@ class Leverage(Method):
     equivariant = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``, highest score first; equal scores by position.
+        """Indices ``(k,)``, highest score first; ties go to the smallest index.
 
-        The score of a token of ``V = embeds (N, d)`` is ``v_i^T (V^T V + ridge I)^-1 v_i``, times 1 less its largest
-        cosine, if above 0, with a token whose leverage is higher, or equal at a smaller position. It does not depend on
+        With ``V = embeds (N, d)``, the score is ``v_i^T (V^T V + ridge I)^-1 v_i`` times ``1 - c``: ``c`` is the
+        largest positive cosine with a token of higher leverage (or equal leverage and smaller index). Independent of
         ``k``.
         """
         energy = squared_lengths(features.embeds)
         scores = ridge_leverage(features.embeds, float(energy.mean().clamp(min=TINY)) * RIDGE)
         ranking = scores.sort(descending=True, stable=True).indices
-        likeness = torch.empty_like(scores)
-        likeness[ranking] = likeness_to_those_before(features.embeds[ranking])
-        return (scores * (1 - likeness).round(decimals=DECIMALS)).sort(descending=True, stable=True).indices[:k]
+        similarity = torch.empty_like(scores)
+        similarity[ranking] = similarity_to_earlier(features.embeds[ranking])
+        return (scores * (1 - similarity).round(decimals=DECIMALS)).sort(descending=True, stable=True).indices[:k]
 
 
 def ridge_leverage(tokens: Tensor, ridge: float) -> Tensor:
-    """``(N,)`` ridge leverage scores of ``tokens (N, d)``, from 0 to 1, in float64.
+    """``(N,)`` ridge leverage scores of ``tokens (N, d)`` in [0, 1], float64.
 
-    With the smaller of their Gram matrices: the inverse of ``V V^T + ridge I`` has ``(1 - score) / ridge`` on its
-    diagonal.
+    Uses the smaller Gram matrix: the diagonal of ``(V V^T + ridge I)^-1`` is ``(1 - score) / ridge``.
     """
     wide = tokens.shape[0] <= tokens.shape[1]
     gram = lower_gram(tokens if wide else tokens.T)
@@ -65,7 +64,7 @@ def ridge_leverage(tokens: Tensor, ridge: float) -> Tensor:
 
 
 def lower_gram(rows: Tensor) -> Tensor:
-    """``(m, m)`` products of the ``rows (m, l)`` with each other in float64, on and below the diagonal."""
+    """``(m, m)`` lower triangle of the Gram matrix of ``rows (m, l)``, float64."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for stretch in torch.split(rows, STRETCH, dim=1):
         exact = stretch.double()
@@ -75,22 +74,22 @@ def lower_gram(rows: Tensor) -> Tensor:
     return gram
 
 
-def likeness_to_those_before(tokens: Tensor) -> Tensor:
-    """``(N,)``: the largest cosine, if above 0, of each of the ``tokens (N, d)`` with one before it, in float64.
+def similarity_to_earlier(tokens: Tensor) -> Tensor:
+    """``(N,)`` largest positive cosine of each of ``tokens (N, d)`` with an earlier one, else 0; float64.
 
-    Those with the largest cosines are found in float32.
+    Candidates are found in float32.
     """
     unit = unit_rows(tokens)
     lengths = squared_lengths(tokens).sqrt().clamp(min=TINY)
-    found = [torch.zeros(1, dtype=torch.float64)]
+    largest = [torch.zeros(1, dtype=torch.float64)]
     for first in range(1, len(tokens), BLOCK):
         last = min(first + BLOCK, len(tokens))
         cosines = unit[first:last] @ unit[: last - 1].T
         after = torch.ones_like(cosines, dtype=torch.bool).triu_(first)
         near = cosines.masked_fill_(after, -torch.inf).topk(min(NEAREST, last - 1)).indices
         rows = tokens[first:last].double()
-        products = torch.stack([torch.linalg.vecdot(rows, tokens[one].double()) for one in near.T], dim=1)
+        products = torch.stack([torch.linalg.vecdot(rows, tokens[other].double()) for other in near.T], dim=1)
         exact = products / lengths[first:last, None] / lengths[near]
-        before = near < torch.arange(first, last)[:, None]
-        found.append(exact.masked_fill(~before, 0.0).amax(dim=1).clamp(min=0))
-    return torch.cat(found)
+        is_earlier = near < torch.arange(first, last)[:, None]
+        largest.append(exact.masked_fill(~is_earlier, 0.0).amax(dim=1).clamp(min=0))
+    return torch.cat(largest)

@@ -8,7 +8,7 @@ from vllm_vtprune.selectors.importance import ReadsImportance
 
 
 class OneOfEachCell(ReadsImportance):
-    """A method that keeps at most one token of each 3 x 3 cell of each tile; cells may be cut off."""
+    """A method that keeps at most one token per 3 x 3 cell of each tile; cells at the border may be smaller."""
 
     arxiv = "2503.08019"
     cost = "ranking"
@@ -21,7 +21,7 @@ class OneOfEachCell(ReadsImportance):
         return sum(-(-rows // 3) * -(-columns // 3) for rows, columns in features.grids)
 
     def best_of_cells(self, features: VisualFeatures, scores: Tensor) -> Tensor:
-        """Position of the largest of ``scores (N,)`` in each cell, ascending."""
+        """Index of the largest of ``scores (N,)`` in each cell, ascending."""
         best = []
         for positions, grid in features.planes():
             plane = scores[positions].view(1, *grid)
@@ -36,7 +36,7 @@ class MaxPool(OneOfEachCell):
     paper = "baseline (AdaptPrune, Table 5 e)"
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``, most important first."""
+        """Indices ``(k,)``, most important first."""
         importance = self.importance_map(features, text_embeds)
         best = self.best_of_cells(features, importance)
         return best[importance[best].sort(descending=True, stable=True).indices[:k]]

@@ -1,4 +1,4 @@
-"""What a method returns that merges tokens instead of dropping them."""
+"""The result of a method that merges tokens."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from vllm_vtprune.lazy import Tensor, torch
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """``k`` tokens, each standing at the position of one of the image's ``N`` tokens.
+    """``k`` merged tokens, each at the position of one of the image's ``N`` tokens.
 
     Attributes:
-        order: ``(k,)`` int64 distinct positions, in order of selection.
-        embeds: ``(k, d)`` the token that goes to each of these positions, in the type of the input embeddings.
+        order: ``(k,)`` int64 distinct indices, in order of selection.
+        embeds: ``(k, d)`` the token at each index, in the dtype of the input embeddings.
     """
 
     order: Tensor
@@ -19,9 +19,14 @@ class Merged:
 
 
 def group_means(rows: Tensor, group: Tensor, count: int) -> Tensor:
-    """``(count, d)``: the mean of those ``rows (R, d)`` whose ``group (R,)`` it is, zeros where there are none.
+    """``(count, d)`` mean of the ``rows (R, d)`` of each group; zeros for an empty group.
 
-    Rows add up in their order, so that the result is the same each time, on a GPU too.
+    Deterministic, on GPUs too: rows are summed in order.
+
+    Args:
+        rows: ``(R, d)`` rows.
+        group: ``(R,)`` int64 group of each row, ``0..count - 1``.
+        count: number of groups.
     """
     sizes = torch.bincount(group, minlength=count)
     members, offsets = group.argsort(stable=True), sizes.cumsum(0) - sizes

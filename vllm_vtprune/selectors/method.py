@@ -1,6 +1,6 @@
-"""What a method is: its parameters, what the rest of the package must know of it, and how it selects tokens.
+"""The base class of methods: parameters, facts about the method, and the selection.
 
-A policy is validated without torch, so the files of this folder take it from :mod:`vllm_vtprune.lazy`.
+Policies are validated without torch, so the files of this folder import it from :mod:`vllm_vtprune.lazy`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vllm_vtprune.lazy import Tensor
 from vllm_vtprune.options import AnyBudget, EnergyBudget, Strict
 from vllm_vtprune.selectors.merged import Merged
 
-# "grid": a single one. "positions": where each token lies, on a grid or on tiles. "dynamic_resolution": a picture has
-# as many tokens as its size asks for, so that it can be scaled before it is encoded.
+# "grid": one grid of all tokens. "positions": each token's position, on a grid or on tiles. "dynamic_resolution": the
+# token count follows the image's size, so that it can be resized before encoding.
 Input: TypeAlias = Literal[
     "text", "encoder", "cls_attention", "overview_attention", "keys", "grid", "positions", "dynamic_resolution"
 ]
@@ -32,21 +32,20 @@ COSTS: Mapping[Cost, str] = MappingProxyType(
         "greedy": "compares the N tokens with each other and takes one step over all of them for each token kept",
     }
 )
-"""What a method's time grows with, in words."""
+"""How a method's time scales, in words."""
 
 
 class Needs(dict[str, Input]):
-    """Metadata of a parameter: the values of it that need an input, with that input."""
+    """Metadata of a parameter: its values that need an input -> that input."""
 
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """What a model family puts in the place of ``null`` and ``auto``.
+    """A model family's values for ``null`` and ``auto``, and its inputs.
 
     Attributes:
-        clip_alpha: strength of the text's guidance under the gate ``clip``, the paper's; others declare their own.
-        provides: what methods may need that the family has: the inputs, beside the two feature matrices, that its
-            tower gives, and dynamic resolution.
+        clip_alpha: strength of the text under the gate ``clip`` (the paper's alpha); ``minmax`` has its own.
+        provides: the family's inputs besides text, ``encoder`` and ``embeds``.
     """
 
     clip_alpha: float
@@ -54,16 +53,16 @@ class FamilyDefaults:
 
     @property
     def inputs(self) -> frozenset[Input]:
-        """All that methods may need, and that there is."""
+        """All inputs that the family provides."""
         return self.provides | {"text", "encoder"}
 
     @property
     def attention_or_norm(self) -> Literal["cls", "norm"]:
-        """What ``auto`` takes for importance: CLS attention where the encoder has it."""
+        """``auto`` for importance and seed token: CLS attention if the encoder has it, else the norm."""
         return "cls" if "cls_attention" in self.provides else "norm"
 
     def supports(self, method: type[Method]) -> bool:
-        """Whether the family has what a method needs."""
+        """Whether the family provides the inputs that a method needs."""
         return method.needs <= self.inputs
 
 
@@ -72,25 +71,25 @@ def _describe(schema: dict[str, Any], model: type[Any]) -> None:
 
 
 class Method(Strict):
-    """A policy of one method. A subclass declares facts, as below, its parameters as fields, and ``select``."""
+    """A policy with one method. A subclass declares the facts below, its parameters as fields, and ``select``."""
 
     model_config = ConfigDict(json_schema_extra=_describe)
 
-    idea: ClassVar[str]  # what it keeps, in at most 12 words
-    paper: ClassVar[str] = "baseline"  # where it comes from
-    arxiv: ClassVar[str | None] = None  # the paper's number there
-    cost: ClassVar[Cost] = "greedy"  # what its time grows with; the dearest where a method says nothing
-    needs: ClassVar[frozenset[Input]] = frozenset()  # inputs without which it cannot run
-    uses: ClassVar[frozenset[Input]] = frozenset()  # inputs it takes when they are there; it must do without a text
-    equivariant: ClassVar[bool] = False  # permuting the tokens permutes the picks (under default parameters)
-    capped: ClassVar[bool] = False  # it cannot keep every token: `max_keep` says how many
-    merges: ClassVar[bool] = False  # the kept tokens take in those that leave, so their embeddings change
-    own_count: ClassVar[bool] = False  # it has a `count` of its own (`budget.type` "method")
-    draws: ClassVar[bool] = False  # it draws random numbers, from `seed`
-    # "cpu": its inputs are copied to the CPU, once; for what goes from pick to pick, which a GPU would have to tell the
-    # host. "device": where the features are. Then it must not ask the host for each pick, nor have a matrix in float64.
+    idea: ClassVar[str]  # which tokens it keeps, in at most 12 words
+    paper: ClassVar[str] = "baseline"  # title
+    arxiv: ClassVar[str | None] = None  # arXiv number
+    cost: ClassVar[Cost] = "greedy"  # how its time scales
+    needs: ClassVar[frozenset[Input]] = frozenset()  # required inputs
+    uses: ClassVar[frozenset[Input]] = frozenset()  # optional inputs; text is always optional
+    equivariant: ClassVar[bool] = False  # permuting the tokens permutes the selection (with default parameters)
+    capped: ClassVar[bool] = False  # it cannot keep every token: `max_keep` is the limit
+    merges: ClassVar[bool] = False  # dropped tokens are merged into kept ones
+    own_count: ClassVar[bool] = False  # it has a `count` (`budget.type` "method")
+    draws: ClassVar[bool] = False  # it draws random numbers from `seed`
+    # "cpu": inputs are copied to the CPU once; for methods that synchronise with the host at each step.
+    # "device": runs where the features are; must not synchronise at each step or hold a float64 matrix.
     runs_on: ClassVar[Literal["cpu", "device"]] = "cpu"
-    # It scales the picture before it is encoded: there is no `select`, and budgets that need features are refused.
+    # It resizes the image before encoding: there is no `select`, and budgets that need features are rejected.
     preprocesses: ClassVar[bool] = False
 
     method: str
@@ -99,7 +98,7 @@ class Method(Strict):
 
     @classmethod
     def parameters(cls) -> frozenset[str]:
-        """The fields, beside ``method`` and ``budget``, that the method itself reads."""
+        """The fields that the method reads, besides ``method`` and ``budget``."""
         return frozenset(cls.model_fields) - {"method", "budget"} - (set() if cls.draws else {"seed"})
 
     @property
@@ -109,11 +108,11 @@ class Method(Strict):
         return self.parameters() | {"method", "budget"} | ({"seed"} if randomised else set())
 
     def defaults(self, family: FamilyDefaults) -> dict[str, object]:
-        """What stands for ``null`` or ``auto``, by parameter."""
+        """The values of ``null`` and ``auto``, by parameter."""
         return {}
 
     def idle(self) -> frozenset[str]:
-        """The parameters that cannot change the picks, given the others, and the inputs that are not looked at then."""
+        """Parameters and inputs that cannot change the selection, given the other parameters."""
         return frozenset()
 
     @classmethod
@@ -122,15 +121,15 @@ class Method(Strict):
         return features.num_tokens
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor | Merged:
-        """The ``(k,)`` int64 positions to keep, first pick first, or for a method that merges, a `Merged`.
+        """The ``(k,)`` int64 indices to keep, in order of selection; a `Merged` from a method that merges.
 
         Args:
-            features: of one image, checked.
+            features: the N visual tokens of one image, validated.
             k: tokens to keep, from 1 to ``max_keep``.
-            text_embeds: ``(M, d)`` rows of the language model's embedding table for the text's words; None without any.
+            text_embeds: ``(M, d)`` rows of the language model's embedding table for the text's words; None: no text.
         """
         raise NotImplementedError
 
     def count(self, features: VisualFeatures, text_embeds: Tensor | None) -> int:
-        """How many tokens the method would keep; only for methods that declare ``own_count``."""
+        """Tokens that the method itself would keep; only with ``own_count``."""
         raise NotImplementedError

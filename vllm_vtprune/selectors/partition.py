@@ -1,7 +1,6 @@
-"""A grid of tokens cut into ``k`` cells, about as high as they are wide: bands of rows, each cut into columns.
+"""Partition a grid of tokens into ``k`` roughly square cells: bands of rows, each cut into columns.
 
-Bands are as equal as whole rows allow, and so are the columns of a band. A token belongs to the band and the column in
-which its centre lies.
+Bands, and the columns of a band, are equal up to rounding. A token belongs to the cell that contains its centre.
 """
 
 from math import ceil, sqrt
@@ -10,7 +9,7 @@ from vllm_vtprune.lazy import Tensor, torch
 
 
 def cell_middles(k: int, rows: int, columns: int) -> list[int]:
-    """For each of the ``k`` cells, ``1..rows * columns``, the position of the token in its middle; ascending."""
+    """Index of the middle token of each cell, ascending; ``k`` is from 1 to ``rows * columns``."""
     counts = _cells_of_bands(k, rows, columns)
     return [
         row * columns + column
@@ -20,10 +19,10 @@ def cell_middles(k: int, rows: int, columns: int) -> list[int]:
 
 
 def cell_of_tokens(k: int, rows: int, columns: int) -> Tensor:
-    """``(rows * columns,)`` int64: the cell of each token, as :func:`cell_middles` numbers them."""
+    """``(rows * columns,)`` int64 cell of each token, numbered as in :func:`cell_middles`."""
     counts = torch.tensor(_cells_of_bands(k, rows, columns))
-    band = _stretch(torch.arange(rows), len(counts), rows)
-    column = _stretch(torch.arange(columns), counts[band][:, None], columns)
+    band = _part(torch.arange(rows), len(counts), rows)
+    column = _part(torch.arange(columns), counts[band][:, None], columns)
     return ((counts.cumsum(0) - counts)[band][:, None] + column).flatten()
 
 
@@ -33,10 +32,10 @@ def _cells_of_bands(k: int, rows: int, columns: int) -> list[int]:
 
 
 def _middles(count: int, length: int) -> list[int]:
-    """The middles of ``count`` equal stretches of ``length`` places."""
+    """The middles of ``count`` equal parts of ``range(length)``."""
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
-def _stretch(place: Tensor, count: int | Tensor, length: int) -> Tensor:
-    """In which of ``count`` equal stretches of ``length`` places the centre of each ``place`` lies."""
-    return (2 * place + 1) * count // (2 * length)
+def _part(index: Tensor, count: int | Tensor, length: int) -> Tensor:
+    """Which of ``count`` equal parts of ``range(length)`` contains the centre of each ``index``."""
+    return (2 * index + 1) * count // (2 * length)

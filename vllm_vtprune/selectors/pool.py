@@ -1,4 +1,4 @@
-"""Pool: the mean of each of ``k`` cells of the grid, as if the picture were smaller. A method should beat it too."""
+"""Pool: the mean of each of ``k`` grid cells, like a smaller image. A baseline that every method should beat."""
 
 from math import prod
 from typing import Literal
@@ -19,10 +19,10 @@ class Pool(Method):
     merges = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Merged:
-        """``k`` tokens in raster order, one tile after the other; each stands where its middle token stood.
+        """``k`` cell means in raster order, tile after tile, each at the position of its cell's middle token.
 
-        Tiles share ``k`` by their size, parts of one to the largest fractions. Every token goes into one cell of its
-        tile; those of a tile without a share are dropped. Without a grid, a cell is a stretch of the sequence.
+        Tiles share ``k`` by size (largest-remainder rounding). Tokens of a tile without a share are dropped. Without a
+        grid, a cell is a part of the sequence.
         """
         device = features.embeds.device
         planes = features.planes() or [(torch.arange(features.num_tokens, device=device), (1, features.num_tokens))]

@@ -1,7 +1,7 @@
-"""PruMerge: as many tokens as stand out in the CLS token's attention, which take in those like them.
+"""PruMerge: the outliers of CLS attention, with similar tokens merged into them.
 
-The form without uniform samples. The paper merges before the projector; here the encoder's keys say what belongs
-together, and the input embeddings are merged.
+The variant without uniform samples. The paper merges before the projector; here, groups come from the encoder's keys
+and input embeddings are merged.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.outliers import upper_outliers
 from vllm_vtprune.selectors.similarity import unit_rows
 
-TAKEN_IN = 32  # tokens merged into each kept one
+MERGED_PER_TOKEN = 32  # tokens merged into each kept one
 
 
 class PruMerge(Method):
@@ -28,24 +28,24 @@ class PruMerge(Method):
     own_count = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Merged:
-        """The ``k - 1`` tokens with the most ``cls_attention (N,)``, and one for all others.
+        """The ``k - 1`` tokens with the highest ``cls_attention (N,)``, and one for all others.
 
-        To each of the first is added the attention-weighted sum of the 32 others most like it in ``keys (N, d_k)``. The
-        last is the attention-weighted sum of all others, and stands where the one with the most attention stood.
+        Each of the former gains the attention-weighted sum of the 32 other tokens most similar in ``keys (N, d_k)``.
+        The last is the attention-weighted sum of all others, at the position of the one with the highest attention.
         """
         assert features.cls_attention is not None
         assert features.keys is not None
         ranking = features.cls_attention.sort(descending=True, stable=True).indices
         kept, others = ranking[: k - 1], ranking[k - 1 :]
         tokens, weights = features.embeds.float(), features.cls_attention.float()
-        rest = weights[others] @ tokens[others]
+        last = weights[others] @ tokens[others]
         keys = unit_rows(features.keys)
-        nearest = others[(keys[kept] @ keys[others].T).topk(min(TAKEN_IN, len(others))).indices]
-        taken_in = torch.nn.functional.embedding_bag(nearest, tokens, mode="sum", per_sample_weights=weights[nearest])
-        embeds = torch.cat([tokens[kept] + taken_in, rest[None]])
+        nearest = others[(keys[kept] @ keys[others].T).topk(min(MERGED_PER_TOKEN, len(others))).indices]
+        merged = torch.nn.functional.embedding_bag(nearest, tokens, mode="sum", per_sample_weights=weights[nearest])
+        embeds = torch.cat([tokens[kept] + merged, last[None]])
         return Merged(ranking[:k], embeds.to(features.embeds.dtype))
 
     def count(self, features: VisualFeatures, text_embeds: Tensor | None) -> int:
-        """The outliers of the CLS token's attention, and the one for all others."""
+        """The number of outliers of CLS attention, plus one for all others."""
         assert features.cls_attention is not None
         return upper_outliers(features.cls_attention) + 1

@@ -14,8 +14,8 @@ class Random3x3(OneOfEachCell):
     draws = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``, most important first."""
+        """Indices ``(k,)``, most important first."""
         importance = self.importance_map(features, text_embeds)
-        lots = torch.rand(len(importance), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        drawn = self.best_of_cells(features, lots.to(importance.device))
+        draws = torch.rand(len(importance), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        drawn = self.best_of_cells(features, draws.to(importance.device))
         return drawn[importance[drawn].sort(descending=True, stable=True).indices[:k]]

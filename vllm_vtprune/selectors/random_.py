@@ -1,4 +1,4 @@
-"""Random: tokens drawn without replacement. A method that does not beat it is not worth serving."""
+"""Random: tokens drawn without replacement. A baseline that every method should beat."""
 
 from typing import Literal
 
@@ -14,6 +14,6 @@ class Random(Method):
     draws = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` in the order they were drawn; the same on every device for the same ``self.seed``."""
+        """Indices ``(k,)`` in order of drawing; determined by ``self.seed``, independent of the device."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(features.num_tokens, generator=generator)[:k].to(features.embeds.device)

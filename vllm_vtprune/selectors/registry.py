@@ -1,4 +1,4 @@
-"""The list of methods, in the order in which they are shown."""
+"""All methods, in display order."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -34,8 +34,8 @@ _ALL: tuple[type[Method], ...] = (
     VisionZip, PruMerge, TRIM, ToMe, Pool, Resize, Random, Uniform, Random3x3, MaxPool, AvgPool, Skip, Last,
 )  # fmt: skip
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType({each.model_fields["method"].default: each for each in _ALL})
-"""By the value of ``method`` in a policy."""
+METHODS: Mapping[str, type[Method]] = MappingProxyType({cls.model_fields["method"].default: cls for cls in _ALL})
+"""All methods, by the value of ``method`` in a policy."""
 
 SELECTORS: Mapping[str, type[Method]] = MappingProxyType({n: m for n, m in METHODS.items() if not m.preprocesses})
-"""The methods that choose among the tokens of an encoded picture."""
+"""The methods that select tokens of an encoded image."""

@@ -1,8 +1,9 @@
-"""ResPrune: keep the tokens whose span best rebuilds all of them, guided by the question (Eq. 10-16).
+"""ResPrune: keep the tokens whose span best reconstructs all tokens, guided by the question (Eq. 10-16).
 
-From a seed on, each step adds the token with the most energy outside the span of those chosen, times a gate of its
-relevance to the text. The paper keeps an orthonormal basis, O(N d) a step. Here the same recurrence runs on the Gram
-matrix ``V V^T``: a pivoted Cholesky factorisation with a weighted pivot, O(N k) a step, with the same picks.
+From a seed token on, each step adds the token with the largest energy outside the span of the kept ones, times a gate
+of its relevance to the text. The paper updates an orthonormal basis, O(N d) per step. Here, the same recurrence runs on
+the Gram matrix ``V V^T``: a pivoted Cholesky factorisation with weighted pivots, O(N k) per step, with the same
+selection.
 """
 
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from vllm_vtprune.selectors.method import FamilyDefaults, Needs
 from vllm_vtprune.selectors.pivots import weighted_pivots
 from vllm_vtprune.selectors.similarity import TINY, ComparesFeatures, ReadsRelevance, in_range, text_relevance
 
-ALPHA = 0.5  # of the gate minmax; that of clip is the family's
+ALPHA = 0.5  # default for the gate minmax; clip uses the family's
 
 
 class ResPrune(ComparesFeatures, ReadsRelevance):
@@ -58,12 +59,12 @@ class ResPrune(ComparesFeatures, ReadsRelevance):
         return super().idle() | unread | ({"text", "relevance", "gate"} if textless else set())
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` in order of selection.
+        """Indices ``(k,)`` in order of selection.
 
-        Residual energy, and the seed tokens ``norm`` and ``mean``, are of the rows that ``self.features`` names;
-        relevance is of ``embeds (N, d)``, the only ones in the space of the text. Without a text every gate is 1,
-        ``rank_by`` is ``residual``, and the seed token ``relevance`` is ``norm``. Once the chosen tokens span all
-        others, the rest follows by gate, then by index. All ties go to the smallest index.
+        Residual energy, and the seed tokens ``norm`` and ``mean``, use the rows that ``self.features`` names. Relevance
+        uses ``embeds (N, d)``, which share a space with the text. Without a text, every gate is 1, ``rank_by`` is
+        ``residual``, and the seed token ``relevance`` is ``norm``. Once the kept tokens span all others, the remaining
+        ones follow by gate, then by index. Ties go to the smallest index.
         """
         tokens, energy = in_range(features.embeds.float())
         relevance = None
@@ -73,7 +74,7 @@ class ResPrune(ComparesFeatures, ReadsRelevance):
         if relevance is not None and self.rank_by == "relevance":
             return relevance.sort(descending=True, stable=True).indices[:k]
         if self.features != "projected":
-            del tokens  # before as much again is allocated
+            del tokens  # frees memory before the next allocation
             tokens, energy = in_range(self.compared_rows(features))
         weight = torch.ones_like(energy) if relevance is None else gate(relevance, self.gate, self.alpha or 0.0)
         return weighted_pivots(tokens, energy, weight, self._first(features, tokens, energy, relevance), k)

@@ -1,4 +1,4 @@
-"""SCOPE: greedy coverage in the encoder's space, weighted by the CLS token's attention."""
+"""SCOPE: greedy coverage in the encoder's space, weighted by CLS attention."""
 
 from typing import Literal
 
@@ -17,6 +17,6 @@ class SCOPE(Method):
     equivariant = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` in order of selection, by cosine of ``encoder (N, d_v)`` and ``cls_attention (N,)``."""
+        """Indices ``(k,)`` in order of selection, by cosines of ``encoder (N, d_v)`` and by ``cls_attention (N,)``."""
         assert features.cls_attention is not None
         return greedy_coverage(features.encoder, features.cls_attention.double(), k)

@@ -1,4 +1,4 @@
-"""The rows that tokens are compared by, their lengths, and cosines: with each other and with the text."""
+"""Similarity of tokens to each other and to the text: rows to compare, lengths, cosines."""
 
 from typing import Annotated, Literal
 
@@ -10,8 +10,8 @@ from vllm_vtprune.options import TextOptions
 from vllm_vtprune.selectors.method import Method, Needs
 
 TINY = 2.0**-126  # the smallest normal number in float32
-CHUNK = 64  # rows turned to float64 at once on a CPU, so that they stay in its cache
-GPU_CHUNK = 1024  # the same on a GPU: launches are few, and no copy is large
+CHUNK = 64  # rows converted to float64 at once on a CPU; they fit its cache
+GPU_CHUNK = 1024  # the same on a GPU: few launches, small copies
 
 
 class ReadsText(Method):
@@ -39,34 +39,34 @@ class ComparesFeatures(Method):
     def compared_rows(self, features: VisualFeatures) -> Tensor:
         """Rows in float32: ``embeds (N, d)``, ``encoder (N, d_v)``, or both.
 
-        Both are ``(N, d + d_v)``: side by side, each scaled to a mean squared length of 1, so that they count alike.
+        ``both`` is ``(N, d + d_v)``: concatenated, each scaled to a mean squared length of 1 for equal weight.
         """
         if self.features != "both":
             return (features.embeds if self.features == "projected" else features.encoder).float()
         spaces = (features.embeds, features.encoder)
         widths = [rows.shape[1] for rows in spaces]
         joint = features.embeds.new_empty(features.num_tokens, sum(widths), dtype=torch.float32)
-        # in place: no more memory than the rows
+        # in place, to save memory
         for columns, rows in zip(torch.split(joint, widths, dim=1), spaces, strict=True):
             columns.copy_(rows).div_(squared_lengths(rows).mean().sqrt().clamp(min=TINY))
         return joint
 
 
 def squared_lengths(rows: Tensor) -> Tensor:
-    """``(N,)`` squared lengths of ``rows (N, d)``, in float64."""
+    """``(N,)`` squared lengths of ``rows (N, d)``, float64."""
     chunks = torch.split(rows, CHUNK if rows.device.type == "cpu" else GPU_CHUNK)
     return torch.cat([chunk.double().square().sum(dim=1) for chunk in chunks])
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """``rows (N, d)`` scaled to length 1 in float32; rows of zeros stay zero, so their cosines are 0."""
+    """``rows (N, d)`` scaled to length 1, float32; zero rows stay zero, so their cosines are 0."""
     rows = rows.float()
     norms = squared_lengths(rows).sqrt()[:, None]
     return rows / norms.clamp(min=TINY).to(rows.dtype)
 
 
 def in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens whose products stay in the range of float32, scaled alike where they would not, and squared lengths."""
+    """Scale all ``tokens (N, d)`` by one factor if products would leave float32's range; also their squared lengths."""
     energy = squared_lengths(tokens)
     if not 1e-18 < energy.max() < 1e18:
         tokens = tokens / energy.max().sqrt().clamp(min=TINY).float()
@@ -75,13 +75,16 @@ def in_range(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def text_relevance(tokens: Tensor, text: Tensor, form: str) -> Tensor:
-    """Cosine of each of the ``tokens (N, d)``, of length 1, with the text ``(M, d)``, ``(N,)``.
+    """``(N,)`` cosine of each token with the text. Not normalised by the token's length.
 
-    The best row's (ResPrune, Eq. 13), the mean over rows, or the one with the mean row. It grows with the length of a
-    token.
+    Args:
+        tokens: ``(N, d)`` tokens of length 1.
+        text: ``(M, d)`` rows of the text's words.
+        form: ``max`` (largest over rows; ResPrune, Eq. 13), ``mean`` (over rows), or ``mean_token`` (with the mean
+        row).
     """
     if form == "mean_token":
         text = text.mean(dim=0, keepdim=True)
-    text = torch.ldexp(text, -torch.frexp(text.abs().amax()).exponent)  # squares stay in the range of float32
+    text = torch.ldexp(text, -torch.frexp(text.abs().amax()).exponent)  # keeps squares in float32's range
     cosines = tokens @ torch.nn.functional.normalize(text, dim=1, eps=TINY).T
     return cosines.mean(dim=1) if form == "mean" else cosines.amax(dim=1)

@@ -1,4 +1,4 @@
-"""Skip: every other of the most important tokens. A baseline of AdaptPrune's paper (Table 5 b)."""
+"""Skip: every other token by importance. A baseline of AdaptPrune's paper (Table 5 b)."""
 
 from typing import Literal
 
@@ -21,6 +21,6 @@ class Skip(ReadsImportance):
         return (features.num_tokens + 1) // 2
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)``: the first, third, fifth and so on by importance; ``k`` is at most half of ``N``."""
+        """Indices ``(k,)``: first, third, fifth, ... by importance; ``k`` is at most half of ``N``, rounded up."""
         ranking = self.importance_map(features, text_embeds).sort(descending=True, stable=True).indices
         return ranking[::2][:k]

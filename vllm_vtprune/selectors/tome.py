@@ -1,7 +1,7 @@
-"""ToMe: merge the most similar pairs until as many tokens are left as wanted.
+"""ToMe: merge the most similar pairs until ``k`` tokens remain.
 
-The paper merges some tokens in each layer of the encoder; here it is as many rounds on the keys of one layer, and what
-was merged is the mean of its input embeddings.
+The paper merges in each layer of the encoder; here, in as many rounds on the keys of one layer. A merged token is the
+mean of its input embeddings.
 """
 
 from math import ceil
@@ -26,26 +26,26 @@ class ToMe(Method):
     merges = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Merged:
-        """Tokens made of most first, each at the position of one of those that it is made of.
+        """Merged tokens, largest groups first, each at the position of one of its members.
 
-        A round splits the tokens into every other one and those in between, finds for each of the former the most
-        similar of the latter by cosine of ``keys (N, d_k)``, and merges the most similar pairs into the latter's place.
+        A round splits the tokens alternately into sets A and B, finds for each of A the most similar of B by cosine of
+        ``keys (N, d_k)``, and merges the most similar pairs into B's token.
         """
         assert features.keys is not None
         n = features.num_tokens
         per_round = ceil((n - k) / ROUNDS)
         keys = unit_rows(features.keys)
-        home = torch.arange(n, device=keys.device)  # where each token has gone
-        left = home.clone()
-        while len(left) > k:
-            unit = unit_rows(group_means(keys, home, n)[left])
+        group = torch.arange(n, device=keys.device)  # index of the token that each token is merged into
+        remaining = group.clone()
+        while len(remaining) > k:
+            unit = unit_rows(group_means(keys, group, n)[remaining])
             similarity, partner = (unit[::2] @ unit[1::2].T).max(dim=1)
-            merging = similarity.sort(descending=True, stable=True).indices[: min(per_round, len(left) - k)]
+            merging = similarity.sort(descending=True, stable=True).indices[: min(per_round, len(remaining) - k)]
             moves = torch.arange(n, device=keys.device)
-            moves[left[::2][merging]] = left[1::2][partner[merging]]
-            home = moves[home]
-            left = torch.bincount(home, minlength=n).nonzero()[:, 0]
-        sizes = torch.bincount(home, minlength=n)[left]
+            moves[remaining[::2][merging]] = remaining[1::2][partner[merging]]
+            group = moves[group]
+            remaining = torch.bincount(group, minlength=n).nonzero()[:, 0]
+        sizes = torch.bincount(group, minlength=n)[remaining]
         by_size = sizes.sort(descending=True, stable=True).indices
-        embeds = group_means(features.embeds.float(), home, n)[left].to(features.embeds.dtype)
-        return Merged(left[by_size], embeds[by_size])
+        embeds = group_means(features.embeds.float(), group, n)[remaining].to(features.embeds.dtype)
+        return Merged(remaining[by_size], embeds[by_size])

@@ -1,7 +1,6 @@
-"""TRIM: the tokens most like the question, and the mean of all others.
+"""TRIM: the tokens most similar to the question, and the mean of all others.
 
-The paper compares in CLIP's space of images and texts; here it is the language model's input space, with the question's
-nouns for the text.
+The paper compares in CLIP's joint space; here, in the language model's input space, with the question's nouns.
 """
 
 from typing import Literal
@@ -12,7 +11,7 @@ from vllm_vtprune.selectors.merged import Merged
 from vllm_vtprune.selectors.outliers import upper_outliers
 from vllm_vtprune.selectors.similarity import ReadsText, text_relevance, unit_rows
 
-ROUNDING = 1e-6  # of cosines: so little does not make an outlier of one among equals
+ROUNDING = 1e-6  # rounding error of cosines, which must not make outliers among equal tokens
 
 
 class TRIM(ReadsText):
@@ -26,21 +25,21 @@ class TRIM(ReadsText):
     own_count = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Merged:
-        """The ``k - 1`` tokens of ``embeds (N, d)`` nearest to the text, and one for all others.
+        """The ``k - 1`` tokens of ``embeds (N, d)`` most similar to the text, and one for all others.
 
-        The last is their mean, and stands where the one nearest to the text among them stood.
+        The last is their mean, at the position of the one most similar to the text.
         """
-        ranking = likeness(features, text_embeds).sort(descending=True, stable=True).indices
+        ranking = similarity(features, text_embeds).sort(descending=True, stable=True).indices
         embeds = features.embeds[ranking[:k]]
         embeds[-1] = features.embeds[ranking[k - 1 :]].float().mean(dim=0)
         return Merged(ranking[:k], embeds)
 
     def count(self, features: VisualFeatures, text_embeds: Tensor | None) -> int:
-        """The outliers of the likeness to the text, and the one for all others."""
-        return upper_outliers(likeness(features, text_embeds), ROUNDING) + 1
+        """The number of outliers of the similarity to the text, plus one for all others."""
+        return upper_outliers(similarity(features, text_embeds), ROUNDING) + 1
 
 
-def likeness(features: VisualFeatures, text_embeds: Tensor | None) -> Tensor:
+def similarity(features: VisualFeatures, text_embeds: Tensor | None) -> Tensor:
     """``(N,)`` cosines with the mean of the text ``(M, d)``; without a text, with the mean of the image's tokens."""
     unit = unit_rows(features.embeds)
     text = features.embeds if text_embeds is None else text_embeds

@@ -1,4 +1,4 @@
-"""Uniform: tokens evenly spaced over the grid. A method that does not beat it is not worth serving."""
+"""Uniform: tokens evenly spaced over the grid. A baseline that every method should beat."""
 
 from typing import Literal
 
@@ -15,9 +15,9 @@ class Uniform(Method):
     uses = frozenset({"grid"})
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:
-        """Positions ``(k,)`` in raster order: evenly spaced rows, and in each of them evenly spaced columns.
+        """Indices ``(k,)`` in raster order: evenly spaced rows, and evenly spaced columns in each row.
 
-        The rows are about as far apart as the columns. Without a grid, tokens are evenly spaced along the sequence.
+        Rows are about as far apart as columns. Without a grid, tokens are evenly spaced along the sequence.
         """
         rows, columns = features.grid or (1, features.num_tokens)
         return torch.tensor(cell_middles(k, rows, columns), device=features.embeds.device)

@@ -1,7 +1,6 @@
-"""VisionZip: the tokens with the most CLS attention, and a few that take in all others.
+"""VisionZip: the tokens with the highest CLS attention, and a few into which all others are merged.
 
-The paper merges before the projector; here the encoder's keys say what belongs together, and the input embeddings are
-merged.
+The paper merges before the projector; here, groups come from the encoder's keys and input embeddings are merged.
 """
 
 from typing import Literal
@@ -25,28 +24,28 @@ class VisionZip(Method):
     merges = True
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Merged:
-        """Dominant tokens by ``cls_attention (N,)``, then contextual ones at a uniform stride over the rest.
+        """Dominant tokens by ``cls_attention (N,)``, then contextual ones at a uniform stride over the remaining ones.
 
-        Every other token goes to the contextual one most like it in ``keys (N, d_k)``, to which the mean of those it
-        gets is added. It stands where the contextual token stood.
+        Every other token is assigned to the contextual token most similar in ``keys (N, d_k)``. A contextual token
+        gains the mean of its assigned tokens and keeps its position.
         """
         assert features.cls_attention is not None
         assert features.keys is not None
         contextual = contextual_count(k)
         ranking = features.cls_attention.sort(descending=True, stable=True).indices
-        dominant, rest = ranking[: k - contextual], ranking[k - contextual :].sort().values
+        dominant, remaining = ranking[: k - contextual], ranking[k - contextual :].sort().values
         if contextual == 0:
             return Merged(dominant, features.embeds[dominant])
-        stride = max(1, len(rest) // contextual)
-        targets = rest[::stride][:contextual]
-        others = rest[torch.isin(rest, targets, invert=True)]
+        stride = max(1, len(remaining) // contextual)
+        targets = remaining[::stride][:contextual]
+        others = remaining[torch.isin(remaining, targets, invert=True)]
         keys = unit_rows(features.keys)
-        home = (keys[others] @ keys[targets].T).argmax(dim=1)
+        group = (keys[others] @ keys[targets].T).argmax(dim=1)
         tokens = features.embeds.float()
-        merged = (tokens[targets] + group_means(tokens[others], home, contextual)).to(features.embeds.dtype)
+        merged = (tokens[targets] + group_means(tokens[others], group, contextual)).to(features.embeds.dtype)
         return Merged(torch.cat([dominant, targets]), torch.cat([features.embeds[dominant], merged]))
 
 
 def contextual_count(k: int) -> int:
-    """How many of ``k`` tokens take in others: the paper's 10, 20 and 30 of 64, 128 and 192, and 30 above."""
+    """Contextual tokens among ``k``: the paper's 10, 20 and 30 of 64, 128 and 192; 30 above."""
     return min((5 * k + 16) // 32, MOST_CONTEXTUAL)
