@@ -140,7 +140,8 @@ class ServerPlugin:
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
         mm_processor = engine_client.renderer.mm_processor
-        encodes_only = engine_client.vllm_config.is_mm_encoder_only
+        config = engine_client.vllm_config
+        encodes_only = config.is_mm_encoder_only and config.ec_transfer_config is None
         processor = mm_processor if isinstance(mm_processor, PruningProcessor) and not encodes_only else None
         why = "this instance encodes only (mm_encoder_only)" if encodes_only else type(mm_processor).__name__
         policies = Policies.of(

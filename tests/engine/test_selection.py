@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +29,7 @@ from vllm_vtprune.features import EMBED, Layout, Tiles, VisualFeatures
 from vllm_vtprune.plugin.families.llava import WITH_CLIP
 from vllm_vtprune.plugin.families.llava_next import anyres
 from vllm_vtprune.plugin.in_engine import KEPT, TokenSelector
-from vllm_vtprune.plugin.placement import EnginePlacement
+from vllm_vtprune.plugin.placement import EnginePlacement, refuse_placement
 from vllm_vtprune.plugin.selection import SELECTION, Selection, split
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 
@@ -49,32 +49,38 @@ BLIND = {"method": "resprune", "seed_token": "norm", "alpha": 0}
 @pytest.mark.parametrize("budget", [TOKENS, RATIO])
 @pytest.mark.parametrize("choice", ["auto", "engine"])
 def test_counted_budgets_go_to_the_engine(budget: dict[str, Any], choice: Any) -> None:
-    assert EnginePlacement(choice, positions=True).place(policy(budget=budget), WITH_CLIP) == ("engine", None)
-    assert EnginePlacement("api", positions=True).place(policy(budget=budget), WITH_CLIP) == ("api", None)
+    assert EnginePlacement(choice).place(policy(budget=budget), WITH_CLIP) == ("engine", None)
+    assert EnginePlacement("api").place(policy(budget=budget), WITH_CLIP) == ("api", None)
 
 
 @pytest.mark.parametrize(
     ("fields", "engine", "family", "field", "reason"),
     [
-        ({"budget": ENERGY}, EnginePlacement("auto", True), WITH_CLIP, "budget.type", 'budget "energy" needs features'),
+        ({"budget": ENERGY}, EnginePlacement("auto"), WITH_CLIP, "budget.type", 'budget "energy" needs features'),
         (
             {"method": "prumerge", "budget": {"type": "method"}},
-            EnginePlacement("auto", True),
+            EnginePlacement("auto"),
             WITH_CLIP,
             "budget.type",
             'budget "method" needs features',
         ),
-        ({"budget": TOKENS}, EnginePlacement("auto", False), WITH_CLIP, "method", "M-RoPE needs Model Runner V2"),
         (
             {"budget": TOKENS},
-            EnginePlacement("auto", True),
+            EnginePlacement("auto", "M-RoPE needs Model Runner V2"),
+            WITH_CLIP,
+            "method",
+            "M-RoPE needs Model Runner V2",
+        ),
+        (
+            {"budget": TOKENS},
+            EnginePlacement("auto"),
             replace(WITH_CLIP, fixed_length=False),
             "method",
             "the length of this model's prompt depends on which tokens are kept",
         ),
         (
             {"method": "vispruner", "budget": TOKENS},
-            EnginePlacement("auto", True, watches="the encoder is compiled"),
+            EnginePlacement("auto", no_hooks="the encoder is compiled"),
             WITH_CLIP,
             "method",
             "method vispruner reads cls_attention, encoder, and the encoder is compiled",
@@ -96,13 +102,13 @@ def test_what_the_engine_cannot_follow(
 
 
 def test_what_hooks_would_not_see_matters_to_those_that_read_it() -> None:
-    engine = EnginePlacement("auto", positions=True, watches="the encoder is compiled")
+    engine = EnginePlacement("auto", no_hooks="the encoder is compiled")
     assert engine.place(policy(**BLIND, budget=TOKENS), WITH_CLIP) == ("engine", None)
 
 
 def test_unknown_engines_place_no_tokens_of_mrope_models_unasked() -> None:
     """An `LLM` does not tell its processor which model runner it has; workers refuse to start with the wrong one."""
-    unknown = EnginePlacement("auto", positions=None)
+    unknown = EnginePlacement("auto", no_positions=None)
     assert unknown.place(policy(budget=TOKENS), WITH_CLIP)[0] == "api"
     assert replace(unknown, choice="engine").place(policy(budget=TOKENS), WITH_CLIP)[0] == "engine"
 
@@ -244,22 +250,32 @@ def test_a_selection_that_fails_keeps_tokens_at_equal_distances_and_is_logged(
     assert "embeds must be finite" in caplog.text
 
 
-def test_the_server_refuses_an_engine_that_cannot_place_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_vtprune.plugin.compat import refuse_unsupported
-
-    def engine(*, runner_v2: bool, pipeline: int) -> Any:
-        return SimpleNamespace(
-            model_config=SimpleNamespace(multimodal_config=None, uses_mrope=True),
-            parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
-            compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
-            weight_transfer_config=None,
-            lora_config=None,
-            use_v2_model_runner=runner_v2,
-        )
-
-    refuse_unsupported(engine(runner_v2=False, pipeline=1))
+@pytest.mark.parametrize(
+    ("facts", "obstacle"),
+    [
+        ({}, ""),
+        ({"use_v2_model_runner": False}, "the engine has V1"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline parallelism"),
+        ({"ec_transfer_config": object()}, "connector"),
+    ],
+)
+def test_workers_refuse_a_placement_that_they_cannot_follow(
+    facts: dict[str, Any], obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    able = {
+        "use_v2_model_runner": True,
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
+        "ec_transfer_config": None,
+        "is_mm_encoder_only": False,
+        "compilation_config": SimpleNamespace(compile_mm_encoder=False),
+    }
+    multimodal = SimpleNamespace(mm_encoder_tp_mode="weights")
+    model: Any = SimpleNamespace(uses_mrope=True, get_multimodal_config=lambda: multimodal)
+    engine: Any = SimpleNamespace(model_config=model, **{**able, **facts})
+    refuse_placement(engine)
+    reason = EnginePlacement.of("auto", model, engine).no_positions
+    assert obstacle in (reason or "") if obstacle else reason == ""
     monkeypatch.setenv("VTPRUNE_PLACEMENT", "engine")
-    refuse_unsupported(engine(runner_v2=True, pipeline=1))
-    for unable in (engine(runner_v2=False, pipeline=1), engine(runner_v2=True, pipeline=2)):
-        with pytest.raises(ValueError, match="expected auto or api"):
-            refuse_unsupported(unable)
+    outcome = pytest.raises(ValueError, match=f"VTPRUNE_PLACEMENT=engine: .*{obstacle}.*expected auto or api")
+    with outcome if obstacle else nullcontext():
+        refuse_placement(engine)

@@ -21,6 +21,7 @@ from vllm_vtprune import envs
 from vllm_vtprune.cache import BoundedTable
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
+from vllm_vtprune.plugin.compat.loading import token_table
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.placement import watched_inputs
 from vllm_vtprune.plugin.reading import FeatureReader, batches
@@ -76,7 +77,7 @@ class TokenSelector:
     def __init__(self, model: nn.Module, family: Family, config: ModelConfig) -> None:
         self._family = family
         self._reader = FeatureReader(model, family, config)
-        self._words = _word_embedding(model, config.hf_text_config.hidden_size)
+        self._token_rows = _token_rows(model, config)
         self._kept: BoundedTable[str, Tensor] = BoundedTable(envs.report_table_size())
 
     def prune(
@@ -120,7 +121,7 @@ class TokenSelector:
         device, group = features.embeds.device, get_tp_group()
         text = None
         if selection.noun_ids:
-            text = self._words(torch.tensor(selection.noun_ids, device=device)).to(features.embeds.dtype)  # all ranks
+            text = self._token_rows(selection.noun_ids).to(features.embeds)  # on all ranks, each of which has a part
         if group.rank_in_group == 0:
             kept, embeds = self._decide(features, selection, text)
         else:
@@ -146,10 +147,15 @@ class TokenSelector:
         return kept, features.embeds[kept]
 
 
-def _word_embedding(model: nn.Module, width: int) -> nn.Module:
-    """The embedding of words of a model, without what adapters add to it."""
+def _token_rows(model: nn.Module, config: ModelConfig) -> Callable[[Sequence[int]], Tensor]:
+    """What looks up rows of a model's input embeddings, without what adapters add to them.
+
+    An instance that only encodes has no language model; its rows come from the checkpoint, as in an API process.
+    """
+    width = config.hf_text_config.hidden_size
     for module in model.modules():
         is_head = isinstance(module, ParallelLMHead)
         if isinstance(module, VocabParallelEmbedding) and not is_head and module.embedding_dim == width:
-            return module
-    raise ValueError(f"{type(model).__name__} has no embedding of words of width {width}")
+            table = module
+            return lambda token_ids: table(torch.tensor(token_ids, device=table.weight.device))
+    return token_table(config).rows

@@ -11,6 +11,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.in_engine import SelectsInEngine
 from vllm_vtprune.plugin.items import TakesKeptEmbeddings
+from vllm_vtprune.plugin.placement import refuse_placement
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import unpruned
 from vllm_vtprune.plugin.weights import RecordsLoads
@@ -26,6 +27,7 @@ class PrunedModel(TakesKeptEmbeddings, SelectsInEngine, RecordsLoads):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if self._pruning.prunes(vllm_config.model_config.hf_config):
             compat.refuse_unsupported(vllm_config)
+            refuse_placement(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 

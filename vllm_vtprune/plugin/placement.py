@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from vllm.config import ModelConfig, VllmConfig
 
+from vllm_vtprune import envs
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.policy import PolicyError, PruningPolicy
@@ -35,37 +36,33 @@ class EnginePlacement:
 
     Attributes:
         choice: the operator's.
-        positions: whether it can place kept tokens of M-RoPE models; None where that is not known.
-        watches: why hooks inside its encoder would not see whole images; empty where they do.
+        no_positions: why it cannot position kept tokens of this model; empty if it can, None if that is not known.
+        no_hooks: why hooks inside its encoder would not see whole images; empty if they do.
     """
 
     choice: Choice
-    positions: bool | None
-    watches: str = ""
+    no_positions: str | None = ""
+    no_hooks: str = ""
 
     @classmethod
     def of(cls, choice: Choice, model_config: ModelConfig, engine: VllmConfig | None) -> EnginePlacement:
         """Of an engine.
 
         Args:
-            choice: the operator's.
-            model_config: of the model.
-            engine: None in a process of `vllm.LLM`, whose processors are told the model alone.
+            choice: the operator's. An instance that only encodes selects in its engine.
+            model_config: vLLM's config of the model.
+            engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
         """
         multimodal = model_config.get_multimodal_config()
+        no_hooks = ""
         if multimodal.mm_encoder_tp_mode == "data":
-            watches = "mm_encoder_tp_mode=data splits a batch of images over the ranks"
+            no_hooks = "mm_encoder_tp_mode=data splits a batch of images over the ranks"
         elif engine is not None and engine.compilation_config.compile_mm_encoder:
-            watches = "compile_mm_encoder compiles the encoder without hooks"
-        else:
-            watches = ""
-        if not model_config.uses_mrope:
-            positions: bool | None = True
-        elif engine is None:
-            positions = None
-        else:
-            positions = engine.use_v2_model_runner and engine.parallel_config.pipeline_parallel_size == 1
-        return cls(choice, positions, watches)
+            no_hooks = "compile_mm_encoder compiles the encoder without hooks"
+        no_positions = "" if not model_config.uses_mrope else None if engine is None else mrope_obstacle(engine)
+        if engine is not None and engine.is_mm_encoder_only:
+            choice = "engine"
+        return cls(choice, no_positions, no_hooks)
 
     def place(self, policy: PruningPolicy, family: Family, *, param: str = "pruning") -> tuple[Placement, str | None]:
         """Where a policy selects tokens, and why not in the engine where it might be expected there.
@@ -96,10 +93,33 @@ class EnginePlacement:
             return "budget.type", f'budget "{kind}" needs features before scheduling'
         if not family.fixed_length:
             return "method", "the length of this model's prompt depends on which tokens are kept"
-        if self.positions is False or (self.positions is None and self.choice == "auto"):
-            runner = "M-RoPE needs Model Runner V2 without pipeline parallelism"
-            return "method", runner if self.positions is False else f"{runner}, and the engine's is not known here"
+        if self.no_positions:
+            return "method", self.no_positions
+        if self.no_positions is None and self.choice == "auto":
+            return "method", "M-RoPE needs Model Runner V2, and this process does not know the engine's"
         watched = watched_inputs(policy, family)
-        if watched and self.watches:
-            return "method", f"method {policy.method} reads {', '.join(sorted(watched))}, and {self.watches}"
+        if watched and self.no_hooks:
+            return "method", f"method {policy.method} reads {', '.join(sorted(watched))}, and {self.no_hooks}"
         return "", ""
+
+
+def refuse_placement(engine: VllmConfig) -> None:
+    """Raise in a worker that VTPRUNE_PLACEMENT has select what its engine cannot position.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    obstacle = mrope_obstacle(engine) if engine.model_config.uses_mrope else ""
+    if envs.placement() == "engine" and obstacle:
+        raise ValueError(f"VTPRUNE_PLACEMENT=engine: {obstacle}; expected auto or api")
+
+
+def mrope_obstacle(engine: VllmConfig) -> str:
+    """Why an engine cannot position kept tokens of a model with M-RoPE; empty if it can."""
+    if not engine.use_v2_model_runner:
+        return "M-RoPE needs Model Runner V2, and the engine has V1"
+    if engine.parallel_config.pipeline_parallel_size > 1:
+        return "with pipeline parallelism, later ranks do not know the kept tokens, which M-RoPE needs"
+    if engine.ec_transfer_config is not None:
+        return "an encoder cache connector does not transfer the kept tokens, which M-RoPE needs"
+    return ""

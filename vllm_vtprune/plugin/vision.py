@@ -47,7 +47,6 @@ from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
 from vllm_vtprune.plugin.reading import FeatureReader, batches
-from vllm_vtprune.token_table import TokenTable
 from vllm_vtprune.tower import TowerError, VisionTower, Weights
 
 logger = init_logger("vllm.vtprune")
@@ -263,13 +262,8 @@ class Encoder(VisionTower):
 
     def __init__(self, family: Family, model_config: ModelConfig, device: torch.device) -> None:
         self.device, self.dtype = device, model_config.dtype
-        dummy = envs.load_format() == "dummy"
-        self.weights: Weights = "dummy" if dummy else "checkpoint"
-        text = model_config.hf_text_config
-        if dummy:
-            self._table = TokenTable.random(text.vocab_size, text.hidden_size, model_config.seed)
-        else:
-            self._table = TokenTable.of_checkpoint(loading.model_directory(model_config), text.hidden_size)
+        self.weights: Weights = "dummy" if envs.load_format() == "dummy" else "checkpoint"
+        self._table = loading.token_table(model_config)
         built = build(model_config, device)
         self._model, self.num_parameters, self.nbytes = built.model, built.num_parameters, built.nbytes
         self._lock = threading.Lock()  # guards what the reader records

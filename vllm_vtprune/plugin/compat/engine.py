@@ -6,7 +6,6 @@ from vllm import envs as vllm_envs
 from vllm.config import KVTransferConfig, MultiModalConfig, ParallelConfig, VllmConfig
 from vllm.platforms import Platform
 
-from vllm_vtprune import envs
 from vllm_vtprune.plugin.compat.names import private, require
 
 require(ParallelConfig, "_api_process_rank", "_api_process_count")
@@ -34,13 +33,6 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "weight_transfer_config.backend": transfer and transfer.backend,
         "media_io_kwargs.video.backend": multimodal and _gpu_video_backend(multimodal),
     }
-    if envs.placement() == "engine" and vllm_config.model_config.uses_mrope:
-        pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
-        if pipeline or not vllm_config.use_v2_model_runner:
-            raise ValueError(
-                "VTPRUNE_PLACEMENT=engine: this model has M-RoPE, for which vllm-vtprune selects tokens in the engine "
-                "with Model Runner V2 and without pipeline parallelism only; expected auto or api"
-            )
     for name, value in on.items():
         if value:
             raise ValueError(

@@ -15,6 +15,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info
 
 from vllm_vtprune import envs
 from vllm_vtprune.plugin.compat.names import private, require
+from vllm_vtprune.token_table import TokenTable
 
 require(DefaultModelLoader, "get_all_weights")
 
@@ -67,6 +68,18 @@ def are_from_checkpoint(weights: object) -> bool:
     (model_executor/model_loader/reload/inplace.py). Remove when vLLM tells the model their source.
     """
     return getattr(weights, "__name__", None) == DefaultModelLoader.get_all_weights.__name__
+
+
+def token_table(model_config: ModelConfig) -> TokenTable:
+    """The input embeddings of a model's language model, from its checkpoint; random with the load format dummy.
+
+    Raises:
+        TowerError: the checkpoint holds no such table.
+    """
+    text = model_config.hf_text_config
+    if envs.load_format() == "dummy":
+        return TokenTable.random(text.vocab_size, text.hidden_size, model_config.seed)
+    return TokenTable.of_checkpoint(model_directory(model_config), text.hidden_size)
 
 
 def model_directory(model_config: ModelConfig) -> Path:
