@@ -1,4 +1,4 @@
-"""The policies that an operator sets up: presets by name, and the default of requests that name none."""
+"""The operator's policies: presets, and the default."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ DEFAULT_PARAM = "--pruning-default"
 
 @dataclass(frozen=True)
 class Policies:
-    """What requests can refer to.
+    """Presets and default policy.
 
     Attributes:
-        presets: policies by name.
-        default: the policy of requests that name none.
-        default_preset: the preset that the default is; None where it was written out, or where there is none.
-        fixed_counts: the engine's option under which the number of tokens to keep must not depend on their features;
-            empty where it may.
-        selects: whether the default, or a preset of the operator's own, selects tokens. The package's presets do, and
-            nobody may ask for them.
+        presets: all presets, by name.
+        default: policy of requests without one.
+        default_preset: preset name of the default; None if the default is not a preset.
+        fixed_counts: the engine option that requires token counts independent of features; empty if there is none.
+        selects: whether the default or a preset of the operator selects tokens; built-in presets do not count.
     """
 
     presets: Mapping[str, PruningPolicy]
@@ -39,44 +37,44 @@ class Policies:
         *,
         fixed_counts: str = "",
     ) -> Policies:
-        """The package's presets and those of the operator, which precede them.
+        """Combine built-in presets and the operator's, which take precedence.
 
         Args:
             default: a policy in any form that a request may use; None for no pruning.
-            presets: more presets.
-            fixed_counts: as the attribute.
+            presets: the operator's presets.
+            fixed_counts: see the attribute.
 
         Raises:
-            PolicyError: the default is not a policy, or not one that can be followed with `fixed_counts`.
+            PolicyError: the default is not a valid policy, or conflicts with `fixed_counts`.
         """
-        known = builtin_presets() | dict(presets or {})
-        policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=known)
-        selects = any(each.selects for each in (policy, *(presets or {}).values()))
-        policies = cls(known, policy, default if isinstance(default, str) else None, fixed_counts, selects)
+        all_presets = builtin_presets() | dict(presets or {})
+        policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=all_presets)
+        selects = any(preset.selects for preset in (policy, *(presets or {}).values()))
+        policies = cls(all_presets, policy, default if isinstance(default, str) else None, fixed_counts, selects)
         policies._refuse_counts(policy, DEFAULT_PARAM, default)
         return policies
 
     def refuse_impossible(self, family: FamilyDefaults) -> None:
-        """Raise for a policy that a model of this family cannot follow, before any request meets it.
+        """Check that the family supports the default and every preset.
 
         Raises:
-            PolicyError: naming the option or preset, and the field.
+            PolicyError: names the option or preset, and the field.
         """
         for name, policy in {DEFAULT_PARAM: self.default, **self.presets}.items():
             policy.resolve(family, param=name)
 
     def parse(self, value: object, *, param: str = "pruning") -> PruningPolicy:
-        """Read what a client wrote; None for the server's default.
+        """Parse a request's policy; None means the server's default.
 
         Raises:
-            PolicyError: naming the first problem found.
+            PolicyError: names the first problem.
         """
         policy = PruningPolicy.parse(value, param=param, presets=self.presets, default=self.default)
         self._refuse_counts(policy, param, value)
         return policy
 
     def _refuse_counts(self, policy: PruningPolicy, param: str, value: object) -> None:
-        """Raise PolicyError for a count that depends on an image's features, where it must not."""
+        """Raise PolicyError for a feature-dependent token count under `fixed_counts`."""
         if self.fixed_counts and policy.enabled and isinstance(policy.budget, EnergyBudget | MethodBudget):
             kind = policy.budget.type
             problem = f'a budget of the type "{kind}" cannot be used with {self.fixed_counts}: instances could disagree'
