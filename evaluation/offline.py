@@ -87,9 +87,9 @@ def answer_offline(
     queue = iter(tasks)
     try:
         for _ in range(min(os.cpu_count() or 1, len(tasks))):
-            connection, worker_end = context.Pipe()
-            workers[connection] = context.Process(target=_work, args=(worker_end, model, arms, merged), daemon=True)
-            workers[connection].start()
+            parent_end, worker_end = context.Pipe()
+            workers[parent_end] = context.Process(target=_work, args=(worker_end, model, arms, merged), daemon=True)
+            workers[parent_end].start()
             worker_end.close()  # so that the connection ends with the process
         with tqdm(total=total, initial=total - unanswered, unit="question", disable=None) as progress:
             while workers:
