@@ -1,6 +1,6 @@
-"""The rows of the papers' ablation tables, as ways of pruning; `vtprune eval --ablation NAME` runs one table.
+"""The papers' ablation tables; `vtprune eval --ablation NAME` runs one.
 
-Each row changes one thing of the full method. Its name is the paper's setting.
+Each row changes one parameter of the full method and is named after the paper's setting.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Ablation:
 
     Attributes:
         title: paper and table.
-        rows: what changes in the policy, by the name of the row.
-        method: that the rows are variants of, unless they name another.
-        keeps: the budgets it is shown at.
+        rows: row name -> changed policy fields.
+        method: method of rows that name none.
+        keeps: token budgets.
     """
 
     title: str
@@ -108,20 +108,20 @@ SOLVERS = "eadaprune-solver"  # E-AdaPrune, Table 4; its threshold has to be fou
 
 
 def solver_arms(threshold: float, keep: int, dimension: int) -> list[Arm]:
-    """The rows of E-AdaPrune's Table 4: VisionZip at one energy threshold, solved in other ways.
+    """The rows of E-AdaPrune's Table 4: VisionZip at one energy threshold with different solvers.
 
     Args:
-        threshold: that keeps ``keep`` tokens on average when it is solved exactly.
-        keep: tokens.
-        dimension: of the encoder's features, of which the paper's ranks take as much as of its own 1,024.
+        threshold: energy threshold that keeps ``keep`` tokens on average with the exact solver.
+        keep: mean tokens.
+        dimension: width of the encoder's features; the paper's ranks are scaled from its 1,024.
     """
     solvers: dict[str, dict[str, Any]] = {"exact": {"solver": "exact"}}
     for rank in (500, 400, 300):
         for power in (2, 1, 0):
-            own = round(rank / 1024 * dimension)
-            solvers[f"rSVD, {own} of {dimension}, q = {power}"] = {
+            scaled_rank = round(rank / 1024 * dimension)
+            solvers[f"rSVD, {scaled_rank} of {dimension}, q = {power}"] = {
                 "solver": "rsvd",
-                "rank": own,
+                "rank": scaled_rank,
                 "power_iterations": power,
             }
     return [

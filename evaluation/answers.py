@@ -1,4 +1,4 @@
-"""Every answer that was given, in a file that grows: a run that is stopped goes on where it was."""
+"""All answers in an append-only file, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ CODE = (
     "vllm_vtprune_evaluation.merged",
     "vllm_vtprune_evaluation.offline",
 )
-"""Packages and modules whose code decides on answers: what others of it gave is not gone on with."""
+"""Packages and modules whose code affects answers; a run does not resume answers of other code."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, asked in one way.
+    """The answer to one question under one arm.
 
     Attributes:
-        question: its name.
-        kind: of question.
-        density: of the picture.
+        question: name of the question.
+        kind: kind of question.
+        density: density of the picture.
         text: the answer.
-        right: whether it is.
-        tokens: visual tokens that the language model read, on average over its layers.
+        right: whether the answer is right.
+        tokens: visual tokens that the language model read, mean over its layers.
     """
 
     question: str
@@ -50,22 +50,22 @@ class Answer:
     tokens: float
 
 
-def subject(model: str, served_as: str, asked: Sequence[Picture]) -> dict[str, str]:
-    """What answers depend on, beside the question and the way of pruning.
+def subject(model: str, served_as: str, pictures: Sequence[Picture]) -> dict[str, str]:
+    """Everything that answers depend on besides question and policy.
 
     Args:
         model: a directory, or a name on the hub.
-        served_as: the arithmetic: a dtype of a server, the address of a server of the user's, or that of no server.
-        asked: the pictures; of scenes, how many does not matter.
+        served_as: dtype of our server, URL of the user's server, or `offline.SERVED_AS`.
+        pictures: the pictures; the number of scenes does not matter.
     """
     code = hashlib.sha256()
     for name in CODE:
         for file in _sources(name):
             code.update(file.read_bytes())
-    for picture in asked:
+    for picture in pictures:
         if isinstance(picture.source, Path):
             code.update(repr((picture.label, picture.questions)).encode() + picture.source.read_bytes())
-    splits = {"none" if isinstance(picture.source, Path) else picture.source.split for picture in asked}
+    splits = {"none" if isinstance(picture.source, Path) else picture.source.split for picture in pictures}
     return {
         "model": weights_digest(model),
         "split": ", ".join(sorted(splits)),
@@ -76,7 +76,7 @@ def subject(model: str, served_as: str, asked: Sequence[Picture]) -> dict[str, s
 
 
 def _sources(name: str) -> list[Path]:
-    """The files of a package, or of a module."""
+    """Source files of a package or module."""
     spec = find_spec(name)
     assert spec is not None
     assert spec.origin is not None
@@ -85,43 +85,42 @@ def _sources(name: str) -> list[Path]:
 
 
 class AnswersError(Exception):
-    """A file of answers that cannot be gone on with; the message says why."""
+    """A file of answers that cannot be resumed; the message gives the reason."""
 
 
 class Answers:
-    """The answers so far, by arm and question, kept in a file of JSON lines.
+    """All answers by arm and question, stored as JSON lines.
 
-    The first line says what all answers depend on: the model and the questions. An arm whose policy changes begins
-    anew, since its answers are kept by policy too.
+    The first line is the `subject`. Answers are stored by policy, so an arm with a changed policy starts over.
     """
 
     def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
-        """Read a file, or begin one.
+        """Read or create a file.
 
         Raises:
-            AnswersError: its answers are of another subject, or it holds anything else.
+            AnswersError: the file has another subject, or is not a file of answers.
         """
-        self._found: dict[tuple[str, str], dict[str, Answer]] = {}
-        whole: list[str] = []
+        self._answers: dict[tuple[str, str], dict[str, Answer]] = {}
+        valid_lines: list[str] = []
         lines = path.read_text().splitlines() if path.exists() else []
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
-                if number == len(lines) - 1:  # cut off when the process was killed
+                if number == len(lines) - 1:  # truncated when the process was killed
                     break
                 raise AnswersError(f"{path}:{number + 1}: is not JSON: give --out another folder") from error
-            whole.append(line)
+            valid_lines.append(line)
             if number > 0:
                 self._note(entry.pop("arm"), entry.pop("policy"), Answer(**entry))
             elif entry != subject:
                 raise AnswersError(
                     f"{path} holds answers of {entry}, and these would be of {dict(subject)}: give --out another folder"
                 )
-        whole = whole or [json.dumps(subject)]
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join(f"{line}\n" for line in whole))
-        fresh.replace(path)
+        valid_lines = valid_lines or [json.dumps(subject)]
+        new_file = path.with_suffix(".new")
+        new_file.write_text("".join(f"{line}\n" for line in valid_lines))
+        new_file.replace(path)
         self._file = path.open("a")
 
     def __enter__(self) -> Self:
@@ -131,20 +130,20 @@ class Answers:
         self._file.close()
 
     def has(self, arm: Arm, question: str) -> bool:
-        """Whether the question was asked in this way."""
-        return question in self._found.get((arm.name, arm.digest()), {})
+        """Whether the question was answered under this arm."""
+        return question in self._answers.get((arm.name, arm.digest()), {})
 
     def add(self, arm: Arm, answer: Answer) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         self._note(arm.name, arm.digest(), answer)
         print(json.dumps({"arm": arm.name, "policy": arm.digest(), **asdict(answer)}), file=self._file, flush=True)
 
     def of(self, arm: Arm) -> Mapping[str, Answer]:
         """All answers of an arm, by question."""
-        return self._found.get((arm.name, arm.digest()), {})
+        return self._answers.get((arm.name, arm.digest()), {})
 
     def __iter__(self) -> Iterator[Answer]:
-        return (answer for answers in self._found.values() for answer in answers.values())
+        return (answer for answers in self._answers.values() for answer in answers.values())
 
     def _note(self, arm: str, policy: str, answer: Answer) -> None:
-        self._found.setdefault((arm, policy), {})[answer.question] = answer
+        self._answers.setdefault((arm, policy), {})[answer.question] = answer

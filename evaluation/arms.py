@@ -1,4 +1,4 @@
-"""Ways of pruning that are compared: methods at fixed budgets, and "+E", the same at an energy budget of equal mean."""
+"""The arms of a comparison: methods at fixed budgets, and "+E", the same with an energy budget of equal mean."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Budget = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of pruning.
+    """One policy in a comparison.
 
     Attributes:
-        name: unique in a comparison.
+        name: unique name.
         policy: the ``pruning`` field of its requests.
-        method: the row of the tables that it belongs to.
-        keep: the tokens of a picture that it keeps, on average where it adapts; None where nobody fixed them.
-        adaptive: whether the energy budget decides how many.
-        inside: whether it prunes inside the language model, whose first layers read more than ``keep``.
+        method: its row in the tables.
+        keep: kept tokens per picture (mean, if adaptive); None if not fixed.
+        adaptive: whether an energy budget decides the count.
+        inside: whether it prunes inside the language model, whose first layers read more than ``keep`` tokens.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Arm:
     inside: bool = False
 
     def policy_for(self, picture: str) -> Mapping[str, Any] | bool:
-        """The policy for a picture of this label. What is random is drawn anew for each, else a lucky mask decides."""
+        """The policy for a picture; random methods get a seed per picture, so that no single mask decides."""
         if not isinstance(self.policy, Mapping):
             return self.policy
         method = self.policy.get("method", "resprune")
@@ -44,7 +44,7 @@ class Arm:
         return {**self.policy, "seed": crc32(picture.encode())} if seeded else self.policy
 
     def digest(self) -> str:
-        """What its answers depend on beside model and questions."""
+        """The policy as canonical JSON."""
         return json.dumps(self.policy, sort_keys=True)
 
 
@@ -52,32 +52,32 @@ UNPRUNED = Arm("unpruned", False, "unpruned")
 
 
 def fixed(keep: int) -> Budget:
-    """A budget of so many tokens."""
+    """A budget of ``keep`` tokens."""
     return {"type": "tokens", "keep": keep}
 
 
 def energy(threshold: float) -> Budget:
-    """E-AdaPrune's budget, solved exactly, with no other bounds."""
+    """E-AdaPrune's budget with the exact solver and no bounds."""
     return {"type": "energy", "threshold": threshold, "solver": "exact", "min_tokens": 1}
 
 
 def usable(methods: Iterable[str], family: FamilyDefaults) -> list[str]:
-    """Those of the methods that a model of a family has all inputs for."""
+    """The methods whose inputs the family provides."""
     return [method for method in methods if family.supports(METHODS[method])]
 
 
 def grid(
     methods: Iterable[str], keeps: Sequence[int], thresholds: Mapping[int, float], sample: VisualFeatures
 ) -> list[Arm]:
-    """Every method at every budget, and "+E" at those budgets that ``thresholds`` has an energy threshold for.
+    """Every method at every budget, and "+E" at the budgets in ``thresholds``.
 
-    Budgets that a method cannot reach (``max_keep``) are left out, and energy budgets of those that see no features.
+    Omits budgets above a method's ``max_keep``, and energy budgets of methods that see no features.
 
     Args:
-        methods: by name.
-        keeps: tokens of a picture.
-        thresholds: by the mean tokens that they lead to.
-        sample: of a picture of the model.
+        methods: names of methods.
+        keeps: tokens per picture.
+        thresholds: mean tokens -> energy threshold.
+        sample: features of any picture.
     """
     arms = []
     for method in methods:
@@ -87,7 +87,7 @@ def grid(
             if keep > most:
                 continue
             arms.append(Arm(f"{method}@{keep}", {"method": method, "budget": fixed(keep)}, method, keep))
-            # a bound would take tokens from the mean
+            # a cap would lower the mean
             if keep in thresholds and not spec.capped and not spec.preprocesses:
                 budget = energy(thresholds[keep])
                 arms.append(Arm(f"{method}+E@{keep}", {"method": method, "budget": budget}, method, keep, True))
@@ -95,7 +95,7 @@ def grid(
 
 
 def own_counts(methods: Iterable[str]) -> list[Arm]:
-    """The methods that find their own count, left to do so."""
+    """The methods with their own count, at that count."""
     return [
         Arm(f"{method}@own", {"method": method, "budget": {"type": "method"}}, f"{method} (own count)")
         for method in methods
@@ -104,16 +104,16 @@ def own_counts(methods: Iterable[str]) -> list[Arm]:
 
 
 def presets(names: Iterable[str]) -> list[Arm]:
-    """The presets that come with the package."""
+    """The built-in presets with these names."""
     return [Arm(name, dict(BUILTIN_PRESETS[name]), name) for name in names]
 
 
 def check(arms: Sequence[Arm]) -> None:
-    """Raise for an arm whose policy is none.
+    """Validate arms.
 
     Raises:
-        PolicyError: naming the arm and the field.
-        ValueError: two arms have one name.
+        PolicyError: names the arm and the field.
+        ValueError: names are not unique.
     """
     for arm in arms:
         PruningPolicy.parse(arm.policy, param=arm.name)

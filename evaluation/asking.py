@@ -1,4 +1,4 @@
-"""Asking a server about pictures, in every way that is compared."""
+"""Ask a server every question under every arm."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from vllm_vtprune_evaluation.photo import data_url
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 ANSWER_TOKENS = 12
-TOGETHER = 16  # pictures that are asked about in every way before the next ones; their features stay in the cache
-IN_FLIGHT = 8  # requests
+BATCH = 16  # pictures asked about under all arms before the next; their features stay in the cache
+IN_FLIGHT = 8  # concurrent requests
 
 
 class Unasked(Exception):
-    """The server's answer to a question cannot be used; the message says why."""
+    """The server's answer to a question cannot be used; the message gives the reason."""
 
 
 def ask_all(url: str, model: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
-    """Ask every question of every picture in every way, but for those that ``answers`` already holds.
+    """Ask every question of every picture under every arm, except those in ``answers``.
 
-    At any time all arms were asked about the same pictures, but for the last few.
+    Proceeds by batches of pictures, so all arms have nearly the same pictures at any time.
 
     Args:
-        url: of the server, without a path.
-        model: that it should serve: a directory, or a name on the hub.
+        url: URL of the server, without a path.
+        model: the model that it should serve: a directory, or a name on the hub.
+        pictures: the pictures.
+        arms: the arms.
+        answers: gets the answers.
 
     Raises:
-        Unasked: the server serves another model, does not report what it did, or a request failed, also when it was
-            sent again.
+        Unasked: the server serves another model, returns no report, or a request failed after retries.
     """
     try:
         asyncio.run(_ask_all(url, model, pictures, arms, answers))
@@ -61,12 +63,12 @@ async def _ask_all(url: str, expected: str, pictures: Sequence[Picture], arms: S
                         answers.add(arm, await _ask(client, model, arm, picture, index, image))
                     progress.update()
 
-            for start in range(0, len(pictures), TOGETHER):
-                some = pictures[start : start + TOGETHER]
-                images = {picture.label: data_url(picture.paint()) for picture in some}
+            for start in range(0, len(pictures), BATCH):
+                batch = pictures[start : start + BATCH]
+                images = {picture.label: data_url(picture.paint()) for picture in batch}
                 async with asyncio.TaskGroup() as tasks:
                     for arm in arms:
-                        for picture in some:
+                        for picture in batch:
                             for index in range(len(picture.questions)):
                                 tasks.create_task(ask(arm, picture, index, images[picture.label]))
 
@@ -87,7 +89,7 @@ async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, inde
     report = (completion.model_extra or {}).get("pruning")
     if report is None:
         raise Unasked("the server's answers hold no pruning report; expected a server started by `vtprune serve`")
-    if any(shown["bypass_reason"] == "unsupported_model" for shown in report["images"]):
+    if any(image_report["bypass_reason"] == "unsupported_model" for image_report in report["images"]):
         raise Unasked("the server's model cannot be pruned")
     text = completion.choices[0].message.content or ""
     return Answer(

@@ -1,4 +1,4 @@
-"""`vtprune calibrate`: a preset for one's own images, from a wanted number of tokens or a wanted accuracy."""
+"""`vtprune calibrate`: find a preset for your images, from a mean token count or a retained accuracy."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from vllm_vtprune_evaluation.spectra import Sample, sample_pictures
 from vllm_vtprune_evaluation.thresholds import mean_kept, threshold_for
 from vllm_vtprune_server.process import ServerFailed
 
-LARGEST = 0.9999  # threshold: beyond it, rounding decides
-SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # of a picture's tokens, that are tried in turn
+LARGEST = 0.9999  # largest threshold; above it, rounding decides
+SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # keep ratios to try
 SCENE_QUESTIONS = 300
 ANSWERS = "answers.jsonl"  # below --work
 METHODS_OF_ANY_SIZE = [name for name, method in SELECTORS.items() if not method.capped]
@@ -49,12 +49,12 @@ a line of questions.jsonl, whose answer may be left out:
 
 @dataclass(frozen=True)
 class Trial:
-    """One threshold that was tried.
+    """The result of one energy threshold.
 
     Attributes:
-        threshold: of the energy budget.
-        mean_tokens: that it keeps of a picture.
-        retained: right answers by those of the unpruned model, or answers that are equal to its own; None: not asked.
+        threshold: energy threshold.
+        mean_tokens: mean kept tokens per picture.
+        retained: right answers relative to the unpruned model, or share of unchanged answers; None: not measured.
     """
 
     threshold: float
@@ -69,8 +69,8 @@ def calibrate(argv: list[str]) -> None:
         argv: the command line after ``vtprune calibrate``.
 
     Raises:
-        SystemExit: 2 for options that are not valid; 1 where the sample, the server or a request fails, or nothing that
-            was tried reaches the target; 130 when interrupted.
+        SystemExit: 2 for invalid options; 1 if the sample, the server or a request fails, or no trial reaches the
+            target; 130 when interrupted.
     """
     args = _parse(argv)
     try:
@@ -80,7 +80,7 @@ def calibrate(argv: list[str]) -> None:
         if args.tokens is not None:
             trials = [_trial(encoded, args.tokens)]
         else:
-            trials = _tried(args, model, sample, encoded)
+            trials = _run_trials(args, model, sample, encoded)
         chosen = choose(trials, args.retain)
         if args.retain is not None:
             print(aligned(_table(trials, chosen)), flush=True)
@@ -96,11 +96,11 @@ def calibrate(argv: list[str]) -> None:
 
 
 def choose(trials: Sequence[Trial], retain: float | None) -> Trial | None:
-    """The fewest tokens that retain so much, and more tokens too: the last before the first that does not.
+    """The last trial before the first one that retains too little; None if there is none.
 
     Args:
-        trials: most tokens first.
-        retain: wanted; None where nobody asked.
+        trials: trials, most tokens first.
+        retain: required share; None: no requirement.
     """
     chosen = None
     for trial in trials:
@@ -111,16 +111,16 @@ def choose(trials: Sequence[Trial], retain: float | None) -> Trial | None:
 
 
 def retained(answers: Sequence[Answer], unpruned: Sequence[Answer], *, known: bool) -> float:
-    """How much of the unpruned model is left.
+    """The retained share of the unpruned model's accuracy.
 
     Args:
-        answers: to the questions of the sample.
-        unpruned: to the same questions, in the same order.
-        known: whether the right answers are; else an answer is as good as it is equal to the unpruned one.
+        answers: answers to the sample's questions.
+        unpruned: the unpruned model's answers, in the same order.
+        known: whether the right answers are known; else the share of unchanged answers counts.
     """
     if known:
         return sum(answer.right for answer in answers) / max(1, sum(answer.right for answer in unpruned))
-    same = [plain(answer.text) == plain(whole.text) for answer, whole in zip(answers, unpruned, strict=True)]
+    same = [plain(answer.text) == plain(other.text) for answer, other in zip(answers, unpruned, strict=True)]
     return sum(same) / len(same)
 
 
@@ -189,19 +189,19 @@ def _name(text: str) -> str:
 
 
 def _trial(encoded: Sample, tokens: float) -> Trial:
-    found = threshold_for(encoded.pictures, tokens)
-    if found is None:
+    threshold = threshold_for(encoded.pictures, tokens)
+    if threshold is None:
         most = mean_kept(encoded.pictures, 1.0)
         raise _NoThreshold(f"no energy threshold keeps {tokens:g} tokens on average; at most it is {most:.1f} here")
-    return Trial(found, mean_kept(encoded.pictures, found))
+    return Trial(threshold, mean_kept(encoded.pictures, threshold))
 
 
-def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], encoded: Sample) -> list[Trial]:
-    """Every budget of `SHARES` that an energy threshold leads to, and the largest that one does, asked about all."""
-    told = {bool(question.answer) for picture in sample for question in picture.questions}
-    if len(told) > 1:
+def _run_trials(args: argparse.Namespace, model: str, sample: Sequence[Picture], encoded: Sample) -> list[Trial]:
+    """Evaluate every reachable budget of `SHARES`, or the largest reachable one before them."""
+    has_answer = {bool(question.answer) for picture in sample for question in picture.questions}
+    if len(has_answer) > 1:
         raise SampleError("some questions have an answer and others have none; expected all or none")
-    known = told == {True}
+    known = has_answer == {True}
     largest = mean_kept(encoded.pictures, LARGEST)
     budgets = [share * encoded.mean_tokens for share in SHARES]
     if budgets[0] > largest:
@@ -216,12 +216,12 @@ def _tried(args: argparse.Namespace, model: str, sample: Sequence[Picture], enco
     with Answers(args.work / ANSWERS, depends_on) as answers, served(args.url, model, dtype) as url:
         ask_all(url, model, sample, [UNPRUNED, *arms], answers)
         names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
-        whole = [answers.of(UNPRUNED)[name] for name in names]
+        unpruned = [answers.of(UNPRUNED)[name] for name in names]
         return [
             Trial(
                 trial.threshold,
                 trial.mean_tokens,
-                retained([answers.of(arm)[name] for name in names], whole, known=known),
+                retained([answers.of(arm)[name] for name in names], unpruned, known=known),
             )
             for trial, arm in zip(trials, arms, strict=True)
         ]
@@ -247,11 +247,11 @@ def _table(trials: Sequence[Trial], chosen: Trial | None) -> str:
 def _preset(args: argparse.Namespace, model: str, sample: Sequence[Picture], chosen: Trial) -> str:
     """The presets file."""
     questions = sum(len(picture.questions) for picture in sample)
-    about = f"{len(sample)} pictures, {chosen.mean_tokens:.1f} tokens on average over questions"
+    summary = f"{len(sample)} pictures, {chosen.mean_tokens:.1f} tokens on average over questions"
     if chosen.retained is not None:
-        about += f", {questions} questions, {100 * chosen.retained:.1f} % retained"
+        summary += f", {questions} questions, {100 * chosen.retained:.1f} % retained"
     return (
-        f"# vtprune calibrate, {model}: {about}\n"
+        f"# vtprune calibrate, {model}: {summary}\n"
         f"[{json.dumps(args.name)}]\n"
         f"method = {json.dumps(args.method)}\n"
         f'budget = {{type = "energy", threshold = {chosen.threshold!r}, min_tokens = 1}}\n'

@@ -59,8 +59,8 @@ from vllm_vtprune_evaluation.thresholds import threshold_for
 from vllm_vtprune_server.process import ServerFailed
 
 METHODS_BY_DEFAULT = ("resprune", "adaptprune", "divprune", "fastervlm", "random", "uniform")
-CALIBRATION_QUESTIONS = 1500  # of validation scenes: some 230 pictures, by which "+E" finds its thresholds
-SOLVERS_KEEP = 24  # of 192 dimensions as the paper's 130 of 1,024
+CALIBRATION_QUESTIONS = 1500  # validation questions (about 230 pictures) for the thresholds of "+E"
+SOLVERS_KEEP = 24  # tokens; 24 of 192 dimensions, like the paper's 130 of 1,024
 
 EXAMPLE = """examples:
   vtprune eval                                              # a few methods at 128 and 64 tokens, 200 questions
@@ -77,7 +77,7 @@ def evaluate(argv: list[str]) -> None:
         argv: the command line after ``vtprune eval``.
 
     Raises:
-        SystemExit: 2 for options that are not valid, 1 where the server or a request fails, 130 when interrupted.
+        SystemExit: 2 for invalid options, 1 if the server or a request fails, 130 when interrupted.
     """
     args = _parse(argv)
     try:
@@ -219,7 +219,7 @@ def _names(text: str, known: Iterable[str]) -> list[str]:
 def _arms(
     args: argparse.Namespace, model: str, dtype: str, asked: Sequence[Picture], reference: InLLM | None
 ) -> tuple[list[Arm], list[tuple[Arm, Pruning | None]]]:
-    """The ways of pruning that the options ask for: on the server, and inside the language model."""
+    """The arms that the options request: on the server, and inside the language model."""
     if args.ablation in ABLATIONS:
         return ABLATIONS[args.ablation].arms(), []
     solvers = args.ablation == SOLVERS
@@ -260,16 +260,16 @@ def _thresholds(sample: Sample, keeps: Sequence[int]) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results over all questions, and over the kinds that are fit to rank by.
+    """Results over all questions, and over the kinds of question used for ranking.
 
     Attributes:
-        about: the command, and what its answers depend on.
-        all_kinds: one result for each arm, the unpruned model's first.
-        ranked: the same over the kinds of question in `kinds`.
-        kinds: those that the unpruned model answers well enough.
-        paired: one arm against all others at the same budget, over the kinds of question that rank.
-        by_kind: of an ablation, the same as `paired` over each kind of question, and over all of them.
-        adaptive: each "+E" against its fixed budget, over the same questions.
+        about: the command, and the subject of its answers.
+        all_kinds: one result per arm, the unpruned model's first.
+        ranked: the same over `kinds`.
+        kinds: kinds of question that the unpruned model answers well enough.
+        paired: one arm against all others at the same budget, over `kinds`.
+        by_kind: for an ablation, `paired` over each kind of question, and over all.
+        adaptive: each "+E" against its fixed budget, over `kinds`.
     """
 
     about: Mapping[str, Any]
@@ -281,19 +281,19 @@ class Evaluation:
     adaptive: Sequence[Difference]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The content of ``results.json``."""
         return {
             "about": dict(self.about),
             "results": [result.to_json() for result in self.all_kinds],
             "ranked_kinds": list(self.kinds),
             "ranked_results": [result.to_json() for result in self.ranked],
             "paired": [difference.to_json() for difference in self.paired],
-            "paired_by_kind": {kind: [one.to_json() for one in found] for kind, found in self.by_kind.items()},
+            "paired_by_kind": {kind: [pair.to_json() for pair in pairs] for kind, pairs in self.by_kind.items()},
             "adaptive_less_fixed": [difference.to_json() for difference in self.adaptive],
         }
 
     def write(self, directory: Path) -> list[Path]:
-        """``results.md``, ``results.json`` and ``accuracy.png``, as paths."""
+        """Write ``results.md``, ``results.json`` and ``accuracy.png``; returns their paths."""
         tables, values, plot = (directory / name for name in ("results.md", "results.json", "accuracy.png"))
         values.write_text(json.dumps(self.to_json(), indent=1) + "\n")
         unpruned, *others = self.ranked or self.all_kinds
@@ -321,7 +321,7 @@ class Evaluation:
         return [tables, values, plot]
 
     def _differences(self, ranked: Sequence[Result]) -> Iterator[str]:
-        """The paired comparisons, each after a line about it."""
+        """The paired comparisons, each with an introductory line."""
         over = "in points on the same questions, with 95 % intervals over pictures, in bold where they exclude 0"
         row = {result.arm: result.row for result in ranked}
         if self.paired:
@@ -332,7 +332,7 @@ class Evaluation:
             yield difference_table(self.adaptive)
 
     def _means(self, ranked: Sequence[Result]) -> Iterator[str]:
-        """What "+E" came to at each budget, on average over methods."""
+        """Mean tokens of "+E" at each budget, over methods."""
         tokens: dict[int | None, list[float]] = {}
         for result in ranked:
             if result.arm in {difference.arm for difference in self.adaptive}:
@@ -341,7 +341,7 @@ class Evaluation:
 
 
 def _budgets(arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture]) -> dict[int, dict[str, list[float]]]:
-    """Tokens of pictures by budget and density. Energy budgets do not depend on the method, so one for each will do."""
+    """Tokens per picture, by budget and density, from one arm per budget (energy budgets are equal for all methods)."""
     tokens: dict[int, dict[str, list[float]]] = {}
     for arm in arms:
         if arm.keep is None or arm.keep in tokens:
@@ -356,18 +356,18 @@ def _results(
     arms: Sequence[Arm], answers: Answers, asked: Sequence[Picture], about: Mapping[str, Any], *, split: bool
 ) -> Evaluation:
     names = {picture.name(index) for picture in asked for index in range(len(picture.questions))}
-    given = [(arm, {name: answers.of(arm)[name] for name in names}) for arm in arms]
-    unpruned = given[0][1]
+    by_arm = [(arm, {name: answers.of(arm)[name] for name in names}) for arm in arms]
+    unpruned = by_arm[0][1]
     kinds = ranked_kinds(unpruned.values())
-    ranked = results(given, unpruned, kinds) if kinds else []
-    all_kinds = results(given, unpruned)
+    ranked = results(by_arm, unpruned, kinds) if kinds else []
+    all_kinds = results(by_arm, unpruned)
     compared = ranked or all_kinds
     pairs = against_reference(comparable(compared))
     paired, adaptive = (
-        differences(some, given, unpruned, kinds or None) for some in (pairs, adaptive_against_fixed(compared))
+        differences(selected, by_arm, unpruned, kinds or None) for selected in (pairs, adaptive_against_fixed(compared))
     )
     by_kind = {}
     if split:
-        by_kind = {kind: differences(pairs, given, unpruned, [kind]) for kind in all_kinds[0].by_kind}
-        by_kind["all"] = differences(pairs, given, unpruned)
+        by_kind = {kind: differences(pairs, by_arm, unpruned, [kind]) for kind in all_kinds[0].by_kind}
+        by_kind["all"] = differences(pairs, by_arm, unpruned)
     return Evaluation(about, all_kinds, ranked, kinds, paired, by_kind, adaptive)

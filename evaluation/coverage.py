@@ -1,4 +1,4 @@
-"""What of a scene the kept tokens show, method by method: why accuracies differ, without asking a language model.
+"""Which things of a scene the kept tokens cover, per method: explains accuracies without a language model.
 
     python -m vllm_vtprune_evaluation.coverage --questions 250 --keep 64
 
@@ -69,7 +69,7 @@ def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict
     """The mean coverage of each method that can keep so many tokens of the embedded model's."""
     processor = pruning_processor(embedded_model(), "float32")
     arms: list[Arm] = grid(methods, [keep], {}, features_of(processor, asked[0].paint()))
-    found: dict[str, list[Coverage]] = defaultdict(list)
+    coverages: dict[str, list[Coverage]] = defaultdict(list)
     for picture in tqdm(asked, unit="picture", disable=None):
         assert isinstance(picture.source, Scene)
         image = picture.paint()
@@ -77,10 +77,10 @@ def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict
             policy = PruningPolicy.parse(arm.policy_for(picture.label))
             for question in picture.questions:
                 _, plan, _ = plan_of(processor, image, policy, question.text)
-                shown = coverage(picture.source, question, plan.kept.numpy())
-                if shown is not None:
-                    found[arm.method].append(shown)
-    return {method: Coverage(*map(fmean, zip(*rows, strict=True))) for method, rows in found.items()}
+                covered = coverage(picture.source, question, plan.kept.numpy())
+                if covered is not None:
+                    coverages[arm.method].append(covered)
+    return {method: Coverage(*map(fmean, zip(*rows, strict=True))) for method, rows in coverages.items()}
 
 
 def main() -> None:

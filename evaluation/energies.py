@@ -95,12 +95,12 @@ def by_density(asked: Sequence[Picture], right: Mapping[str, Floats]) -> Table:
     """Points of accuracy lost at each budget, in pictures of each density and in all."""
     rows = []
     for density in (*DENSITIES, "all"):
-        some = [picture for picture in asked if density in (picture.density, "all")]
-        questions = sum(len(picture.questions) for picture in some)
-        shares = 100 * sum(right[picture.label] for picture in some) / questions
+        group = [picture for picture in asked if density in (picture.density, "all")]
+        questions = sum(len(picture.questions) for picture in group)
+        shares = 100 * sum(right[picture.label] for picture in group) / questions
         assert isinstance(shares, np.ndarray)
         rows.append(
-            [f"{density} ({len(some)})", f"{shares[-1]:.1f} %", *(f"{lost:+.1f}" for lost in shares[:-1] - shares[-1])]
+            [f"{density} ({len(group)})", f"{shares[-1]:.1f} %", *(f"{lost:+.1f}" for lost in shares[:-1] - shares[-1])]
         )
     return [["pictures", "unpruned", *map(str, KEEPS)], *rows]
 
@@ -117,14 +117,14 @@ def by_spectrum(asked: Sequence[Picture], right: Mapping[str, Floats], encoded: 
     rows = []
     for kind, change in kinds.items():
         measured = [
-            Measured(exact_spectrum(change(one)), len(one), len(one), len(picture.questions))
-            for picture, one in zip(asked, encoded, strict=True)
+            Measured(exact_spectrum(change(rows)), len(rows), len(rows), len(picture.questions))
+            for picture, rows in zip(asked, encoded, strict=True)
         ]
         for mean in MEANS:
             threshold = threshold_for(measured, mean)
             if threshold is None:
                 continue
-            kept = np.array([one.kept(threshold) for one in measured])
+            kept = np.array([picture.kept(threshold) for picture in measured])
             gained = np.array(
                 [right_at(right[p.label], k) - right_at(right[p.label], mean) for p, k in zip(asked, kept, strict=True)]
             )
@@ -135,7 +135,7 @@ def by_spectrum(asked: Sequence[Picture], right: Mapping[str, Floats], encoded: 
                 [
                     f"{kind}, {threshold:.4f}",
                     str(mean),
-                    *(f"{some:.0f}" for some in tokens),
+                    *(f"{mean_tokens:.0f}" for mean_tokens in tokens),
                     f"{points:+.1f} ({low:+.1f} to {high:+.1f})",
                 ]
             )
@@ -143,7 +143,7 @@ def by_spectrum(asked: Sequence[Picture], right: Mapping[str, Floats], encoded: 
 
 
 def interval(gained: Floats, questions: NDArray[np.int64]) -> tuple[float, float]:
-    """95 % of the points gained over resampled pictures."""
+    """The 95 % bootstrap interval of the points gained, over pictures."""
     draws = np.random.default_rng(0).integers(0, len(gained), (RESAMPLES, len(gained)))
     points = 100 * gained[draws].sum(axis=1) / questions[draws].sum(axis=1)
     low, high = np.percentile(points, [2.5, 97.5])

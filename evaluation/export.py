@@ -5,9 +5,9 @@
     python -m vllm_vtprune_evaluation.export --split validation --out build/sample
     vtprune calibrate --retain 0.95 --sample build/sample/questions.jsonl ...
 
-The folder holds one PNG for each picture, ``questions.jsonl``, and the task that lmms-eval finds by ``--include_path``.
-The questions of the split ``test`` are those of `vtprune eval` with the same number, so that the two accuracies can be
-compared; a budget that is to be measured on them must not be calibrated on them.
+The folder holds one PNG per picture, ``questions.jsonl``, and the task for lmms-eval's ``--include_path``. The split
+``test`` has the questions of `vtprune eval` with the same ``--questions``, so accuracies are comparable. Do not
+calibrate on the split that you report on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Greedy answers of a LLaMA to many questions about pictures at once, each as if it had been asked alone.
+"""Greedy decoding of a LLaMA for many questions about pictures in one batch, with the same results as one by one.
 
-Questions about the same visual tokens stand one after the other behind them, and read the picture, but not each other.
-What the language model makes of the picture is therefore computed once for all of them. The linear layers run over the
-tokens of all pictures of a batch; only attention goes picture by picture, so nothing is padded.
+Questions about the same visual tokens follow them in one row and attend to the picture but not to each other, so the
+picture is processed once for all of them. Linear layers run over all rows of a batch; attention runs row by row,
+without padding.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Asked:
     """Questions about the same visual tokens.
 
     Attributes:
-        prefix: ids of what stands before the picture.
-        visual: ``(k, d)`` the visual tokens.
-        questions: ids of what stands behind the picture, of each question at least one.
+        prefix: token ids before the picture.
+        visual: ``(k, d)`` visual tokens.
+        questions: token ids after the picture, at least one per question.
     """
 
     prefix: Sequence[int]
@@ -42,10 +42,10 @@ class Asked:
 
 
 class _Row:
-    """The questions about the same visual tokens on their way: where they stand, and which are not answered yet.
+    """The decoding state of the questions about the same visual tokens.
 
-    Keys and values of a row stand in the cache one after the other, from ``begin`` on: those of the prompts, then each
-    step's. ``mask (pending, used)`` is added to the scores of the pending questions' next tokens.
+    A row's keys and values are contiguous in the cache, from ``begin`` on: those of the prompts, then of each step.
+    ``mask (pending, used)`` is added to the attention scores of the pending questions' next tokens.
     """
 
     def __init__(self, asked: Asked, begin: int, max_tokens: int, dtype: torch.dtype) -> None:
@@ -54,37 +54,37 @@ class _Row:
         sizes = torch.tensor([len(question) for question in asked.questions])
         owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         same = (owner[:, None] == owner).tril()
-        own = torch.zeros(same.shape, dtype=dtype).masked_fill_(~same, -torch.inf)
-        self.text_mask = pad(own, (self.shared, 0))  # (tokens of the questions, used)
-        self.last = sizes.cumsum(0) - 1  # of each question, among the tokens of all
+        mask = torch.zeros(same.shape, dtype=dtype).masked_fill_(~same, -torch.inf)
+        self.text_mask = pad(mask, (self.shared, 0))  # (tokens of the questions, used)
+        self.last = sizes.cumsum(0) - 1  # index of each question's last token among the questions' tokens
         self.mask = self.text_mask[self.last]
         self.next_position = (self.shared + sizes).tolist()
         self.pending = list(range(len(sizes)))
-        self.said: list[list[int]] = [[] for _ in sizes]
+        self.output: list[list[int]] = [[] for _ in sizes]
 
     @property
     def positions(self) -> Tensor:
-        """``(used,)`` those of the prompts: each question's follow the picture's."""
+        """``(used,)`` positions of the prompts; each question's follow the picture's."""
         sizes = [position - self.shared for position in self.next_position]
         return torch.cat([torch.arange(self.shared), *(self.shared + torch.arange(size) for size in sizes)])
 
-    def hear(self, tokens: Sequence[int], ends: Collection[int]) -> None:
-        """Note the next token of each pending question; those that end are no longer pending."""
-        heard = list(zip(self.pending, tokens, strict=True))
-        going_on = [index for index, (_, token) in enumerate(heard) if token not in ends]
-        self.pending = [heard[index][0] for index in going_on]
-        for index in going_on:
-            question, token = heard[index]
-            self.said[question].append(token)
-        self.mask = self.mask[going_on]
+    def append(self, tokens: Sequence[int], ends: Collection[int]) -> None:
+        """Append the next token of each pending question; a question with an end token is no longer pending."""
+        next_tokens = list(zip(self.pending, tokens, strict=True))
+        unfinished = [index for index, (_, token) in enumerate(next_tokens) if token not in ends]
+        self.pending = [next_tokens[index][0] for index in unfinished]
+        for index in unfinished:
+            question, token = next_tokens[index]
+            self.output[question].append(token)
+        self.mask = self.mask[unfinished]
 
     def extend(self) -> tuple[Tensor, list[int]]:
-        """Make room for the last token of each pending question: their slots in the cache, and their positions."""
+        """Cache slots and positions for the last token of each pending question."""
         count = len(self.pending)
         slots = torch.arange(count) + self.begin + self.used
-        positions = [self.next_position[question] + len(self.said[question]) - 1 for question in self.pending]
-        own = torch.full((count, count), -torch.inf, dtype=self.mask.dtype).fill_diagonal_(0)
-        self.mask = torch.cat([self.mask, own], dim=1)
+        positions = [self.next_position[question] + len(self.output[question]) - 1 for question in self.pending]
+        mask = torch.full((count, count), -torch.inf, dtype=self.mask.dtype).fill_diagonal_(0)
+        self.mask = torch.cat([self.mask, mask], dim=1)
         self.used += count
         return slots, positions
 
@@ -113,19 +113,19 @@ class _Cache:
 def answer_greedily(
     model: Any, asked: Sequence[Asked], ends: Collection[int], max_tokens: int
 ) -> list[list[list[int]]]:
-    """The ids of the answer to every question, without the token that ends it.
+    """Token ids of the answer to every question, without the end token.
 
     Args:
         model: a `LlavaForConditionalGeneration` with a LLaMA, on a CPU.
-        asked: at least one; a step of computation takes all of them.
-        ends: tokens that end an answer.
-        max_tokens: of an answer, 1 or more.
+        asked: the rows of the batch, at least one.
+        ends: end tokens.
+        max_tokens: most tokens of an answer, at least 1.
     """
     llama = model.model.language_model
     rows: list[_Row] = []
-    for one in asked:
-        rows.append(_Row(one, rows[-1].end if rows else 0, max_tokens, one.visual.dtype))
-    hidden = torch.cat([_embedded(llama, one) for one in asked])
+    for item in asked:
+        rows.append(_Row(item, rows[-1].end if rows else 0, max_tokens, item.visual.dtype))
+    hidden = torch.cat([_embedded(llama, item) for item in asked])
     slots = torch.cat([torch.arange(row.begin, row.begin + row.used) for row in rows])
     cos, sin = _rotary(llama, hidden, torch.cat([row.positions for row in rows]))
     caches: list[_Cache] = []
@@ -144,7 +144,7 @@ def answer_greedily(
             mixed[middle:stop] = cache.attend(query[middle:stop], begin, end, row.text_mask)
         hidden = _mixed_in(layer, hidden, mixed)
 
-    # of the last layer, all that is read are keys and values, and the last token of each question
+    # the last layer needs only keys, values, and the last token of each question
     last = torch.cat([start + row.shared + row.last for row, start in zip(rows, starts, strict=True)])
     query, key, value = _projected(deepest, hidden, cos, sin, last)
     caches.append(_Cache(rows[-1].end, key))
@@ -153,29 +153,29 @@ def answer_greedily(
     while True:
         tokens = model.lm_head(llama.norm(hidden)).argmax(dim=-1).tolist()
         for row, start in zip(rows, _starts([len(row.pending) for row in rows]), strict=True):
-            row.hear(tokens[start : start + len(row.pending)], ends)
+            row.append(tokens[start : start + len(row.pending)], ends)
         max_tokens -= 1
         pending = [row for row in rows if row.pending]
         if not pending or max_tokens == 0:
-            return [row.said for row in rows]
-        hidden = llama.embed_tokens(
-            torch.tensor([row.said[question][-1] for row in pending for question in row.pending])
-        )
-        places = [row.extend() for row in pending]
-        slots = torch.cat([place for place, _ in places])
-        cos, sin = _rotary(llama, hidden, torch.tensor([position for _, some in places for position in some]))
+            return [row.output for row in rows]
+        last_tokens = [row.output[question][-1] for row in pending for question in row.pending]
+        hidden = llama.embed_tokens(torch.tensor(last_tokens))
+        extended = [row.extend() for row in pending]
+        slots = torch.cat([row_slots for row_slots, _ in extended])
+        positions = [position for _, row_positions in extended for position in row_positions]
+        cos, sin = _rotary(llama, hidden, torch.tensor(positions))
         for layer, cache in zip(llama.layers, caches, strict=True):
             query, key, value = _projected(layer, hidden, cos, sin)
             cache.put(slots, key, value)
             hidden = _mixed_in(layer, hidden, _attended(pending, cache, query))
 
 
-def _embedded(llama: Any, one: Asked) -> Tensor:
-    """(length, d)"""
-    text = [token for question in one.questions for token in question]
-    embedded = llama.embed_tokens(torch.tensor([*one.prefix, *text]))
-    before = len(one.prefix)
-    return torch.cat([embedded[:before], one.visual, embedded[before:]])
+def _embedded(llama: Any, asked: Asked) -> Tensor:
+    """(length, d) input embeddings of a row."""
+    text = [token for question in asked.questions for token in question]
+    embedded = llama.embed_tokens(torch.tensor([*asked.prefix, *text]))
+    before = len(asked.prefix)
+    return torch.cat([embedded[:before], asked.visual, embedded[before:]])
 
 
 def _rotary(llama: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,16 +185,16 @@ def _rotary(llama: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tens
 
 
 def _projected(
-    layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, asking: Tensor | None = None
+    layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, query_index: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, of the tokens ``asking`` alone where that is given, keys and values (T, heads, d_head)."""
+    """Queries (only of the tokens in ``query_index``, if set), keys and values, (T, heads, d_head) each."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     heads = (-1, attention.head_dim)
     key = _rotated(attention.k_proj(normed).unflatten(-1, heads), cos, sin)
     value = attention.v_proj(normed).unflatten(-1, heads)
-    if asking is not None:
-        normed, cos, sin = normed[asking], cos[asking], sin[asking]
+    if query_index is not None:
+        normed, cos, sin = normed[query_index], cos[query_index], sin[query_index]
     return _rotated(attention.q_proj(normed).unflatten(-1, heads), cos, sin), key, value
 
 
@@ -204,22 +204,22 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attended(rows: Sequence[_Row], cache: _Cache, query: Tensor) -> Tensor:
-    """Attention of each row's pending questions, of which ``query`` holds one token each."""
+    """Attention of each row's pending questions; ``query`` holds one token per question."""
     counts = [len(row.pending) for row in rows]
     return torch.cat(
         [
-            cache.attend(some, row.begin, row.begin + row.used, row.mask)
-            for row, some in zip(rows, torch.split(query, counts), strict=True)
+            cache.attend(row_query, row.begin, row.begin + row.used, row.mask)
+            for row, row_query in zip(rows, torch.split(query, counts), strict=True)
         ]
     )
 
 
 def _mixed_in(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
-    """What leaves a layer: (T, d)."""
+    """(T, d) output of a layer, from its input and attention."""
     hidden = hidden + layer.self_attn.o_proj(mixed.flatten(1))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    """Where each begins, of parts that stand one after the other."""
+    """Start of each of several consecutive parts."""
     return [sum(sizes[:index]) for index in range(len(sizes))]

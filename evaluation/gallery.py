@@ -1,4 +1,4 @@
-"""What is kept of some scenes, and what is answered then, drawn side by side."""
+"""Draw scenes with their kept tokens and answers, arm by arm."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def gallery_figure(
     for row, picture in zip(grid, pictures, strict=True):
         question, name, image = picture.questions[0], picture.name(0), picture.paint()
         row[0].imshow(image)
-        asked = f"{fill(question.text, LETTERS)}\nright: {question.answer}"
-        row[0].set_title(asked, fontsize=TEXT_SIZE, parse_math=False)
+        title = f"{fill(question.text, LETTERS)}\nright: {question.answer}"
+        row[0].set_title(title, fontsize=TEXT_SIZE, parse_math=False)
         _answer(row[0], answers.of(UNPRUNED)[name], "unpruned: ")
         for axes, arm in zip(row[1:], arms, strict=True):
-            found = examine(processor, image, PruningPolicy.parse(arm.policy_for(picture.label)), question.text)
-            axes.imshow(found.drawn)
-            kept = f"{found.image['kept_tokens']} of {found.image['visual_tokens']} tokens"
+            inspection = examine(processor, image, PruningPolicy.parse(arm.policy_for(picture.label)), question.text)
+            axes.imshow(inspection.drawn)
+            kept = f"{inspection.image['kept_tokens']} of {inspection.image['visual_tokens']} tokens"
             axes.set_title(f"{arm.name}\n{kept}", fontsize=TEXT_SIZE)
             _answer(axes, answers.of(arm)[name])
         for axes in row:
@@ -89,8 +89,8 @@ def gallery_figure(
 
 
 def _answer(axes: Axes, answer: Answer, before: str = "") -> None:
-    """An answer below a picture: a tick and blue where it is right, a cross and red where it is wrong."""
+    """Write an answer below a picture: a blue tick if it is right, a red cross if it is wrong."""
     mark, colour = ("✓", BLUE) if answer.right else ("✗", VERMILLION)
-    said = "".join(letter if letter.isprintable() else " " for letter in answer.text)
-    text = fill(f"{before}{mark} {said.strip()}", LETTERS, max_lines=2)
+    printable = "".join(letter if letter.isprintable() else " " for letter in answer.text)
+    text = fill(f"{before}{mark} {printable.strip()}", LETTERS, max_lines=2)
     axes.set_xlabel(text, fontsize=TEXT_SIZE, color=colour, parse_math=False)

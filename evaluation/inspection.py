@@ -33,11 +33,11 @@ EXAMPLE = """example:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a policy makes of one image.
+    """The result of a policy for one image.
 
     Attributes:
-        image: the report of the image, as a server would give it.
-        drawn: the image with the parts faded whose tokens are dropped.
+        image: the image's report, as in a server's response.
+        drawn: the image with dropped parts faded.
     """
 
     image: dict[str, Any]
@@ -45,7 +45,7 @@ class Inspection:
 
 
 class InspectionFailed(Exception):
-    """The image or the model cannot be inspected; the message says why."""
+    """The image or the model cannot be inspected; the message gives the reason."""
 
 
 def inspect(argv: list[str]) -> None:
@@ -55,7 +55,7 @@ def inspect(argv: list[str]) -> None:
         argv: the command line after ``vtprune inspect``.
 
     Raises:
-        SystemExit: 2 for options that are not valid, 1 for an image or a model that cannot be inspected.
+        SystemExit: 2 for invalid options, 1 for an image or a model that cannot be inspected.
     """
     parser = argparse.ArgumentParser(
         prog="vtprune inspect",
@@ -94,7 +94,7 @@ def inspect(argv: list[str]) -> None:
         parser.error(f"--pruning: {args.pruning} keeps every token; expected a policy that prunes")
     if not policy.selects:
         parser.error(
-            f"--pruning: method {policy.method} scales the picture and selects no tokens; expected a policy that "
+            f"--pruning: method {policy.method} resizes the image and selects no tokens; expected a policy that "
             "selects tokens"
         )
     try:
@@ -104,13 +104,13 @@ def inspect(argv: list[str]) -> None:
             args.model or str(embedded_checkpoint(args.family)),
             trust_remote_code=args.trust_remote_code or (args.model is None and args.family in WITH_CODE),
         )
-        found = examine(processor, picture, policy, args.query)
+        inspection = examine(processor, picture, policy, args.query)
         weights = weights_of(args.model, args.family)
         random = weights == "random"
-        (with_caption(found.drawn, "Random weights") if random else found.drawn).save(args.out)
+        (with_caption(inspection.drawn, "Random weights") if random else inspection.drawn).save(args.out)
     except (OSError, PolicyError, InspectionFailed) as error:
         sys.exit(f"vtprune inspect: {error}")
-    image = found.image
+    image = inspection.image
     if args.json:
         print(json.dumps({"weights": weights, **image}))
         return
@@ -121,16 +121,16 @@ def inspect(argv: list[str]) -> None:
 
 
 def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPolicy, query: str) -> Inspection:
-    """Choose the tokens of one image as the server would.
+    """Select the tokens of one image as the server would, and draw them.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
         picture: the image.
-        policy: what to do with it.
-        query: the text that the choice is conditioned on, where the policy looks at one.
+        policy: a policy that selects tokens.
+        query: the conditioning text, if the policy uses it.
 
     Raises:
-        PolicyError: the model's family lacks what the policy asks for.
+        PolicyError: the model's family lacks what the policy needs.
     """
     report, plan, features = plan_of(processor, picture, policy, query)
     view = processor.view(picture.height, picture.width)
@@ -138,12 +138,12 @@ def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPo
 
 
 def pruning_processor(model: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PruningProcessor:
-    """What prepares and prunes a model's images, without an engine.
+    """A model's pruning processor, without an engine.
 
     Args:
         model: a directory, or a name on the hub.
-        dtype: of its vision encoder; "auto" for the model's own.
-        trust_remote_code: whether to run the code that reads the model's config, where the model brings it.
+        dtype: dtype of the vision encoder; "auto": the model's own.
+        trust_remote_code: whether to run code from the model's repository.
 
     Raises:
         InspectionFailed: the model cannot be read, or its architecture cannot be pruned.
@@ -168,10 +168,10 @@ def pruning_processor(model: str, dtype: str = "auto", *, trust_remote_code: boo
 def plan_of(
     processor: PruningProcessor, picture: Image.Image, policy: PruningPolicy, query: str
 ) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
-    """The tokens of one image that the server would keep: its report, the plan, and what it was made from.
+    """Report, plan and features of one image, as on the server.
 
     Raises:
-        PolicyError: the model's family lacks what the policy asks for.
+        PolicyError: the model's family lacks what the policy needs.
     """
     from vllm_vtprune.plugin.image import plan_image
 
@@ -179,7 +179,7 @@ def plan_of(
 
 
 def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeatures:
-    """What the model's vision encoder makes of an image."""
+    """Features of an image."""
     from vllm_vtprune.plugin.image import encode_image
 
     return encode_image(processor, _media(picture.convert("RGB")))
@@ -188,7 +188,7 @@ def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeat
 def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:
     from vllm.multimodal.media import MediaWithBytes
 
-    return MediaWithBytes(picture, repr(picture.size).encode() + picture.tobytes())  # what an image is told by
+    return MediaWithBytes(picture, repr(picture.size).encode() + picture.tobytes())  # the bytes that vLLM hashes
 
 
 def _json_or_name(text: str) -> object:

@@ -1,8 +1,8 @@
-"""A 2 x 2 merger in the demo model, such as Qwen's, GLM's and InternVL's encoders have.
+"""A 2 x 2 merger for the demo model, like those of Qwen, GLM and InternVL.
 
-It stands in the place of the projector, so a picture is 144 tokens instead of 576. The encoder is that of the embedded
-model; merger and language model were trained for each other by `python -m training.merged`, and come from one file,
-which only `vtprune eval --merged` reads: no engine serves such a model.
+It replaces the projector, so a picture has 144 tokens instead of 576. The encoder is the embedded model's. `python -m
+training.merged` trains merger and language model together and writes one file, which only `vtprune eval --merged`
+reads; no engine serves such a model.
 """
 
 from __future__ import annotations
@@ -55,10 +55,7 @@ def by_token(patches: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merged_features(features: VisualFeatures, merger: Merger) -> VisualFeatures:
-    """Features of patches, as a family that merges hands them on.
-
-    Of a token's patches that is the mean of what feeds the connector and of the keys, and the sum of CLS attention.
-    """
+    """Merge features of patches like `vllm_vtprune.plugin.vision`: means of ``encoder`` and keys, sums of attention."""
     assert features.grid is not None
     assert features.cls_attention is not None
     assert features.keys is not None
@@ -83,10 +80,10 @@ def save_merged(directory: Path, merger: Merger, model: Any) -> Path:
 
 
 def load_merged(directory: Path, model: Any) -> Merger:
-    """The merger; the language model of a `LlavaForConditionalGeneration` gets the weights that go with it.
+    """Load the merger, and its language model's weights into a `LlavaForConditionalGeneration`.
 
     Raises:
-        ValueError: the folder does not hold what `save_merged` writes, or for another model.
+        ValueError: the folder has no valid file of `save_merged`, or one of another model.
     """
     vision, text = model.config.vision_config, model.config.text_config
     merger = Merger(vision.hidden_size, text.hidden_size)
@@ -94,8 +91,8 @@ def load_merged(directory: Path, model: Any) -> Merger:
     try:
         weights = load_file(directory / FILE)
         for part, module in parts.items():
-            own = {k.removeprefix(f"{part}."): rows for k, rows in weights.items() if k.startswith(f"{part}.")}
-            module.load_state_dict(own)
+            state = {k.removeprefix(f"{part}."): rows for k, rows in weights.items() if k.startswith(f"{part}.")}
+            module.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{directory}: expected a folder that python -m training.merged wrote ({problem})") from error

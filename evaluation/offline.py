@@ -1,8 +1,8 @@
-"""The answers of a server, many times faster, without one: each picture is encoded, and answered in batches, once.
+"""The same answers as a server, many times faster and without one.
 
-Pictures are encoded and planned by the model's own processor, as in the server, and answered in float32 by plain torch.
-A way of pruning that does not look at the question is planned once for all questions about a picture, and its kept
-tokens are read once for all of them (`forward.py`).
+Pictures are encoded and planned by the model's processor, as in the server, and answered in float32 by plain torch, in
+batches. A policy without text is planned once per picture, and its kept tokens are prefilled once for all questions
+(`forward.py`).
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from vllm_vtprune_evaluation.merged import load_merged, merged_features
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
-BATCH_TOKENS = 1024  # of pictures and questions that are computed together: more leave the processor's cache
+BATCH_TOKENS = 1024  # tokens of pictures and questions per batch; larger batches do not fit the CPU's cache
 
 Pending: TypeAlias = Sequence[tuple[int, Sequence[int]]]
-"""What is to be asked about a picture: an arm's number, and its questions'."""
+"""Unanswered questions of a picture: (index of the arm, indices of the questions)."""
 
-Given: TypeAlias = list[tuple[int, Answer]]
-"""Answers, each with its arm's number."""
+ArmAnswers: TypeAlias = list[tuple[int, Answer]]
+"""(index of the arm, answer)."""
 
 
 class OfflineFailed(Exception):
-    """The model cannot be asked offline, or what asks it has ended; the message says why."""
+    """The model cannot be evaluated offline, or a worker process ended; the message gives the reason."""
 
 
 def check_model(model: str) -> None:
-    """Refuse a model that is not of LLaVA-1.5's kind.
+    """Check that a model is a LLaVA-1.5.
 
     Raises:
-        OfflineFailed: it is another, or none.
+        OfflineFailed: it is not, or cannot be read.
     """
     try:
         check_kind(Path(model))
@@ -65,52 +65,55 @@ def check_model(model: str) -> None:
 def answer_offline(
     model: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers, merged: Path | None = None
 ) -> None:
-    """Ask every question of every picture in every way, but for those that ``answers`` already holds.
+    """Answer every question of every picture under every arm, except those in ``answers``.
 
-    One process for each core answers picture after picture, each with its own copy of the model.
+    One worker process per core, each with its own copy of the model.
 
     Args:
-        model: a directory, or a name on the hub, of LLaVA-1.5's kind.
-        merged: a folder with a merger for it, and the language model that goes with that.
+        model: a LLaVA-1.5: a directory, or a name on the hub.
+        pictures: the pictures.
+        arms: the arms.
+        answers: gets the answers.
+        merged: folder of a merger and its language model.
 
     Raises:
-        OfflineFailed: a process cannot load the model or prune with it, or has ended.
+        OfflineFailed: a worker cannot load or prune the model, or ended.
     """
     tasks = [(picture, pending) for picture in pictures if (pending := _pending(picture, arms, answers))]
     total = len(arms) * sum(len(picture.questions) for picture in pictures)
-    left = sum(len(questions) for _, pending in tasks for _, questions in pending)
+    unanswered = sum(len(questions) for _, pending in tasks for _, questions in pending)
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, Any] = {}
     queue = iter(tasks)
     try:
         for _ in range(min(os.cpu_count() or 1, len(tasks))):
-            ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs, model, arms, merged), daemon=True)
-            workers[ours].start()
-            theirs.close()  # so that the end of the process is the end of the connection
-        with tqdm(total=total, initial=total - left, unit="question", disable=None) as progress:
+            parent_end, worker_end = context.Pipe()
+            workers[parent_end] = context.Process(target=_work, args=(worker_end, model, arms, merged), daemon=True)
+            workers[parent_end].start()
+            worker_end.close()  # so that the connection ends with the process
+        with tqdm(total=total, initial=total - unanswered, unit="question", disable=None) as progress:
             while workers:
                 for connection in wait(list(workers)):
                     assert isinstance(connection, Connection)
                     process = workers[connection]
                     try:
-                        given = connection.recv()
+                        message = connection.recv()
                     except EOFError:
                         process.join()
                         raise OfflineFailed(f"a process that answers ended with status {process.exitcode}") from None
-                    if isinstance(given, str):
-                        raise OfflineFailed(given)
-                    for number, answer in given or ():
-                        answers.add(arms[number], answer)
-                    progress.update(len(given or ()))
-                    if given is None:
+                    if isinstance(message, str):
+                        raise OfflineFailed(message)
+                    for arm, answer in message or ():
+                        answers.add(arms[arm], answer)
+                    progress.update(len(message or ()))
+                    if message is None:
                         task = next(queue, None)
                         connection.send(task)
                         if task is None:
                             workers.pop(connection).join()
     finally:
         for process in workers.values():
-            process.kill()  # it holds nothing that is not here yet
+            process.kill()  # all its answers have arrived
 
 
 def _pending(picture: Picture, arms: Sequence[Arm], answers: Answers) -> Pending:
@@ -123,12 +126,9 @@ def _pending(picture: Picture, arms: Sequence[Arm], answers: Answers) -> Pending
 
 
 def _work(connection: Connection, model: str, arms: Sequence[Arm], merged: Path | None) -> None:
-    """Answer about the pictures that come, until None does; a string that is sent back says what failed.
-
-    None is sent back where there is nothing left to do.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    os.environ["VTPRUNE_TOWER_THREADS"] = "1"  # the others have the other cores
+    """Answer the tasks that arrive until None does. Sends answers, None when idle, a string for an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    os.environ["VTPRUNE_TOWER_THREADS"] = "1"  # one core per worker
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(1)
     try:
@@ -136,10 +136,10 @@ def _work(connection: Connection, model: str, arms: Sequence[Arm], merged: Path 
         connection.send(None)
         while (task := connection.recv()) is not None:
             picture, pending = task
-            for given in offline.answers(picture, arms, pending):
-                connection.send(given)
+            for batch in offline.answers(picture, arms, pending):
+                connection.send(batch)
             connection.send(None)
-    except (EOFError, BrokenPipeError):  # nobody waits for more
+    except (EOFError, BrokenPipeError):  # the parent has ended
         return
     except (InspectionFailed, OSError, ValueError) as error:  # a PolicyError is a ValueError
         connection.send(f"--offline: {error}")
@@ -147,22 +147,22 @@ def _work(connection: Connection, model: str, arms: Sequence[Arm], merged: Path 
 
 @dataclass(eq=False)
 class _Kept:
-    """Visual tokens that were kept, and who asks about them."""
+    """Kept visual tokens, and the questions and arms that share them."""
 
     embeds: torch.Tensor
-    askers: dict[int, list[int]] = field(default_factory=dict)  # by question: numbers of arms
+    arms_by_question: dict[int, list[int]] = field(default_factory=dict)  # indices
 
 
 class Offline:
-    """A LLaVA-1.5 checkpoint that is asked without a server.
+    """A LLaVA-1.5 checkpoint without a server.
 
     Args:
         model: a directory, or a name on the hub.
-        merged: as of `answer_offline`.
+        merged: see `answer_offline`.
 
     Raises:
-        InspectionFailed: it cannot be read, or cannot be pruned.
-        OSError, ValueError: as `InLLM` and `load_merged` raise them.
+        InspectionFailed: the model cannot be read or pruned.
+        OSError, ValueError: from `InLLM` and `load_merged`.
     """
 
     def __init__(self, model: str, merged: Path | None = None) -> None:
@@ -171,11 +171,11 @@ class Offline:
         self._tokenizer = self._language.processor.tokenizer
         self._merger = None if merged is None else load_merged(merged, self._language.model)
 
-    def answers(self, picture: Picture, arms: Sequence[Arm], pending: Pending) -> Iterator[Given]:
-        """Ask about a picture, in batches.
+    def answers(self, picture: Picture, arms: Sequence[Arm], pending: Pending) -> Iterator[ArmAnswers]:
+        """Answer the pending questions of a picture, in batches.
 
         Raises:
-            PolicyError: the model lacks what a policy asks for.
+            PolicyError: the model lacks what a policy needs.
             ValueError: a question holds the image token.
         """
         features = features_of(self._processor, picture.paint())
@@ -186,7 +186,7 @@ class Offline:
         tokens = 0
         for kept in self._kept(picture, features, arms, pending):
             batch.append(kept)
-            tokens += len(kept.embeds) + sum(len(prompts[question][0]) for question in kept.askers)
+            tokens += len(kept.embeds) + sum(len(prompts[question][0]) for question in kept.arms_by_question)
             if tokens >= BATCH_TOKENS:
                 yield self._answered(picture, batch, prompts)
                 batch, tokens = [], 0
@@ -196,8 +196,8 @@ class Offline:
     def _kept(
         self, picture: Picture, features: VisualFeatures, arms: Sequence[Arm], pending: Pending
     ) -> Iterator[_Kept]:
-        """What every arm keeps, once for all that keep it for the same reason."""
-        reasons: dict[tuple[str, tuple[int, ...]], tuple[PruningPolicy, dict[int, list[int]]]] = {}
+        """The kept tokens of every arm and question, once for equal policies and nouns."""
+        groups: dict[tuple[str, tuple[int, ...]], tuple[PruningPolicy, dict[int, list[int]]]] = {}
         counts: dict[object, int] = {}
         for number, questions in pending:
             policy = PruningPolicy.parse(arms[number].policy_for(picture.label)).resolve(self._processor.family)
@@ -205,33 +205,35 @@ class Offline:
             digest = policy.selection_digest()
             for question in questions:
                 nouns = self._nouns(policy, picture.questions[question].text) if policy.conditions_on_text else ()
-                _, askers = reasons.setdefault((digest, nouns), (policy, {}))
-                askers.setdefault(question, []).append(number)
-        for (_, nouns), (policy, askers) in reasons.items():
-            yield _Kept(sequence(features, self._plan(features, policy, nouns)), askers)
+                _, arms_by_question = groups.setdefault((digest, nouns), (policy, {}))
+                arms_by_question.setdefault(question, []).append(number)
+        for (_, nouns), (policy, arms_by_question) in groups.items():
+            yield _Kept(sequence(features, self._plan(features, policy, nouns)), arms_by_question)
 
     def _plan(self, features: VisualFeatures, policy: PruningPolicy, nouns: tuple[int, ...]) -> PruningPlan:
         if self._merger is None:
             return self._processor.runtime.plan(features, policy, nouns)
-        rows = self._language.model.get_input_embeddings().weight.detach()  # not those of the checkpoint
+        rows = self._language.model.get_input_embeddings().weight.detach()  # the merger's, not the checkpoint's
         return plan_tokens(features, policy, rows[list(nouns)] if nouns else None, family=self._processor.family)
 
     def _nouns(self, policy: PruningPolicy, question: str) -> tuple[int, ...]:
-        """Token ids of the nouns that the server would read in a message with the picture and the question."""
+        """Token ids of a question's nouns, as on the server."""
         text = question if policy.text.query is None else policy.text.query
         nouns = read_prompt(text, policy.text.clean, policy.text.modifiers).nouns
         return tuple(token for noun in nouns for token in noun_ids(noun, self._tokenizer))
 
-    def _answered(self, picture: Picture, batch: Sequence[_Kept], prompts: Sequence[tuple[list[int], int]]) -> Given:
-        asked = []
+    def _answered(
+        self, picture: Picture, batch: Sequence[_Kept], prompts: Sequence[tuple[list[int], int]]
+    ) -> ArmAnswers:
+        rows = []
         for kept in batch:
-            whole = [prompts[question] for question in kept.askers]
-            ids, start = whole[0]  # all begin alike: the picture stands before the question
-            asked.append(Asked(ids[:start], kept.embeds, [ids[start + 1 :] for ids, start in whole]))
-        said = answer_greedily(self._language.model, asked, self._language.ends, ANSWER_TOKENS)
-        given = []
-        for kept, texts in zip(batch, said, strict=True):
-            for (number, numbers), ids in zip(kept.askers.items(), texts, strict=True):
+            row_prompts = [prompts[question] for question in kept.arms_by_question]
+            ids, start = row_prompts[0]  # all prompts are equal up to the picture
+            rows.append(Asked(ids[:start], kept.embeds, [ids[start + 1 :] for ids, start in row_prompts]))
+        outputs = answer_greedily(self._language.model, rows, self._language.ends, ANSWER_TOKENS)
+        answers = []
+        for kept, row_outputs in zip(batch, outputs, strict=True):
+            for (number, arms), ids in zip(kept.arms_by_question.items(), row_outputs, strict=True):
                 question = picture.questions[number]
                 text = self._decoded(prompts[number][0], ids)
                 answer = Answer(
@@ -242,28 +244,30 @@ class Offline:
                     is_right(text, question.answer),
                     len(kept.embeds),
                 )
-                given += [(arm, answer) for arm in numbers]
-        return given
+                answers += [(arm, answer) for arm in arms]
+        return answers
 
     def _decoded(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of an answer as vLLM streams it: it goes on from the prompt, and a character cut off is left out."""
+        """Decode an answer as vLLM streams it: with the prompt as context, without a truncated character at the end."""
         tokenizer = self._tokenizer.backend_tokenizer
         stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
         text = ""
         for token in ids:
             try:
                 text += stream.step(tokenizer, token) or ""
-            except Exception:  # bytes that are no text: vLLM begins anew there, too
+            except Exception:  # invalid bytes: start over, like vLLM
                 stream = DecodeStream(skip_special_tokens=True)
                 text += stream.step(tokenizer, token) or ""
         return text
 
 
 def _counted(policy: PruningPolicy, features: VisualFeatures, counts: dict[object, int]) -> PruningPolicy:
-    """The policy with the number of tokens in the place of an energy budget, whose spectrum is the same for methods.
+    """Replace an energy budget by its token count, which is equal for all methods and so computed once per picture.
 
     Args:
-        counts: of budgets that were looked at before, for the same picture.
+        policy: a resolved policy.
+        features: features of the picture.
+        counts: cache of counts for this picture.
     """
     if not policy.enabled or not isinstance(policy.budget, EnergyBudget):
         return policy

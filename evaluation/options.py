@@ -1,4 +1,4 @@
-"""What the commands of this package share: their model, its server, and numbers on the command line."""
+"""Shared by the commands of this package: model, server, and parsing of numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def dtype_of(args: argparse.Namespace) -> str:
-    """The arithmetic of encoder and server: float32 for the embedded model, on a CPU faster than its own bfloat16."""
+    """The dtype of encoder and server: float32 for the embedded model, which is faster than bfloat16 on CPUs."""
     return "auto" if args.model or args.url else "float32"
 
 
@@ -37,10 +37,10 @@ def count(text: str) -> int:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder for results, with those above it.
+    """Create a folder for results and its parents.
 
     Raises:
-        SystemExit: it cannot be made; the message names the option.
+        SystemExit: the folder cannot be created; the message names the option.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,19 +50,19 @@ def make_folder(folder: Path, option: str) -> None:
 
 @contextmanager
 def served(url: str | None, model: str, dtype: str = "auto") -> Iterator[str]:
-    """The address of a server of the model: the one that is given, or one that runs meanwhile."""
+    """The URL of a server of the model: ``url``, or that of a server started for the context."""
     if url:
         yield url.rstrip("/")
         return
     small = model == embedded_model()
     options = [*SERVE_OPTIONS, "--dtype", dtype, *(SMALL_OPTIONS if small else ())]
     name = "the demo model" if small else model
-    with announced_server(name, [model, *options]) as own:
-        yield own
+    with announced_server(name, [model, *options]) as started_url:
+        yield started_url
 
 
 def interrupted() -> NoReturn:
-    """End where the user pressed Ctrl-C, with the status of that.
+    """Exit after Ctrl-C.
 
     Raises:
         SystemExit: 130.
@@ -72,18 +72,18 @@ def interrupted() -> NoReturn:
 
 
 def shown(path: Path) -> str:
-    """A path for people: from the working directory, where it is in that."""
+    """A path for display: relative if it is in the working directory."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def embedded_model() -> str:
-    """The model that comes with the package."""
+    """Directory of the embedded model."""
     return str(TRAINED)
 
 
 def weights_digest(model: str) -> str:
-    """What tells a model from others: a digest of its weights where it is a directory, else its name."""
+    """A digest of the weights if the model is a directory, else its name."""
     files = sorted(Path(model).glob("*.safetensors"))
     if not files:
         return model

@@ -1,4 +1,4 @@
-"""A real photograph that is on the disk anyway, and how pictures are sent."""
+"""A photograph from an installed package, and data URLs of images."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ def photograph() -> Image.Image:
 
 
 def data_url(image: Image.Image) -> str:
-    """The image as a ``data:`` URL holding a PNG file."""
+    """The image as a data URL of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -47,19 +47,19 @@ def ranking(demo: Found) -> str:
 
 
 def paired(demo: Found) -> str:
-    """The default method less each other."""
-    return difference_table([Difference(**one) for one in demo["paired"]])
+    """The default method minus each other."""
+    return difference_table([Difference(**values) for values in demo["paired"]])
 
 
 def adaptive(demo: Found) -> str:
-    """Each "+E" less the fixed budget."""
-    return difference_table([Difference(**one) for one in demo["adaptive_less_fixed"]])
+    """Each "+E" minus the fixed budget."""
+    return difference_table([Difference(**values) for values in demo["adaptive_less_fixed"]])
 
 
-def presets(found: Found) -> str:
-    """What each preset leaves: of all answers, of reading, of counting."""
+def presets(results: Found) -> str:
+    """Accuracy of each preset: all questions, reading, counting."""
     rows = []
-    for values in found["results"]:
+    for values in results["results"]:
         result = Result.from_json(values)
         name = {"unpruned": "off"}.get(result.arm, result.arm)
         kept = "" if result.retained is None else f" ({_percent(result.retained)} of unpruned)"
@@ -85,15 +85,15 @@ def ablation(tables: Found, name: str) -> str:
 
 
 def merged(tables: Found, kind: str) -> str:
-    """What is right of one kind of question, or of ``"all"``, under the ablations of a model, budgets in columns.
+    """Accuracy on one kind of question, or ``"all"``, under a model's ablations, budgets in columns.
 
-    Behind it stands the difference from the first row of the same ablation, with its interval.
+    With the difference from the first row of the same ablation and its interval.
     """
     rows: dict[str, list[str]] = {}
     keeps: list[str] = []
-    for name, found in tables.items():
-        first_less = {one["less"]: Difference(**one) for one in found["paired_by_kind"][kind]}
-        for result in map(Result.from_json, found["results"][1:]):
+    for name, table in tables.items():
+        first_less = {values["less"]: Difference(**values) for values in table["paired_by_kind"][kind]}
+        for result in map(Result.from_json, table["results"][1:]):
             cell = _percent(result.accuracy if kind == "all" else result.by_kind[kind])
             if result.arm in first_less:
                 low, high = (0 - 100 * end for end in reversed(first_less[result.arm].ci95))
@@ -104,9 +104,9 @@ def merged(tables: Found, kind: str) -> str:
     return markdown(["", *keeps], ([row, *cells] for row, cells in rows.items()))
 
 
-def in_llm(found: Found) -> str:
+def in_llm(table: Found) -> str:
     """The methods inside the language model."""
-    results = [Result.from_json(values) for values in found["results"]]
+    results = [Result.from_json(values) for values in table["results"]]
     rows = (
         [
             f"`{result.arm}`",
@@ -152,9 +152,9 @@ def rendered(page: str, results: Path) -> str:
         ValueError: a marker is not closed, or names no table.
     """
     opened, closed = page.count("<!-- table:"), page.count("<!-- end -->")
-    found = [match["name"] for match in TABLE.finditer(page)]
-    if not opened == closed == len(found) or not set(found) <= set(TABLES):
-        raise ValueError(f"{opened} tables begin, {closed} end, {found} were read; expected as many, of {list(TABLES)}")
+    names = [match["name"] for match in TABLE.finditer(page)]
+    if not opened == closed == len(names) or not set(names) <= set(TABLES):
+        raise ValueError(f"{opened} tables begin, {closed} end, {names} were read; expected as many, of {list(TABLES)}")
 
     def table(match: re.Match[str]) -> str:
         file, make = TABLES[match["name"]]

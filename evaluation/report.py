@@ -103,17 +103,17 @@ def budget_table(results: Sequence[Result]) -> str:
 
 
 def difference_table(differences: Sequence[Difference]) -> str:
-    """Rows as given, budgets in columns: points and their interval, in bold where that excludes 0."""
-    keeps = sorted({one.keep for one in differences if one.keep is not None}, reverse=True)
+    """Rows in the given order, budgets in columns: points and interval, in bold if it excludes 0."""
+    keeps = sorted({difference.keep for difference in differences if difference.keep is not None}, reverse=True)
     rows: dict[str, dict[int | None, Difference]] = {}
-    for one in differences:
-        rows.setdefault(one.row, {})[one.keep] = one
+    for difference in differences:
+        rows.setdefault(difference.row, {})[difference.keep] = difference
 
-    def cell(one: Difference | None) -> str:
-        if one is None:
+    def cell(difference: Difference | None) -> str:
+        if difference is None:
             return ""
-        low, high = one.ci95
-        points = f"{100 * one.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        low, high = difference.ci95
+        points = f"{100 * difference.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
         return points if low <= 0 <= high else f"**{points}**"
 
     return markdown(
@@ -134,31 +134,31 @@ def split_table(results: Sequence[Result], by: Literal["kind", "density"]) -> st
 
 
 def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> None:
-    """`accuracy_figure` as a PNG, which holds the numbers as its text ``Description`` too."""
+    """Save `accuracy_figure` as a PNG; its metadata ``Description`` holds the numbers."""
     lines = plotted_lines(results)
-    told = [
+    numbers = [
         f"{row}: " + ", ".join(f"{_percent(point.accuracy)} at {point.mean_tokens:.1f} tokens" for point in points)
         for row, points in lines.items()
     ]
-    description = "; ".join([f"unpruned: {_percent(unpruned.accuracy)} of {unpruned.questions} questions", *told])
+    description = "; ".join([f"unpruned: {_percent(unpruned.accuracy)} of {unpruned.questions} questions", *numbers])
     save(accuracy_figure(results, unpruned), file, description)
 
 
 def plotted_lines(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The rows that are drawn, with their results by tokens: those of `ALWAYS`, and of the others the best mean ranks.
+    """The rows to draw and their results, by tokens: those of `ALWAYS`, then the best mean ranks, at most `LINES`.
 
-    At most `LINES`. A row that lacks a budget is left out: its rank would be one among others.
+    Excludes rows that lack a budget, because their ranks are not comparable.
     """
-    # Inside the language model no two methods read as much, so these are drawn by their mean tokens, and only alone.
+    # methods inside the language model read different token counts, so they are drawn by mean tokens, without others
     shown = comparable(results) or [result for result in results if result.keep is not None]
     budgets = {result.keep for result in shown}
     rows: dict[str, list[Result]] = {row: [] for row in mean_ranks(shown)}
     for result in sorted(shown, key=lambda result: result.mean_tokens):
         rows[result.row].append(result)
-    whole = [row for row, points in rows.items() if len(points) == len(budgets)]
-    fixed = [row for row in ALWAYS if row in whole]
-    best = [row for row in whole if row not in fixed][: LINES - len(fixed)]
-    return {row: rows[row] for row in whole if row in (*fixed, *best)}
+    complete = [row for row, points in rows.items() if len(points) == len(budgets)]
+    fixed = [row for row in ALWAYS if row in complete]
+    best = [row for row in complete if row not in fixed][: LINES - len(fixed)]
+    return {row: rows[row] for row in complete if row in (*fixed, *best)}
 
 
 def accuracy_figure(results: Sequence[Result], unpruned: Result) -> Figure:

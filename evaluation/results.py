@@ -108,7 +108,7 @@ class Difference:
 
 
 def ranked_kinds(unpruned: Iterable[Answer]) -> list[str]:
-    """The kinds of question that the unpruned model answers well enough to compare ways of pruning by."""
+    """The kinds of question that the unpruned model answers well enough to rank arms by."""
     return [kind for kind, share in accuracy_by(unpruned, "kind").items() if share >= RANKED_FROM]
 
 
@@ -117,53 +117,50 @@ def accuracy_by(answers: Iterable[Answer], field: str) -> dict[str, float]:
     return _means((getattr(answer, field), answer.right) for answer in answers)
 
 
-def comparable(found: Iterable[Result]) -> list[Result]:
-    """The results at fixed budgets; of a run that has none, those at energy budgets.
+def comparable(results: Iterable[Result]) -> list[Result]:
+    """The results at fixed budgets; if there are none, those at energy budgets.
 
-    Methods inside the language model are left out: their first layers read more than the budget.
+    Excludes methods inside the language model, whose first layers read more than the budget.
     """
-    budgeted = [result for result in found if result.keep is not None and not result.inside]
+    budgeted = [result for result in results if result.keep is not None and not result.inside]
     return [result for result in budgeted if not result.adaptive] or budgeted
 
 
-def mean_ranks(found: Sequence[Result]) -> dict[str, float]:
-    """The rank of each row among those at the same budget, on average over its budgets; best first.
-
-    The most accurate has rank 1. Equal ones share the mean of their ranks.
-    """
+def mean_ranks(results: Sequence[Result]) -> dict[str, float]:
+    """Mean rank of each row over its budgets, best first. Rank 1 is the most accurate; ties get their mean rank."""
     ranks: dict[str, list[float]] = {}
-    for result in found:
-        others = [other.accuracy for other in found if other.keep == result.keep]
+    for result in results:
+        others = [other.accuracy for other in results if other.keep == result.keep]
         better = sum(accuracy > result.accuracy for accuracy in others)
         ranks.setdefault(result.row, []).append(better + (others.count(result.accuracy) + 1) / 2)
     return dict(sorted(((row, fmean(of)) for row, of in ranks.items()), key=lambda item: item[1]))
 
 
-def reference_row(found: Sequence[Result]) -> str:
-    """The row that others are compared with: the default method's where it is among them, else the first."""
-    rows = [result.row for result in found]
+def reference_row(results: Sequence[Result]) -> str:
+    """The row that others are compared with: the default method's, else the first."""
+    rows = [result.row for result in results]
     return DEFAULT_METHOD if DEFAULT_METHOD in rows else rows[0]
 
 
-def against_reference(found: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """The reference and each other way at the same budget, in pairs; those of the best row first."""
-    if not found:
+def against_reference(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Pairs of the reference and every other arm at the same budget, best row first."""
+    if not results:
         return []
-    row = reference_row(found)
-    reference = {result.keep: result for result in found if result.row == row}
-    ranks = mean_ranks(found)
+    row = reference_row(results)
+    reference = {result.keep: result for result in results if result.row == row}
+    ranks = mean_ranks(results)
     return [
         (reference[other.keep], other)
-        for other in sorted(found, key=lambda result: ranks[result.row])
+        for other in sorted(results, key=lambda result: ranks[result.row])
         if other.keep in reference and other is not reference[other.keep]
     ]
 
 
-def adaptive_against_fixed(found: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Each "+E" and the same method at the fixed budget, in pairs; those of the best method first."""
-    fixed = [result for result in found if result.keep is not None and not result.adaptive]
+def adaptive_against_fixed(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Pairs of every "+E" and its method at the fixed budget, best method first."""
+    fixed = [result for result in results if result.keep is not None and not result.adaptive]
     ranks = mean_ranks(fixed)
-    adaptive = {(result.method, result.keep): result for result in found if result.adaptive}
+    adaptive = {(result.method, result.keep): result for result in results if result.adaptive}
     return [
         (adaptive[other.method, other.keep], other)
         for other in sorted(fixed, key=lambda result: ranks[result.row])
@@ -219,22 +216,22 @@ def differences(
     unpruned: ByQuestion,
     kinds: Sequence[str] | None = None,
 ) -> list[Difference]:
-    """How much more accurate the first of each pair is than the second.
+    """The accuracy of the first of each pair minus that of the second, with 95 % intervals.
 
     Args:
-        pairs: of what `results` made of the other arguments.
-        arms: with their answers.
-        unpruned: the answers that nothing was pruned for.
-        kinds: of question, that count; None for all.
+        pairs: pairs of results of `results` with the same arguments.
+        arms: arms and their answers.
+        unpruned: answers of the unpruned model.
+        kinds: kinds of question to include; None: all.
     """
     names = _asked_of_all([answers for _, answers in arms], unpruned, kinds)
     right = {arm.name: np.array([answers[name].right for name in names], dtype=float) for arm, answers in arms}
     draws = _draws(names)
     out = []
-    for one, other in pairs:
-        gained = right[one.arm] - right[other.arm]
+    for first, second in pairs:
+        gained = right[first.arm] - right[second.arm]
         interval = _interval(gained, draws)
-        out.append(Difference(one.arm, other.arm, other.row, other.keep, _mean(gained), interval))
+        out.append(Difference(first.arm, second.arm, second.row, second.keep, _mean(gained), interval))
     return out
 
 

@@ -111,15 +111,15 @@ def main() -> None:
     model = Translated(embedded_model())
     for picture in tqdm(list(pictures("validation", args.questions)), unit="picture", disable=None):
         pending = [(number, range(len(picture.questions))) for number in range(len(arms))]
-        for given in model.answers(picture, arms, pending):
-            for number, answer in given:
+        for batch in model.answers(picture, arms, pending):
+            for number, answer in batch:
                 right[number][answer.question] = answer.right
     rows = []
     for number, arm in enumerate(arms):
-        found, without = right[number], right[number - number % len(texts)]
-        won = sum(found[question] and not without[question] for question in found)
-        lost = sum(without[question] and not found[question] for question in found)
-        rows.append((str(arm.keep), arm.name, f"{100 * fmean(found.values()):.1f} %", str(won), str(lost)))
+        with_text, without = right[number], right[number - number % len(texts)]
+        won = sum(with_text[question] and not without[question] for question in with_text)
+        lost = sum(without[question] and not with_text[question] for question in with_text)
+        rows.append((str(arm.keep), arm.name, f"{100 * fmean(with_text.values()):.1f} %", str(won), str(lost)))
     print(markdown(("tokens", "text", "right", "won", "lost"), rows))
 
 

@@ -1,4 +1,4 @@
-"""Sending one streamed chat completion and reading it to a record."""
+"""Send one streamed chat completion and record it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from httpx_sse import EventSource
 from loadtests.records import Record
 from loadtests.sse import StreamReader, error_text
 
-IDLE = 2.0  # seconds a connection may wait for the next request: less than the 5 after which vLLM's server closes it
+IDLE = 2.0  # seconds before an idle connection is closed; vLLM's server closes it after 5
 
 
 class ServerMissing(Exception):
-    """There is no server where one should be; the message says where and why."""
+    """No server answers; the message names the URL and the problem."""
 
 
 def connect(url: str, *, timeout: float) -> httpx.Client:
     """A client for one user.
 
     Args:
-        url: of the server, without a path.
-        timeout: seconds to wait for the next bytes before a request counts as failed.
+        url: URL of the server, without a path.
+        timeout: seconds without a byte after which a request counts as failed.
     """
     limits = httpx.Limits(keepalive_expiry=IDLE)
     return httpx.Client(base_url=url, timeout=timeout, limits=limits, verify=_authorities())
@@ -35,7 +35,7 @@ def connect(url: str, *, timeout: float) -> httpx.Client:
 
 @cache
 def _authorities() -> ssl.SSLContext:
-    """The certificates to trust: read once, which takes longer than many a request."""
+    """The trusted certificates; reading them takes longer than many requests, so cached."""
     return httpx.create_ssl_context()
 
 
@@ -43,7 +43,7 @@ def served_model(url: str) -> str:
     """The name of the first model that the server lists.
 
     Raises:
-        ServerMissing: no answer, or not that of an OpenAI-compatible server.
+        ServerMissing: no answer, or not from an OpenAI-compatible server.
     """
     try:
         answer = httpx.get(f"{url}/v1/models", timeout=10)
@@ -62,14 +62,14 @@ def ask(
     due: float | None = None,
     path: str = "/v1/chat/completions",
 ) -> Record:
-    """Send a completion and read its stream. Whatever goes wrong becomes the record's error.
+    """Send a completion and read its stream. Any failure becomes the record's error.
 
     Args:
         client: from `connect`.
         name: the kind of request, for the record.
-        body: the request without what makes it a stream with token counts, which is added.
-        due: the time from which its times count, by `time.perf_counter`; None: when it is sent.
-        path: of the endpoint. Of another than chat's, no text is read, hence no time to first token: look at `e2e`.
+        body: the request; streaming and usage options are added.
+        due: start of the measured times, on `time.perf_counter`; None: when the request is sent.
+        path: path of the endpoint. For others than chat, only `e2e` is measured, not the time to first token.
     """
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
     sent = time.perf_counter()
@@ -89,7 +89,7 @@ def ask(
 
 
 def wall_clock(moment: float) -> float:
-    """A time of `time.perf_counter` in seconds since the epoch."""
+    """Convert a time of `time.perf_counter` into seconds since the epoch."""
     return time.time() - time.perf_counter() + moment
 
 

@@ -3,17 +3,16 @@
     python -m loadtests.compare --out build/loadtest                  # about four minutes on two cores
     python -m loadtests.compare --out build/loadtest --users 8 --seconds 60 --rounds 5 --kinds Conversations
 
-Both servers run all the time, and Locust loads one of them after the other, so that what else happens on the machine
-hits all alike. In a round every arm has the same seed, hence the same pictures and questions; which arm comes first
-rotates.
+Both servers run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms. In a
+round, all arms have the same seed, that is the same pictures and questions; the first arm rotates.
 
 - stock:     stock vLLM
 - off:       our server with ``pruning: false``
 - balanced:  our server at the preset ``balanced``
 
-The checkpoint is made on the spot and has random weights: its answers mean nothing, and its times are not those of a
-released model. The results are written to ``--out``: ``result-ARM.json``, ``report.html``, and a folder for each turn.
-The exit status is 1 if a request failed, or if the pruned arm broke a promise (``--slo-...``).
+The checkpoint is generated with random weights: its answers are meaningless, and its times are not those of a released
+model. ``--out`` gets ``result-ARM.json``, ``report.html``, and a folder per turn. The exit status is 1 if a request
+failed, or if the pruned arm missed an objective (``--slo-...``).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from loadtests.servers import ARMS, MODEL, servers
 from vllm_vtprune_server.process import ServerFailed
 
 STOCK, OFF, PRUNED = ARMS
-COMPARED = [kind for kind in KINDS if kind != "PolicyMix"]  # which brings policies of its own
+COMPARED = [kind for kind in KINDS if kind != "PolicyMix"]  # PolicyMix sets its own policies
 LOCUST_OPTIONS: dict[str, tuple[str, ...]] = {STOCK: (), OFF: ("--pruning", "false"), PRUNED: ("--pruning", "balanced")}
 SERVE_OPTIONS = tuple("--dtype float32 --max-model-len 2048 --max-num-seqs 32".split())
 WARM_UP_SECONDS = 1
@@ -89,7 +88,7 @@ def main() -> None:
 
 
 def encoder_batch(url: str) -> float | None:
-    """Images per run of our vision encoder since the server's start; None where it has not run."""
+    """Mean images per run of our vision encoder; None if it has not run."""
     lines = httpx.get(f"{url}/metrics").raise_for_status().text.splitlines()
     images, runs = (
         sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vtprune:encode_batch_size_{name}{{"))
@@ -99,7 +98,7 @@ def encoder_batch(url: str) -> float | None:
 
 
 def take_turns(urls: Mapping[str, str], options: argparse.Namespace) -> Turns:
-    """Load every arm in every round, after a short turn of each that is not counted."""
+    """Load every arm in every round, after a short warm-up of each."""
 
     def turn(arm: str, folder: str, seed: int, seconds: float) -> list[Record]:
         return drive(
@@ -120,17 +119,17 @@ def take_turns(urls: Mapping[str, str], options: argparse.Namespace) -> Turns:
     for number in range(options.rounds):
         for position in range(len(ARMS)):
             arm = ARMS[(number + position) % len(ARMS)]
-            found = turn(arm, f"round-{number + 1}-{arm}", options.seed + number, options.seconds)
-            turns[arm].append(found)
-            median = percentile(samples(found)["ttft"], 50)
-            shown = "-" if median is None else f"{median:.0f} ms"
-            print(f"round {number + 1}, {arm}: {len(found)} requests, TTFT {shown}", file=sys.stderr, flush=True)
+            records = turn(arm, f"round-{number + 1}-{arm}", options.seed + number, options.seconds)
+            turns[arm].append(records)
+            median = percentile(samples(records)["ttft"], 50)
+            ttft = "-" if median is None else f"{median:.0f} ms"
+            print(f"round {number + 1}, {arm}: {len(records)} requests, TTFT {ttft}", file=sys.stderr, flush=True)
     return turns
 
 
 def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
-    """Print and write the comparison. Returns what was promised and not held."""
-    records = {arm: [record for found in rounds for record in found] for arm, rounds in turns.items()}
+    """Print and write the comparison. Returns failures and missed objectives."""
+    records = {arm: [record for turn in rounds for record in turn] for arm, rounds in turns.items()}
     results = {
         arm: result(
             records[arm],
@@ -138,13 +137,13 @@ def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
             label=arm,
             users=options.users,
             goodput=options.goodput,
-            duration=sum(span(found) for found in rounds),
+            duration=sum(span(turn) for turn in rounds),
         )
         for arm, rounds in turns.items()
     }
     ratios = ratios_to_stock(turns)
-    for arm, one in results.items():
-        (options.out / f"result-{arm}.json").write_text(json.dumps(one, indent=1) + "\n")
+    for arm, arm_result in results.items():
+        (options.out / f"result-{arm}.json").write_text(json.dumps(arm_result, indent=1) + "\n")
     (options.out / "ratios.json").write_text(json.dumps(ratios, indent=1) + "\n")
     write_report(
         options.out / "report.html",
@@ -169,17 +168,17 @@ def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
 
 
 def ratios_to_stock(turns: Turns) -> dict[str, str]:
-    """Of median TTFT and requests per second, round by round, with the 95 % interval over the rounds."""
-    found = {}
+    """Ratios of median TTFT and requests per second, paired by round, with 95 % intervals over rounds."""
+    ratios = {}
     for arm in (OFF, PRUNED):
-        medians = {one: [percentile(samples(r)["ttft"], 50) for r in turns[one]] for one in (arm, STOCK)}
-        rates = {one: [len(r) / span(r) if r else 0.0 for r in turns[one]] for one in (arm, STOCK)}
+        medians = {side: [percentile(samples(r)["ttft"], 50) for r in turns[side]] for side in (arm, STOCK)}
+        rates = {side: [len(r) / span(r) if r else 0.0 for r in turns[side]] for side in (arm, STOCK)}
         for name, values in (("median TTFT", medians), ("requests per second", rates)):
             numerators = [value for value in values[arm] if value]
             denominators = [value for value in values[STOCK] if value]
             if len(numerators) == len(denominators) == len(turns[STOCK]):
-                found[f"{arm} / stock, {name}"] = str(paired_ratio(numerators, denominators))
-    return found
+                ratios[f"{arm} / stock, {name}"] = str(paired_ratio(numerators, denominators))
+    return ratios
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Running Locust on our users for a while, in a process of its own (Locust patches the one in which it is imported)."""
+"""Run Locust with our users in a separate process, because Locust monkey-patches the importing process."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ KINDS = ("Conversations", "FreshImages", "ImageSizes", "PolicyMix", "PromptLengt
 
 LOCUSTFILE = Path("loadtests") / "locustfile.py"
 ROOT = Path(__file__).parent.parent
-GRACE = 120  # seconds in which requests in flight may finish at the end
+GRACE = 120  # seconds for requests in flight to finish at the end
 
 
 class DriveFailed(RuntimeError):
-    """Locust did not run; the message holds the end of its log."""
+    """Locust did not run; the message ends with its log."""
 
 
 def drive(
     url: str, out: Path, *, users: int, seconds: float, kinds: Sequence[str], options: Sequence[str]
 ) -> list[Record]:
-    """Let users ask a server for some seconds.
+    """Load a server with users for some seconds.
 
     Args:
-        url: of the server.
-        out: the folder for the results and Locust's log.
-        users: at the same time.
-        seconds: whole ones, after which no new request is sent; those in flight are waited for.
-        kinds: of `KINDS`; none: all of them.
-        options: of the locustfile.
+        url: URL of the server.
+        out: folder for results and Locust's log.
+        users: concurrent users.
+        seconds: duration, rounded; requests in flight are then waited for.
+        kinds: user classes of `KINDS`; empty: all.
+        options: options of the locustfile.
 
     Returns:
-        The requests, failed ones included.
+        All requests, including failed ones.
 
     Raises:
         DriveFailed: Locust ended without results.
     """
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    found = out / "requests.jsonl"
-    found.unlink(missing_ok=True)
+    requests = out / "requests.jsonl"
+    requests.unlink(missing_ok=True)
     log = out / "locust.log"
     command = [
         *(sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--host", url, "--headless"),
@@ -52,6 +52,6 @@ def drive(
     ]
     with log.open("wb") as output:
         subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    if not found.exists():
+    if not requests.exists():
         raise DriveFailed(f"Locust ended without results:\n{log.read_text(errors='replace')[-3000:]}")
-    return load_records(found)
+    return load_records(requests)

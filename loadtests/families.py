@@ -4,14 +4,13 @@
     python -m loadtests.families --families qwen2_5_vl --images 336 --rounds 1
     python -m loadtests.families --size tiny --rounds 1            # to see that it works
 
-Weights are random (``--load-format dummy``). One machine may not hold both servers, so they take turns: each
-round starts stock vLLM, measures, stops it, then starts ours. Each server answers one request of each size that is not
-counted. Every picture is one that its server has never seen, and stock is asked about the picture of the first share.
-Reported for each size and share of tokens kept:
+Weights are random (``--load-format dummy``). One machine may not hold both servers, so they take turns: each round
+starts stock vLLM, measures, stops it, then starts ours. Each server first gets one uncounted request per size. Every
+picture is new to its server. Reported for each size and keep ratio:
 
-- stock and ours:  seconds until the first token, medians over rounds
-- plan:            of ours, what choosing the tokens took, by the report of each response
-- share:           plan / (stock - ours + plan): how much of what pruning saved the plan gave back
+- stock and ours:  time to first token in seconds, median over rounds
+- plan:            seconds of text, budget and select in our report
+- share:           plan / (stock - ours + plan): the share of the saved time that planning costs
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ class Family:
     """A model family.
 
     Attributes:
-        size: of its checkpoint that has released shapes.
-        kv_cache: GiB, enough for the longest prompt; of models of 7 B parameters in bfloat16 only.
-        options: vLLM's, beside `OPTIONS`.
+        size: size of the checkpoint with released shapes.
+        kv_cache: KV cache in GiB, enough for the longest prompt (7 B models: in bfloat16 only).
+        options: vLLM's options besides `OPTIONS`.
     """
 
     size: str
@@ -98,7 +97,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One request, in seconds. `plan` and `encode` are of the report, 0 for stock vLLM."""
+    """One request, in seconds. `plan` and `encode` come from the report; 0 for stock vLLM."""
 
     image: str
     keep: str | None  # None: stock vLLM
@@ -110,7 +109,7 @@ class Sample:
 
 
 def measure(model: Path, family: Family, images: list[str], rounds: int) -> list[Sample]:
-    """Every size and share, once a round, and before each size a request to warm up."""
+    """Measure every size and keep ratio once per round, after one warm-up request per size."""
     samples: list[Sample] = []
     for turn in range(rounds):
         for stock in (True, False):
@@ -143,7 +142,7 @@ def _sample(image: str, keep: str | None, record: Record) -> Sample:
 
 
 def summary(samples: list[Sample]) -> list[dict[str, Any]]:
-    """One row for each size of image and share of tokens kept."""
+    """One row per image size and keep ratio."""
     rows = []
     for image in dict.fromkeys(sample.image for sample in samples):
         stock = statistics.median(s.ttft for s in samples if s.image == image and s.keep is None)
@@ -169,7 +168,7 @@ def summary(samples: list[Sample]) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as text."""
     share = "nothing saved" if row["plan_share"] is None else f"{row['plan_share']:.1%} of the saving"
     return (
         f"{row['family']} {row['size']:5} {row['image']:10} {row['kept_tokens']:5} of {row['visual_tokens']:5}  "

@@ -3,18 +3,18 @@
     locust -f loadtests/locustfile.py --host http://localhost:8000 --headless -u 8 -r 8 -t 2m --stop-timeout 2m \\
         --out build/load --pruning balanced --slo-ttft-p99-ms 800 FreshImages Conversations
 
-Users ask again as soon as they have their answer (closed loop), or together at a constant rate (``--rate``, open loop):
-requests are due at times that are fixed beforehand, whatever becomes of the earlier ones. Who has been idle for longest
-sends the next one; where all are busy it is sent late, and all its times count from when it was due. So ``--users`` is
-the most that can be in flight, and should be plenty. Requests that are due or in flight when the run is over count as
-failed. The same ``--seed`` gives the same pictures, questions and schedule. When the run ends, ``--out`` holds
+Closed loop (default): users ask again as soon as they have their answer. Open loop (``--rate``): requests are due at
+fixed times, independent of earlier answers. The user who has been idle for longest sends the next one; if all are busy,
+it is sent late, but its times count from when it was due. So ``--users`` limits the requests in flight and should be
+large. Requests due or in flight at the end count as failed. The same ``--seed`` gives the same pictures, questions and
+schedule. At the end, ``--out`` holds
 
-- ``requests.jsonl``: what was measured of each request (`loadtests.records`),
+- ``requests.jsonl``: the measurements of each request (`loadtests.records`),
 - ``result.json``: the results under the names of ``vllm bench serve`` (`loadtests.results`),
 - ``report.html``: tables and plots.
 
-Locust's exit status is 1 if a request failed or a promise (``--slo-...``) was broken, 2 if an option makes no sense or
-no server answers. Locust's own table shows end-to-end times, rounded; the files hold the exact ones.
+Locust's exit status is 1 if a request failed or an objective (``--slo-...``) was missed, 2 for an invalid option or a
+missing server. Locust's own table shows rounded end-to-end times.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ records: list[Record] = []
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser) -> None:
-    """What can be said besides Locust's own options."""
+    """Add our options to Locust's."""
     group = parser.add_argument_group("vllm-vtprune")
     group.add_argument("--out", type=Path, metavar="DIR", help="where the results go; without it, none are written")
     group.add_argument("--label", default="run", help="the name of this run in the results (default: run)")
@@ -85,8 +85,8 @@ def add_options(parser: LocustArgumentParser) -> None:
 
 @events.init.add_listener
 def look_at_server(environment: Environment, **_: Any) -> None:
-    """Refuse to start without a server, and where results would be scattered over several processes."""
-    picture(0)  # so that what it imports is there: imports in several of gevent's threads at once may never end
+    """Exit if no server answers, or if several processes would share the results."""
+    picture(0)  # import its dependencies now: concurrent imports in gevent's threads may deadlock
     if not isinstance(environment.runner, LocalRunner):
         refuse("one process gathers the results: run without --processes, --master and --worker")
     if not environment.host:
@@ -99,14 +99,14 @@ def look_at_server(environment: Environment, **_: Any) -> None:
 
 
 def refuse(why: str) -> None:
-    """End with status 2."""
+    """Exit with status 2."""
     print(f"loadtests: {why}", file=sys.stderr)
     sys.exit(2)
 
 
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
-    """Forget an earlier run, which there is where Locust's web interface starts them."""
+    """Reset the state of an earlier run started from Locust's web interface."""
     options = environment.parsed_options
     records.clear()
     ChatUser.numbers.clear()
@@ -118,25 +118,25 @@ def begin(environment: Environment, **_: Any) -> None:
 
 @events.test_stopping.add_listener
 def count_unsent(environment: Environment, **_: Any) -> None:
-    """Record the requests that were due and for which no user was idle."""
+    """Record due requests that were never sent, because all users were busy."""
     if environment.parsed_options.rate is not None:
         for due in ChatUser.schedule.unsent(until=ChatUser.pulse.last):
             keep(environment, broken_off("unsent", due, "not sent: all users were busy to the end", lag=None))
 
 
 @events.test_stop.add_listener
-def rest(**_: Any) -> None:
-    """Leave nothing running."""
+def stop_pulse(**_: Any) -> None:
+    """Stop the background greenlet."""
     ChatUser.pulse.stop()
 
 
 def broken_off(name: str, due: float, error: str, *, lag: float | None) -> Record:
-    """The record of a request that was due at this time (`time.perf_counter`) and comes to nothing now."""
+    """The record of a request that fails now; ``due`` is on `time.perf_counter`."""
     return Record(name, wall_clock(due), time.perf_counter() - due, error=error, lag=lag)
 
 
 def keep(environment: Environment, record: Record) -> None:
-    """Take a request into our results and into Locust's."""
+    """Add a request to our results and Locust's."""
     records.append(record)
     environment.events.request.fire(
         request_type="chat",
@@ -150,7 +150,7 @@ def keep(environment: Environment, record: Record) -> None:
 
 @events.quitting.add_listener
 def conclude(environment: Environment, **_: Any) -> None:
-    """Write the results, say which promises were broken, and choose the exit status."""
+    """Write the results, log failures and missed objectives, and set the exit status."""
     options = environment.parsed_options
     if options.out is not None:
         summed = result(
@@ -174,7 +174,7 @@ def conclude(environment: Environment, **_: Any) -> None:
 
 
 class ChatUser(User):
-    """Asks one question after the other. What is asked, a subclass says."""
+    """Asks one question after the other; a subclass defines them."""
 
     abstract = True
     model: ClassVar[str]
@@ -195,10 +195,10 @@ class ChatUser(User):
         super().__init__(environment)
 
     def on_start(self) -> None:
-        self.wait()  # before the first request too
+        self.wait()  # also before the first request
 
     def wait_time(self) -> float:
-        """Make the next request, in a thread so that nobody's chunks are stamped late meanwhile; then take its time."""
+        """Create the next request (in a thread, to keep other users' timestamps exact); seconds until it is due."""
         self.next = gevent.get_hub().threadpool.apply(self.messages)
         if self.environment.parsed_options.rate is None:
             return 0.0
@@ -209,16 +209,16 @@ class ChatUser(User):
         self.client.close()
 
     def messages(self) -> list[Message]:
-        """What is sent next."""
+        """The messages of the next request."""
         raise NotImplementedError
 
     def answered(self, record: Record) -> None:
-        """Look at the answer."""
+        """Called with each finished request."""
 
     @task
     def ask(self) -> None:
         if self.environment.runner.state == STATE_CLEANUP:
-            raise StopUser  # Locust stops users who wait, but some wake up before it has got to them
+            raise StopUser  # some users wake up before Locust stops them
         if self.due is not None:
             self.schedule.sent(self.due)
         body: dict[str, Any] = {
@@ -272,8 +272,8 @@ class PromptLengths(ChatUser):
     """New pictures and questions of 8, 64 or 256 words."""
 
     def messages(self) -> list[Message]:
-        asked = question(self.random, self.random.choice(LENGTHS))
-        return [message(asked, [picture(self.random.getrandbits(32))])]
+        text = question(self.random, self.random.choice(LENGTHS))
+        return [message(text, [picture(self.random.getrandbits(32))])]
 
 
 class ImageSizes(ChatUser):

@@ -1,4 +1,4 @@
-"""What numbers were measured on."""
+"""Describe the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cpuinfo import get_cpu_info  # vLLM brings it
 
 
 def machine() -> dict[str, Any]:
-    """Processor, its vector instructions and whether it multiplies bfloat16, cores this process may use, GPU, torch.
+    """CPU, vector instructions, native bfloat16, usable cores, GPU, torch version.
 
-    A processor without bfloat16 has it emulated, at a small part of float32's speed: ratios in bfloat16 carry over only
-    between machines of the same answer.
+    CPUs without native bfloat16 emulate it at a fraction of float32's speed, so ratios in bfloat16 are comparable only
+    between machines with the same value.
     """
     cpu = get_cpu_info()
     return {

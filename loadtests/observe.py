@@ -1,11 +1,10 @@
-"""Our server under load, watched by a real Prometheus, without Docker: ``make observe``.
+"""Our server under load, scraped by a real Prometheus, without Docker: ``make observe``.
 
     python -m loadtests.observe --out build/observe --minutes 1 --users 9
 
-Starts our server with the model that comes with the package, and a Prometheus with the configuration and the rules of
-``deploy/prometheus`` that looks at it every second. After some seconds of requests without pruning, which count in the
-dashboard alone, every kind of user asks, again as soon as it is answered. Prints a table, the alerts that fire, and the
-panels of the dashboard that had nothing to show, and leaves in ``--out``:
+Starts our server with the demo model, and a Prometheus with the configuration and rules of ``deploy/prometheus`` that
+scrapes it every second. After a few seconds without pruning (dashboard only), every kind of user asks in a closed loop.
+Prints a table, the firing alerts, and the dashboard panels without data, and writes to ``--out``:
 
 - ``report.html``, ``requests.jsonl`` and ``result.json``, as after every load test (`loadtests.locustfile`),
 - ``dashboard.png``: what the dashboard's queries give (`deploy.grafana.plot`),
@@ -46,15 +45,15 @@ INTERVAL = "10s"  # of the rates in the dashboard
 SERVE_OPTIONS = ("--max-model-len", "2048", "--enforce-eager", "--disable-uvicorn-access-log")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 LABEL = "ours"
-WARM_UP = 5.0  # seconds without pruning, so that the panels that compare have something to compare with
+WARM_UP = 5.0  # seconds without pruning, as a baseline for panels that compare
 PROMETHEUS_PATIENCE = 30.0  # seconds
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "firefox")
 BROWSER_PATIENCE = 120.0  # seconds
-PAGE = (1280, 6000)  # pixels; what is empty below the report is cut off
+PAGE = (1280, 6000)  # pixels; the empty part below the report is cropped
 
 
 class PrometheusFailed(RuntimeError):
-    """There is no Prometheus, or it sees no server; the message says what to do, or holds the end of its log."""
+    """Prometheus is missing, or does not see the server; the message has the solution, or the end of its log."""
 
 
 def main() -> None:
@@ -84,17 +83,17 @@ def main() -> None:
                 kinds=(),
                 options=["--label", LABEL, "--pruning", "balanced"],
             )
-            shown = answers(prometheus, start, time.time(), interval=INTERVAL, step=1)
+            panels = answers(prometheus, start, time.time(), interval=INTERVAL, step=1)
             alerts = prometheus.get("alerts")["alerts"]
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
         sys.exit(130)
     except (ServerFailed, PrometheusFailed, DriveFailed) as error:
         sys.exit(f"loadtests: {error}")
-    plot(shown, out / "dashboard.png")
+    plot(panels, out / "dashboard.png")
     print(table(table_rows({LABEL: result(records, model=model, label=LABEL, users=options.users)}), [LABEL]))
     print(f"alerts that fire: {names(alerts, 'firing')}; that will if it goes on like this: {names(alerts, 'pending')}")
-    print(f"panels without data: {', '.join(panel.title for panel, series in shown if not series) or 'none'}")
+    print(f"panels without data: {', '.join(panel.title for panel, series in panels if not series) or 'none'}")
     complaint = screenshot(out / "report.html", out / "report.png")
     if complaint:
         print(f"no report.png: {complaint}")
@@ -107,20 +106,20 @@ def main() -> None:
 
 
 def names(alerts: Sequence[dict[str, Any]], state: str) -> str:
-    """The alerts in a state of Prometheus's, for people."""
+    """Names of the alerts in a Prometheus state, as text."""
     return ", ".join(sorted({alert["labels"]["alertname"] for alert in alerts if alert["state"] == state})) or "none"
 
 
 @contextmanager
 def running_prometheus(url: str, *, log: Path) -> Iterator[Prometheus]:
-    """Run a Prometheus with our configuration and rules, but faster, that sees a server.
+    """Run a Prometheus with our configuration and rules that scrapes a server every second.
 
     Args:
-        url: of the server.
-        log: where its output goes.
+        url: URL of the server.
+        log: file for its output.
 
     Raises:
-        PrometheusFailed: there is none beside this Python or on the PATH, or it does not get to see the server.
+        PrometheusFailed: Prometheus is neither beside this Python nor on the PATH, or does not see the server.
     """
     beside = Path(sys.executable).with_name("prometheus")
     program = str(beside) if beside.exists() else shutil.which("prometheus")
@@ -148,7 +147,7 @@ def running_prometheus(url: str, *, log: Path) -> Iterator[Prometheus]:
 
 
 def fast(configuration: dict[str, Any], url: str) -> dict[str, Any]:
-    """Our configuration with one server to look at, and no time between looks to speak of."""
+    """Our configuration with one target and a short interval."""
     [scrape] = configuration["scrape_configs"]
     return {
         "global": {"scrape_interval": EVERY, "evaluation_interval": EVERY},
@@ -164,13 +163,13 @@ def wait_until_seen(prometheus: Prometheus, log: Path) -> None:
             if prometheus.get("query", query="up == 1")["result"]:
                 return
         except (OSError, RuntimeError):
-            pass  # it does not listen yet, or is not ready
+            pass  # not ready yet
         time.sleep(0.5)
     raise PrometheusFailed(f"Prometheus did not get to see the server:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def screenshot(page: Path, out: Path) -> str | None:
-    """Take a picture of a whole page in the first browser of `BROWSERS` that is there. Returns why there is none."""
+    """Save a screenshot of a page in the first installed browser of `BROWSERS`; returns the problem, or None."""
     out.unlink(missing_ok=True)
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
@@ -187,13 +186,13 @@ def screenshot(page: Path, out: Path) -> str | None:
                 command.append("--no-sandbox")  # Chromium's does not work for root
         command.append(page.resolve().as_uri())
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_PATIENCE)
+            completed = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_PATIENCE)
         except subprocess.TimeoutExpired:
             return f"{browser} did not finish within {BROWSER_PATIENCE:.0f} s"
     if not out.exists():
-        return f"{browser} ended with status {done.returncode}: {done.stderr[-500:]}"
-    with Image.open(out) as taken:
-        picture = taken.convert("RGB")
+        return f"{browser} ended with status {completed.returncode}: {completed.stderr[-500:]}"
+    with Image.open(out) as image:
+        picture = image.convert("RGB")
     *_, bottom = ImageChops.difference(picture, Image.new("RGB", picture.size, "white")).getbbox() or (*PAGE, height)
     picture.crop((0, 0, picture.width, min(bottom + 32, picture.height))).save(out)
     return None

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how they are read."""
+"""Shared command line options and their parsers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 
 
 def add_slo_arguments(parser: Any) -> None:
-    """The options that say what a server has promised; `p99_limits` reads those named ``--slo-...``."""
+    """Add options for service level objectives; `p99_limits` reads the ``--slo-...`` ones."""
     for metric in METRICS:
         parser.add_argument(
             f"--slo-{metric}-p99-ms",
@@ -30,9 +30,9 @@ def add_slo_arguments(parser: Any) -> None:
 
 
 def p99_limits(options: argparse.Namespace) -> dict[str, float]:
-    """The limits of the ``--slo-...`` options that were given, in milliseconds."""
-    given = {metric: getattr(options, f"slo_{metric}_p99_ms") for metric in METRICS}
-    return {metric: limit for metric, limit in given.items() if limit is not None}
+    """The limits of the ``--slo-...`` options, in milliseconds, without unset ones."""
+    limits = {metric: getattr(options, f"slo_{metric}_p99_ms") for metric in METRICS}
+    return {metric: limit for metric, limit in limits.items() if limit is not None}
 
 
 def milliseconds(text: str) -> float:
@@ -47,7 +47,7 @@ def milliseconds(text: str) -> float:
 
 
 def goodput_limits(text: str) -> dict[str, float]:
-    """Limits from the command line, ``METRIC:MS`` one after the other as in ``vllm bench serve``."""
+    """Limits from the command line: ``METRIC:MS`` separated by spaces, as in ``vllm bench serve``."""
     limits = {}
     for part in text.split():
         metric, _, limit = part.partition(":")
@@ -76,7 +76,7 @@ def count(text: str) -> int:
 
 
 def policy(text: str) -> object:
-    """A policy from the command line, as the ``pruning`` field has it: JSON, or the name of a preset."""
+    """A policy from the command line: JSON, or the name of a preset."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

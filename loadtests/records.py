@@ -1,17 +1,17 @@
-"""One record for each request; every number of a load test is computed from these.
+"""One record per request; every number of a load test is computed from records.
 
-Definitions, as in ``vllm bench serve`` except where it is said:
+Definitions, as in ``vllm bench serve`` unless noted:
 
-- A request is due when it is sent, or, at a constant rate, when the schedule says; all times count from then. (vLLM
-  counts from sending.)
-- TTFT, time to first token: from when the request is due, connecting included, to the first chunk with content. (vLLM
-  takes the first chunk with a choice, also where it holds only the role.)
-- ITL, inter-token latencies: the gaps between chunks with content. Chunks that came in one piece have next to none.
-- E2E, end-to-end latency: to the last chunk with a choice; the usage chunk and ``[DONE]`` do not count.
-- TPOT, time per output token: (E2E - TTFT) / (output tokens - 1), for answers of two tokens or more.
-- Token counts are those of ``usage``, so the request has to ask for it (``stream_options.include_usage``).
+- Due: when the request is sent or, at a constant rate, its scheduled time. All times count from then. (vLLM: from
+  sending.)
+- TTFT, time to first token: from due, including connecting, to the first chunk with content. (vLLM: the first chunk
+  with a choice, even if it holds only the role.)
+- ITL, inter-token latencies: gaps between chunks with content; almost 0 for chunks that arrive together.
+- E2E, end-to-end latency: from due to the last chunk with a choice, without the usage chunk and ``[DONE]``.
+- TPOT, time per output token: (E2E - TTFT) / (output tokens - 1), for answers of at least two tokens.
+- Token counts come from ``usage``, so the request must set ``stream_options.include_usage``.
 
-What was not measured is None.
+Values that were not measured are None.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ class Record:
     Attributes:
         name: the kind of request, for grouping.
         started: when it was due, in seconds since the epoch.
-        elapsed: from then to the end of the stream, or to the failure.
-        ttft: to the first chunk with content; None where none came.
-        itls: gaps between chunks with content.
-        e2e: to the last chunk with a choice; None where none came.
-        input_tokens: that were prefilled, by ``usage``.
-        output_tokens: by ``usage``.
+        elapsed: from due to the end of the stream or the failure.
+        ttft: TTFT; None without content.
+        itls: ITLs.
+        e2e: E2E; None without a choice.
+        input_tokens, output_tokens: from ``usage``.
         text: the answer.
-        pruning: the server's report, None where there was none.
-        error: why it failed; None where it did not.
-        lag: from when it was due to when it was sent, the client's part of the latency; None where it was not sent.
-        stall: the longest that the client was busy otherwise in the meantime: chunks may be stamped so much too late.
+        pruning: the server's report; None if there is none.
+        error: the failure; None if it succeeded.
+        lag: from due to sending, the client's part of the latency; None if it was not sent.
+        stall: longest time that the client was blocked meanwhile; chunks may be timestamped this much too late.
     """
 
     name: str
@@ -66,21 +65,21 @@ class Record:
 
     @property
     def keep_ratio(self) -> float | None:
-        """Visual tokens kept, of those there were; None without a report or an image."""
+        """Kept / visual tokens; None without a report or images."""
         images = self.pruning["images"] if self.pruning else ()
-        before = sum(image["visual_tokens"] for image in images)
-        return sum(image["kept_tokens"] for image in images) / before if before else None
+        visual = sum(image["visual_tokens"] for image in images)
+        return sum(image["kept_tokens"] for image in images) / visual if visual else None
 
 
 def save_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a file of one JSON object a line."""
+    """Write records as JSON lines."""
     path.write_text("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
 
 
 def load_records(path: Path) -> list[Record]:
-    """Read what `save_records` wrote."""
-    found = []
+    """Read a file of `save_records`."""
+    records = []
     for line in path.read_text().split("\n")[:-1]:  # not splitlines: answers may hold other line breaks
         fields = json.loads(line)
-        found.append(Record(**{**fields, "itls": tuple(fields["itls"])}))
-    return found
+        records.append(Record(**{**fields, "itls": tuple(fields["itls"])}))
+    return records

@@ -1,4 +1,4 @@
-"""The report for people: one HTML file without references to others."""
+"""The HTML report: one self-contained file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROWS: tuple[tuple[str, str, str], ...] = (
         for statistic, label in (("mean", "mean"), ("median", "median"), ("p95", "p95"), ("p99", "p99"))
     ),
 )
-"""Keys of a result or of what is ours in it, what they mean, and how they are written."""
+"""(key of a result or of its ``vtprune`` part, label, number format)."""
 
 KIND_COLUMNS = (
     ("requests", "requests", ".0f"),
@@ -55,13 +55,13 @@ def write_report(
     records: Mapping[str, Sequence[Record]],
     notes: Sequence[str] = (),
 ) -> None:
-    """Write the report on one run or on several, side by side.
+    """Write the report of one or several runs, side by side.
 
     Args:
-        path: of the HTML file.
-        results: by run, from `loadtests.results.result`.
-        records: by run, what the results were computed from.
-        notes: paragraphs about how this was measured.
+        path: the HTML file.
+        results: run -> result of `loadtests.results.result`.
+        records: run -> its records.
+        notes: paragraphs about the measurement.
     """
     template = Environment(loader=PackageLoader("loadtests", "."), autoescape=True).get_template("report.html.jinja")
     path.write_text(
@@ -86,14 +86,14 @@ def write_report(
 
 
 def table_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """What is measured and its value in every run, without the rows that no run has."""
-    known = [{**one, **one["vtprune"]} for one in results.values()]
-    rows = [(label, [written(one[key], style) for one in known]) for key, label, style in ROWS]
+    """Label and values of every run, without rows that no run has measured."""
+    flat = [{**result, **result["vtprune"]} for result in results.values()]
+    rows = [(label, [written(result[key], style) for result in flat]) for key, label, style in ROWS]
     return [(label, values) for label, values in rows if any(value != "-" for value in values)]
 
 
 def table(rows: Sequence[tuple[str, Sequence[str]]], headings: Sequence[str]) -> str:
-    """Rows for people, in columns."""
+    """Rows as aligned text."""
     lines = [("", headings), *rows]
     first = max(len(label) for label, _ in lines)
     width = max(len(value) for _, values in lines for value in values) + 2
@@ -107,9 +107,9 @@ def written(value: float | None, style: str) -> str:
 
 def plots(records: Mapping[str, Sequence[Record]]) -> list[str]:
     """The plots as SVG elements: distributions of TTFT, ITL and E2E, requests over time, TTFT by keep ratio."""
-    measured = {run: samples(found) for run, found in records.items()}
+    measured = {run: samples(run_records) for run, run_records in records.items()}
     drawn = [
-        distribution(title, {run: found[metric] for run, found in measured.items()})
+        distribution(title, {run: run_samples[metric] for run, run_samples in measured.items()})
         for metric, title in zip(METRICS, ("TTFT", "TPOT", "ITL", "E2E"), strict=True)
         if metric != "tpot"
     ]
@@ -117,7 +117,7 @@ def plots(records: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def distribution(title: str, milliseconds: Mapping[str, Sequence[float]]) -> str:
-    """The share of samples up to each value, a line for each run."""
+    """Empirical distribution functions, one line per run."""
     figure, axes = empty(f"{title}: share of {'gaps' if title == 'ITL' else 'requests'} within")
     for run, values in milliseconds.items():
         if values:
@@ -128,11 +128,11 @@ def distribution(title: str, milliseconds: Mapping[str, Sequence[float]]) -> str
 
 
 def over_time(records: Mapping[str, Sequence[Record]], seconds: float = 5) -> str:
-    """Requests that ended per second, in windows of about so many seconds."""
+    """Requests that ended per second, in windows of about ``seconds``."""
     figure, axes = empty("Requests ended per second")
-    starts = [record.started for found in records.values() for record in found]
-    for run, found in records.items():
-        ends = [record.started + record.elapsed - min(starts) for record in found if record.error is None]
+    starts = [record.started for run_records in records.values() for record in run_records]
+    for run, run_records in records.items():
+        ends = [record.started + record.elapsed - min(starts) for record in run_records if record.error is None]
         if ends:
             edges = np.linspace(0, max(ends), max(1, round(max(ends) / seconds)) + 1)
             axes.stairs(np.histogram(ends, edges)[0] / np.diff(edges), edges, label=run)
@@ -142,13 +142,13 @@ def over_time(records: Mapping[str, Sequence[Record]], seconds: float = 5) -> st
 
 
 def by_keep_ratio(records: Mapping[str, Sequence[Record]]) -> str:
-    """TTFT of each request against the share of visual tokens that it kept; without a report, all."""
+    """TTFT of each request against its keep ratio (1 without a report)."""
     figure, axes = empty("TTFT by share of visual tokens kept")
-    for run, found in records.items():
+    for run, run_records in records.items():
         points = [
-            (1.0 if one.keep_ratio is None else one.keep_ratio, 1000 * one.ttft)
-            for one in found
-            if one.error is None and one.ttft is not None
+            (1.0 if record.keep_ratio is None else record.keep_ratio, 1000 * record.ttft)
+            for record in run_records
+            if record.error is None and record.ttft is not None
         ]
         if points:
             axes.plot(*zip(*points, strict=True), ".", alpha=0.5, label=run)
@@ -160,7 +160,7 @@ def by_keep_ratio(records: Mapping[str, Sequence[Record]]) -> str:
 
 
 def empty(title: str) -> tuple[Figure, Axes]:
-    """A figure to draw into."""
+    """An empty figure."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=11)
@@ -178,4 +178,4 @@ def svg(figure: Figure, axes: Axes) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]  # what comes before belongs to a file of its own
+    return text[text.index("<svg") :]  # without the XML header

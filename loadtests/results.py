@@ -1,7 +1,7 @@
-"""From records to results: percentiles of raw samples, goodput, and promises that were not held.
+"""Compute results from records: percentiles of raw samples, goodput, missed objectives.
 
-The results have the keys of ``vllm bench serve``. What only this project measures stands under the key
-``vtprune``. Numbers that were not measured are None.
+Results have the keys of ``vllm bench serve``; our additional measurements are under ``vtprune``. Values that were not
+measured are None.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from loadtests.records import Record
 Metric = Literal["ttft", "tpot", "itl", "e2el"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 PERCENTILES = (50, 90, 95, 99)
-PUNCTUAL = 0.1  # seconds after it was due, in which a request is sent in time
+PUNCTUAL = 0.1  # seconds; a request sent within this lag is punctual
 
 Limits = Mapping[str, float]  # milliseconds, by metric
 
 
 def samples(records: Iterable[Record]) -> dict[Metric, list[float]]:
-    """Milliseconds of every metric over the requests that succeeded; of ``itl``, all gaps together."""
+    """Milliseconds of every metric over successful requests; ``itl`` pools all gaps."""
     good = [record for record in records if record.error is None]
     seconds: dict[Metric, list[float | None]] = {
         "ttft": [record.ttft for record in good],
@@ -37,14 +37,14 @@ def samples(records: Iterable[Record]) -> dict[Metric, list[float]]:
 
 
 def percentile(milliseconds: Sequence[float], percent: float) -> float | None:
-    """A percentile of raw samples, between the two nearest where it falls between; None of nothing."""
+    """A percentile of raw samples with linear interpolation; None for an empty sample."""
     return float(np.percentile(milliseconds, percent)) if milliseconds else None
 
 
 def is_good(record: Record, limits: Limits) -> bool:
     """Whether a request succeeded within every limit.
 
-    As in ``vllm bench serve``, an answer of one token meets any limit on ``tpot``. What was not measured meets none.
+    As in ``vllm bench serve``, an answer of one token meets any limit on ``tpot``. Unmeasured values meet no limit.
     """
     if record.error is not None:
         return False
@@ -53,10 +53,10 @@ def is_good(record: Record, limits: Limits) -> bool:
 
 
 def span(records: Sequence[Record]) -> float:
-    """Seconds from the first request's start to the last one's end; 0 of nothing."""
+    """Seconds from the first start to the last end; 0 without requests."""
     if not records:
         return 0.0
-    return max(one.started + one.elapsed for one in records) - min(one.started for one in records)
+    return max(record.started + record.elapsed for record in records) - min(record.started for record in records)
 
 
 def result(
@@ -70,17 +70,17 @@ def result(
     goodput: Limits | None = None,
     duration: float | None = None,
 ) -> dict[str, Any]:
-    """What ``vllm bench serve --save-result --save-detailed`` would write, where it means something here, and ours.
+    """The applicable keys of ``vllm bench serve --save-result --save-detailed``, and ours under ``vtprune``.
 
     Args:
-        records: all requests, failed ones included.
-        model: its name, as served.
-        label: of this run.
-        users: that asked at the same time; with a rate, the most that could.
-        rate: requests per second that were to be sent; None where users ask again as soon as they are answered.
-        arrivals: how those were spread.
+        records: all requests, including failed ones.
+        model: served name of the model.
+        label: label of the run.
+        users: concurrent users; with a rate, the largest number of requests in flight.
+        rate: scheduled requests per second; None: closed loop.
+        arrivals: distribution of the scheduled times.
         goodput: limits of a good request, in milliseconds.
-        duration: seconds in which the requests were sent and answered; None: the `span` of the records.
+        duration: seconds of the run; None: the `span` of the records.
     """
     records = sorted(records, key=lambda record: record.started)
     done = [record for record in records if record.error is None]
@@ -135,12 +135,11 @@ def result(
 
 
 def pacing(records: Sequence[Record], rate: float | None, arrivals: Arrivals | None) -> dict[str, Any]:
-    """How the client did what it should; lags and stalls are in milliseconds.
+    """How well the client kept its schedule; lags and stalls in milliseconds.
 
-    At a constant rate: `achieved_rate`, requests sent per second from when the first was due to when the last was sent;
-    `punctual`, the share of all that were sent within `PUNCTUAL` seconds after they were due; `unsent`, how many never
-    were; and the lag, from when a request was due to when it was sent. In any case the stall: the longest that the
-    client was busy otherwise during a request.
+    At a constant rate: `achieved_rate`, requests sent per second between the first due time and the last sending;
+    `punctual`, share of requests sent within `PUNCTUAL` seconds; `unsent`, requests never sent; lag, time from due to
+    sending. Always: stall, the longest time that the client was blocked during a request.
     """
     sent = [] if rate is None else [(record.started, record.lag) for record in records if record.lag is not None]
     seconds = max(due + lag for due, lag in sent) - records[0].started if sent else 0.0
@@ -163,38 +162,38 @@ def pacing(records: Sequence[Record], rate: float | None, arrivals: Arrivals | N
 def summary(records: Iterable[Record]) -> dict[str, float | None]:
     """Mean, median, standard deviation and percentiles of every metric, in milliseconds."""
     values: dict[str, float | None] = {}
-    for metric, found in samples(records).items():
-        values[f"mean_{metric}_ms"] = mean(found)
-        values[f"median_{metric}_ms"] = percentile(found, 50)
-        values[f"std_{metric}_ms"] = float(np.std(found)) if found else None
-        values |= {f"p{percent}_{metric}_ms": percentile(found, percent) for percent in PERCENTILES}
+    for metric, sample in samples(records).items():
+        values[f"mean_{metric}_ms"] = mean(sample)
+        values[f"median_{metric}_ms"] = percentile(sample, 50)
+        values[f"std_{metric}_ms"] = float(np.std(sample)) if sample else None
+        values |= {f"p{percent}_{metric}_ms": percentile(sample, percent) for percent in PERCENTILES}
     return values
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing."""
+    """The mean; None for an empty sample."""
     return float(np.mean(values)) if values else None
 
 
 def kinds(records: Iterable[Record]) -> dict[str, dict[str, float | None]]:
-    """How many requests of each kind, their mean prompt tokens and keep ratio, median and p99 of TTFT (ms)."""
+    """For each kind of request: count, mean prompt tokens and keep ratio, median and p99 of TTFT (ms)."""
     by_name: dict[str, list[Record]] = {}
     for record in records:
         by_name.setdefault(record.name, []).append(record)
     return {
         name: {
-            "requests": len(found),
-            "mean_input_tokens": mean([one.input_tokens for one in found if one.input_tokens is not None]),
-            "median_ttft_ms": percentile(samples(found)["ttft"], 50),
-            "p99_ttft_ms": percentile(samples(found)["ttft"], 99),
-            "keep_ratio": mean([ratio for one in found if (ratio := one.keep_ratio) is not None]),
+            "requests": len(group),
+            "mean_input_tokens": mean([record.input_tokens for record in group if record.input_tokens is not None]),
+            "median_ttft_ms": percentile(samples(group)["ttft"], 50),
+            "p99_ttft_ms": percentile(samples(group)["ttft"], 99),
+            "keep_ratio": mean([ratio for record in group if (ratio := record.keep_ratio) is not None]),
         }
-        for name, found in sorted(by_name.items())
+        for name, group in sorted(by_name.items())
     }
 
 
 def peaks(records: Sequence[Record]) -> tuple[float, int]:
-    """The most chunks with content in one second, and the most requests in flight at one time."""
+    """The most chunks with content per second, and the most requests in flight."""
     first = min((record.started for record in records), default=0.0)
     chunks: Counter[int] = Counter()
     for record in records:
@@ -203,21 +202,21 @@ def peaks(records: Sequence[Record]) -> tuple[float, int]:
             chunks.update(int(moment) for moment in moments)
     ends = [(record.started + record.elapsed, -1) for record in records]
     changes = sorted([*ends, *((record.started, 1) for record in records)])
-    flying = np.cumsum([change for _, change in changes])
-    return float(max(chunks.values(), default=0)), int(max(flying, default=0))
+    in_flight = np.cumsum([change for _, change in changes])
+    return float(max(chunks.values(), default=0)), int(max(in_flight, default=0))
 
 
 def broken(records: Sequence[Record], p99_limits: Limits) -> list[str]:
-    """What was promised and not held, a sentence each: no request may fail, and p99 may not exceed the limits.
+    """Failed requests and missed p99 objectives, one sentence each.
 
     Args:
-        records: of the run.
-        p99_limits: milliseconds, by metric.
+        records: the run's records.
+        p99_limits: metric -> milliseconds.
     """
     if not records:
         return ["no request was finished"]
     failed = Counter(record.error for record in records if record.error is not None)
-    found = [f"{count} of {len(records)} requests failed: {error}" for error, count in failed.most_common(5)]
+    complaints = [f"{count} of {len(records)} requests failed: {error}" for error, count in failed.most_common(5)]
     measured = samples(records)
     for metric in METRICS:
         limit = p99_limits.get(metric)
@@ -225,7 +224,7 @@ def broken(records: Sequence[Record], p99_limits: Limits) -> list[str]:
             continue
         p99 = percentile(measured[metric], 99)
         if p99 is None:
-            found.append(f"{metric} p99 was to be {limit:g} ms at most, and was not measured")
+            complaints.append(f"{metric} p99 was to be {limit:g} ms at most, and was not measured")
         elif p99 > limit:
-            found.append(f"{metric} p99 was to be {limit:g} ms at most, and is {p99:.1f} ms")
-    return found
+            complaints.append(f"{metric} p99 was to be {limit:g} ms at most, and is {p99:.1f} ms")
+    return complaints

@@ -12,20 +12,20 @@ MODEL = "model"
 OPTIONS = (
     "--served-model-name", MODEL, "--load-format", "dummy", "--enforce-eager", "--disable-uvicorn-access-log",
 )  # fmt: skip
-"""Of every server that is compared: random weights, under one name."""
+"""Options of every compared server: random weights, one model name."""
 STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
 ARMS = ("stock", "off", "balanced")
 """Stock vLLM; our server with ``pruning: false``; our server at the preset ``balanced``."""
 
 
 def server(model: Path, options: Sequence[str], *, stock: bool, kv_cache_gb: int = 1) -> AbstractContextManager[str]:
-    """Run stock vLLM, or ours, with a checkpoint; the context's value is its address.
+    """Run stock vLLM or our server with a checkpoint; yields its URL.
 
     Args:
-        model: the folder of the checkpoint.
-        options: vLLM's, beside `OPTIONS`.
-        stock: without our plugin.
-        kv_cache_gb: GiB of the KV cache, on a CPU.
+        model: folder of the checkpoint.
+        options: vLLM's options besides `OPTIONS`.
+        stock: run without our plugin.
+        kv_cache_gb: KV cache on a CPU, in GiB.
     """
     options = [*OPTIONS, *options]
     environment = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gb), "HF_HUB_OFFLINE": "1"}
@@ -37,6 +37,6 @@ def server(model: Path, options: Sequence[str], *, stock: bool, kv_cache_gb: int
 
 @contextmanager
 def servers(model: Path, options: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Both at the same time: the address to ask for each of `ARMS`."""
-    with server(model, options, stock=True) as theirs, server(model, options, stock=False) as ours:
-        yield dict(zip(ARMS, (theirs, ours, ours), strict=True))
+    """Run both servers at the same time; yields the URL for each of `ARMS`."""
+    with server(model, options, stock=True) as stock_url, server(model, options, stock=False) as our_url:
+        yield dict(zip(ARMS, (stock_url, our_url, our_url), strict=True))

@@ -1,16 +1,15 @@
-"""Many minutes at a constant rate, with an eye on failed requests and memory: ``make soak``.
+"""Many minutes at a constant rate; checks failed requests and memory: ``make soak``.
 
     python -m loadtests.soak --out build/soak --minutes 10 --rate 3 --users 16
 
-Starts our server with the model that comes with the package, and with small caches, so that
-they are full early. Every kind of user asks, at times of a schedule (`loadtests.locustfile`). Prints failed requests,
-percentiles, how many requests were sent in time, and the resident memory of each process: at first, and the medians of
-what was seen every few seconds in the third quarter of the run and in the last.
+Starts our server with the demo model and small caches, which fill early. Every kind of user asks on a schedule
+(`loadtests.locustfile`). Prints failed requests, percentiles, the share of punctual requests, and each process's
+resident memory: at the start, and the medians of the third and the last quarter of the run.
 
-The exit status is 1 if a request failed, a promise (``--slo-...``) was broken, less than 95 % of the requests were sent
-in time, or, in a run of 8 minutes or more, a process held 5 % more in the last quarter than in the third. What it grows
-before the middle of the run is not judged, for allocators and kernels fill caches of their own in the first minutes. A
-leak that adds less than a quarter to a process in the whole run goes unnoticed: run it for longer.
+The exit status is 1 if a request failed, an objective (``--slo-...``) was missed, less than 95 % of the requests were
+punctual, or, in a run of at least 8 minutes, a process's memory grew by over 5 % from the third quarter to the last.
+Growth in the first half is not judged, because allocators and kernels fill their caches. A leak of less than about a
+quarter of a process's memory per run is not detected: run longer.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VTPRUNE_FEATURE_CACHE_GB": str(FEATURE_CACHE_GB),
     "VTPRUNE_REPORT_TABLE_SIZE": "100",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # else a thousand: one for each weight and number of tokens in a batch
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # default 1,000: one entry per weight and token count of a batch
 }
-TOLERANCE = 0.05  # of its memory, by which a process may grow once the caches are full
+TOLERANCE = 0.05  # accepted growth of a process, as a share of its memory, once caches are full
 LABEL = "soak"
-IN_TIME = 0.95  # of the requests
-LOOK_EVERY = 5.0  # seconds
-JUDGED_FROM = 8  # minutes; in a shorter run the third quarter belongs to those in which caches fill
+IN_TIME = 0.95  # required share of punctual requests
+SAMPLE_EVERY = 5.0  # seconds
+JUDGED_FROM = 8  # minutes; in a shorter run, caches still fill in the third quarter
 
 
 def main() -> None:
@@ -98,8 +97,8 @@ class Process:
     """Resident memory of one process.
 
     Attributes:
-        role: what it is, by its command line.
-        mib: MiB at equal distances, four times at least.
+        role: its shortened command line.
+        mib: MiB at regular intervals, at least four values.
     """
 
     role: str
@@ -113,7 +112,7 @@ class Process:
 
     @property
     def grown(self) -> float:
-        """From the third quarter to the last, as a share of the former."""
+        """Relative growth from the third quarter to the last."""
         *_, third, last = self.quarters
         return last / third - 1
 
@@ -126,15 +125,15 @@ class Process:
 
 
 def server_processes(url: str) -> list[psutil.Process]:
-    """Of a server that this process runs: the one that listens, and all that it has started."""
+    """The processes of a server that this process started, the listening one first."""
     port = url.rpartition(":")[2]
     [root] = [child for child in psutil.Process().children() if port in child.cmdline()]
     return [root, *root.children(recursive=True)]
 
 
 def role_of(process: psutil.Process) -> str:
-    """Its command line, cut, without the folder of its program."""
-    program, *arguments = process.cmdline() or [process.name()]  # of one that has just ended
+    """A process's command line, shortened, without the program's folder."""
+    program, *arguments = process.cmdline() or [process.name()]  # a process that has just ended has no command line
     return " ".join([Path(program).name, *arguments])[:32]
 
 
@@ -144,43 +143,43 @@ def resident(processes: Sequence[psutil.Process]) -> list[float]:
 
 
 class Memory:
-    """Looks at the resident memory of processes, every few seconds while the context lasts."""
+    """Samples the resident memory of processes within the context."""
 
     def __init__(self, family: Sequence[psutil.Process]) -> None:
         self._family = list(family)
         self._roles = [role_of(process) for process in family]
-        self._seen: list[list[float]] = []  # MiB, by time and process
-        self._over = Event()
-        self._thread = Thread(target=self._look, daemon=True)
+        self._samples: list[list[float]] = []  # MiB, by time and process
+        self._stop = Event()
+        self._thread = Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Memory:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while True:
             try:
-                self._seen.append(resident(self._family))
+                self._samples.append(resident(self._family))
             except psutil.NoSuchProcess:
-                return  # the requests will have failed, which says more
-            if self._over.wait(LOOK_EVERY):
+                return  # failed requests will report it
+            if self._stop.wait(SAMPLE_EVERY):
                 return
 
     def processes(self) -> list[Process]:
-        """What was seen of each process; nothing where it was not seen in each quarter."""
-        if len(self._seen) < 4:
+        """The samples of each process; empty if there are fewer than four."""
+        if len(self._samples) < 4:
             return []
-        return [Process(role, [mib[index] for mib in self._seen]) for index, role in enumerate(self._roles)]
+        return [Process(role, [mib[index] for mib in self._samples]) for index, role in enumerate(self._roles)]
 
 
 def conclude(
     records: Sequence[Record], processes: Sequence[Process], model: str, options: argparse.Namespace
 ) -> list[str]:
-    """Print and write what was seen. Returns what is wrong with it."""
+    """Print and write the results. Returns failures and missed objectives."""
     summed = result(
         records,
         model=model,

@@ -1,6 +1,6 @@
-"""From the events of a streamed chat completion, and the times at which they came, to one record.
+"""Build a record from the events of a streamed chat completion and their arrival times.
 
-What the times mean is defined in `loadtests.records`.
+Times are defined in `loadtests.records`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ DONE = "[DONE]"
 
 
 class StreamReader:
-    """Takes a stream's events as they come, and makes a record of them at the end."""
+    """Collects a stream's events and builds its record."""
 
     def __init__(self, name: str, *, started: float, due: float, sent: float) -> None:
         """
         Args:
             name: the kind of request.
-            started: when it was due, in seconds since the epoch, for the record.
-            due: the same moment on the clock that `take` and `finish` are given.
-            sent: when it was sent, on that clock.
+            started: due time, in seconds since the epoch.
+            due: due time, on the clock of `take` and `finish`.
+            sent: time of sending, on that clock.
         """
         self._name = name
         self._started = started
@@ -39,9 +39,9 @@ class StreamReader:
         self._done = False
 
     def take(self, data: str, at: float) -> None:
-        """Take the data of the next event, which came at this time (seconds)."""
+        """Add the data of the next event, which arrived ``at`` seconds."""
         if not data:
-            return  # an event that has an id alone, for example
+            return  # for example an event with only an id
         if data == DONE:
             self._done = True
             return
@@ -66,11 +66,11 @@ class StreamReader:
         self._pruning = chunk.get("pruning") or self._pruning
 
     def finish(self, at: float, error: str | None = None) -> Record:
-        """The record, when the stream has ended at this time (seconds).
+        """The record of a stream that ended.
 
         Args:
-            at: the end.
-            error: what went wrong outside of the stream's text, such as a lost connection.
+            at: time of the end, in seconds.
+            error: an error outside the stream's text, such as a lost connection.
         """
         if not self._done:
             error = error or f"the stream ended before {DONE}"

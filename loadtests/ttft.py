@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measure(model: Path, *, keep: int, rounds: int, pairs: int) -> Samples:
-    """Seconds of every kind of request, pair by pair."""
+    """Measure every kind of request, pair by pair; seconds."""
     samples: Samples = {}
     encode = encoder_of(model)
     pixels = AutoConfig.from_pretrained(model).vision_config.image_size
@@ -100,7 +100,7 @@ def stock_requests(client: httpx.Client, prompt_tokens: int, keep: int) -> dict[
 
 
 def our_requests(client: httpx.Client, keep: int) -> dict[str, Request]:
-    """The kinds of request to our server; "cold" of a picture has to come before its "hit"."""
+    """The kinds of request to our server; "cold" must precede "hit" of the same picture."""
     budget = {"type": "tokens", "keep": keep}
     return {
         "off": lambda image: seconds(ask_about(client, image, False)),
@@ -110,9 +110,9 @@ def our_requests(client: httpx.Client, keep: int) -> dict[str, Request]:
 
 
 def take_turns(kinds: dict[str, Request], pictures: Sequence[str], samples: Samples, *, label: str) -> None:
-    """One warm-up with the last picture, then a measurement of each kind for each other picture.
+    """Warm up with the last picture, then measure each kind for every other picture.
 
-    The first kind opens every other pair and closes those between.
+    The first kind alternates between being first and last.
     """
     for request in kinds.values():
         request(pictures[-1])
@@ -120,15 +120,15 @@ def take_turns(kinds: dict[str, Request], pictures: Sequence[str], samples: Samp
     for index, image in enumerate(pictures[:-1]):
         for kind in (first, *others) if index % 2 == 0 else (*others, first):
             samples.setdefault(kind, []).append(kinds[kind](image))
-        shown = ", ".join(f"{kind} {samples[kind][-1]:.3f} s" for kind in kinds)
-        print(f"{label}, pair {index + 1}: {shown}", file=sys.stderr, flush=True)
+        times = ", ".join(f"{kind} {samples[kind][-1]:.3f} s" for kind in kinds)
+        print(f"{label}, pair {index + 1}: {times}", file=sys.stderr, flush=True)
 
 
 def ask_about(client: httpx.Client, image: str, policy: object | None = None) -> Record:
     """Ask about a picture. The record's `e2e` is the time to the only token, which may have no text.
 
     Raises:
-        RuntimeError: the request failed, or the policy is to prune and nothing was pruned.
+        RuntimeError: the request failed, or a policy that prunes dropped no token.
     """
     body: dict[str, Any] = {"messages": [message(QUESTION, [image])]}
     if policy is not None:
@@ -140,7 +140,7 @@ def ask_about(client: httpx.Client, image: str, policy: object | None = None) ->
 
 
 def ask_tokens(client: httpx.Client, length: int) -> Record:
-    """Have one token written after a text prompt of that many tokens."""
+    """Generate one token after a random text prompt of ``length`` tokens."""
     prompt = [random.randrange(3, 2000) for _ in range(length)]
     return only_token(client, {"prompt": prompt}, path="/v1/completions")
 
@@ -153,13 +153,13 @@ def only_token(client: httpx.Client, body: dict[str, Any], path: str = "/v1/chat
 
 
 def seconds(record: Record) -> float:
-    """Until the only token had come."""
+    """Seconds to the only token."""
     assert record.e2e is not None  # by `only_token`
     return record.e2e
 
 
 def encoder_of(model: Path) -> Callable[[], float]:
-    """A function that runs transformers' encoder, up to LLaVA's layer, and projector once, and returns the seconds."""
+    """A function that runs transformers' encoder (up to LLaVA's layer) and projector once and returns the seconds."""
     config = AutoConfig.from_pretrained(model)
     vision_config = config.vision_config
     vision_config.num_hidden_layers += 1 + config.vision_feature_layer
@@ -178,7 +178,7 @@ def encoder_of(model: Path) -> Callable[[], float]:
 
 
 def summary(samples: Samples, *, keep: int) -> dict[str, Any]:
-    """Ratios of what was measured, as `PairedRatio` in plain numbers."""
+    """The ratios, each a `PairedRatio` as a dict."""
     unpruned = [encoder + full for encoder, full in zip(samples["E"], samples["S_stock"], strict=True)]
     ideal = [encoder + pruned for encoder, pruned in zip(samples["E"], samples["S_pruned"], strict=True)]
     ratios: dict[str, PairedRatio] = {
@@ -197,7 +197,7 @@ def products(left: Sequence[float], right: Sequence[float]) -> list[float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """The result as text."""
     ratios = [f"{name:16}  {PairedRatio(**ratio)}" for name, ratio in result["ratios"].items()]
     times = [f"{kind:16}  median {statistics.median(times):.3f} s" for kind, times in result["samples_s"].items()]
     return "\n".join([f"{'':16}  mean of pairs, 95 % interval", *ratios, *times])

@@ -1,4 +1,4 @@
-"""What is sent: pictures, questions and policies, the same for the same seed."""
+"""The workload: pictures, questions and policies, determined by a seed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ POLICIES: tuple[object, ...] = (
     {"budget": {"type": "tokens", "keep": 64}},
     {"method": "divprune", "budget": {"type": "ratio", "keep": 0.25}},
 )
-"""As a mixed public would ask: without pruning, by preset, and with policies of their own."""
+"""A mix of policies: no pruning, presets, explicit policies."""
 
 PIXELS = (336, 336)
 SIZES = ((64, 64), (336, 336), (1024, 768), (768, 1024), (1920, 1080))
-"""Width and height in pixels: a thumbnail, the encoder's own size, photographs, a screen."""
+"""Width and height in pixels: thumbnail, the encoder's size, photographs, screen."""
 
 LENGTHS = (8, 64, 256)
 """Words of a question."""
 
 
 def picture(seed: int, size: tuple[int, int] = PIXELS) -> str:
-    """Smooth noise that no other seed gives, as a data URL of a JPEG file.
+    """Smooth noise, unique to the seed, as a data URL of a JPEG file.
 
     Args:
-        seed: not negative.
+        seed: at least 0.
         size: width and height in pixels.
     """
     noise = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -50,30 +50,30 @@ def question(random: Random, words: int = 8) -> str:
     """A question about objects.
 
     Args:
-        random: where the words come from.
-        words: how many, 8 at least: a longer question has a description before it.
+        random: source of the words.
+        words: number of words, at least 8; a longer question begins with a description.
     """
     description: list[str] = []
     while len(description) < words - 8:
         description += ["the", random.choice(QUALITIES), random.choice(OBJECTS), "and"]
-    asked = f"Where is the {random.choice(QUALITIES)} {random.choice(OBJECTS)} in this picture?"
-    return " ".join([*description[: max(0, words - 8)], asked])
+    text = f"Where is the {random.choice(QUALITIES)} {random.choice(OBJECTS)} in this picture?"
+    return " ".join([*description[: max(0, words - 8)], text])
 
 
 def message(text: str, images: Sequence[str] = ()) -> Message:
-    """A user's message: the pictures (URLs), then the text."""
+    """A user message: images (URLs), then text."""
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 class Conversation:
-    """Questions about one picture, each with all that was said before it; after some turns a new one begins."""
+    """A multi-turn conversation about one picture; starts over with another picture after ``turns``."""
 
     def __init__(self, random: Random, turns: int = 4) -> None:
         """
         Args:
-            random: where pictures and questions come from.
-            turns: questions about a picture.
+            random: source of pictures and questions.
+            turns: questions per picture.
         """
         self._random = random
         self._turns = turns
@@ -88,5 +88,5 @@ class Conversation:
         return self._messages
 
     def answered(self, text: str | None) -> None:
-        """Take the answer into the conversation; None, where there was none, ends it."""
+        """Add the answer to the conversation; None (no answer) ends it."""
         self._messages = [] if text is None else [*self._messages, {"role": "assistant", "content": text}]

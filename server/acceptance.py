@@ -1,4 +1,4 @@
-"""What the model that is served cannot take of a request, refused at its path before anything is rendered."""
+"""Reject what the served model cannot accept, with the field's path, before the request is rendered."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ EMBEDS_KEY = "image_embeds"
 MODALITIES = {"video_url": "video", "audio_url": "audio", "input_audio": "audio"}
 NOUNS = {"image": "images", "video": "videos", "audio": "audio clips"}
 TEXTS = ("messages", "tools", "documents", "chat_template_kwargs")
-"""Fields of a request of which texts get into the prompt."""
+"""Request fields whose texts enter the prompt."""
 
 NOT_TEXT = frozenset({"image_url", "image_pil", EMBEDS_KEY, *MODALITIES, "video_embeds", "audio_embeds", "uuid"})
-"""Keys of a content part below which no text is."""
+"""Keys of a content part that hold no text."""
 
 TOKEN_SETTING = re.compile(r"(?:image|img|video|vision|audio|boi|eoi)(?:_\w+)?_token_(?:id|index)")
 TOKEN_NAME = re.compile(r"image|img|video|vision|audio", re.IGNORECASE)
-"""What names the tokens that stand for media or around them: in a model's configuration, and the tokens themselves."""
+"""Patterns of media tokens (placeholders and delimiters): their names in a model's configuration, and their text."""
 
 
 class Acceptance:
-    """Checks of requests against one model.
+    """Checks requests against the served model.
 
     Args:
-        renderer: of the server.
-        options: of its HF processor that a model which can be pruned takes from requests, beside the values of pixels;
-            None where they are not known.
+        renderer: the server's renderer.
+        options: HF processor options that requests may set, besides those of pixel values; None: unchecked.
     """
 
     def __init__(self, renderer: BaseRenderer[Any], options: frozenset[str] | None) -> None:
@@ -56,11 +55,11 @@ class Acceptance:
             self._embeddings = EmbeddingRules(renderer.model_config, info.data_parser)
 
     async def check(self, request: PruningChatCompletionRequest) -> None:
-        """Refuse what does not fit.
+        """Check counts, texts, options and embeddings.
 
         Raises:
-            InvalidField: naming the field, its value and what is accepted.
-            VLLMValidationError: the same of an option for the image processor.
+            InvalidField: names the field, its value and what is accepted.
+            VLLMValidationError: the same for an option of the image processor.
         """
         if self._options is not None:
             check_options(self._options, request.mm_processor_kwargs or {})
@@ -77,18 +76,18 @@ class Acceptance:
         for modality, field in media:
             counts[modality] += 1
             limit = self._limits.get(modality, 0)
-            if counts[modality] <= limit or "vision_chunk" in self._limits:  # which stands for images and videos
+            if counts[modality] <= limit or "vision_chunk" in self._limits:  # covers images and videos
                 continue
             if limit:
                 problem, accepted = f"too many {NOUNS[modality]}", f"at most {limit} in a request"
             elif self._embeddings is not None and field.endswith(EMBEDS_KEY):
                 continue
             else:
-                problem, accepted = f"this model takes no {NOUNS[modality]}", "a request without them"
+                problem, accepted = f"this model accepts no {NOUNS[modality]}", "a request without them"
             raise InvalidField(f"{field}: {problem}; expected {accepted}.", parameter=field)
 
     def _check_texts(self, body: Mapping[str, Any], modalities: Collection[str]) -> None:
-        """Refuse a text that holds a placeholder token in a request with media: a medium would go there."""
+        """Reject a text with a placeholder token in a request with media: vLLM would insert a medium there."""
         if not modalities:
             return
         tokens = [*self._tokens, *(self._placeholders[name] for name in modalities if name in self._placeholders)]
@@ -113,7 +112,7 @@ class Acceptance:
 
 
 def media_tokens(model_config: ModelConfig, tokenizer: TokenizerLike) -> Collection[str]:
-    """The special tokens that stand for media in the prompts of a model, or around them, as text."""
+    """A model's placeholder and delimiter tokens of media, as text."""
     special = tokenizer.get_added_vocab()
     settings = model_config.hf_config.to_dict()
     ids = {value for name, value in settings.items() if TOKEN_SETTING.fullmatch(name)}
@@ -121,19 +120,19 @@ def media_tokens(model_config: ModelConfig, tokenizer: TokenizerLike) -> Collect
 
 
 def _placeholders(model_config: ModelConfig) -> Mapping[str, str]:
-    """Modality -> what vLLM puts into the text of a message for one medium, where that is text."""
+    """Modality -> the text that vLLM inserts into a message for one medium."""
     model: Any = get_model_cls(model_config)
     texts = {}
     for modality in NOUNS:
-        with suppress(NotImplementedError, ValueError):  # the model takes none
+        with suppress(NotImplementedError, ValueError):  # the model does not support it
             texts[modality] = model.get_placeholder_str(modality, 1)
     return {modality: text for modality, text in texts.items() if text}
 
 
 def _texts(path: str, value: object) -> Iterator[tuple[str, str]]:
-    """Every text below a value, by its path; the texts of one list also put together, as a chat template may do."""
+    """Path and text of every string in a value; texts of a list also concatenated, as a chat template may do."""
     waiting = [(path, value)]
-    while waiting:  # not by recursion: how deep it is nested is for the client to say
+    while waiting:  # no recursion, because clients control the depth
         path, value = waiting.pop()
         if isinstance(value, str):
             yield path, value
@@ -142,5 +141,5 @@ def _texts(path: str, value: object) -> Iterator[tuple[str, str]]:
             waiting += reversed(inside)
         elif isinstance(value, list):
             parts = [part.get("text") for part in value if isinstance(part, Mapping)]
-            together = "".join(part for part in parts if isinstance(part, str))
-            waiting += [(path, together), *reversed([(f"{path}.{i}", inner) for i, inner in enumerate(value)])]
+            joined = "".join(part for part in parts if isinstance(part, str))
+            waiting += [(path, joined), *reversed([(f"{path}.{i}", inner) for i, inner in enumerate(value)])]

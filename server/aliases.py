@@ -1,4 +1,4 @@
-"""Model names that carry a preset, ``NAME@PRESET``, for clients that can choose a model but send no other field."""
+"""Model aliases with a preset, ``NAME@PRESET``, for clients that can set only the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class UnknownPreset(LookupError):
 
 
 class AliasedModels(OpenAIModelRegistry):
-    """The models that a server lists, each also under its aliases.
+    """A server's models and their aliases.
 
-    Chat completions resolve an alias before they look a model up. Every other endpoint would serve the model unpruned,
-    so to them an alias is an error.
+    Chat completions resolve aliases before they look up a model. Every other endpoint would serve the model unpruned,
+    so there an alias is an error.
 
     Args:
-        models: the server's models; their registry is to be replaced by this one.
+        models: the server's models, whose registry this object replaces.
         presets: names of the presets.
     """
 
@@ -34,7 +34,7 @@ class AliasedModels(OpenAIModelRegistry):
 
     @property
     def aliases(self) -> dict[str, tuple[str, str]]:
-        """Model and preset by alias; a name under which a model is served is none."""
+        """Alias -> (model, preset); names of served models are no aliases."""
         aliases = {
             f"{model.name}{SEPARATOR}{preset}": (model.name, preset)
             for model in self.base_model_paths
@@ -43,7 +43,7 @@ class AliasedModels(OpenAIModelRegistry):
         return {alias: target for alias, target in aliases.items() if not self._is_served(alias)}
 
     def resolve(self, name: str | None) -> tuple[str, str] | None:
-        """The model and the preset that an alias stands for; None for any other name.
+        """The model and preset of an alias; None for any other name.
 
         Raises:
             UnknownPreset: the model is served, but there is no such preset.
@@ -64,7 +64,7 @@ class AliasedModels(OpenAIModelRegistry):
         """Whether a model of this name is served.
 
         Raises:
-            InvalidField: it is an alias.
+            InvalidField: the name is an alias.
         """
         if super().is_base_model(model_name):
             return True

@@ -1,10 +1,10 @@
-"""Data URLs as clients write them."""
+"""Parse data URLs."""
 
 from __future__ import annotations
 
 from vllm_vtprune_server.problem import MediaProblem
 
-# In base64 that was escaped for a URL. Line breaks come last: what their removal puts together is no escape.
+# URL escapes in base64. Line breaks are last: their removal must not create escapes.
 ESCAPES = {
     **{"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "="},
     **{"%0D": "", "%0d": "", "%0A": "", "%0a": ""},
@@ -12,14 +12,13 @@ ESCAPES = {
 
 
 def read(url: str) -> tuple[str, str]:
-    """What a data URL holds.
+    """Parse a data URL.
 
     Returns:
-        Its media type, in small letters, and its data in base64, in the plain form where it has one. Data of
-        ``video/jpeg``, which is a list, is left as it is.
+        The media type in lower case, and the data in normalised base64. Data of ``video/jpeg``, a list, is unchanged.
 
     Raises:
-        MediaProblem: it is not in base64.
+        MediaProblem: the data is not base64.
     """
     header, comma, data = url.partition(":")[2].partition(",")
     media_type, _, parameters = header.lower().partition(";")
@@ -30,11 +29,11 @@ def read(url: str) -> tuple[str, str]:
 
 
 def plain_base64(text: str) -> str:
-    """Base64 that has one reading in its plain form: the standard alphabet, in one line, padded.
+    """Normalise base64: standard alphabet, one line, padded.
 
-    One reading have line breaks anywhere, spaces around the text, ``-`` and ``_``, ``%2B``, ``%2F`` and ``%3D``, and
-    missing or surplus ``=``. A space within the text may be a ``+`` that a form turned into one; so may a space at an
-    end where digits are missing. Text without a plain form is left as what a strict decoder refuses.
+    Accepts line breaks, surrounding spaces, ``-`` and ``_``, ``%2B``, ``%2F`` and ``%3D``, and missing or surplus
+    ``=``. Spaces inside the text are ambiguous, because a form may have turned a ``+`` into one; so are surrounding
+    spaces if digits are missing. Ambiguous text keeps its spaces, so that a strict decoder rejects it.
     """
     if "%" in text:
         for escape, char in ESCAPES.items():

@@ -1,4 +1,4 @@
-"""Routes of vLLM that do not prune: a policy sent there is refused, since vLLM ignores fields it does not know."""
+"""Reject policies sent to vLLM routes that do not prune, because vLLM ignores unknown fields."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from vllm_vtprune_server.content import URL_KEYS, like_pruning
+from vllm_vtprune_server.content import URL_KEYS, resembles_pruning
 from vllm_vtprune_server.outcome import ROUTE, path_of
 from vllm_vtprune_server.trace import Refusal
 
 KEY = "pruning"
-MAY_HOLD_ONE = re.compile(rb"(?i)prun|\\u|\x00")
-"""Bodies that are worth parsing: with the key, its letters escaped, or in UTF-16 or 32."""
+MAY_HOLD_POLICY = re.compile(rb"(?i)prun|\\u|\x00")
+"""Bodies that need parsing: with the key, with escapes, or in UTF-16 or UTF-32."""
 CONVERSATIONS = ("messages", "input")
-"""Fields of a body that hold messages, or lists of them."""
+"""Fields of a body that hold messages or lists of messages."""
 
 
 def json_routes(app: FastAPI) -> set[str]:
-    """Paths of an app that take JSON: those that say so to FastAPI, or check for it themselves as vLLM's do."""
+    """Paths of an app's routes that accept JSON: with a FastAPI body, or with vLLM's own check."""
     return {route.path for route in app.routes if isinstance(route, APIRoute) and _takes_json(route)}
 
 
@@ -37,11 +37,11 @@ def _takes_json(route: APIRoute) -> bool:
     return "POST" in route.methods and (route.body_field is not None or validate_json_request in checks)
 
 
-class ElsewhereMiddleware:
-    """Pure ASGI middleware: refuses a policy in the body of a request to a route that would ignore it.
+class MisplacedPolicyMiddleware:
+    """Pure ASGI middleware that rejects a policy in a request to a route that would ignore it.
 
     Args:
-        app: what answers the others.
+        app: the next app.
         routes: paths of the routes that do not prune.
     """
 
@@ -53,12 +53,12 @@ class ElsewhereMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) not in self.routes:
             await self.app(scope, receive, send)
             return
-        if Headers(scope=scope).get("content-type", "").startswith("multipart/"):  # files: no JSON
+        if Headers(scope=scope).get("content-type", "").startswith("multipart/"):  # files, not JSON
             await self.app(scope, receive, send)
             return
         messages = await _messages_of_body(receive)
         body = b"".join(message.get("body", b"") for message in messages)
-        param = misplaced_policy(body) if MAY_HOLD_ONE.search(body) else None
+        param = misplaced_policy(body) if MAY_HOLD_POLICY.search(body) else None
         if param is not None:
             await _refusal(path_of(scope), param)(scope, receive, send)
             return
@@ -72,7 +72,7 @@ class ElsewhereMiddleware:
 
 
 async def _messages_of_body(receive: Receive) -> list[Message]:
-    """What a client sends, to its end or until it leaves."""
+    """All messages of a request's body, or until the client disconnects."""
     messages = [await receive()]
     while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
         messages.append(await receive())
@@ -80,20 +80,20 @@ async def _messages_of_body(receive: Receive) -> list[Message]:
 
 
 def misplaced_policy(body: bytes) -> str | None:
-    """Path of the first policy in a body of JSON; None if there is none. ``null`` asks for nothing.
+    """Path of the first policy in a JSON body; None if there is none. ``null`` is no policy.
 
-    Looked at are the places where ``/v1/chat/completions`` reads one and ``mm_processor_kwargs``; not the schemas of
-    tools, which may name their fields as they like.
+    Searches the fields where ``/v1/chat/completions`` reads policies, and ``mm_processor_kwargs``; not tool schemas,
+    which may use any name.
     """
     try:
         data = json.loads(body)
-    except (ValueError, RecursionError):  # told by the route
+    except (ValueError, RecursionError):  # reported by the route
         return None
     return next(_policies(data), None) if isinstance(data, Mapping) else None
 
 
 def _policies(data: Mapping[str, Any]) -> Iterator[str]:
-    yield from (key for key, value in data.items() if value is not None and like_pruning(key))
+    yield from (key for key, value in data.items() if value is not None and resembles_pruning(key))
     kwargs = data.get("mm_processor_kwargs")
     if isinstance(kwargs, Mapping) and kwargs.get(KEY) is not None:
         yield f"mm_processor_kwargs.{KEY}"
@@ -101,7 +101,7 @@ def _policies(data: Mapping[str, Any]) -> Iterator[str]:
         yield from _policies_of_parts(data.get(name), name)
     extra = data.get("extra_body")
     if isinstance(extra, Mapping):
-        yield from (f"extra_body.{key}" for key in extra if like_pruning(key))
+        yield from (f"extra_body.{key}" for key in extra if resembles_pruning(key))
 
 
 def _policies_of_parts(value: Any, path: str) -> Iterator[str]:
@@ -109,7 +109,7 @@ def _policies_of_parts(value: Any, path: str) -> Iterator[str]:
         for index, item in enumerate(value):
             yield from _policies_of_parts(item, f"{path}.{index}")
     elif isinstance(value, Mapping):
-        yield from (f"{path}.{key}" for key, inner in value.items() if inner is not None and like_pruning(key))
+        yield from (f"{path}.{key}" for key, inner in value.items() if inner is not None and resembles_pruning(key))
         for name in ("content", *URL_KEYS):
             yield from _policies_of_parts(value.get(name), f"{path}.{name}")
 

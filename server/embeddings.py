@@ -1,4 +1,4 @@
-"""Images that come as embeddings: looked at before they reach an engine that does not survive a wrong shape."""
+"""Validate image embeddings from clients, because a wrong shape would kill the engine."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vllm_vtprune_server.validation import InvalidField, shown
 
 VALUES, GRID = "image_embeds", "image_grid_thw"
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Types of numbers that vLLM's own reading survives."""
+"""Dtypes that vLLM's reader accepts."""
 
 
 class EmbeddingRules:
-    """The form of an image's embeddings for one model.
+    """The valid form of image embeddings for one model.
 
     Args:
-        model_config: of the model.
-        parser: of its media; it tells whether the model needs to know the grid of patches beside the rows.
+        model_config: vLLM's config of the model.
+        parser: parser of its media; tells whether the model also needs the grid of patches.
     """
 
     def __init__(self, model_config: ModelConfig, parser: MultiModalDataParser) -> None:
@@ -33,16 +33,17 @@ class EmbeddingRules:
         self._merge: int = getattr(vision, "spatial_merge_size", 1)
 
     def check(self, param: str, value: object) -> None:
-        """Refuse what is not the embeddings of one image. Decodes it: not for an event loop.
+        """Check the embeddings of one image. Decodes them, so do not call it in an event loop.
 
         Args:
             param: path of the field.
-            value: (rows, width) of floating-point numbers, saved by ``torch.save`` or ``numpy.save``, in base64; where
-                the model has grids of patches, an object with that as ``image_embeds`` and (3,) integers, time, height
-                and width in patches, as ``image_grid_thw``.
+            value: (rows, width) floating-point numbers, saved by ``torch.save`` or ``numpy.save``, in base64. For
+            models
+                with grids of patches, an object with these as ``image_embeds`` and (3,) integers (time, height and
+                width in patches) as ``image_grid_thw``.
 
         Raises:
-            InvalidField: naming the field, its value and what is accepted.
+            InvalidField: names the field, its value and what is accepted.
         """
         if not self._has_grid:
             self._rows(param, value)
@@ -83,12 +84,12 @@ class EmbeddingRules:
 
 
 def _tensor(param: str, value: object, accepted: str) -> torch.Tensor:
-    """A tensor as vLLM decodes it: without running what a pickle may ask for."""
+    """Decode a tensor as vLLM does, without running code in pickles."""
     if not isinstance(value, str):
         raise _refused(param, f"{shown(value)} is not accepted", f"a string in base64: {accepted}")
     try:
         tensor = ImageEmbeddingMediaIO().load_base64("", value)
-    except Exception:  # of base64, pickle, numpy or torch: none is worth telling
+    except Exception:  # base64, pickle, numpy or torch
         raise _refused(param, "cannot be decoded", f"a saved tensor in base64: {accepted}") from None
     if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise _refused(param, "a tensor that is not plain", accepted)

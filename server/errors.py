@@ -1,4 +1,4 @@
-"""What is wrong with the images, videos and sounds of a request."""
+"""Explain errors of a request's images, videos and audio, with the field's path."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vllm_vtprune_server.protocol import ImagePart, MediaPart, PruningChatComple
 from vllm_vtprune_server.validation import InvalidField
 
 
-class MediaRefused(InvalidField):
-    """A medium that was not taken, by its URL: whoever loads it does not know where it stands in the request.
+class MediaRejected(InvalidField):
+    """A rejected medium, identified by its URL, because the media connector does not know its path in the request.
 
     Args:
-        url: as it was given to who loads it.
+        url: the URL passed to the connector.
         modality: ``image``, ``video`` or ``audio``.
-        problem: why.
+        problem: the problem.
     """
 
     def __init__(self, url: str, modality: str, problem: MediaProblem) -> None:
@@ -28,25 +28,25 @@ class MediaRefused(InvalidField):
         super().__init__(self.named(f"{modality}_url"), parameter=f"{modality}_url")
 
     def named(self, param: str) -> str:
-        """What is wrong, of the field at ``param``."""
+        """The message, with ``param`` as the path."""
         return f"{param}: {reprlib.repr(self.url)} {self.problem}; expected {self._accepted}."
 
 
 def explain_image_error(images: Sequence[ImagePart], error: Exception) -> InvalidField | None:
-    """What is wrong with the images of a request that could not be rendered; None if they are not to blame.
+    """The error of a request's image, from a rendering error; None if no image caused it.
 
     Args:
-        images: the images of the request.
-        error: what rendering the request raised.
+        images: the request's images.
+        error: the rendering error.
     """
     if isinstance(error, ImageRejected):
         param = images[error.index].field
         return InvalidField(f"{param}: {error.reason}; expected an image of another shape.", parameter=param)
     for image in images:
         param = image.field
-        if isinstance(error, MediaRefused) and image.url == error.url:
+        if isinstance(error, MediaRejected) and image.url == error.url:
             return InvalidField(error.named(param), parameter=param)
-        if image.url == "":  # vLLM takes it for none
+        if image.url == "":  # vLLM treats it as missing
             return InvalidField(f"{param}: '' is not a URL of an image; expected {data_url('image')}.", parameter=param)
         if image.url is None and data_is_missing(error):
             problem = "null, and no image is cached under this uuid"
@@ -55,10 +55,7 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
 
 
 def explain_truncation(request: PruningChatCompletionRequest, error: Exception) -> InvalidField | None:
-    """What is wrong with ``truncate_prompt_tokens`` where it cuts the place of a medium out of the prompt.
-
-    vLLM then finds fewer places than media and takes the fault on itself.
-    """
+    """The error of ``truncate_prompt_tokens`` if it cuts a placeholder off; vLLM would answer with status 500."""
     limit = request.truncate_prompt_tokens
     media = request.images or request.other_media
     if limit is None or not media or not placeholder_is_missing(error):
@@ -71,10 +68,10 @@ def explain_truncation(request: PruningChatCompletionRequest, error: Exception) 
 
 
 def explain_media_error(media: Sequence[MediaPart], error: Exception) -> InvalidField | None:
-    """The same for the videos and sounds of a request."""
-    if isinstance(error, MediaRefused):
+    """`explain_image_error` for the videos and audio of a request."""
+    if isinstance(error, MediaRejected):
         for part in media:
-            # vLLM puts data that came without a URL into one.
+            # vLLM turns data without a URL into a data URL
             if error.url == part.url or error.url.endswith(f",{part.url}"):
                 return InvalidField(error.named(part.param), parameter=part.param)
     return None

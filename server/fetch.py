@@ -1,8 +1,7 @@
-"""Fetching media over HTTP for clients, without reaching what only this machine can reach.
+"""Fetch media over HTTP without reaching internal addresses (protection against SSRF).
 
-The address of a host is looked up once, checked, and connected to: a name that resolves to something else a moment
-later makes no difference. Redirects are followed by hand, each checked like the first request. Everything else is as
-in vLLM: which answers are taken, how many bytes, and what is tried again after how long.
+A host is resolved once; the checked address is the one connected to, so DNS rebinding has no effect. Each redirect is
+checked like the first request. Status codes, size limits and retries are as in vLLM.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class GuardedConnection(HTTPConnection):
-    """Takes the place of vLLM's HTTP connection.
+    """Replaces vLLM's HTTP connection.
 
     Args:
-        allowed_hosts: the only ones to be asked, as in URLs.
+        allowed_hosts: the hosts that may be requested, as in URLs.
     """
 
     def __init__(self, allowed_hosts: Collection[str]) -> None:
@@ -46,21 +45,22 @@ class GuardedConnection(HTTPConnection):
         max_bytes: int | None = None,
         **budgets: Any,
     ) -> bytes:
-        """The body of what a URL names, unpacked where its server compressed it.
+        """Fetch the decompressed body of a URL.
 
-        A server that does not answer, is slow or says that it failed is asked again, ``VLLM_MEDIA_FETCH_MAX_RETRIES``
-        times in all, each time with four times the patience.
+        Makes up to ``VLLM_MEDIA_FETCH_MAX_RETRIES`` attempts if the server does not answer, is slow or fails; the
+        timeout grows fourfold each time.
 
         Args:
-            timeout: seconds for the first attempt, redirects included.
-            max_bytes: no more than this is read; nor is more than ``VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB``. Both count
-                unpacked bytes.
-            budgets: of the whole request, as vLLM passes them to its own connection (from 0.33 on).
+            url: an HTTP or HTTPS URL.
+            timeout: seconds for the first attempt, including redirects.
+            allow_redirects: whether to follow redirects.
+            max_bytes: limit of decompressed bytes, besides ``VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB``.
+            budgets: the request's budgets, as vLLM passes them (from 0.33 on).
 
         Raises:
-            MediaProblem: it is not allowed, not there, too large, or did not come in time.
-            HTTPResponseSizeExceededError: it has more than `max_bytes`.
-            ValueError: it is too much for one of the budgets.
+            MediaProblem: the URL is not allowed or not found, or the body is too large or too slow.
+            HTTPResponseSizeExceededError: the body exceeds `max_bytes`.
+            ValueError: the body exceeds a budget.
         """
         redirects = MAX_REDIRECTS if allow_redirects else 0
         try:
@@ -75,7 +75,7 @@ class GuardedConnection(HTTPConnection):
             raise MediaProblem(f"could not be fetched ({type(error).__name__})") from None
 
     def get_bytes(self, *args: Any, **kwargs: Any) -> bytes:
-        """As `async_get_bytes`, for callers outside of any event loop or within one."""
+        """Synchronous `async_get_bytes`; works inside and outside of event loops."""
         with ThreadPoolExecutor(max_workers=1) as thread:
             return thread.submit(lambda: asyncio.run(self.async_get_bytes(*args, **kwargs))).result()
 
@@ -91,7 +91,7 @@ class GuardedConnection(HTTPConnection):
             try:
                 return await self._get(session, _parsed(url), redirects, max_bytes, **budgets)
             except aiohttp.ClientConnectorError as error:
-                if isinstance(error.os_error, _AddressRefused):
+                if isinstance(error.os_error, _AddressRejected):
                     raise MediaProblem("is at an address that is not public") from None
                 raise
 
@@ -123,27 +123,27 @@ def _parsed(url: str) -> URL:
         raise MediaProblem("could not be fetched: its URL, or that of a redirect, is not valid") from None
 
 
-class _AddressRefused(OSError):
-    """The address of a host is not one to connect to; another of its addresses may be."""
+class _AddressRejected(OSError):
+    """An address of a host must not be connected to; another of its addresses may be allowed."""
 
 
 def _checked_socket(address: Any) -> socket.socket:
-    """A socket for one address, in the moment before it is connected.
+    """Create the socket for one resolved address.
 
     Raises:
-        _AddressRefused: it is not public, and private ones are not allowed.
+        _AddressRejected: the address is not public, and private ones are not allowed.
     """
     family, kind, protocol, _, target = address
     if not envs.fetch_private_addresses() and not is_public(target[0]):
-        raise _AddressRefused("not a public address")
+        raise _AddressRejected("not a public address")
     return socket.socket(family, kind, protocol)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is globally reachable, and so is the IPv4 one within it."""
+    """Whether an IP address is globally reachable, as well as an IPv4 address embedded in it."""
     try:
         ip = ipaddress.ip_address(address)
-    except ValueError:  # such as 2130706433, which the system would take for 127.0.0.1
+    except ValueError:  # such as 2130706433, which the system resolves to 127.0.0.1
         return False
     if ip.is_multicast or not ip.is_global:
         return False
@@ -152,5 +152,5 @@ def is_public(address: str) -> bool:
 
 
 def _ipv4_within(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 one leads to."""
+    """The IPv4 address embedded in an IPv6 address."""
     return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour

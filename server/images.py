@@ -1,7 +1,7 @@
-"""From the bytes of an image to upright RGB pixels, within limits.
+"""Decode images from clients to upright RGB pixels, within limits.
 
-Everything that a client may send as an image passes here, pruned or not. What vLLM does with an ordinary image is done
-the same way; beyond it, sizes are looked at before anything is decoded, and modes that Pillow would clip are scaled.
+Handles every image of a client, pruned or not. Ordinary images are decoded as in vLLM. In addition, sizes are checked
+before decoding, and 16-bit and floating-point modes are scaled where Pillow would clip them.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from vllm_vtprune import envs
 from vllm_vtprune_server.problem import MIB, MediaProblem, too_large
 
 MEGAPIXEL = 1_000_000
-BYTES_PER_PIXEL = 4  # that vLLM counts, whatever the mode
+BYTES_PER_PIXEL = 4  # what vLLM counts for any mode
 
 
 class DecodedBudget(Protocol):
-    """How much all media of one request may unpack to; vLLM has it from 0.33 on."""
+    """Limit of the decoded bytes of one request's media; exists in vLLM from 0.33 on."""
 
     def charge(self, decoded_bytes: int) -> None:
-        """Raise ValueError where that is more than is left."""
+        """Subtract bytes; raise ValueError if they exceed the remaining budget."""
 
 
 class ImageIntake(ImageMediaIO):
-    """How images are decoded.
+    """Decodes images.
 
     Args:
-        decoded_budget: of the request; None: no limit beyond those of a single image.
-        options: as in vLLM: ``image_mode``, ``rgba_background_color`` (default: white).
+        decoded_budget: the request's budget; None: only the limits of a single image.
+        options: vLLM's ``image_mode`` and ``rgba_background_color`` (default: white).
     """
 
     def __init__(self, *, decoded_budget: DecodedBudget | None = None, **options: Any) -> None:
@@ -47,11 +47,11 @@ class ImageIntake(ImageMediaIO):
         return int(envs.max_image_mb() * MIB)
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
-        """Decode an image: its first frame, upright, in RGB unless the options say otherwise.
+        """Decode an image: first frame, upright, in RGB unless the options differ.
 
         Raises:
-            MediaProblem: it is no image, broken, or over a limit.
-            ValueError: it is too much for the request's budget.
+            MediaProblem: the data is no image, broken, or exceeds a limit.
+            ValueError: the image exceeds the request's budget.
         """
         self._check_bytes(len(data))
         opened = open_checked(data)
@@ -60,16 +60,16 @@ class ImageIntake(ImageMediaIO):
         image = decode(opened)
         converted = image
         if self.image_mode is not None:
-            wanted = image if image.mode == self.image_mode else _in_8_bits(image)
-            converted = convert_image_mode(wanted, self.image_mode, self.rgba_background_color)
+            scaled = image if image.mode == self.image_mode else _in_8_bits(image)
+            converted = convert_image_mode(scaled, self.image_mode, self.rgba_background_color)
         config: dict[str, Any] | None = None
-        if converted is not image:  # as vLLM: part of the image's identity
+        if converted is not image:  # as in vLLM: part of the image's hash
             config = {"image_mode": self.image_mode, "rgba_background_color": self.rgba_background_color}
         return MediaWithBytes(converted, data, config)
 
     def load_base64(self, media_type: str, data: str) -> MediaWithBytes[Image.Image]:
-        """As `load_bytes`, from base64."""
-        self._check_bytes(len(data) * 3 // 4 - 2)  # before it is decoded; up to two bytes are padding
+        """`load_bytes` from base64."""
+        self._check_bytes(len(data) * 3 // 4 - 2)  # before decoding; up to two bytes are padding
         try:
             raw = pybase64.b64decode(data, validate=True)
         except ValueError:  # also what is not ASCII
@@ -82,10 +82,10 @@ class ImageIntake(ImageMediaIO):
 
 
 def open_checked(data: bytes) -> Image.Image:
-    """An image of which only the header was read.
+    """Read the header of an image and check its size.
 
     Raises:
-        MediaProblem: it is no image, broken, or has more pixels or a longer side than allowed.
+        MediaProblem: the data is no image, broken, or exceeds a limit of pixels or aspect ratio.
     """
     try:
         image = open_image(io.BytesIO(data))
@@ -100,25 +100,25 @@ def open_checked(data: bytes) -> Image.Image:
 
 
 def decode(image: Image.Image) -> Image.Image:
-    """The first frame of an image that was opened, upright, in its own mode.
+    """Decode the first frame of an opened image, upright, in its own mode.
 
     Raises:
-        MediaProblem: it is broken, or has other pixels than its header says, and more than allowed.
+        MediaProblem: the image is broken, or its real size exceeds a limit.
     """
     try:
         image.load()
         upright = normalize_image(image)
     except Exception as error:
         raise _broken(error) from None
-    check_size(*upright.size)  # some formats say one size and hold another
+    check_size(*upright.size)  # may differ from the header in some formats
     return upright
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse an image that would take too much to decode or to resize.
+    """Reject an image that is too expensive to decode or resize.
 
     Raises:
-        MediaProblem: it has too many pixels, or is too long for its breadth.
+        MediaProblem: too many pixels, or too large an aspect ratio.
     """
     if width * height > _pixel_limit()[0]:
         raise _too_many_pixels(f"{width} x {height} pixels")
@@ -130,7 +130,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def _pixel_limit() -> tuple[float, str]:
-    """The strictest limit, and what sets it."""
+    """The strictest limit of pixels, and its setting."""
     limits = [(envs.max_image_megapixels() * MEGAPIXEL, envs.max_image_megapixels.name)]
     if vllm_envs.VLLM_MAX_IMAGE_PIXELS > 0:
         limits.append((vllm_envs.VLLM_MAX_IMAGE_PIXELS, "VLLM_MAX_IMAGE_PIXELS"))
@@ -149,10 +149,10 @@ def _broken(error: Exception) -> MediaProblem:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """An image of one wide channel, scaled to 8 bits; any other as it is.
+    """Scale an image with a single 16-bit, 32-bit or floating-point channel to 8 bits; return any other unchanged.
 
-    Pillow clips such an image to 255, which turns a 16-bit scan white. What counts as white here: 65,535 in 16 bits;
-    else the least of 1 (floating point), 255 and 65,535 that no pixel exceeds, or the largest pixel.
+    Pillow clips such images to 255, which turns a 16-bit scan white. White is 65,535 for 16 bits; else the smallest of
+    1 (floating point), 255 and 65,535 that no pixel exceeds, or the largest pixel.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image

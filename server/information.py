@@ -1,4 +1,4 @@
-"""``GET /v1/pruning``: what this server can do with the ``pruning`` field, for people and for clients that adapt."""
+"""``GET /v1/pruning``: what the ``pruning`` field may contain on this server."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def pruning_information(
     """The answer of ``GET /v1/pruning``.
 
     Args:
-        policies: the operator's.
-        processor: of the model; None where it cannot be pruned.
-        models: the names under which the model is served.
-        aliases: model names that select a preset, with that preset.
+        policies: presets and default.
+        processor: the model's processor; None if the model cannot be pruned.
+        models: names under which the model is served.
+        aliases: model alias -> preset.
     """
     family = None if processor is None else processor.family
     choice = None if processor is None else processor.engine_placement.choice

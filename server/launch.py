@@ -1,4 +1,4 @@
-"""`vtprune serve`: vLLM's own `serve`, with the pruning plugin on and checked."""
+"""`vtprune serve`: vLLM's `serve` with the pruning plugin enabled and checked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLUGIN_GROUPS = (
 )
 EMBEDDED_NAME = "vtprune-demo"
 SHUTDOWN_TIMEOUT = 20
-"""Seconds in which requests in flight may finish after SIGTERM; vLLM's default is 0. Kubernetes kills after 30."""
+"""Seconds for running requests to finish after SIGTERM; vLLM's default is 0. Kubernetes kills after 30."""
 
 EXAMPLES = f"""examples:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
@@ -54,8 +54,7 @@ def serve(argv: list[str]) -> None:
         argv: the command line after ``vtprune serve``.
 
     Raises:
-        SystemExit: 2 for options that are not valid, 1 for a model or a server that would not prune, or when the engine
-            died.
+        SystemExit: 2 for invalid options; 1 for a model or server that would not prune, or if the engine died.
     """
     require_tested_vllm()
     enable_plugin()
@@ -120,7 +119,7 @@ def serve(argv: list[str]) -> None:
         args.model = args.model_tag
     model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
     refuse_unpruned(model_config, policies.default)
-    memory.keep_embedded_small(args)
+    memory.limit_embedded_kv_cache(args)
     if problem := memory.cpu_memory_problem(args):
         sys.exit(f"vtprune serve: {problem}")
     memory.reserve_gpu_memory(args, model_config)
@@ -141,9 +140,9 @@ def serve(argv: list[str]) -> None:
 
 
 def enable_plugin() -> None:
-    """Name our plugin in ``VLLM_PLUGINS``, without switching off any other.
+    """Name our plugin in ``VLLM_PLUGINS`` without disabling others.
 
-    vLLM loads endpoint plugins only if they are named there, and as soon as the variable is set it filters all groups.
+    vLLM loads endpoint plugins only if they are named there; once set, the variable filters plugins of all groups.
     """
     named = os.environ.get("VLLM_PLUGINS")
     if named is None:
@@ -154,7 +153,7 @@ def enable_plugin() -> None:
 
 
 def policy_argument(text: str) -> object:
-    """A policy from the command line: JSON, or else the name of a preset. Validated once all presets are known."""
+    """Parse a policy from the command line: JSON, else a preset's name. Validated later, when all presets are known."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -162,10 +161,10 @@ def policy_argument(text: str) -> object:
 
 
 def presets_argument(text: str) -> dict[str, PruningPolicy]:
-    """Presets from the file of this name.
+    """Read a file of presets.
 
     Raises:
-        argparse.ArgumentTypeError: naming the file and, where it applies, preset and field.
+        argparse.ArgumentTypeError: names the file and, if applicable, preset and field.
     """
     try:
         return read_presets(Path(text))
@@ -176,8 +175,7 @@ def presets_argument(text: str) -> dict[str, PruningPolicy]:
 def refuse_without_routes() -> None:
     """Exit unless our routes load.
 
-    vLLM logs an endpoint plugin that fails to load and goes on: without this check, the stock routes could serve, which
-    ignore the ``pruning`` field.
+    vLLM only logs an endpoint plugin that fails to load; its own routes would then serve and ignore ``pruning``.
     """
     try:
         plugins = [point.load() for point in entry_points(group="vllm.endpoint_plugins", name=PLUGIN)]
@@ -188,7 +186,7 @@ def refuse_without_routes() -> None:
 
 
 def refuse_other_front_ends(args: argparse.Namespace) -> None:
-    """Exit if vLLM would answer through a front end that loads no endpoint plugins, and so ignores ``pruning``."""
+    """Exit if vLLM's front end is one that loads no endpoint plugins and so ignores ``pruning``."""
     from vllm import envs
 
     front_ends = {"--grpc": args.grpc, "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND}
@@ -200,8 +198,8 @@ def refuse_other_front_ends(args: argparse.Namespace) -> None:
 def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
     """Exit if the model should be pruned and would not be.
 
-    vLLM logs a plugin that fails to load and goes on: without this check, a model could be served unpruned silently. A
-    model that cannot be pruned is served unpruned, unless the default asks for pruning.
+    vLLM only logs a plugin that fails to load; the model would then be served unpruned. A model that cannot be pruned
+    is served with a warning, unless the default policy prunes.
     """
     from vllm.model_executor.model_loader import get_model_architecture
 
@@ -224,9 +222,9 @@ def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
 
 
 def _with_model(argv: list[str]) -> list[str]:
-    """The arguments, with the embedded checkpoint where they name no model.
+    """Add the embedded checkpoint if the arguments name no model.
 
-    On a CPU that is served in float32: CPUs without bfloat16 of their own take many times as long for it.
+    On CPUs it runs in float32, because bfloat16 is many times slower on CPUs without native support.
     """
     options = {argument.split("=", 1)[0] for argument in argv if argument.startswith("-")}
     if argv and (not argv[0].startswith("-") or options & {"--model", "--config", "-h", "--help"}):

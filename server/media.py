@@ -1,8 +1,8 @@
-"""vLLM's media connector, under our rules: where media come from, how images are decoded, what errors say.
+"""Our media connector: restricts sources, decodes images within limits, explains errors, starts early encoding.
 
-vLLM creates one for each request, by the name in ``VLLM_MEDIA_CONNECTOR``; `vtprune serve` puts ours there. Media come
-from data URLs, and over HTTP from the hosts that ``--allowed-media-domains`` names. The images of a request that prunes
-begin to be encoded as soon as they are decoded.
+vLLM creates one per request, by the name in ``VLLM_MEDIA_CONNECTOR``, which `vtprune serve` sets. Media come from data
+URLs, and over HTTP from the hosts in ``--allowed-media-domains``. Images of requests that prune are encoded as soon as
+they are decoded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vllm_vtprune import envs
 from vllm_vtprune.plugin.compat.server import ReadsDataUrls, is_too_large, limit_message
 from vllm_vtprune.plugin.early import EarlyEncoding, current
 from vllm_vtprune_server import data_urls
-from vllm_vtprune_server.errors import MediaRefused
+from vllm_vtprune_server.errors import MediaRejected
 from vllm_vtprune_server.fetch import GuardedConnection
 from vllm_vtprune_server.images import ImageIntake
 from vllm_vtprune_server.problem import MediaProblem, too_large
@@ -31,11 +31,11 @@ from vllm_vtprune_server.problem import MediaProblem, too_large
 NAME = "vtprune"
 NOUNS = {"image": "an image", "video": "a video", "audio": "audio"}
 SIZE_SETTINGS = {"image": envs.max_image_mb.name, "audio": "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"}
-"""Modality -> what sets how many bytes one of its files may have, wherever it comes from."""
+"""Modality -> the setting of its file size limit."""
 
 
 class _EarlyIntake(ImageIntake):
-    """Also starts to encode what it decoded."""
+    """Also starts encoding the decoded image."""
 
     def __init__(
         self, early: EarlyEncoding, url: str, media_io_kwargs: Mapping[str, Mapping[str, Any]], **options: Any
@@ -51,11 +51,13 @@ class _EarlyIntake(ImageIntake):
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
 class GuardedConnector(ReadsDataUrls):
-    """Takes the place of vLLM's connector, with its arguments.
+    """Replaces vLLM's connector, with its arguments.
 
     Args:
+        media_io_kwargs: decoder options by modality.
+        allowed_local_media_path: directory of allowed local files.
         allowed_media_domains: hosts to fetch from; unlike in vLLM, none by default.
-        budgets: of the whole request, for what is decoded and for what is downloaded (vLLM from 0.33 on).
+        budgets: the request's budgets for decoding and downloading (vLLM from 0.33 on).
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class GuardedConnector(ReadsDataUrls):
             allowed_local_media_path=allowed_local_media_path,
             **budgets,
         )
-        self._fetches = bool(allowed_media_domains)  # the connection checks each host, also those of redirects
+        self._fetches = bool(allowed_media_domains)  # the connection checks each host, including redirects
         self._decoded_budget = budgets.get("decoded_budget")
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
@@ -105,19 +107,19 @@ class GuardedConnector(ReadsDataUrls):
 
     @contextmanager
     def _checked(self, url: str, media_io: MediaIO[Any]) -> Iterator[str]:
-        """A URL to load from; whatever is wrong with it or with what is there is told of the URL."""
+        """Check and strip a URL; errors in the context become `MediaRejected` with the URL."""
         modality = next(name for name, kind in MODALITY_IO_MAP.items() if isinstance(media_io, kind))
         stripped = url.lstrip()
-        if stripped[: len("data:")].lower() != "data:":  # trailing space may be part of the data
+        if stripped[: len("data:")].lower() != "data:":  # in data URLs, trailing spaces may be data
             stripped = stripped.rstrip()
         try:
             self._check(stripped, NOUNS[modality])
             yield stripped
         except (VLLMClientError, OSError, ValueError) as error:
-            raise MediaRefused(url, modality, _problem(error, modality, media_io.get_max_bytes())) from None
+            raise MediaRejected(url, modality, _problem(error, modality, media_io.get_max_bytes())) from None
 
     def _check(self, url: str, noun: str) -> None:
-        """Refuse what is not loaded from, before anything is."""
+        """Reject sources that are not allowed."""
         scheme, colon, _ = url.partition(":")
         scheme = scheme.lower()
         if scheme == "file" and self.allowed_local_media_path is None:
@@ -129,9 +131,9 @@ class GuardedConnector(ReadsDataUrls):
 
 
 def _problem(error: Exception, modality: str, max_bytes: int | None) -> MediaProblem:
-    """What is wrong with a medium, from what loading it raised.
+    """The problem of a medium from its loading error.
 
-    Of vLLM's own words those that name a setting are passed on; others may tell of the inside of the server.
+    Forwards vLLM's message only if it names a setting; others may reveal internals of the server.
     """
     if isinstance(error, MediaProblem):
         return error
@@ -139,6 +141,6 @@ def _problem(error: Exception, modality: str, max_bytes: int | None) -> MediaPro
         return too_large(max_bytes, SIZE_SETTINGS[modality])
     if isinstance(error, binascii.Error):
         return MediaProblem("does not hold valid base64")
-    if words := limit_message(error):
-        return MediaProblem(f"could not be loaded: {words}", "a file within that limit")
+    if message := limit_message(error):
+        return MediaProblem(f"could not be loaded: {message}", "a file within that limit")
     return MediaProblem("could not be loaded")

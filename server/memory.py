@@ -1,4 +1,4 @@
-"""How much memory a server asks for, settled before its engine starts."""
+"""Set the memory that a server requests before its engine starts."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from vllm_vtprune_checkpoints import embedded_checkpoint
 
 CPU_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 EMBEDDED_KV_CACHE = GIB
-"""Bytes of the embedded model's KV cache on a CPU, where the operator asks for nothing else."""
+"""Default bytes of the embedded model's KV cache on a CPU."""
 GROWTH = 0.1
-"""Share of a machine's memory that a server's processes may take before vLLM looks what is free."""
+"""Share of a machine's memory that a server's processes may use before vLLM checks the free memory."""
 
 
 class Default(float):
-    """vLLM's default of an option, told from the same number on the command line."""
+    """vLLM's default of an option, distinguishable from the same number on the command line."""
 
 
 def mark_defaults(parser: argparse.ArgumentParser) -> None:
-    """Have a parser of vLLM's options say which of those that follow it were given."""
+    """Mark a parser's defaults of memory options, to see later whether the operator set them."""
     for name in ("gpu_memory_utilization", "mm_ipc_gpu_memory_gb"):
         parser.set_defaults(**{name: Default(parser.get_default(name))})
 
 
 def unmark_defaults(args: argparse.Namespace) -> None:
-    """Make plain numbers of marked ones, for the processes that read the options after this one."""
+    """Convert marked defaults into plain numbers, for other processes."""
     for name, value in vars(args).items():
         if isinstance(value, Default):
             setattr(args, name, float(value))
@@ -48,24 +48,25 @@ def unmark_defaults(args: argparse.Namespace) -> None:
 # --- On CPUs ------------------------------------------------------------------------------------------------------
 
 
-def keep_embedded_small(args: argparse.Namespace) -> None:
-    """Give the embedded model a small KV cache on a CPU, unless the operator says how much memory is to be used.
+def limit_embedded_kv_cache(args: argparse.Namespace) -> None:
+    """Give the embedded model a small KV cache on a CPU, unless the operator sets its size.
 
-    vLLM would ask for 92 % of the machine's memory, which is there on no machine in use.
+    vLLM's default is 92 % of the machine's memory, which is never free.
     """
-    silent = isinstance(args.gpu_memory_utilization, Default) and not os.environ.get(CPU_VARIABLE)
-    if current_platform.is_cpu() and args.model == str(embedded_checkpoint()) and silent:
+    is_default = isinstance(args.gpu_memory_utilization, Default) and not os.environ.get(CPU_VARIABLE)
+    if current_platform.is_cpu() and args.model == str(embedded_checkpoint()) and is_default:
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or EMBEDDED_KV_CACHE
 
 
 def cpu_memory_problem(args: argparse.Namespace, *, margin: float = 0.0) -> str:
-    """Why vLLM's engine will not start on a CPU, for lack of memory; empty where it will, and where none starts.
+    """Why the engine will not start on a CPU for lack of memory; empty if it will, or if there is none.
 
-    vLLM 0.32.0 looks at the memory of one node (v1/worker/cpu_worker.py). It says so far above its last lines.
+    vLLM 0.32.0 checks the memory of one NUMA node (v1/worker/cpu_worker.py), and its error is far above its last log
+    lines.
 
     Args:
         args: the server's options.
-        margin: share of the memory that may have been free when vLLM looked, and is not now, or the reverse.
+        margin: share of the memory by which the free memory may have changed since vLLM's check.
     """
     if not current_platform.is_cpu() or args.data_parallel_size_local == 0:
         return ""
@@ -81,21 +82,21 @@ def cpu_memory_problem(args: argparse.Namespace, *, margin: float = 0.0) -> str:
 
 
 def lack_of_memory(*, total: float, free: float, fraction: float, kv_cache: int | None) -> str:
-    """What to set where vLLM would ask for more memory than is free; empty where it would not.
+    """The problem and its solution if vLLM would request more memory than is free; else empty.
 
     Args:
-        total: bytes of the machine.
-        free: bytes of them.
-        fraction: of the machine's memory, that vLLM takes without `kv_cache`.
-        kv_cache: bytes; None where they follow from the fraction.
+        total: the machine's memory, in bytes.
+        free: free memory, in bytes.
+        fraction: fraction of the memory that vLLM requests without `kv_cache`.
+        kv_cache: bytes of the KV cache; None: from the fraction.
     """
-    wanted = fraction * total if kv_cache is None else kv_cache
-    if wanted <= free:
+    requested = fraction * total if kv_cache is None else kv_cache
+    if requested <= free:
         return ""
-    asked = f"{fraction:.0%} of this machine's memory" if kv_cache is None else "a KV cache"
+    what = f"{fraction:.0%} of this machine's memory" if kv_cache is None else "a KV cache"
     share = max(floor(80 * free / total), 1) / 100
     return (
-        f"vLLM asks for {asked}, which is {wanted / GIB:.1f} GiB, and {max(free, 0) / GIB:.1f} of {total / GIB:.1f} "
+        f"vLLM asks for {what}, which is {requested / GIB:.1f} GiB, and {max(free, 0) / GIB:.1f} of {total / GIB:.1f} "
         f"GiB are free; set {CPU_VARIABLE} to fewer GiB for the KV cache, or --gpu-memory-utilization to {share:g}"
     )
 
@@ -104,14 +105,14 @@ def lack_of_memory(*, total: float, free: float, fraction: float, kv_cache: int 
 
 
 def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> None:
-    """Have the engines leave the vision encoders of the API processes their room on the GPUs that they share.
+    """Reserve GPU memory for the API processes' vision encoders on the engines' GPUs.
 
-    Sets ``--mm-ipc-gpu-memory-gb``, which vLLM 0.32.0 takes off the KV cache on every GPU (multimodal/
-    gpu_ipc_memory.py), unless it was given. Nothing is reserved where images are encoded on a GPU without an engine
-    or by the engine alone, nor for models that cannot be pruned and instances that do not prune.
+    Sets ``--mm-ipc-gpu-memory-gb``, which vLLM 0.32.0 subtracts from the KV cache on every GPU (multimodal/
+    gpu_ipc_memory.py), unless the operator set it. Reserves nothing if images are encoded on a GPU without an engine
+    or by the engine alone, or if the model or the instance does not prune.
 
     Raises:
-        SystemExit: what was given does not hold the encoders, or their device is not there or not known.
+        SystemExit: the operator's value is too small, or the encoders' device is missing or unknown.
     """
     if current_platform.is_cpu() or encodes_only(args) or envs.placement() == "engine":
         return
@@ -135,14 +136,14 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
 
 
 def encodes_only(args: argparse.Namespace) -> bool:
-    """Whether an instance runs the vision encoder for others, and no language model whose prompts could be pruned."""
+    """Whether an instance only encodes images for others and so cannot prune."""
     return args.mm_encoder_only or (args.ec_transfer_config is not None and args.ec_transfer_config.is_encode_only)
 
 
 def api_processes(args: argparse.Namespace) -> list[Process]:
     """The API processes that vLLM 0.32.0 starts on this machine (entrypoints/cli/serve.py); none if it is headless.
 
-    With a supervisor for data parallelism, those of its servers, as if they were of one.
+    With a data-parallel supervisor, those of all its servers.
     """
     count, engines = _counts(args)
     ray = "ray" in (args.distributed_executor_backend, args.data_parallel_backend)
@@ -159,15 +160,15 @@ def api_processes(args: argparse.Namespace) -> list[Process]:
 
 
 def _counts(args: argparse.Namespace) -> tuple[int, int]:
-    """How many API processes and engines run on this machine."""
+    """Numbers of API processes and engines on this machine."""
     if args.headless:
         return 0, args.data_parallel_size_local or 1
-    asked, local = args.api_server_count, args.data_parallel_size_local
+    api_servers, local = args.api_server_count, args.data_parallel_size_local
     if args.data_parallel_multi_port_external_lb:
         return local or 1, local or 1
     if args.data_parallel_external_lb or args.data_parallel_rank is not None:
-        return asked or 1, 1
+        return api_servers or 1, 1
     if args.data_parallel_hybrid_lb or args.data_parallel_start_rank is not None:
-        return asked or local or 1, local or 1
+        return api_servers or local or 1, local or 1
     engines = max(args.data_parallel_size // args.nnodes, 1) if local is None else local
-    return 1 if args.enable_elastic_ep else asked or args.data_parallel_size, engines
+    return 1 if args.enable_elastic_ep else api_servers or args.data_parallel_size, engines

@@ -1,7 +1,7 @@
-"""What the client of a chat completion got, read off the answer that it was sent.
+"""Determine the outcome of a chat completion from the response that was sent.
 
-Whoever answers (our route, vLLM's handler, its check of API keys, an operator's middleware), the outcome is told here,
-once, by status, error event and whether the client stayed.
+Covers every source of a response: our route, vLLM's handler, its API key check, an operator's middleware. The outcome
+follows from status, error event, and whether the client disconnected.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from vllm_vtprune_server.tracing import start_request_span
 
 ROUTE = "/v1/chat/completions"
 TRACE = "vtprune_trace"
-"""The name in a request's state of its `Trace`."""
+"""Key of the `Trace` in a request's state."""
 
 MAX_ERROR = 64 * 1024
-"""Bytes of an error that are looked at."""
+"""Most bytes of an error that are parsed."""
 
-# Inside a JSON string a line break would be escaped, so generated text begins no line.
+# Line breaks inside JSON strings are escaped, so generated text cannot begin a line.
 _ERROR_EVENT = re.compile(rb'^data: (\{"error":.*)$', re.MULTILINE)
 _DONE_EVENT = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
 
 
 class Answer:
-    """One answer, as its parts go by.
+    """The state of one response while it is sent.
 
     Attributes:
-        abandoned: the client left before it was complete.
-        complete: nothing that matters is to come.
+        abandoned: the client disconnected before it was complete.
+        complete: its outcome can no longer change.
     """
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class Answer:
         self._is_stream = False
         self._error = b""
 
-    def take(self, message: Message) -> None:
-        """Look at what is sent, which is not changed."""
+    def observe(self, message: Message) -> None:
+        """Read a message, without changing it."""
         if message["type"] == "http.response.start":
             headers = Headers(raw=message["headers"])
             self._status = message["status"]
-            # What an operator's middleware compresses cannot be read: its status has to do.
+            # a body compressed by an operator's middleware cannot be read: only its status counts
             is_plain = "content-encoding" not in headers
             self._is_stream = is_plain and headers.get("content-type", "").startswith("text/event-stream")
         elif message["type"] == "http.response.body":
@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def outcome(self) -> metrics.Outcome:
-        """What the client got, if nothing more is sent."""
+        """The outcome if nothing more is sent."""
         if self.abandoned:
             return "aborted"
         if not self.complete:
@@ -78,7 +78,7 @@ class Answer:
 
     @property
     def refusal(self) -> Refusal | None:
-        """What was refused; None where nothing was."""
+        """The refusal; None for any other outcome."""
         if self.outcome != "refused":
             return None
         code, error = self._code(), self._read_error()
@@ -98,10 +98,10 @@ class Answer:
 
 
 class OutcomeMiddleware:
-    """Pure ASGI middleware: gives each chat completion a `Trace`, and ends it by what the client got.
+    """Pure ASGI middleware: gives each chat completion a `Trace` and finishes it with the outcome.
 
     Args:
-        app: what answers.
+        app: the next app.
         model_name: label of the metrics.
     """
 
@@ -127,8 +127,8 @@ class OutcomeMiddleware:
             return message
 
         async def watched_send(message: Message) -> None:
-            answer.take(message)
-            if answer.complete:  # counted before the client can know
+            answer.observe(message)
+            if answer.complete:  # count before the client receives it
                 self._finish(trace, answer)
             await send(message)
 

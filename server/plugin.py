@@ -1,4 +1,4 @@
-"""The `vllm.endpoint_plugins` entry point: puts our chat completions in the place of vLLM's."""
+"""The `vllm.endpoint_plugins` entry point: replaces vLLM's chat completions by ours."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_towe
 from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_server import media  # noqa: F401  (registers the media connector)
 from vllm_vtprune_server.aliases import AliasedModels
-from vllm_vtprune_server.elsewhere import ElsewhereMiddleware, json_routes
+from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes
 from vllm_vtprune_server.information import PruningInformation, pruning_information
 from vllm_vtprune_server.outcome import ROUTE, TRACE, OutcomeMiddleware
 from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.route import PruningRoute
-from vllm_vtprune_server.sender_cache import resend_what_was_not_sent
+from vllm_vtprune_server.sender_cache import resend_unsent_images
 from vllm_vtprune_server.serving import PruningServingChat
-from vllm_vtprune_server.shutdown import fail_unfinished_requests, notice_shutdown
+from vllm_vtprune_server.shutdown import fail_unfinished_requests, watch_shutdown
 from vllm_vtprune_server.trace import HEADER
 
 logger = init_logger("vllm.vtprune")
@@ -97,7 +97,7 @@ async def show_pruning(raw_request: Request) -> PruningInformation:
 
 
 resets = APIRouter()
-"""In the place of vLLM's routes that empty caches of images, where the operator has switched them on."""
+"""Replace vLLM's routes that reset image caches, if the operator enabled them."""
 
 
 @resets.post("/reset_mm_cache")
@@ -122,20 +122,20 @@ class ServerPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         self._app = app
-        app.add_middleware(ElsewhereMiddleware, routes=json_routes(app) - {ROUTE})
+        app.add_middleware(MisplacedPolicyMiddleware, routes=json_routes(app) - {ROUTE})
         app.include_router(router)
         if any(getattr(route, "path", None) == "/reset_mm_cache" for route in app.routes):
             app.include_router(resets)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Take over the chat handler; the server is not healthy before this returns.
+        """Replace the chat handler; the server becomes healthy after this returns.
 
-        The vision encoder is loaded where the operator has set up a policy that selects tokens in this process; else by
-        the first request that does.
+        Loads the vision encoder if an operator's policy selects tokens in this process; otherwise the first request
+        with such a policy loads it.
 
         Raises:
-            RuntimeError: the model cannot be pruned, and the default asks for it.
-            PolicyError: the default or a preset is not a policy, or not one for this model.
+            RuntimeError: the model cannot be pruned, and the default policy prunes.
+            PolicyError: the default or a preset is invalid, or not supported by this model.
             TowerError: the weights of the vision encoder are missing or do not fit.
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
@@ -143,7 +143,7 @@ class ServerPlugin:
         config = engine_client.vllm_config
         encodes_only = config.is_mm_encoder_only and config.ec_transfer_config is None
         processor = mm_processor if isinstance(mm_processor, PruningProcessor) and not encodes_only else None
-        why = "this instance encodes only (mm_encoder_only)" if encodes_only else type(mm_processor).__name__
+        reason = "this instance encodes only (mm_encoder_only)" if encodes_only else type(mm_processor).__name__
         policies = Policies.of(
             getattr(args, "pruning_default", None),
             getattr(args, "pruning_presets", None),
@@ -153,11 +153,11 @@ class ServerPlugin:
             processor.engine = engine_client.vllm_config
             placements = policies.placements(processor)
             if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
-                logger.warning("No engine runs here: restart this process after an engine has reloaded its weights")
+                logger.warning("No engine runs on this machine: restart this process after an engine reloads weights")
             runtime = processor.runtime
-            built: tuple[str, ...] = "none", "none", "none"
+            encoder_labels: tuple[str, ...] = "none", "none", "none"
             if processor.engine_placement.choice != "engine":
-                built = processor.encoder_facts.labels
+                encoder_labels = processor.encoder_facts.labels
             if "api" in placements:
                 warm_up(processor)
             elif processor.engine_placement.choice != "engine":
@@ -166,17 +166,16 @@ class ServerPlugin:
                     "preset file does"
                 )
         elif policies.default.enabled:
-            raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {why}")
+            raise RuntimeError(f"{args.model} cannot be pruned, as --pruning-default asks: {reason}")
         else:
-            logger.warning("%s is served UNPRUNED: its processor cannot prune (%s)", args.model, why)
+            logger.warning("%s is served UNPRUNED: its processor cannot prune (%s)", args.model, reason)
             has_runtime = isinstance(mm_processor, UnprunedProcessor | PruningProcessor)
             runtime = mm_processor.runtime if has_runtime else runtime_without_tower(engine_client.model_config)
-            built = "none", "none", "none"
+            encoder_labels = "none", "none", "none"
         runtime.clients_write_prompts = True
         metrics.start(runtime.model_name, policies.presets)
-        metrics.BUILD_INFO.labels(runtime.model_name, __version__, vllm.__version__, *built, text_pipeline_name()).set(
-            1
-        )
+        versions = (__version__, vllm.__version__)
+        metrics.BUILD_INFO.labels(runtime.model_name, *versions, *encoder_labels, text_pipeline_name()).set(1)
         models = state.openai_serving_models
         replace_registry(models, AliasedModels(models, policies.presets))
         state.openai_serving_chat = PruningServingChat.take_over(
@@ -186,8 +185,8 @@ class ServerPlugin:
             policies=policies,
             trust_request_mm_kwargs=args.trust_request_mm_kwargs,
         )
-        self._app.middleware_stack = None  # made by vLLM before it comes here, and made again when the server starts
+        self._app.middleware_stack = None  # vLLM has built it already; rebuilt when the server starts
         self._app.add_middleware(OutcomeMiddleware, model_name=runtime.model_name)
-        resend_what_was_not_sent(engine_client)
-        notice_shutdown(state, engine_client)
+        resend_unsent_images(engine_client)
+        watch_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

@@ -1,4 +1,4 @@
-"""The policies that an operator sets up: presets by name, and the default of requests that name none."""
+"""The operator's policies: presets, and the default."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ DEFAULT_PARAM = "--pruning-default"
 
 @dataclass(frozen=True)
 class Policies:
-    """What requests can refer to.
+    """Presets and default policy.
 
     Attributes:
-        presets: policies by name.
-        default: the policy of requests that name none.
-        default_preset: the preset that the default is; None where it was written out, or where there is none.
-        fixed_counts: the engine's option under which the number of tokens to keep must not depend on their features;
-            empty where it may.
-        chosen: the default and the operator's own presets, by option or name. The package's presets are not among them:
-            nobody may ask for those.
+        presets: all presets, by name.
+        default: policy of requests without one.
+        default_preset: preset name of the default; None if the default is not a preset.
+        fixed_counts: the engine option that requires token counts independent of features; empty if there is none.
+        chosen: the default and the operator's own presets, by option or name; built-in presets do not count.
     """
 
     presets: Mapping[str, PruningPolicy]
@@ -44,29 +42,29 @@ class Policies:
         *,
         fixed_counts: str = "",
     ) -> Policies:
-        """The package's presets and those of the operator, which precede them.
+        """Combine built-in presets and the operator's, which take precedence.
 
         Args:
             default: a policy in any form that a request may use; None for no pruning.
-            presets: more presets.
-            fixed_counts: as the attribute.
+            presets: the operator's presets.
+            fixed_counts: see the attribute.
 
         Raises:
-            PolicyError: the default is not a policy, or not one that can be followed with `fixed_counts`.
+            PolicyError: the default is not a valid policy, or conflicts with `fixed_counts`.
         """
-        known = builtin_presets() | dict(presets or {})
-        policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=known)
+        all_presets = builtin_presets() | dict(presets or {})
+        policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=all_presets)
         chosen = {DEFAULT_PARAM: policy, **(presets or {})}
-        policies = cls(known, policy, default if isinstance(default, str) else None, fixed_counts, chosen)
+        policies = cls(all_presets, policy, default if isinstance(default, str) else None, fixed_counts, chosen)
         policies._refuse_counts(policy, DEFAULT_PARAM, default)
         return policies
 
     def placements(self, processor: PruningProcessor) -> set[Placement]:
-        """Where the default and the operator's own presets select tokens; empty where they select none.
+        """Where the default and the operator's own presets select tokens; empty if they select none.
 
         Raises:
-            PolicyError: the model cannot follow one of all presets, or its server one of these; names the option or
-                preset, and the field.
+            PolicyError: the family does not support one of all presets, or this server does not select for one of
+                these; names the option or preset, and the field.
         """
         for name, policy in self.presets.items():
             policy.resolve(processor.family, param=name)
@@ -74,17 +72,17 @@ class Policies:
         return {processor.place(policy, param=name)[0] for name, policy in resolved.items() if policy.selects}
 
     def parse(self, value: object, *, param: str = "pruning") -> PruningPolicy:
-        """Read what a client wrote; None for the server's default.
+        """Parse a request's policy; None means the server's default.
 
         Raises:
-            PolicyError: naming the first problem found.
+            PolicyError: names the first problem.
         """
         policy = PruningPolicy.parse(value, param=param, presets=self.presets, default=self.default)
         self._refuse_counts(policy, param, value)
         return policy
 
     def _refuse_counts(self, policy: PruningPolicy, param: str, value: object) -> None:
-        """Raise PolicyError for a count that depends on an image's features, where it must not."""
+        """Raise PolicyError for a feature-dependent token count under `fixed_counts`."""
         if self.fixed_counts and policy.enabled and isinstance(policy.budget, EnergyBudget | MethodBudget):
             kind = policy.budget.type
             problem = f'a budget of the type "{kind}" cannot be used with {self.fixed_counts}: instances could disagree'

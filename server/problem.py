@@ -1,4 +1,4 @@
-"""What is wrong with an image, a video or a sound that a client sent, in words that follow its name."""
+"""Problems of images, videos and audio from clients."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ MIB = 1024**2
 
 
 class MediaProblem(VLLMValidationError):
-    """A medium that is not taken; ``str()`` says why, to follow the name of the medium.
+    """A rejected medium; ``str()`` is the predicate of the error sentence, such as "is too large".
 
     Attributes:
-        accepted: what would be taken, in words; None: a data URL of its kind.
+        accepted: accepted media, in words; None: a data URL of the modality.
     """
 
     def __init__(self, problem: str, accepted: str | None = None) -> None:
@@ -20,10 +20,10 @@ class MediaProblem(VLLMValidationError):
 
 
 def too_large(limit: float, setting: str) -> MediaProblem:
-    """The problem of more bytes than `limit`, which the environment variable `setting` sets."""
+    """The problem of a file above `limit` bytes, set by the environment variable `setting`."""
     return MediaProblem("is too large", f"at most {limit / MIB:g} MiB ({setting})")
 
 
 def data_url(modality: str) -> str:
-    """How a medium is sent along: ``image``, ``video`` or ``audio``."""
+    """The form of a data URL for ``image``, ``video`` or ``audio``."""
     return f"data:{modality}/<format>;base64,<the file's bytes in base64>"

@@ -1,4 +1,4 @@
-"""A server of our own, started for a while: for the demo, benchmarks and tests."""
+"""Start and stop a server, for the demo, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOP_TIMEOUT = 60.0
 
 
 class ServerFailed(RuntimeError):
-    """The server ended, or did not answer in time; the message holds the end of its log."""
+    """The server exited or did not answer in time; the message ends with the end of its log."""
 
 
 @contextmanager
@@ -36,23 +36,23 @@ def running_server(
     log: Path | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[str]:
-    """Run ``vtprune serve ARGUMENTS`` on a free port of this machine; it is stopped when the context ends.
+    """Run ``vtprune serve ARGUMENTS`` on a free port until the context ends.
 
-    Meanwhile SIGTERM is `SystemExit` in this process, so that the context ends then too; where this process is killed,
-    the server is killed with it.
+    Within the context, SIGTERM raises `SystemExit` in this process, so that the server is stopped. If this process is
+    killed, the server is killed, too.
 
     Args:
-        arguments: the model and options.
-        command: what to run with this Python, for comparisons with other servers.
-        environment: variables on top of this process's own.
-        log: where its output goes; a temporary file if None.
-        on_wait: called about once a second while it starts, with the seconds since the start.
+        arguments: model and options.
+        command: arguments for this Python, to start other servers.
+        environment: additional environment variables.
+        log: file for the server's output; None: a temporary file.
+        on_wait: called about once a second during startup with the elapsed seconds.
 
     Yields:
         The base URL, without a path.
 
     Raises:
-        ServerFailed: it did not start.
+        ServerFailed: the server did not start.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -66,13 +66,13 @@ def running_server(
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **(environment or {})},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the server in order
+                start_new_session=True,  # so that Ctrl-C reaches only this process, which stops the server
             )
         stack.enter_context(_killed_with_this_process(process))
         try:
             _wait_until_healthy(process, url, log, on_wait)
         except BaseException:
-            _kill(process)  # it has nothing to finish, and vLLM 0.32.0 loses a SIGTERM while it waits for its engine
+            _kill(process)  # vLLM 0.32.0 ignores SIGTERM while it waits for its engine
             raise
         try:
             yield url
@@ -84,43 +84,41 @@ def running_server(
 def announced_server(
     name: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """`running_server`, which says on stderr that it starts, on a terminal in a line that counts the seconds.
-
-    An interrupt is told of too: the server takes its time to stop.
+    """`running_server` with progress on stderr; on a terminal, the line counts the seconds.
 
     Args:
-        name: of the model, as people know it.
-        arguments: as those of `running_server`.
-        environment: as that of `running_server`.
+        name: display name of the model.
+        arguments: see `running_server`.
+        environment: see `running_server`.
 
     Raises:
-        ServerFailed: it did not start.
+        ServerFailed: the server did not start.
     """
     line = f"Starting a vLLM server with {name} ..."
-    counts = sys.stderr.isatty()
-    room = shutil.get_terminal_size().columns - len(" 9999 s")  # a line that wraps could not be written over
+    is_terminal = sys.stderr.isatty()
+    width = shutil.get_terminal_size().columns - len(" 9999 s")  # a wrapped line could not be overwritten
 
-    def count(seconds: float) -> None:
-        if counts:
-            print(f"\r{line[:room]} {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+    def show_seconds(seconds: float) -> None:
+        if is_terminal:
+            print(f"\r{line[:width]} {seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
-    print(line[:room] if counts else line, end="" if counts else "\n", file=sys.stderr, flush=True)
+    print(line[:width] if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
     with ExitStack() as stack:
         try:
-            url = stack.enter_context(running_server(arguments, environment=environment, on_wait=count))
+            url = stack.enter_context(running_server(arguments, environment=environment, on_wait=show_seconds))
         finally:
-            if counts:
+            if is_terminal:
                 print(file=sys.stderr)
         try:
             yield url
         except KeyboardInterrupt:
-            print("\nStopping the server ...", file=sys.stderr, flush=True)  # it ends in order, which takes seconds
+            print("\nStopping the server ...", file=sys.stderr, flush=True)  # takes seconds
             raise
 
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises `SystemExit`, unless this process has decided otherwise or this is not its main thread."""
+    """Make SIGTERM raise `SystemExit`, unless it has another handler or this is not the main thread."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -137,7 +135,7 @@ def _raise_exit(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _killed_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Where this process ends within the context, the other one's session is killed: a shell waits for the former."""
+    """Kill the other process's session if this process ends within the context; a shell waits for that."""
     wait = ["sh", "-c", 'read _; kill -KILL "-$0"', str(process.pid)]
     with subprocess.Popen(wait, stdin=subprocess.PIPE, start_new_session=True) as waiting:
         try:
@@ -147,10 +145,7 @@ def _killed_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and every process that it started.
-
-    First politely; by force after `STOP_TIMEOUT` seconds, or where an impatient user interrupts the wait.
-    """
+    """Stop a server and all its processes: SIGTERM, then SIGKILL after `STOP_TIMEOUT` seconds or an interrupt."""
     try:
         process.terminate()
         process.wait(STOP_TIMEOUT)
@@ -161,14 +156,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its whole session at once; also processes that did not follow when the server ended."""
+    """Kill a server's session, including processes that outlived the server."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """An unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The chat completion request with its one additional field, and what is read from its messages."""
+"""The chat completion request with its field ``pruning``, and the media and texts of its messages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_server.content import (
     check_parts,
     check_tool_calls,
-    in_one_form,
-    read_at_once,
+    normalised,
     refuse_misplaced,
     refuse_misspelt,
+    validate_lists,
 )
 from vllm_vtprune_server.schema import describe
 from vllm_vtprune_server.trace import Trace
@@ -27,7 +27,7 @@ from vllm_vtprune_server.validation import check_messages, wrong_field
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
 OTHER_MEDIA = {"video_url": "url", "audio_url": "url", "input_audio": "data"}
-"""Key of a content part that holds a video or a sound -> the key of its URL or its data in there."""
+"""Key of a content part with a video or audio -> the key of its URL or data inside."""
 TEXT_TYPES = ("text", "input_text")
 
 
@@ -37,12 +37,12 @@ class ImagePart:
 
     Attributes:
         param: path of its content part, such as ``messages.0.content.1``.
-        url: where the image comes from, None where the client gave none (an image known by its uuid).
-        uuid: the client's name for it, None where it has none.
-        message_text: the text of the message that carries it.
-        pruning: the policy beside it, None where there is none.
-        key: the key of the part that holds it.
-        value: what stands there.
+        url: the image's URL; None if the client sent only a uuid.
+        uuid: the client's id of the image; None if it has none.
+        message_text: text of the image's message.
+        pruning: the policy beside the image; None if there is none.
+        key: key of the image in its content part.
+        value: value of that key.
     """
 
     param: str
@@ -55,17 +55,17 @@ class ImagePart:
 
     @property
     def field(self) -> str:
-        """Path of what holds it, such as ``messages.0.content.1.image_url``."""
+        """Path of the image's key, such as ``messages.0.content.1.image_url``."""
         return f"{self.param}.{self.key}"
 
 
 @dataclass(frozen=True)
 class MediaPart:
-    """A video or a sound of a conversation.
+    """A video or audio of a conversation.
 
     Attributes:
         param: path of its field, such as ``messages.0.content.1.video_url``.
-        url: where it comes from, or its data in base64.
+        url: its URL, or its data in base64.
     """
 
     param: str
@@ -99,9 +99,9 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
     @model_validator(mode="wrap")
     @classmethod
     def _read_messages(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
-        """Note the images and their texts, and take our field out of the content parts.
+        """Collect images, media and texts, and remove our field from the content parts.
 
-        Done before validation because validation turns the parts of a message into one-shot iterators.
+        Runs before validation, which turns content parts into one-shot iterators.
         """
         check_messages(data)
         images: list[ImagePart] = []
@@ -110,7 +110,7 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
         if isinstance(data, Mapping):
             refuse_misspelt(data, cls.model_fields)
         if isinstance(data, Mapping) and isinstance(data.get("messages"), list):
-            messages = [in_one_form(_without_iterators(message)) for message in data["messages"]]
+            messages = [normalised(_without_iterators(message)) for message in data["messages"]]
             for index, message in enumerate(messages):
                 refuse_misplaced(index, message, [_image_key(part) for part in _parts(message)])
                 check_parts(index, message)
@@ -126,9 +126,9 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
                 check_tool_calls(index, message)
             if isinstance(error, ValidationError):
                 raise
-            # of vLLM's checks, which precede validation
+            # raised by vLLM's checks, which precede validation
             raise wrong_field(cls, data) from error
-        read_at_once(request.messages, data)
+        validate_lists(request.messages, data)
         request._body = data
         request._images = images
         request._other_media = other_media
@@ -143,7 +143,7 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
 
     @property
     def trace(self) -> Trace:
-        """What the handler notes about this request on its way."""
+        """The request's record."""
         return self._trace
 
     @trace.setter
@@ -157,16 +157,16 @@ class PruningChatCompletionRequest(ChatCompletionRequest):
 
     @property
     def other_media(self) -> list[MediaPart]:
-        """The videos and sounds of all messages, in prompt order."""
+        """The videos and audio of all messages, in prompt order."""
         return self._other_media
 
     @property
     def body(self) -> Mapping[str, Any]:
-        """The request as the client wrote it, but for our field beside images, and URLs in one form."""
+        """The client's request, with normalised URLs and without our field beside images."""
         return self._body
 
     def text_for(self, image: ImagePart, policy: PruningPolicy) -> str:
-        """The text that the policy conditions the image on; empty where it looks at none."""
+        """The conditioning text of an image; empty if its policy uses none."""
         if not policy.conditions_on_text:
             return ""
         if policy.text.query is not None:
@@ -204,9 +204,9 @@ def _part_text(part: Any) -> str:
 
 
 def _image_key(part: Any) -> str | None:
-    """The key under which a content part holds an image; None if it holds none.
+    """The key of the image in a content part; None if it holds none.
 
-    As vLLM 0.32.0 decides it (renderers/chat_utils.py): by its type or, without a type or with a uuid, by its keys.
+    As in vLLM 0.32.0 (renderers/chat_utils.py): by type; without a type or with a uuid, by key.
     """
     kind = _get(part, "type")
     if kind is None or _get(part, "uuid") is not None:
@@ -223,7 +223,7 @@ def _images(message_index: int, message: Any) -> Iterator[ImagePart]:
             yield ImagePart(
                 param=f"messages.{message_index}.content.{index}",
                 url=url if isinstance(url, str) else None,
-                uuid=None if part.get("uuid") is None else str(part["uuid"]),  # as vLLM does
+                uuid=None if part.get("uuid") is None else str(part["uuid"]),  # as in vLLM
                 message_text=text,
                 pruning=part.get("pruning"),
                 key=key,

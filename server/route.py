@@ -1,4 +1,4 @@
-"""The route class of our endpoints: errors of a client's making are answered readably."""
+"""The route class of our endpoints: explains client errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_vtprune_server.validation import explain
 
 
 class PruningRoute(APIRoute):
-    """A route whose errors of a client's making are answered readably and briefly."""
+    """A route that answers client errors with short, readable messages."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

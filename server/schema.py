@@ -1,4 +1,4 @@
-"""What ``/openapi.json`` says of the ``pruning`` field beyond its type: where it may stand, and what needs a name."""
+"""Complete the schema of the ``pruning`` field in ``/openapi.json``: its positions and its required tags."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ BESIDE_IMAGE = "Policy of this image; replaces the policy of the request. Read b
 
 
 def describe(schema: Any, handler: GetJsonSchemaHandler, *, image_keys: Collection[str]) -> None:
-    """Complete the schema of a request that has ``pruning`` and ``messages``, in place.
+    """Complete the schema of a request with ``pruning`` and ``messages``, in place.
 
     Args:
-        schema: as pydantic made it.
-        handler: resolves references in it.
-        image_keys: the keys under which a content part may hold an image.
+        schema: pydantic's schema.
+        handler: resolves its references.
+        image_keys: keys of images in content parts.
     """
     fields = handler.resolve_ref_schema(schema)["properties"]
     for part in _parts(fields["pruning"], handler):
         tag = part.get("discriminator", {}).get("propertyName")
-        for other in part["oneOf"][1:] if tag else []:  # without a tag, the first is meant
+        for other in part["oneOf"][1:] if tag else []:  # a missing tag means the first model
             model = handler.resolve_ref_schema(other)
             model["required"] = sorted({tag, *model.get("required", [])})
     beside = {**fields["pruning"], "description": BESIDE_IMAGE}
@@ -31,7 +31,7 @@ def describe(schema: Any, handler: GetJsonSchemaHandler, *, image_keys: Collecti
 
 
 def _parts(schema: Any, handler: GetJsonSchemaHandler) -> Iterator[dict[str, Any]]:
-    """Every schema in ``schema`` and in what it refers to, once."""
+    """Every schema inside ``schema`` and its references, once."""
     seen = set()
     waiting = [schema]
     while waiting:

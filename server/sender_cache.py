@@ -1,8 +1,8 @@
-"""vLLM's cache of processed images, made to send again what never reached the engine.
+"""Make vLLM's sender cache resend images that never reached the engine.
 
-The API process remembers which images its engine has, and sends those without their data. It notes an image when it has
-processed it. Where the request is refused afterwards (too long, a wrong ``logit_bias``) or its client leaves, the
-engine never gets it, and the next request that shows it fails with status 500.
+The API process sends an image's data once and later only its hash. vLLM marks an image as sent when it is processed. If
+its request is then rejected (too long, an invalid ``logit_bias``) or cancelled, the engine never gets the data, and the
+next request with the image fails with status 500.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vllm_vtprune.plugin.compat import server as compat
 
 
 class ResendingSenderCache(LruKeyReplicatedSenderCache):
-    """A sender cache that knows an image only when a request with its data was sent.
+    """A sender cache that treats an image as cached only after a request with its data was sent.
 
-    Until then everyone who shows the image processes it, and sends it, for themselves. vLLM's other caches hold the
-    data where the request comes from, or where everyone reads it, and need none of this.
+    Until then, every request processes and sends the image itself. vLLM's other caches keep the data in the API process
+    or in shared memory and are not affected.
     """
 
     unsent: set[str]
-    """Hashes of what was processed but not sent (yet)."""
+    """Hashes of images that were processed but not yet sent."""
 
     def is_cached_item(self, mm_hash: str) -> bool:
         return mm_hash not in self.unsent and super().is_cached_item(mm_hash)
@@ -37,28 +37,28 @@ class ResendingSenderCache(LruKeyReplicatedSenderCache):
         item, updates = super().get_and_update_item(mm_item, mm_hash)
         if item is not None:
             self.unsent.add(mm_hash)
-            known = compat.known_images(self)
-            if len(self.unsent) > 2 * len(known):
-                self.unsent.intersection_update(known)
+            cached = compat.known_images(self)
+            if len(self.unsent) > 2 * len(cached):
+                self.unsent.intersection_update(cached)
         return item, updates
 
     def clear_cache(self) -> None:
         super().clear_cache()
         self.unsent.clear()
 
-    def note_sent(self, mm_hash: str) -> None:
-        """Have an image known to whoever shows it from now on."""
+    def mark_sent(self, mm_hash: str) -> None:
+        """Treat an image as cached from now on."""
         self.unsent.discard(mm_hash)
 
 
-def resend_what_was_not_sent(engine_client: EngineClient) -> None:
-    """Turn the sender cache of an engine client into one that sends again what was not sent.
+def resend_unsent_images(engine_client: EngineClient) -> None:
+    """Convert an engine client's sender cache into a `ResendingSenderCache`; other caches are left unchanged.
 
     Args:
-        engine_client: of this API process; left alone where its cache is another.
+        engine_client: the engine client of this API process.
     """
     cache: Any = engine_client.renderer.mm_processor_cache
     if type(cache) is LruKeyReplicatedSenderCache:
-        cache.__class__ = ResendingSenderCache  # in place: vLLM holds it in more than one place
+        cache.__class__ = ResendingSenderCache  # in place, because vLLM holds several references
         cache.unsent = set()
-        compat.after_images_were_sent(engine_client, cache.note_sent)
+        compat.after_images_were_sent(engine_client, cache.mark_sent)

@@ -1,4 +1,4 @@
-"""vLLM's chat completion handler, extended by the policy of a request and the report of its response."""
+"""vLLM's chat completion handler, extended with a policy per request and a report per response."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from vllm_vtprune.report import BypassReason, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune_server.acceptance import Acceptance
 from vllm_vtprune_server.aliases import AliasedModels, UnknownPreset
-from vllm_vtprune_server.errors import MediaRefused, explain_image_error, explain_media_error, explain_truncation
+from vllm_vtprune_server.errors import MediaRejected, explain_image_error, explain_media_error, explain_truncation
 from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
-from vllm_vtprune_server.shutdown import ServerStopping, came_too_late, was_cut_short
+from vllm_vtprune_server.shutdown import ServerStopping, aborted_by_shutdown, failed_by_shutdown
 from vllm_vtprune_server.stream import with_last_event_completed
 from vllm_vtprune_server.trace import USAGE_KEY, Trace
 from vllm_vtprune_server.tracing import record_stages
@@ -40,7 +40,7 @@ Results: TypeAlias = AsyncGenerator[RequestOutput, None]
 
 
 class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
-    """Takes over a stock handler and adds pruning; chat templates, tools, streaming and sampling stay vLLM's."""
+    """Adds pruning to a stock handler; chat templates, tools, streaming and sampling are vLLM's."""
 
     processor: PruningProcessor | None  # None: the model cannot be pruned
     runtime: PruningRuntime
@@ -58,17 +58,17 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         policies: Policies,
         trust_request_mm_kwargs: bool,
     ) -> PruningServingChat:
-        """A handler with the settings of a stock one.
+        """Create a handler from vLLM's.
 
         Args:
-            stock: the handler that vLLM built from its options; not used by this one afterwards.
-            processor: the multimodal processor of this API process; None where it cannot prune.
-            runtime: the processor's, or a runtime without a vision encoder.
-            policies: presets and the default.
+            stock: the handler that vLLM built from its options; do not use it afterwards.
+            processor: the multimodal processor of this API process; None if it cannot prune.
+            runtime: the processor's runtime, or one without a vision encoder.
+            policies: presets and default.
             trust_request_mm_kwargs: whether clients may send ``mm_processor_kwargs``.
         """
         serving = compat.take_over(cls, stock)
-        # Our own kwargs reach the processor through the renderer; clients' kwargs are checked before it sees them.
+        # the renderer must forward our own kwargs; `_refuse_client_kwargs` checks those of clients
         serving.online_renderer = compat.accept_mm_kwargs(stock.online_renderer)
         serving.processor, serving.runtime = processor, runtime
         serving.policies = policies
@@ -98,7 +98,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         return with_last_event_completed(response, partial(_complete_event, trace=request.trace))
 
     def _resolve_alias(self, request: PruningChatCompletionRequest) -> None:
-        """Put the model's own name in the place of an alias, and note the alias's preset."""
+        """Replace an alias by its model's name, and record its preset."""
         registry: AliasedModels = self.models.registry
         resolved = registry.resolve(request.model)
         if resolved is not None:
@@ -121,21 +121,21 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             with waiting if request.images else nullcontext(), early:
                 rendered = await super().render_chat_request(request)
         except PolicyError as error:
-            trace.why_refused = f"expected {error.accepted}"
+            trace.refusal_detail = f"expected {error.accepted}"
             raise InvalidField(str(error), parameter=error.param) from error
         except Exception as error:
-            if came_too_late(error):
+            if failed_by_shutdown(error):
                 raise ServerStopping from error
-            explained = (
+            explanation = (
                 explain_image_error(request.images, error)
                 or explain_media_error(request.other_media, error)
                 or explain_truncation(request, error)
             )
-            if explained is None:
+            if explanation is None:
                 raise
-            if isinstance(error, MediaRefused):
-                trace.why_refused = str(error.problem)
-            raise explained from error
+            if isinstance(error, MediaRejected):
+                trace.refusal_detail = str(error.problem)
+            raise explanation from error
         if not isinstance(rendered, ErrorResponse):
             trace.report = self._report(rendered[1][0], pruning)
             record_stages(trace.report)
@@ -155,28 +155,28 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         )
 
     def _read_pruning(self, request: PruningChatCompletionRequest, trace: Trace) -> PromptPruning:
-        """What is asked for the images of a request; notes its policy and presets.
+        """Parse the policies of a request and its images; record policy and preset in the trace.
 
         Raises:
-            PolicyError: naming the field as the client wrote it.
+            PolicyError: names the client's field.
         """
-        asked = trace.alias_preset if request.pruning is None else request.pruning
-        trace.policy = self._policy(asked, "pruning")
-        trace.preset = asked if isinstance(asked, str) else self.policies.default_preset if asked is None else None
-        own_label = _preset_label(trace.policy, trace.preset)
+        value = trace.alias_preset if request.pruning is None else request.pruning
+        trace.policy = self._policy(value, "pruning")
+        trace.preset = value if isinstance(value, str) else self.policies.default_preset if value is None else None
+        request_label = _preset_label(trace.policy, trace.preset)
         images, labels = [], []
         for image in request.images:
-            policy, label = trace.policy, own_label
+            policy, label = trace.policy, request_label
             if image.pruning is not None:
                 policy = self._policy(image.pruning, f"{image.param}.pruning")
                 label = _preset_label(policy, image.pruning if isinstance(image.pruning, str) else None)
             images.append(ImageJob(policy, request.text_for(image, policy), image.url or "", image.uuid))
             labels.append(label)
-        trace.note_preset(labels or [own_label])
+        trace.note_preset(labels or [request_label])
         return PromptPruning(trace.policy, tuple(images))
 
     def _policy(self, value: object, param: str) -> PruningPolicy:
-        """Read a policy, with the family's defaults filled in where the model can be pruned."""
+        """Parse a policy, and resolve it if the model can be pruned."""
         policy = self.policies.parse(value, param=param)
         if self.processor is None:
             return policy
@@ -186,13 +186,13 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         return resolved
 
     def _report(self, engine_input: dict[str, Any], pruning: PromptPruning) -> RequestReport:
-        """The report that the processor put into its output, which is for the engine; or that of a stock request."""
+        """Take the report out of the processor's output, or make one for an unpruned request."""
         report: RequestReport | None = engine_input.pop(REPORT_KEY, None)
         if report is not None:
             return report
-        why: BypassReason = "unsupported_model" if self.processor is None else "unsupported_modality"
+        reason: BypassReason = "unsupported_model" if self.processor is None else "unsupported_modality"
         placeholders = engine_input.get("mm_placeholders", {})
-        return RequestReport(unpruned_media(pruning.policies, placeholders, pruning.policy, why))
+        return RequestReport(unpruned_media(pruning.policies, placeholders, pruning.policy, reason))
 
     def chat_completion_stream_generator(
         self,
@@ -224,10 +224,10 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
 
 
 async def _watch(results: Results, trace: Trace, *, stream: bool) -> Results:
-    """Pass results on and note in the trace when the first token came; fail where the engine gave the request up.
+    """Forward results and record the time to first token; fail if the engine aborted the request during shutdown.
 
-    A stream shows its first token. Otherwise the one result comes at the end, and vLLM's own statistics tell, unless
-    they are off.
+    In a stream, the first result is the first token. Otherwise there is one result at the end, and the time comes from
+    vLLM's statistics, unless they are off.
     """
     async with aclosing(results):
         async for result in results:
@@ -237,7 +237,7 @@ async def _watch(results: Results, trace: Trace, *, stream: bool) -> Results:
                     trace.ttft = time.time() - trace.started
                 elif stats is not None and stats.first_token_latency > 0:
                     trace.ttft = stats.arrival_time + stats.first_token_latency - trace.started
-            if await was_cut_short(result):
+            if await aborted_by_shutdown(result):
                 raise ServerStopping
             yield result
 
@@ -257,7 +257,7 @@ def _complete(response: ChatCompletionResponse, trace: Trace) -> None:
 
 
 def _complete_event(event: dict[str, Any], trace: Trace) -> None:
-    """The same for the last event of a stream, which tells usage if the client or the operator wants it to."""
+    """`_complete` for the last event of a stream, which holds usage only on request."""
     event["pruning"] = trace.to_json()
     tokens = trace.usage()
     usage = event.get("usage")

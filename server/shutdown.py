@@ -1,4 +1,4 @@
-"""When the server stops: what cannot be finished is answered with an error, and a death of the engine is a failure."""
+"""Server shutdown: unfinished requests get an error, and the engine's death counts as a failure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vllm_vtprune.plugin.compat import server as compat
 POLL = 0.1  # seconds
 
 engine_died = threading.Event()
-"""Set when this process's server has ended by itself, which it does when its engine died."""
+"""Set when this process's server shuts down because its engine died."""
 
 stopping = threading.Event()
-"""Set when this process's server begins to stop, before its engine is told."""
+"""Set when this process's server begins to shut down, before its engine."""
 
 
 class ServerStopping(GracefulHTTPError):
-    """The server stops before the request is finished, or before it is begun."""
+    """The server shuts down before the request is finished."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -33,48 +33,48 @@ class ServerStopping(GracefulHTTPError):
 
 
 async def fail_unfinished_requests(state: State, engine_client: EngineClient) -> None:
-    """Wait for the end of the server's time to finish requests (``--shutdown-timeout``), then fail those that are left.
+    """Fail the requests that are unfinished at the end of ``--shutdown-timeout``.
 
-    A stream gets an error event and ``[DONE]``, a whole answer status 503.
+    A stream gets an error event and ``[DONE]``; other requests get status 503.
 
     Args:
-        state: of the app.
-        engine_client: of the same API process.
+        state: the app's state.
+        engine_client: the engine client of this API process.
     """
     while not compat.engine_client_is_stopped(state):
         await asyncio.sleep(POLL)
     compat.fail_unfinished_requests(engine_client, ServerStopping())
 
 
-def notice_shutdown(state: State, engine_client: EngineClient) -> None:
-    """Have `stopping` set where the server begins to stop, and `engine_died` where it was not told to.
+def watch_shutdown(state: State, engine_client: EngineClient) -> None:
+    """Set `stopping` when the server begins to shut down, and `engine_died` if no stop signal caused it.
 
     Args:
-        state: of the app.
-        engine_client: of the same API process.
+        state: the app's state.
+        engine_client: the engine client of this API process.
     """
 
-    def look() -> None:
+    def on_shutdown() -> None:
         stopping.set()
         if compat.engine_client_is_stopped(state):
             engine_died.set()
 
-    compat.before_shutdown(engine_client, look)
+    compat.before_shutdown(engine_client, on_shutdown)
 
 
-def came_too_late(error: Exception) -> bool:
-    """Whether a request failed because the server had begun to stop, and with it the threads that render.
+def failed_by_shutdown(error: Exception) -> bool:
+    """Whether a request failed because the renderer had been shut down.
 
     vLLM would answer with status 500 (v1/engine/async_llm.py shuts the renderer down first).
     """
     return isinstance(error, RuntimeError) and stopping.is_set()
 
 
-async def was_cut_short(result: RequestOutput) -> bool:
-    """Whether the engine gave a request up because the server stops.
+async def aborted_by_shutdown(result: RequestOutput) -> bool:
+    """Whether the engine aborted a request because the server shuts down; not by ``/pause``.
 
-    An engine that stops aborts requests that come too late for it, and without ``--shutdown-timeout`` all of them; the
-    stock server passes such an answer on as if it were whole. Requests that ``/pause`` aborts are not meant here.
+    A stopping engine aborts late requests, and without ``--shutdown-timeout`` all of them. The stock server returns
+    their partial answers as if they were complete.
     """
     if not any(output.finish_reason == "abort" for output in result.outputs):
         return False

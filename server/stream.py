@@ -1,4 +1,4 @@
-"""Completing the last data event of a server-sent event stream."""
+"""Complete the last data event of a server-sent event stream."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ DONE = "data: [DONE]"
 async def with_last_event_completed(
     events: AsyncGenerator[str, None], complete: Callable[[dict[str, Any]], None]
 ) -> AsyncGenerator[str, None]:
-    """Pass a chat completion stream on, with more in its last event before ``[DONE]``.
+    """Forward a chat completion stream, and complete its last event before ``[DONE]``.
 
-    An event that may be the last (it ends a choice, or holds no choice) is held back until the next one shows whether
-    it was; every other event is passed on as it comes.
+    An event that may be the last (it ends a choice, or holds no choice) is delayed until the next one arrives. All
+    others are forwarded at once.
 
     Args:
-        events: events as vLLM writes them, ``data: {...}`` and a blank line each; comments pass.
-        complete: changes the data of the last event, when it is known. Errors (an event with ``error``) stay as they
-            are.
+        events: vLLM's events, ``data: {...}`` and a blank line each; comments are forwarded.
+        complete: changes the data of the last event in place. Error events are not changed.
     """
     held: str | None = None
-    async with aclosing(events):  # a client that leaves ends the request at once
+    async with aclosing(events):  # a disconnect ends the request at once
         async for event in events:
             if event.startswith(":"):
                 yield event
@@ -41,7 +40,7 @@ async def with_last_event_completed(
 
 
 def _may_be_last(event: str) -> bool:
-    # Inside a JSON string the quotes would be escaped, so generated text cannot match.
+    # quotes inside JSON strings are escaped, so generated text cannot match
     return '"finish_reason":"' in event or '"choices":[]' in event
 
 

@@ -1,4 +1,4 @@
-"""What is known of one request on its way; the report, its short forms, the metrics and the log line come from here."""
+"""The record of one request: source of its report, header, usage, metrics, log line and span."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _FIELD_NAME = re.compile(r"[a-z_]{1,32}|\d{1,6}")
 
 @dataclass(frozen=True)
 class Refusal:
-    """The error that a client got, without its message, which repeats what the client sent.
+    """A client error, without its message, which may contain client text.
 
     Attributes:
-        route: path of the route that was asked.
-        code: HTTP status, or what takes its place in an event stream.
-        kind: the type of the error, such as ``BadRequestError``.
-        param: the path of the field, such as ``messages.0.content.1.pruning.budget``; None if it is about none.
+        route: path of the route.
+        code: HTTP status, or the code of an error event.
+        kind: type of the error, such as ``BadRequestError``.
+        param: path of the field, such as ``messages.0.content.1.pruning.budget``; None if no field is at fault.
     """
 
     route: str
@@ -42,25 +42,25 @@ class Refusal:
 
     @property
     def field(self) -> str | None:
-        """The path of the field; what cannot be the name of one is not repeated."""
+        """The path of the field; keys that cannot be field names become "?"."""
         if self.param is None:
             return None
         return ".".join(key if _FIELD_NAME.fullmatch(key) else "?" for key in self.param.split("."))
 
     @property
     def reason(self) -> metrics.RefusalReason | None:
-        """Which part of the request was refused, as far as it is ours; None for what stock vLLM would refuse too."""
+        """``policy`` or ``image`` if one of them was refused; None for other errors."""
         keys = (self.param or "").split(".")
         if "pruning" in keys:
             return "policy"
         return "image" if any(key.startswith("image_") for key in keys) else None
 
     def log(self, request_id: str | None = None, why: str | None = None) -> None:
-        """One line, without anything that the client wrote but the names of fields.
+        """Log one line, without client text except names of fields.
 
         Args:
-            request_id: vLLM's; None where it has none.
-            why: what is wrong with the field; nothing that the client wrote.
+            request_id: vLLM's request id; None if there is none.
+            why: the problem, without client text.
         """
         logger.info(
             "Request %s to %s refused: %d %s%s%s",
@@ -86,20 +86,20 @@ class Refusal:
 
 @dataclass
 class Trace:
-    """A request's policy, its report so far, and when things happened (seconds).
+    """Policy, report and times of one request.
 
     Attributes:
-        policy: the policy of the request.
-        alias_preset: the preset of the model name that the client wrote; None where it was no alias.
-        preset: the name under which it was asked for.
-        preset_label: of its metrics.
-        report: what was done to the images; None until they were processed.
-        why_refused: what is wrong with its policy or one of its images; nothing that the client wrote.
-        unknown_preset: it was refused for a preset that its model name asks for.
-        request_id: vLLM's, as far as it is known.
-        started: when it arrived, by the wall clock as vLLM's arrival times.
-        ttft: from then to the first token; None if not known (yet).
-        span: OpenTelemetry's; one that records nothing where tracing is off.
+        policy: the request's policy.
+        alias_preset: preset of the request's model alias; None if the model is no alias.
+        preset: preset name of the policy; None if it is not a preset.
+        preset_label: value of the metrics' label ``preset``.
+        report: report of the images; None until they are processed.
+        refusal_detail: problem of the policy or an image, without client text.
+        unknown_preset: the model alias names an unknown preset.
+        request_id: vLLM's request id, once known.
+        started: arrival, in seconds of the wall clock, like vLLM's arrival times.
+        ttft: seconds to the first token; None if not (yet) known.
+        span: OpenTelemetry span; a no-op if tracing is off.
     """
 
     policy: PruningPolicy = OFF
@@ -107,7 +107,7 @@ class Trace:
     preset: str | None = None
     preset_label: str = metrics.NO_PRESET
     report: RequestReport | None = None
-    why_refused: str | None = None
+    refusal_detail: str | None = None
     unknown_preset: bool = False
     request_id: str | None = None
     started: float = field(default_factory=time.time)
@@ -116,12 +116,12 @@ class Trace:
     _finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The report as it stands in the response."""
+        """The report in the response."""
         report = self.report or RequestReport()
         return report.to_json(self.policy, preset=self.preset, ttft=self.ttft, total=time.time() - self.started)
 
     def header(self) -> str:
-        """The report in short, a dictionary of RFC 9651: ``method=resprune, images=2, visual=1152, kept=214``."""
+        """The report's header, an RFC 9651 dictionary: ``method=resprune, images=2, visual=1152, kept=214``."""
         report = self.report or RequestReport()
         fields: dict[str, object] = {"method": report.method}
         if self.preset is not None:
@@ -130,27 +130,27 @@ class Trace:
         return ", ".join(f"{name}={value}" for name, value in fields.items())
 
     def usage(self) -> dict[str, int] | None:
-        """The block in ``usage.prompt_tokens_details``; None for a request without images."""
+        """The entry in ``usage.prompt_tokens_details``; None for a request without images."""
         if self.report is None or not self.report.images:
             return None
         return {"visual_tokens": self.report.visual_tokens, "kept_tokens": self.report.kept_tokens}
 
-    def note_preset(self, asked: Collection[str]) -> None:
-        """Have the metrics of the request say which preset its images follow.
+    def note_preset(self, labels: Collection[str]) -> None:
+        """Set `preset_label`.
 
         Args:
-            asked: labels of the policies of its images.
+            labels: preset labels of the images' policies.
         """
-        labels = set(asked)
-        self.preset_label = labels.pop() if len(labels) == 1 else metrics.MIXED
+        unique = set(labels)
+        self.preset_label = unique.pop() if len(unique) == 1 else metrics.MIXED
 
     def finish(self, outcome: metrics.Outcome, model_name: str, refusal: Refusal | None = None) -> None:
-        """Count and log what became of the request and end its span; later calls do nothing.
+        """Count and log the outcome and end the span, once; later calls do nothing.
 
         Args:
-            outcome: what the client got.
+            outcome: the outcome.
             model_name: label of the metrics.
-            refusal: what was wrong with a request that was refused.
+            refusal: the refusal, for outcome ``refused``.
         """
         if self._finished:
             return
@@ -162,7 +162,7 @@ class Trace:
             reason = "policy" if self.unknown_preset else refusal.reason
             if reason is not None:
                 metrics.ERRORS.labels(model_name, reason).inc()
-            refusal.log(self.request_id, self.why_refused)
+            refusal.log(self.request_id, self.refusal_detail)
         elif self.report is not None and self.report.pruned:
             self._log(self.report, outcome)
         if self.span.is_recording():
@@ -185,7 +185,7 @@ class Trace:
             metrics.TIME_TO_FIRST_TOKEN.labels(model_name, self.report.method, band).observe(self.ttft)
 
     def _log(self, report: RequestReport, outcome: str) -> None:
-        """One line, without any of the request's text; formatters of JSON get the values one by one."""
+        """Log one line without client text; ``extra`` holds the values for JSON formatters."""
         timings: dict[str, float | None] = self.to_json()["timings_ms"]
         cached = sum(image.cached for image in report.images)
         logger.info(

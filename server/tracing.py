@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of chat completions, through the tracer provider that vLLM sets up (``--otlp-traces-endpoint``).
+"""OpenTelemetry spans of chat completions, through vLLM's tracer provider (``--otlp-traces-endpoint``).
 
-One span for the request, below the caller's if it sent a ``traceparent``; below it one for each run of a stage, and
-vLLM's own ``llm_request``. Without tracing they are OpenTelemetry's no-ops.
+One span per request, child of the caller's ``traceparent``; its children are one span per run of a stage, and vLLM's
+``llm_request``. No-ops without tracing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ STAGE_PREFIX = "vtprune."
 
 
 def start_request_span(trace: Trace, headers: Mapping[str, str]) -> None:
-    """Begin the span of a request at its arrival; `Trace.finish` ends it.
+    """Start a request's span at its arrival; `Trace.finish` ends it.
 
     Args:
-        trace: of the request; gets the span.
-        headers: of the HTTP request.
+        trace: the request's record, which gets the span.
+        headers: HTTP headers of the request.
     """
     trace.span = _tracer().start_span(
         REQUEST_SPAN,
@@ -34,7 +34,7 @@ def start_request_span(trace: Trace, headers: Mapping[str, str]) -> None:
 
 
 def record_stages(report: RequestReport) -> None:
-    """Spans of the stages that ran, below the current span."""
+    """Record the stages that ran as children of the current span."""
     for run in report.stages:
         _tracer().start_span(STAGE_PREFIX + run.stage, start_time=run.began).end(run.ended)
 

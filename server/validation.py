@@ -1,7 +1,6 @@
-"""Errors of a request around our own field, readable: vLLM passes on what its validator says.
+"""Readable validation errors: one problem, the client's path, bounded length.
 
-A validator's report names every branch of every union that it tried, by the names of Python classes. Here the one
-mistake that explains most of it is told, at the path that the client wrote, in a bounded number of characters.
+Pydantic's report, which vLLM forwards, lists every branch of every union, with names of Python classes.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ CONTENT_TYPE = "Content-Type: expected application/json."
 
 
 class InvalidField(VLLMValidationError):
-    """A field that cannot be accepted; its message already says which."""
+    """A rejected field; the message names it."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 def explain(error: Exception) -> ErrorResponse | None:
-    """The answer to a request that raised an error; None where the client is not to blame."""
+    """The response to a client error; None for a server error."""
     if isinstance(error, RequestValidationError):
         message, param = explain_validation(error.errors(), error.body)
-    elif isinstance(error, ValidationError):  # of a part that vLLM validates later
+    elif isinstance(error, ValidationError):  # from a part that vLLM validates later
         message, param = explain_validation(error.errors(), None)
     elif isinstance(error, VLLMValidationError):
         message, param = (str(error.args[0]) if error.args else ""), error.parameter
     elif isinstance(error, HTTPException) and error.status_code == 400:
-        message, param = "The body cannot be parsed.", None  # such as numbers too long, or nested too deep
+        message, param = "The body cannot be parsed.", None  # such as too long numbers or too deep nesting
     else:
         answer = create_error_response(error)
         if answer.error.code >= 500:
@@ -54,7 +53,7 @@ def explain(error: Exception) -> ErrorResponse | None:
 
 
 def bounded(answer: ErrorResponse) -> ErrorResponse:
-    """The same answer, cut where it repeats too much of what the client sent."""
+    """Cut an answer's message and path, which may repeat client text, to bounded lengths."""
     answer.error.message = _cut(answer.error.message, MAX_MESSAGE)
     if answer.error.param is not None:
         answer.error.param = _cut(answer.error.param, MAX_PARAM)
@@ -62,7 +61,7 @@ def bounded(answer: ErrorResponse) -> ErrorResponse:
 
 
 def _outward(message: str, error: Exception) -> str:
-    """What an error says, unless it shows the inside of the server; then what its cause says, if anything may."""
+    """A message without internals of the server: the error's own, or else its cause's."""
     if isinstance(error, VLLMError) or not INTERNAL.search(message):
         return message
     reason = str(error.__cause__ or "")
@@ -75,18 +74,18 @@ INTERNAL = re.compile(
     r"ChatCompletion|\w+Param\b|\w+Processor\b|Traceback|pydantic|<\w+[.\w]* |\btensor\(|\b(?:vllm|torch|numpy)\b|"
     r"\.py\b|/\w+/\w+"
 )
-"""Names of Python's objects, and paths of files."""
+"""Names of Python objects and file paths."""
 
 
 def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | None]:
-    """What is wrong with a body, and where.
+    """Summarise validation errors of a body.
 
     Args:
-        errors: what pydantic or FastAPI says.
-        body: what the client sent, parsed.
+        errors: errors of pydantic or FastAPI.
+        body: the parsed body.
 
     Returns:
-        A sentence, and the path of the field in it.
+        A sentence, and the path of the field.
     """
     details = [error for error in errors if isinstance(error, Mapping)]
     if not details:  # vLLM's check of the content type, which has no details
@@ -102,7 +101,7 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
     accepted = dict.fromkeys(_expectation(error) for error, at in zip(details, paths, strict=True) if at == path)
     if path or not isinstance(body, Mapping):
         value = _at(body, path)
-        problem = "nothing given" if value is NOTHING else f"{shown(value)} is not accepted"
+        problem = "nothing given" if value is MISSING else f"{shown(value)} is not accepted"
     else:
         problem = "a part of it is not accepted"
     name = ".".join(_cut(str(key), 64) for key in path)
@@ -110,12 +109,12 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
 
 
 def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> Path:
-    """Where most of the alternatives that were tried went wrong, as far inside as that is.
+    """The path at which most union branches failed; the deepest of several.
 
-    Where that is the word which tells the alternatives apart, but one of them accepts it, its own error counts.
+    If that is the tag of the union, but one branch accepts the tag, the path of that branch's error.
     """
-    seen = Counter(paths)
-    path = max(seen, key=lambda path: (seen[path], len(path)))
+    counts = Counter(paths)
+    path = max(counts, key=lambda path: (counts[path], len(path)))
     kinds = {error["type"] for error, at in zip(details, paths, strict=True) if at == path}
     if kinds == {"literal_error"}:
         for error, at in zip(details, paths, strict=True):
@@ -131,10 +130,10 @@ def _nested(keys: Sequence[str | int], value: object) -> object:
 
 
 def check_messages(data: object) -> None:
-    """Refuse messages of a shape that validation itself would stumble over.
+    """Reject messages of a shape on which validation itself would fail.
 
     Raises:
-        InvalidField: naming the field, its value and what is accepted.
+        InvalidField: names the field, its value and what is accepted.
     """
     messages = data.get("messages", []) if isinstance(data, Mapping) else []
     if not isinstance(messages, list):
@@ -155,7 +154,7 @@ def check_messages(data: object) -> None:
 
 
 def wrong_field(model: type[BaseModel], data: object) -> InvalidField:
-    """The first field of a body that is not what the model takes, each looked at by itself."""
+    """The error of the first invalid field of a body, each validated separately."""
     for name, value in data.items() if isinstance(data, Mapping) else ():
         field = model.model_fields.get(name)
         if field is None or field.annotation is None:
@@ -179,28 +178,28 @@ def _encodes(text: str) -> bool:
     return True
 
 
-NOTHING = object()
-"""What stands where a body has no such key."""
+MISSING = object()
+"""Value of a missing key."""
 
 
 def not_accepted(path: str, value: object, accepted: str) -> InvalidField:
-    """The error of a value, or of `NOTHING`."""
-    problem = "nothing given" if value is NOTHING else f"{shown(value)} is not accepted"
+    """The error of a rejected or missing value."""
+    problem = "nothing given" if value is MISSING else f"{shown(value)} is not accepted"
     return InvalidField(f"{path}: {problem}; expected {accepted}.", parameter=path)
 
 
 def _path(error: Mapping[str, Any], body: object) -> Path:
-    """Where an error is, without the names of validators between the keys; empty where that is not known."""
+    """The path of an error, without pydantic's validator names; empty if unknown."""
     keys = list(error["loc"])
     keys = keys[1:] if keys[:1] == ["body"] else keys
     path: list[str | int] = []
     value = body
     for index, key in enumerate(keys):
         inner = _at(value, (key,))
-        if inner is not NOTHING:
+        if inner is not MISSING:
             path.append(key)
             value = inner
-        elif isinstance(key, int):  # an item of a list that the path does not lead to
+        elif isinstance(key, int):  # an item that does not exist at this path
             return ()
         elif error["type"] == "missing" and index == len(keys) - 1:
             path.append(key)
@@ -208,17 +207,17 @@ def _path(error: Mapping[str, Any], body: object) -> Path:
 
 
 def _at(value: Any, path: Sequence[str | int]) -> Any:
-    """What stands at a path; `NOTHING` where the path leads nowhere."""
+    """The value at a path; `MISSING` if there is none."""
     for key in path:
         in_list = isinstance(value, list) and isinstance(key, int) and 0 <= key < len(value)
         if not in_list and not (isinstance(value, Mapping) and key in value):
-            return NOTHING
+            return MISSING
         value = value[key]
     return value
 
 
 def shown(value: object) -> str:
-    """A value in a few characters, as JSON where that is short."""
+    """A short form of a value for a message."""
     try:
         return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
     except ValueError:  # an integer of more digits than Python writes
@@ -226,7 +225,7 @@ def shown(value: object) -> str:
 
 
 def _expectation(error: Mapping[str, Any]) -> str:
-    """What would be accepted, from "Input should be ..."."""
+    """The accepted values, from pydantic's "Input should be ..."."""
     if error["type"] == "missing":
         return "a value"
     text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
@@ -236,5 +235,5 @@ def _expectation(error: Mapping[str, Any]) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    text = text.encode("utf-8", "backslashreplace").decode()  # half a character would break the answer
+    text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be encoded in the response
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _side_by_side(together: Sequence[Stage], args: argparse.Namespace) -> bool:
-    """The first two stages know nothing of each other, and one thread each is better used than two for one."""
+    """Run independent stages in parallel, one thread each, which is faster than two threads for one stage."""
     options = ["--out", str(args.out), "--hours", str(args.hours), "--seed", str(args.seed), "--device", "cpu"]
     options += ["--rate", str(args.rate)]
     if args.begin_with:
@@ -117,7 +117,7 @@ def _run(stage: Stage, args: argparse.Namespace, deadline: float) -> bool:
 
 
 def _finish(args: argparse.Namespace) -> None:
-    """Score the model on the test scenes, and write it as a checkpoint that vLLM loads."""
+    """Evaluate the model on the test scenes, and save it as a checkpoint for vLLM."""
     device = torch.device(args.device)
     tokenizer = scene_tokenizer(args.begin_with)
     trainee = Trainee(args.seed, tokenizer).to(device)

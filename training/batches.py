@@ -1,4 +1,4 @@
-"""Batches that depend on the split and the number of the step alone, so training can stop and go on anywhere."""
+"""Batches that depend only on split and step number, so training can resume at any step."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLI
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 BEFORE = "USER: "
 CENTRE, INDEX = list(FIELDS).index("centre"), list(FIELDS).index("index")
-READING, COUNTING = 2, 3  # heads that look at letters, and at all that is counted; 0 and 1 look at things
-COUNTING_WEIGHT = 4.0  # of a look at all that is counted: it must be even, and one question in eight has one
-LONGEST, SHORTEST = 720.0, 24.0  # positions that a picture's tokens may be spread over
+READING, COUNTING = 2, 3  # heads supervised on letters and on counted things; 0 and 1 on things
+COUNTING_WEIGHT = 4.0  # loss weight of counting targets, which must be even and occur in one of eight questions
+LONGEST, SHORTEST = 720.0, 24.0  # range of positions over which a picture's tokens may be spread
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step trains on: B scenes of N patches."""
+    """The batch of a training step: B scenes of N patches."""
 
     scenes: list[Scene]
     questions: list[list[Question]]
@@ -56,17 +56,14 @@ class Batch:
 
 
 class Batches:
-    """`number`: the step; scenes of step n are those numbered from n * size."""
+    """Makes batches; step n uses the scenes from n * size on."""
 
     def __init__(self, tokenizer: Any, split: Split) -> None:
         self.split = split
         self._ids = lru_cache(1 << 16)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
-        self.prefix = torch.tensor(self._ids(BEFORE))  # as vLLM's chat endpoint begins a prompt
-        self.prefixes = (
-            self.prefix,
-            torch.tensor(tokenizer(BEFORE)["input_ids"]),
-        )  # and as transformers does: with BOS
-        self._lock = Lock()  # neither tokenizers nor fonts promise to bear several threads
+        self.prefix = torch.tensor(self._ids(BEFORE))  # without BOS, like vLLM's chat endpoint
+        self.prefixes = (self.prefix, torch.tensor(tokenizer(BEFORE)["input_ids"]))  # with BOS, like transformers
+        self._lock = Lock()  # tokenizers and fonts may not be thread-safe
 
     def make(
         self,
@@ -79,7 +76,17 @@ class Batches:
         repeat: bool = True,
         crowded: bool = False,
     ) -> Batch:
-        """`repeat`: whether to ask again where a scene has too few questions; `crowded`: nothing sparse."""
+        """Make the batch of a step.
+
+        Args:
+            number: the step.
+            size: scenes.
+            questions: questions per scene.
+            grid: patches per side.
+            pictures: whether to paint the scenes.
+            repeat: whether to repeat questions of a scene that has too few.
+            crowded: whether to exclude sparse scenes.
+        """
         with self._lock:
             return self._make(number, size, questions, grid, pictures, repeat, crowded)
 
@@ -106,7 +113,7 @@ class Batches:
         )
 
     def _packed(self, asked: Sequence[Sequence[Question]]) -> tuple[Packed, list[list[int]]]:
-        """The questions one after the other, and the last token before each answer."""
+        """Pack each scene's questions into one row; also the index of the last token before each answer."""
         rows = []
         starts: list[list[int]] = []
         targets: list[int] = []
@@ -141,13 +148,12 @@ class Batches:
         asked: Sequence[Sequence[Question]],
         starts: Sequence[Sequence[int]],
     ) -> Looks:
-        """Where the attention ought to be while an answer is given.
+        """Attention targets during answers.
 
-        On what the question names, one head for each thing, or at the prompt's start where there is none. Letter by
-        letter on a word that is read. What is counted has a head of its own, that looks at the centres of all, the more
-        of itself the more there are.
+        One head per thing that the question names (the prompt's start if there is none). For reading, letter by letter.
+        For counting, one head on the centres of all counted things, with a share that grows with their number.
         """
-        found: list[tuple[int, int, int, Array]] = []
+        looks: list[tuple[int, int, int, Array]] = []
         for row, (scene, label, questions) in enumerate(zip(scenes, labels, asked, strict=True)):
             patches = {item: patches_of(scene, item) for item in scene.items}
             centre, index = label[:, CENTRE] > 0, label[:, INDEX]
@@ -158,16 +164,16 @@ class Batches:
                     for item in items:
                         target[patches[item]] = 1
                     if question.kind == "reading":
-                        first = start + steps - len(question.answer)  # the space before it is a token of its own
+                        first = start + steps - len(question.answer)  # the preceding space is a separate token
                         letters = [target * (index == 1 + letter) for letter in range(len(question.answer))]
-                        found += [(row, first + letter, READING, shown) for letter, shown in enumerate(letters)]
+                        looks += [(row, first + letter, READING, patch) for letter, patch in enumerate(letters)]
                     elif question.kind == "count":
-                        found.append((row, start, COUNTING, (target * centre / (2 * MOST_COUNTED)).astype(np.float32)))
+                        looks.append((row, start, COUNTING, (target * centre / (2 * MOST_COUNTED)).astype(np.float32)))
                     else:
-                        if question.kind in ("relation", "position"):  # whose patches may reach into the same column
+                        if question.kind in ("relation", "position"):  # patches of two things may share a column
                             target = target * centre
-                        found += [(row, start + step, head, target) for step in range(steps)]
-        rows_, tokens, heads, targets = zip(*found, strict=True)
+                        looks += [(row, start + step, head, target) for step in range(steps)]
+        rows_, tokens, heads, targets = zip(*looks, strict=True)
         return Looks(
             torch.tensor(rows_),
             torch.tensor(tokens),
@@ -178,20 +184,20 @@ class Batches:
 
 
 def pixels(scene: Scene) -> Tensor:
-    """As CLIP's image processor makes them."""
+    """(3, H, W) pixel values, as of CLIP's image processor."""
     values = (np.asarray(paint(scene), dtype=np.float32) / 255 - MEAN) / STD
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
 def usual_positions(before: int, batch: int, tokens: int) -> Tensor:
-    """(batch, tokens): one for each token, as the served model has them."""
+    """(batch, tokens) consecutive positions, as in the served model."""
     return (before + torch.arange(tokens, dtype=torch.float32)).expand(batch, tokens)
 
 
 def random_positions(before: int, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Spread anew for each picture, evenly or not, so that nothing can be read from them.
+    """(batch, tokens) positions, spread randomly per picture so that they carry no information; a third are usual.
 
-    A third are as usual. All tokens are always there: this is about their numbers, not about leaving any out.
+    All tokens are present: only their positions change.
     """
     unit = torch.rand(batch, 4, generator=generator)
     span = torch.exp(math.log(SHORTEST) + unit[:, :1] * math.log(LONGEST / SHORTEST))

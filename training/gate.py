@@ -1,4 +1,4 @@
-"""Whether answers depend on where tokens are numbered, which pruning changes, rather than on what they show."""
+"""Check that answers do not depend on the visual tokens' positions, which pruning changes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from training.batches import Batches, usual_positions
 from training.stages import Trainee, answer_accuracy
 
-ALLOWED = 0.01  # of accuracy
-# By how much, and how many times as far apart: 0.2 as if 115 tokens were left, 0.05 as if 29 were.
+ALLOWED = 0.01  # accepted change of accuracy
+# (shift, stretch); stretch 0.2 corresponds to 115 kept tokens, 0.05 to 29
 NUMBERINGS = ((0, 1.0), (100, 1.0), (500, 1.0), (0, 1.25), (0, 0.5), (0, 0.2), (0, 0.05))
 
 
 def position_gate(
     trainee: Trainee, batches: Batches, scenes: int, device: torch.device, *, pictures: bool = True
 ) -> dict[str, float]:
-    """Accuracy without pruning where the visual tokens are numbered otherwise.
+    """Unpruned accuracy under other positions of the visual tokens.
 
-    "worst" is the largest distance from the usual numbering's; the gate is passed where it is at most ALLOWED.
+    "worst" is the largest difference from the usual positions; the gate passes if it is at most ALLOWED.
     """
     accuracy = {}
     for shift, stretch in NUMBERINGS:
@@ -32,6 +32,6 @@ def position_gate(
 
 
 def moved(before: int, batch: int, tokens: int, *, shift: int, stretch: float) -> Tensor:
-    """(batch, tokens): the usual positions, spread by `stretch` and moved by `shift`."""
+    """(batch, tokens) usual positions, stretched and shifted."""
     usual = usual_positions(before, batch, tokens)
     return before + shift + stretch * (usual - before)

@@ -1,8 +1,7 @@
-"""Beginning with an earlier model: its weights in one that has more layers and a fainter code of position.
+"""Initialise a model from an earlier one with fewer layers and a larger code of position.
 
-A new layer adds nothing at first: its output projections are zero. A fainter code of position is a linear change of the
-space that all layers read and write, so it is put into the weights; only the lengths that normalisation divides by
-differ, and training evens that out.
+A new layer initially adds nothing: its output projections are zero. Scaling the code of position is a linear change of
+the residual space, so it is folded into the weights; only the norms change, which training corrects.
 """
 
 from __future__ import annotations
@@ -20,50 +19,51 @@ from vllm_vtprune_checkpoints.writing import released
 from vllm_vtprune_evaluation.scenes import code_size
 from vllm_vtprune_evaluation.scenes.labels import POSITION_SIZE
 
-LOOKED = -2  # the layer of the earlier model whose attention was trained
+LOOKED = -2  # layer of the earlier model with supervised attention
 
 
 def begin_with(model: LlavaForConditionalGeneration, checkpoint: Path, fainter: float = 1.0) -> None:
-    """Put the weights of an earlier model into `model`, in place.
+    """Copy the weights of an earlier model into `model`, in place.
 
     Args:
-        model: of the same widths, with as many layers in its language model or more. New ones go before the layer whose
-            attention is trained (`LOOKING`), and behind the last one.
-        checkpoint: a directory that `save_llava_checkpoint` wrote.
-        fainter: the scale of the code of position, as a multiple of the earlier model's.
+        model: a model of the same widths, with at least as many layers in its language model. New layers go before the
+            layer with supervised attention (`LOOKING`), and after the last one.
+        checkpoint: a directory of `save_llava_checkpoint`.
+        fainter: scale of the code of position, relative to the earlier model's.
 
     Raises:
-        KeyError, RuntimeError: the checkpoint is of another architecture, or of other widths.
+        KeyError, RuntimeError: the checkpoint has another architecture or other widths.
     """
     state = model.state_dict()
     inside = {released(name, NAMES): name for name in state}
     earlier = {inside[name]: weight.float() for name, weight in load_file(checkpoint / "model.safetensors").items()}
     layers = model.config.text_config.num_hidden_layers
-    known = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in earlier if "language_model.layers" in name)
-    places = _places(known, layers)
+    in_language_model = [name for name in earlier if "language_model.layers" in name]
+    earlier_layers = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in in_language_model)
+    sources = _sources(earlier_layers, layers)
     for name, weight in state.items():
-        place = name.split(".layers.")
-        if "language_model" not in name or len(place) == 1:
+        prefix, *in_layer = name.split(".layers.")
+        if "language_model" not in name or not in_layer:
             weight.copy_(earlier[name])
             continue
-        index, rest = place[1].split(".", 1)
-        source = places[int(index)]
+        index, suffix = in_layer[0].split(".", 1)
+        source = sources[int(index)]
         if source is not None:
-            weight.copy_(earlier[f"{place[0]}.layers.{source}.{rest}"])
-        elif rest.startswith(("self_attn.o_proj", "mlp.down_proj")):
+            weight.copy_(earlier[f"{prefix}.layers.{source}.{suffix}"])
+        elif suffix.startswith(("self_attn.o_proj", "mlp.down_proj")):
             weight.zero_()
     model.load_state_dict(state)
     if fainter != 1.0:
         _rescale_position(model, fainter)
 
 
-def _places(known: int, layers: int) -> list[int | None]:
-    """For each layer, the earlier one that it takes its weights from."""
-    after = -LOOKING - 1  # layers behind the one whose attention is trained
-    looking = known + LOOKED
-    places: list[int | None] = [*range(known)]
-    places += [None] * (after - (known - 1 - looking))
-    return places[:looking] + [None] * (layers - len(places)) + places[looking:]
+def _sources(earlier_layers: int, layers: int) -> list[int | None]:
+    """For each layer, the index of the earlier layer with its weights; None for a new layer."""
+    after = -LOOKING - 1  # layers after the one with supervised attention
+    looking = earlier_layers + LOOKED
+    sources: list[int | None] = [*range(earlier_layers)]
+    sources += [None] * (after - (earlier_layers - 1 - looking))
+    return sources[:looking] + [None] * (layers - len(sources)) + sources[looking:]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Runs a stage so that it can be killed at any moment and go on where it was.
+"""Run a training stage that can be killed and resumed at any moment.
 
-A step depends on its number, the model and the optimizer alone, and all three are saved together, so a curve that was
-interrupted is the curve that was not (on the same machine with as many threads).
+A step depends only on its number, the model and the optimizer, which are saved together. So an interrupted run equals
+an uninterrupted one (on the same machine with as many threads).
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ def run_stage(
     deadline: float = math.inf,
     held_out: int = 48,
 ) -> bool:
-    """Train to the stage's end or until `time.monotonic()` passes `deadline`, whichever is first.
+    """Train to the stage's end or until `time.monotonic()` passes `deadline`.
 
     Args:
-        batches: of "train" and "validation".
-        directory: holds `<stage>.pt` and `<stage>.jsonl`; what is there is continued.
-        held_out: scenes in each of the tests along the way.
+        stage: the stage.
+        trainee: the model.
+        batches: batches of "train" and "validation".
+        directory: folder of `<stage>.pt` and `<stage>.jsonl`, which are continued.
+        device: device to train on.
+        deadline: on `time.monotonic()`.
+        held_out: scenes per intermediate test.
 
     Returns:
         Whether the stage is finished.

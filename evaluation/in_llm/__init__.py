@@ -1,20 +1,19 @@
-"""Methods that prune visual tokens inside the language model, in plain transformers: the accuracy side of comparisons.
+"""Methods that prune visual tokens inside the language model, in plain transformers, for accuracy comparisons.
 
-They rank tokens by attention maps and leave each layer a KV cache of its own length, which paged attention cannot
-serve. A method is a small frozen dataclass with a budget. With a fixed budget it is the static method; with an
-`EnergyBudget` it is the method "+E" of E-AdaPrune, whose count follows the picture.
+They rank tokens by attention maps and give each layer its own KV cache length, which paged attention cannot serve. A
+method is a frozen dataclass with a budget; an `EnergyBudget` makes it E-AdaPrune's "+E".
 
     model = InLLM(checkpoint)
     model.answer(picture, "What colour is the car?", FastV(TokensBudget(keep=64)))
     model.answer(picture, "What colour is the car?", FastV(EnergyBudget(threshold=0.99)))
 
-In all of them the tokens that stay keep their position ids, and what is generated continues those of the whole prompt.
+Kept tokens keep their position ids, and generated tokens continue those of the unpruned prompt.
 
-What the budget's k means differs, because the methods do:
+The meaning of the budget's k depends on the method:
 
 | method | k is |
 |---|---|
-| `FastV`, `AdaptPrune` | the tokens that stay, from layer `after` on; the layers before see all |
+| `FastV`, `AdaptPrune` | the kept tokens from layer `after` on; earlier layers see all |
 | `PyramidDrop`, `VTW` | the mean over the layers |
 
 `Answer.tokens` is the mean over the layers for all of them.

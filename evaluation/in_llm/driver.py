@@ -1,7 +1,7 @@
-"""LLaVA in plain transformers, layer by layer: tokens may leave between any two layers of the language model.
+"""LLaVA in plain transformers, layer by layer, so that tokens can be dropped before any layer of the language model.
 
-Each layer's own modules are called, in float32 with eager attention, so that attention maps can be read and each layer
-caches the keys and values of just those tokens that entered it.
+Calls each layer's modules in float32 with eager attention. This gives attention maps, and each layer caches only the
+keys and values of tokens that entered it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vllm_vtprune_evaluation.in_llm.pruning import Entrance, Pruning, last_atten
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """An answer of the model.
 
     Attributes:
-        text: without the token that ends it.
+        text: the text, without the end token.
         tokens: mean number of visual tokens over the layers during prefill.
     """
 
@@ -38,9 +38,9 @@ class Prompt:
     """A question about a picture, as the language model reads it.
 
     Attributes:
-        ids: ``(T,)``, with one placeholder for each visual token.
-        embeds: ``(T, d)``.
-        start: the first visual token's position.
+        ids: ``(T,)`` token ids, with one placeholder per visual token.
+        embeds: ``(T, d)`` input embeddings.
+        start: index of the first visual token.
         features: the picture's N visual tokens.
     """
 
@@ -52,13 +52,13 @@ class Prompt:
 
 @dataclass(eq=False)
 class Reading:
-    """A model that has read a prompt, and perhaps some tokens more.
+    """The state of the model after a prompt and generated tokens.
 
     Attributes:
         logits: ``(vocabulary,)`` for the next token.
-        position: of the next token.
-        cache: keys and values, of each layer those of the tokens that entered it.
-        kept: for each layer the visual tokens ``(n,)`` that entered it, ascending, numbered from 0 to N - 1.
+        position: position of the next token.
+        cache: KV cache; each layer holds the tokens that entered it.
+        kept: for each layer, ``(n,)`` ascending indices (0 to N - 1) of the visual tokens that entered it.
     """
 
     logits: Tensor
@@ -73,11 +73,11 @@ class Reading:
 
 
 def check_kind(checkpoint: Path) -> None:
-    """Look at a checkpoint's configuration, without its weights.
+    """Check from its configuration that a checkpoint is a LLaVA-1.5 with a LLaMA.
 
     Raises:
-        OSError: it has none.
-        ValueError: it is of another kind than LLaVA-1.5 with LLaMA as its language model.
+        OSError: there is no configuration.
+        ValueError: the model is of another kind.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     kinds = [getattr(part, "model_type", None) for part in (config, getattr(config, "text_config", None))]
@@ -143,13 +143,13 @@ class InLLM:
         digest = hashlib.blake2b(f"{picture.size}".encode() + picture.tobytes()).digest()
         if self._last is None or self._last[0] != digest:
             pixels = self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
-            seen = self.model.get_image_features(pixel_values=pixels)
+            outputs = self.model.get_image_features(pixel_values=pixels)
             config = self.model.config
-            encoder = seen.hidden_states[config.vision_feature_layer][0]
+            encoder = outputs.hidden_states[config.vision_feature_layer][0]
             if config.vision_feature_select_strategy == "default":
                 encoder = encoder[1:]  # without CLS
             side = config.vision_config.image_size // config.vision_config.patch_size
-            embeds = seen.pooler_output[0]
+            embeds = outputs.pooler_output[0]
             self._last = digest, VisualFeatures(encoder, embeds, (side, side) if side**2 == len(embeds) else None)
         return self._last[1]
 
@@ -177,14 +177,14 @@ class InLLM:
         features = self.features(picture)
         ids, start = self.token_ids(question)
         n = features.num_tokens
-        whole = torch.tensor([*ids[:start], *[self.model.config.image_token_id] * n, *ids[start + 1 :]])
-        embeds = self.model.get_input_embeddings()(whole)
+        expanded = torch.tensor([*ids[:start], *[self.model.config.image_token_id] * n, *ids[start + 1 :]])
+        embeds = self.model.get_input_embeddings()(expanded)
         embeds[start : start + n] = features.embeds
-        return Prompt(whole, embeds, start, features)
+        return Prompt(expanded, embeds, start, features)
 
     @torch.no_grad()
     def prefill(self, prompt: Prompt, pruning: Pruning | None = None) -> Reading:
-        """Read a prompt; visual tokens leave as ``pruning`` says, and those that stay keep their positions."""
+        """Prefill a prompt; ``pruning`` drops visual tokens, the others keep their positions."""
         length, n, start = len(prompt.ids), prompt.features.num_tokens, prompt.start
         layers = self._llama.layers
         schedule = [n] * len(layers) if pruning is None else pruning.schedule(prompt.features, len(layers))
@@ -192,23 +192,23 @@ class InLLM:
         rotary = self._llama.rotary_emb(hidden, position_ids=torch.arange(length)[None])
         mask = causal_mask(length)
         cache = DynamicCache(config=self._llama.config)
-        left, attention, kept = torch.arange(n), None, []
+        remaining, attention, kept = torch.arange(n), None, []
         for layer, count in zip(layers, schedule, strict=True):
-            if pruning is not None and count < len(left):
-                entrance = Entrance(prompt.features, left, attention, layer, hidden, rotary, mask, start)
-                stay = pruning.choose(entrance, count).sort().values
-                after = torch.arange(start + len(left), hidden.shape[1])
-                rows = torch.cat([torch.arange(start), start + stay, after])
+            if pruning is not None and count < len(remaining):
+                entrance = Entrance(prompt.features, remaining, attention, layer, hidden, rotary, mask, start)
+                selected = pruning.choose(entrance, count).sort().values
+                after = torch.arange(start + len(remaining), hidden.shape[1])
+                rows = torch.cat([torch.arange(start), start + selected, after])
                 hidden, rotary = hidden[:, rows], (rotary[0][:, rows], rotary[1][:, rows])
-                left, mask = left[stay], causal_mask(len(rows))
+                remaining, mask = remaining[selected], causal_mask(len(rows))
             hidden, weights = run_layer(layer, hidden, rotary, mask, cache)
-            attention = last_attention(weights, start, len(left))
-            kept.append(left)
+            attention = last_attention(weights, start, len(remaining))
+            kept.append(remaining)
         return Reading(self._logits(hidden), length, cache, kept)
 
     @torch.no_grad()
     def extend(self, reading: Reading, token: int) -> None:
-        """Read one token more."""
+        """Process one more token."""
         hidden = self.model.get_input_embeddings()(torch.tensor([[token]]))
         rotary = self._llama.rotary_emb(hidden, position_ids=torch.tensor([[reading.position]]))
         for layer in self._llama.layers:

@@ -1,6 +1,6 @@
-"""FastV: after a few layers, the tokens that the end of the prompt looks at.
+"""FastV: after a few layers, keep the tokens with the highest attention from the prompt's last token.
 
-"An Image is Worth 1/2 Tokens After Layer 2", in the form in which E-AdaPrune and AdaptPrune compare with it.
+"An Image is Worth 1/2 Tokens After Layer 2", in the form that E-AdaPrune and AdaptPrune compare with.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from vllm_vtprune_evaluation.in_llm.pruning import DropOnce, Entrance, strongest
 
 @dataclass(frozen=True)
 class FastV(DropOnce):
-    """The k tokens stay to which the last token of the prompt paid most attention in the last layer that sees all.
+    """Keep the k tokens with the highest attention from the prompt's last token in the last unpruned layer.
 
     Attributes:
-        budget: k, the tokens that stay.
-        after: layers that see all tokens, 1 or more and fewer than the model has; the paper's K.
+        budget: k, the kept tokens.
+        after: layers that see all tokens, from 1 to one less than the model's; the paper's K.
     """
 
     def choose(self, entrance: Entrance, count: int) -> Tensor:

@@ -17,22 +17,22 @@ Budget: TypeAlias = EnergyBudget | RatioBudget | TokensBudget
 
 @dataclass(frozen=True, eq=False)
 class Entrance:
-    """What is known of the n visual tokens that stand before a layer, of which some shall not enter.
+    """The n visual tokens before a layer that drops some of them.
 
     Attributes:
-        features: all N visual tokens of the picture, as the encoder and the projector gave them.
-        left: ``(n,)`` which of them are still there, ascending.
+        features: all N visual tokens of the picture, from encoder and projector.
+        remaining: ``(n,)`` ascending indices of the tokens that are still present.
         attention_before: ``(n,)`` attention that the last token of the prompt paid to them in the layer before, mean
             over heads. None before the first layer.
         layer: the decoder layer.
-        hidden: ``(1, T, d)`` what would enter it, text included.
+        hidden: ``(1, T, d)`` input of the layer, including text.
         rotary: cosines and sines ``(1, T, d_head)`` of the T positions.
         mask: ``(1, 1, T, T)`` causal, to be added.
-        start: the first visual token's place among the T.
+        start: index of the first visual token among the T.
     """
 
     features: VisualFeatures
-    left: Tensor
+    remaining: Tensor
     attention_before: Tensor | None
     layer: Any
     hidden: Tensor
@@ -45,12 +45,12 @@ class Entrance:
         """``(n,)`` attention that the last token of the prompt would pay to them in this layer, mean over heads."""
         normed = self.layer.input_layernorm(self.hidden)
         _, weights = self.layer.self_attn(normed, position_embeddings=self.rotary, attention_mask=self.mask)
-        return last_attention(weights, self.start, len(self.left))
+        return last_attention(weights, self.start, len(self.remaining))
 
     @property
     def keys(self) -> Tensor:
         """``(n, heads * d_head)`` their keys in this layer, of all heads, before the rotation by position."""
-        visual = self.hidden[0, self.start : self.start + len(self.left)]
+        visual = self.hidden[0, self.start : self.start + len(self.remaining)]
         keys: Tensor = self.layer.self_attn.k_proj(self.layer.input_layernorm(visual))
         return keys
 
@@ -60,15 +60,15 @@ class Pruning(ABC):
 
     @abstractmethod
     def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
-        """How many visual tokens each of the ``layers`` sees: all N in the first, and never more than the one before.
+        """Visual tokens that each of the ``layers`` sees: N in the first, non-increasing.
 
         Raises:
-            ValueError: when the method cannot do what its parameters ask for with so many layers.
+            ValueError: the parameters do not fit the number of layers.
         """
 
     @abstractmethod
     def choose(self, entrance: Entrance, count: int) -> Tensor:
-        """``(count,)`` indices into ``entrance.left`` of those that stay, in any order; ``count`` is below n."""
+        """``(count,)`` indices into ``entrance.remaining`` to keep, in any order; ``count`` is below n."""
 
 
 def last_attention(weights: Tensor, start: int, count: int) -> Tensor:
@@ -94,11 +94,11 @@ def check_budget(budget: object) -> None:
 
 @dataclass(frozen=True)
 class DropOnce(Pruning):
-    """A method by which all tokens that leave do so at one place.
+    """A method that drops tokens once, before one layer.
 
     Attributes:
-        budget: k, the tokens that stay.
-        after: layers that see all tokens, 1 or more and fewer than the model has.
+        budget: k, the kept tokens.
+        after: layers that see all tokens, from 1 to one less than the model's.
     """
 
     budget: Budget

@@ -99,7 +99,7 @@ def test_failures_and_broken_promises_are_complaints(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadtests.soak.LOOK_EVERY", 0.01)
+    monkeypatch.setattr("loadtests.soak.SAMPLE_EVERY", 0.01)
     with Memory([psutil.Process()]) as memory:
         deadline = time.monotonic() + 60
         while not memory.processes():

@@ -11,7 +11,7 @@ from vllm.multimodal.hasher import MultiModalHasher
 from tests.server.test_images import saved
 from tests.support.chat import fresh_picture
 from vllm_vtprune_server import data_urls
-from vllm_vtprune_server.errors import MediaRefused
+from vllm_vtprune_server.errors import MediaRejected
 from vllm_vtprune_server.media import GuardedConnector
 from vllm_vtprune_server.problem import MediaProblem
 
@@ -91,7 +91,7 @@ REFUSED: dict[str, str] = {
 @pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED.keys())
 def test_base64_of_no_or_two_readings_is_refused(text: str, modality: str) -> None:
     fetch = getattr(GuardedConnector(), f"fetch_{modality}")
-    with pytest.raises(MediaRefused, match=r"does not hold valid base64|could not be loaded") as refused:
+    with pytest.raises(MediaRejected, match=r"does not hold valid base64|could not be loaded") as refused:
         fetch(f"data:{modality}/x;base64,{text}")
     assert f"; expected data:{modality}/<format>;base64," in str(refused.value)
 

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from tests.support.chat import Body, Server, fresh_url, image_part, user
-from vllm_vtprune_server.elsewhere import ElsewhereMiddleware, json_routes, misplaced_policy
+from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes, misplaced_policy
 from vllm_vtprune_server.outcome import ROUTE
 
 POLICIES: dict[str, tuple[Body, str | None]] = {
@@ -78,7 +78,7 @@ def client() -> TestClient:
     stock.add_api_route("/health", echo, methods=["GET"])
     later.add_api_route("/of/another/plugin", echo, methods=["POST"])
     app.include_router(stock)
-    app.add_middleware(ElsewhereMiddleware, routes=json_routes(app) - {ROUTE})
+    app.add_middleware(MisplacedPolicyMiddleware, routes=json_routes(app) - {ROUTE})
     app.include_router(later)
     return TestClient(app)
 

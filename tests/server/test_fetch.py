@@ -20,7 +20,7 @@ from vllm.connections import HTTPResponseSizeExceededError
 from tests.server.test_images import saved
 from tests.support.chat import fresh_picture
 from vllm_vtprune import envs
-from vllm_vtprune_server.errors import MediaRefused
+from vllm_vtprune_server.errors import MediaRejected
 from vllm_vtprune_server.fetch import GuardedConnection, is_public
 from vllm_vtprune_server.media import GuardedConnector
 from vllm_vtprune_server.problem import MediaProblem
@@ -413,7 +413,7 @@ def test_the_connector_fetches_from_the_hosts_that_the_operator_names(pages: Thr
         (GuardedConnector(allowed_media_domains=["example.com"]), "/picture", "at a host that --allowed-media-domains"),
         (GuardedConnector(), "/picture", "is on the web, and --allowed-media-domains is not set"),
     ):
-        with pytest.raises(MediaRefused, match=problem):
+        with pytest.raises(MediaRejected, match=problem):
             load(connector, path)
 
 
@@ -449,7 +449,7 @@ def test_of_several_limits_the_strictest_holds_and_is_named(
     connector = GuardedConnector(allowed_media_domains=["127.0.0.1"])
     url = f"http://127.0.0.1:{pages.server_address[1]}{path}"
     fetch = getattr(connector, f"fetch_{modality}" if way == "sync" else f"fetch_{modality}_async")
-    with pytest.raises(MediaRefused) as refused:
+    with pytest.raises(MediaRejected) as refused:
         fetch(url) if way == "sync" else asyncio.run(fetch(url))
     assert str(refused.value) == f"{modality}_url: {reprlib.repr(url)} is too large; expected {accepted}."
 
@@ -462,8 +462,8 @@ def test_files_are_loaded_from_the_folder_that_the_operator_opens_alone(tmp_path
     connector = GuardedConnector(allowed_local_media_path=str(tmp_path / "open"))
     assert connector.fetch_image(f"file://{inside}").media.tobytes() == PICTURE.tobytes()
     for url in (f"file://{outside}", f"file://{tmp_path}/open/../picture.png", f"file://{inside}.missing"):
-        with pytest.raises(MediaRefused, match="could not be loaded") as refused:
+        with pytest.raises(MediaRejected, match="could not be loaded") as refused:
             connector.fetch_image(url)
         assert str(tmp_path) not in str(refused.value).replace(url, "")
-    with pytest.raises(MediaRefused, match="is a local file"):
+    with pytest.raises(MediaRejected, match="is a local file"):
         GuardedConnector().fetch_image(f"file://{inside}")

@@ -9,7 +9,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
 from tests.server.test_images import Allowance, saved
 from tests.support.chat import fresh_picture, fresh_url, image_part, url_of_bytes, user
-from vllm_vtprune_server.errors import MediaRefused, explain_image_error, explain_media_error
+from vllm_vtprune_server.errors import MediaRejected, explain_image_error, explain_media_error
 from vllm_vtprune_server.media import NAME, GuardedConnector
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.validation import InvalidField
@@ -36,7 +36,7 @@ def test_the_budgets_of_a_request_reach_its_images(monkeypatch: pytest.MonkeyPat
     )
     connector.fetch_image(fresh_url())
     assert budget.used == budget.limit
-    with pytest.raises(MediaRefused) as refused:
+    with pytest.raises(MediaRejected) as refused:
         connector.fetch_image(fresh_url())
     assert "could not be loaded: Request decoded media exceeds VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES=9216; expected" in (
         str(refused.value)
@@ -59,7 +59,7 @@ def test_the_budgets_of_a_request_reach_its_images(monkeypatch: pytest.MonkeyPat
 )
 def test_what_is_not_loaded_is_named(modality: str, url: str, problem: str) -> None:
     connector = GuardedConnector()
-    with pytest.raises(MediaRefused) as refused:
+    with pytest.raises(MediaRejected) as refused:
         getattr(connector, f"fetch_{modality}")(url)
     assert str(refused.value).startswith(f"{modality}_url: '{url}' {problem}")
     assert f"; expected data:{modality}/<format>;base64," in str(refused.value)
@@ -68,7 +68,7 @@ def test_what_is_not_loaded_is_named(modality: str, url: str, problem: str) -> N
 
 def test_a_video_that_cannot_be_decoded_is_named_without_the_words_of_its_decoder() -> None:
     for media_type in ("mp4", "jpeg"):
-        with pytest.raises(MediaRefused) as refused:
+        with pytest.raises(MediaRejected) as refused:
             GuardedConnector().fetch_video(url_of_bytes(b"nonsense").replace("image/png", f"video/{media_type}"))
         assert " could not be loaded; expected data:video/<format>" in str(refused.value)
 
@@ -77,7 +77,7 @@ def test_space_around_a_url_is_no_part_of_it() -> None:
     url = fresh_url()
     plain, spaced = (GuardedConnector().fetch_image(each) for each in (url, f" {url}\n"))
     assert spaced.media.tobytes() == plain.media.tobytes()
-    with pytest.raises(MediaRefused, match="is on the web"):
+    with pytest.raises(MediaRejected, match="is on the web"):
         GuardedConnector().fetch_image(" https://example.com/x.png\n")
 
 
@@ -111,7 +111,7 @@ def test_a_medium_that_is_refused_is_named_by_the_path_of_its_field(
         {"model": "m", "messages": [user("Before.", fresh_url()), user("Where?", fresh_url(), content)]}
     )
     modality = "image" if "image_url" in content else "video" if "video_url" in content else "audio"
-    with pytest.raises(MediaRefused) as refused:
+    with pytest.raises(MediaRejected) as refused:
         getattr(GuardedConnector(), f"fetch_{modality}")(url)
     explained = explain_image_error(request.images, refused.value) or explain_media_error(
         request.other_media, refused.value

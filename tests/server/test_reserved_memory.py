@@ -91,14 +91,14 @@ def test_the_embedded_model_takes_little_unless_told_otherwise(
     if variable is not None:
         monkeypatch.setenv(memory.CPU_VARIABLE, variable)
     args = parse(*options)
-    memory.keep_embedded_small(args)
+    memory.limit_embedded_kv_cache(args)
     assert args.kv_cache_memory_bytes == kv_cache
 
 
 def test_other_models_take_what_vllm_takes(parse: Callable[..., argparse.Namespace]) -> None:
     args = parse()
     args.model = "some/model"
-    memory.keep_embedded_small(args)
+    memory.limit_embedded_kv_cache(args)
     assert args.kv_cache_memory_bytes is None
     memory.unmark_defaults(args)
     assert (type(args.gpu_memory_utilization), args.gpu_memory_utilization) == (float, 0.92)

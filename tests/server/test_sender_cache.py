@@ -19,7 +19,7 @@ from vllm.multimodal.cache.shm import ShmObjectStoreSenderCache
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 
 from tests.support.chat import Body, Server, data_of, fresh_url, user
-from vllm_vtprune_server.sender_cache import ResendingSenderCache, resend_what_was_not_sent
+from vllm_vtprune_server.sender_cache import ResendingSenderCache, resend_unsent_images
 
 SIZE = 1000  # bytes of an item
 HASHES = "abc"
@@ -46,7 +46,7 @@ class Pair:
 
         core = SimpleNamespace(add_request_async=add_request_async)
         self.client: Any = SimpleNamespace(renderer=SimpleNamespace(mm_processor_cache=self.sender), engine_core=core)
-        resend_what_was_not_sent(self.client)
+        resend_unsent_images(self.client)
 
     def render(self, *hashes: str) -> list[Feature]:
         """What vLLM's processor does with the cache (multimodal/processing/processor.py)."""
@@ -136,7 +136,7 @@ def test_a_cleared_cache_knows_nothing() -> None:
 def test_a_cache_of_another_kind_is_left_alone(cache: Any) -> None:
     core = SimpleNamespace()
     client: Any = SimpleNamespace(renderer=SimpleNamespace(mm_processor_cache=cache), engine_core=core)
-    resend_what_was_not_sent(client)
+    resend_unsent_images(client)
     assert type(cache) in (type(None), ShmObjectStoreSenderCache)
     assert vars(core) == {}
 

@@ -10,7 +10,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 
 from vllm_vtprune_server import shutdown
 from vllm_vtprune_server.serving import _watch
-from vllm_vtprune_server.shutdown import ServerStopping, came_too_late
+from vllm_vtprune_server.shutdown import ServerStopping, failed_by_shutdown
 from vllm_vtprune_server.trace import Trace
 
 
@@ -69,10 +69,10 @@ def test_threads_that_are_gone_are_an_error_of_the_server_only_while_it_stops(mo
     threads.shutdown()
     with pytest.raises(RuntimeError) as gone:
         threads.submit(print)
-    assert not came_too_late(gone.value)
+    assert not failed_by_shutdown(gone.value)
     monkeypatch.setattr(shutdown.stopping, "is_set", lambda: True)
-    assert came_too_late(gone.value)
-    assert not came_too_late(ValueError("of the client's making"))
+    assert failed_by_shutdown(gone.value)
+    assert not failed_by_shutdown(ValueError("of the client's making"))
 
 
 def test_pausing_aborts_requests_as_stock_vllm_does() -> None:

@@ -13,7 +13,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import MM_PARSER_MAP
 
-from vllm_vtprune_server.content import PART_TYPES, like_pruning
+from vllm_vtprune_server.content import PART_TYPES, resembles_pruning
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.validation import MAX_MESSAGE, MAX_PARAM, explain
 
@@ -229,7 +229,7 @@ def test_no_field_of_an_api_is_taken_for_ours() -> None:
               "parent_message_id", "guided_json", "guided_regex", "transforms", "runtime"]  # fmt: skip
     known = {*PruningChatCompletionRequest.model_fields, *parameters, *responses, *CompletionRequest.model_fields}
     assert len(known) > 100
-    assert [key for key in [*known - {"pruning"}, *others] if like_pruning(key)] == []
+    assert [key for key in [*known - {"pruning"}, *others] if resembles_pruning(key)] == []
     assert PruningChatCompletionRequest.model_validate(
         {"messages": [USER], **dict.fromkeys(others, 1), "extra_body": {"prompt": 1}}
     )
