@@ -137,6 +137,15 @@ class PreparedImage:
     item: Any
     layout: Layout
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the item's tensors."""
+        return sum(_nbytes(elem.data) for elem in self.item.values())
+
+
+def _nbytes(data: Any) -> int:
+    return sum(map(_nbytes, data)) if isinstance(data, list | tuple) else getattr(data, "nbytes", 0)
+
 
 @dataclass(frozen=True, eq=False)
 class VisualFeatures:

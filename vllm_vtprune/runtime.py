@@ -68,6 +68,10 @@ class PruningRuntime:
             max_batch=ENCODE_BATCH,
             on_batch=self._count_batch,
         )
+        self.prepared: BoundedTable[str, PreparedImage] = BoundedTable(
+            int(envs.feature_cache_gb() * 1024**3), lambda image: image.nbytes
+        )
+        """Feature key -> preprocessed image whose tokens the engine selects, for other policies and texts."""
         self.planned: BoundedTable[str, tuple[str, ImageReport]] = BoundedTable(envs.report_table_size())
         """Hash of image, policy and text -> hash of vLLM's item, and report without nouns (which may be long)."""
         self._requested: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
@@ -84,7 +88,8 @@ class PruningRuntime:
         metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(0)
 
     def forget_images(self) -> None:
-        """Empty the feature cache."""
+        """Empty the caches of features and preprocessed images."""
+        self.prepared.clear()
         self.encoder.cache.clear()
         self._on_device.clear()
         self._requested.clear()

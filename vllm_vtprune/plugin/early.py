@@ -38,7 +38,7 @@ class EarlyEncoding:
     ) -> None:
         self._processor = processor
         self._hf_kwargs = hf_kwargs
-        self._images = [image for image in images if image.policy.selects and processor.place(image.policy)[0] == "api"]
+        self._images = [image for image in images if image.policy.selects]
         self._expected: dict[str, list[ImageJob]] = {}
         for image in self._images:
             self._expected.setdefault(image.url, []).append(image)
@@ -80,18 +80,25 @@ class EarlyEncoding:
         key = feature_key(processor, media, image.uuid, self._hf_kwargs, media_io_kwargs)
         if not runtime.is_first_request(key, image.policy, image.text):
             return
-        encoder = runtime.encoder
-        encoding = encoder.find(key)
-        if encoding is None:
+        in_engine = processor.place(image.policy)[0] == "engine"
+        encoding = None if in_engine else runtime.encoder.find(key)
+        prepared = runtime.prepared.get(key)
+        if encoding is None and prepared is None:
             try:
                 with set_default_torch_num_threads():
                     prepared = preprocess(processor, media, self._hf_kwargs)
             except Exception:  # the processor meets the same error and reports it
                 return
-            encoding = encoder.submit(key, prepared)
         if image.policy.conditions_on_text:
             options = image.policy.text
             read_prompt(image.text, options.clean, options.modifiers)  # memoised for the processor
+        if in_engine:
+            assert prepared is not None
+            runtime.prepared.put(key, prepared)
+            return
+        if encoding is None:
+            assert prepared is not None
+            encoding = runtime.encoder.submit(key, prepared)
         with self._lock:
             image.encoding, image.early_key = encoding, (key, generation)
             if self._closed.is_set():

@@ -55,6 +55,7 @@ class ImageJob:
         area: pixels to which the image is resized; None if it is not.
         processed: whether the item was missing in vLLM's processor cache.
         in_engine: whether the engine selects the image's tokens.
+        prepared: the preprocessed image, if the engine selects its tokens and the image is cached.
         placement_reason: see `ImageReport`.
         report: report of a planned image, from this request or an earlier one.
     """
@@ -77,6 +78,7 @@ class ImageJob:
     area: int | None = None
     processed: bool = False
     in_engine: bool = False
+    prepared: PreparedImage | None = None
     placement_reason: str | None = None
     report: ImageReport | None = None
 
@@ -115,15 +117,13 @@ class ImageJob:
         )
         return plan, embeds
 
-    def leave_to_engine(
-        self, processor: PruningProcessor, item: MultiModalKwargsItem, hf_kwargs: Mapping[str, object]
-    ) -> MultiModalKwargsItem:
+    def leave_to_engine(self, processor: PruningProcessor, image: PreparedImage) -> MultiModalKwargsItem:
         """Attach to vLLM's item of the image what the engine needs to select its tokens, and set `report`.
 
         Raises:
             PolicyError: pruning would change the attention mask.
         """
-        layout = processor.layout(item, size_of(self.data), hf_kwargs)
+        layout = image.layout
         if not watched_inputs(self.policy, processor.family):
             layout = replace(layout, connector_rows=None)
         tokens = layout.num_tokens
@@ -132,7 +132,7 @@ class ImageJob:
         self.report = ImageReport.of(
             self.policy, tokens, keep, nouns=self.nouns, text_fallback=self.text_fallback, placement="engine"
         )
-        return Selection(self.item_hash, self.policy, keep, self.noun_ids, layout).attach(item)
+        return Selection(self.item_hash, self.policy, keep, self.noun_ids, layout).attach(image.item)
 
     def count(self, layout: Layout) -> int:
         """Tokens that a policy with a budget in tokens or as a ratio keeps of an image."""

@@ -11,7 +11,7 @@ the kept tokens. The same image under the same policy is then a different item, 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_vtprune.features import PreparedImage
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import DynamicResolution
 from vllm_vtprune.plugin.image import ImageJob, preprocess, size_of
@@ -117,7 +118,9 @@ class PromptJobs:
         runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
         key = _hash_of("engine", job.item_hash, job.policy.selection_digest(), job.noun_ids)
         is_cached = cache is not None and cache.is_cached([key])[0]
-        if job.data is None and not is_cached and self.processor.engine_placement.choice == "auto":
+        job.prepared = runtime.prepared.get(job.feature_key)
+        missing = job.data is None and job.prepared is None and not is_cached
+        if missing and self.processor.engine_placement.choice == "auto":
             job.placement_reason = "the request names the image by its uuid alone"
             return False
         job.plan_key = job.item_hash = key
@@ -125,9 +128,9 @@ class PromptJobs:
         planned = runtime.planned.get(key)
         if planned is not None:
             job.report = replace(planned[1], nouns=job.nouns, text_fallback=job.text_fallback)
-        elif is_cached and job.data is not None:
-            hf_kwargs = self.inputs.hf_processor_mm_kwargs
-            job.leave_to_engine(self.processor, self.processor.stock_item(job.data, hf_kwargs), hf_kwargs)
+        elif is_cached:
+            image = job.prepared or preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs)
+            job.leave_to_engine(self.processor, image)
         return True
 
     def _start(self, job: ImageJob) -> None:
@@ -182,7 +185,7 @@ class PromptJobs:
         An image sent as a uuid only gets stand-in data if its item exists; otherwise vLLM rejects it as missing.
         """
         stand_in = Image.new("RGB", (1, 1))
-        data = [stand_in if job.data is None and job.item is not None else job.data for job in self.images]
+        data = [stand_in if job.data is None and (job.item or job.prepared) else job.data for job in self.images]
         return replace(
             self.inputs,
             mm_data_items=MultiModalDataItems({**self.inputs.mm_data_items, "image": ImageProcessorItems(data)}),
@@ -206,9 +209,10 @@ class PromptJobs:
         """
         for job in self.images:
             job.processed = True
-            if job.item is None:
+            if job.item is None and job.prepared is None:
                 _data_of(job)
-        return [index for index, job in enumerate(self.images) if job.item is None and job.area is None]
+        made = [job.item is not None or job.area is not None or job.prepared is not None for job in self.images]
+        return [index for index, is_made in enumerate(made) if not is_made]
 
     def resize(self, hf_kwargs: Mapping[str, object]) -> None:
         """Make the items of resized images, each with its own area."""
@@ -225,15 +229,20 @@ class PromptJobs:
             if job.item is not None:
                 items.append(job.item)
             elif job.in_engine:
-                items.append(self._with_selection(job, next(stock_items)))
+                items.append(self._with_selection(job, stock_items))
             else:
                 items.append(next(stock_items))
         return items
 
-    def _with_selection(self, job: ImageJob, item: MultiModalKwargsItem) -> MultiModalKwargsItem:
-        item = job.leave_to_engine(self.processor, item, self.inputs.hf_processor_mm_kwargs)
+    def _with_selection(self, job: ImageJob, stock: Iterator[MultiModalKwargsItem]) -> MultiModalKwargsItem:
+        runtime = self.processor.runtime
+        if job.prepared is None:
+            item, hf_kwargs = next(stock), self.inputs.hf_processor_mm_kwargs
+            job.prepared = PreparedImage(item, self.processor.layout(item, size_of(job.data), hf_kwargs))
+            runtime.prepared.put(job.feature_key, job.prepared)
+        item = job.leave_to_engine(self.processor, job.prepared)
         assert job.report is not None
-        self.processor.runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
+        runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
         return item
 
     # 4. Report
