@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ from tests.support.chat import (
     VISUAL_TOKENS,
     Body,
     Server,
+    by_energy,
     data_of,
     fresh_url,
     image_part,
@@ -31,7 +32,19 @@ from vllm_vtprune.text import text_pipeline_name
 pytestmark = pytest.mark.engine
 
 REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "untuned", "images", "timings_ms"}
-IMAGE_KEYS = {"method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"}
+IMAGE_KEYS = {
+    "method",
+    "visual_tokens",
+    "kept_tokens",
+    "energy",
+    "nouns",
+    "text_fallback",
+    "cached",
+    "bypass_reason",
+} | {
+    "placement",
+    "placement_reason",
+}
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
 
@@ -130,10 +143,17 @@ def test_a_part_is_an_image_by_its_type(server: Server, default_keep: int) -> No
     assert kept(server.ask(messages=[{"role": "user", "content": untyped}])) == [default_keep]
 
 
-def test_an_image_that_the_server_remembers_under_a_uuid(server: Server) -> None:
-    shown = server.ask(messages=[user("Where is the dog?", image_part(fresh_url(), uuid="a-cat"))])
+@pytest.mark.parametrize(("policy", "placement"), [(tokens, "engine"), (by_energy, "api")])
+def test_an_image_that_the_server_remembers_under_a_uuid(
+    server: Server, policy: Callable[[int], Body], placement: str
+) -> None:
+    named = image_part(fresh_url(), uuid=f"a-cat-{placement}")
+    shown = server.ask(messages=[user("Where is the dog?", named)], pruning=policy(30))
     before = server.metrics()
-    recalled = server.ask(messages=[user("And the bus?", image_part(None, uuid="a-cat"))], pruning=tokens(40))
+    recalled = server.ask(
+        messages=[user("And the bus?", image_part(None, uuid=f"a-cat-{placement}"))], pruning=policy(40)
+    )
+    assert [image["placement"] for image in recalled["pruning"]["images"]] == [placement]
     assert kept(recalled) == [40]
     assert nouns(shown) == [["dog"]]
     assert nouns(recalled) == [["bus"]]
@@ -186,6 +206,8 @@ def test_the_report_is_complete(server: Server, default_keep: int) -> None:
         "text_fallback": None,
         "cached": False,
         "bypass_reason": None,
+        "placement": "engine",
+        "placement_reason": None,
     }
     assert list(report["timings_ms"]) == [*STAGES, "ttft", "total"]
 
@@ -273,7 +295,8 @@ def check_timings(timings: Body) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_timings_are_those_of_the_request(server: Server, stream: bool) -> None:
-    request = {"messages": [user("Where is the dog?", fresh_url())], "max_tokens": 200, "ignore_eos": True}
+    request: Body = {"messages": [user("Where is the dog?", fresh_url())], "max_tokens": 200, "ignore_eos": True}
+    request["pruning"] = by_energy(40)
     started = time.perf_counter()
     report = server.stream(**request)[-1]["pruning"] if stream else server.ask(**request)["pruning"]
     elapsed = (time.perf_counter() - started) * 1000
@@ -291,10 +314,12 @@ def test_stages_that_did_not_run_have_no_time(server: Server) -> None:
     off = server.ask(messages=messages, pruning=False)["pruning"]["timings_ms"]
     assert [off[stage] for stage in STAGES] == [None] * 4
     check_timings(off)
-    server.ask(messages=messages)
-    again = server.ask(messages=messages)["pruning"]["timings_ms"]
-    assert [again[stage] is None for stage in STAGES] == [False, True, True, True]
-    check_timings(again)
+    server.ask(messages=messages, pruning=by_energy(40))
+    again = server.ask(messages=messages, pruning=by_energy(40))["pruning"]["timings_ms"]
+    in_engine = server.ask(messages=messages, pruning=tokens(40))["pruning"]["timings_ms"]
+    for timings in (again, in_engine):
+        assert [timings[stage] is None for stage in STAGES] == [False, True, True, True]
+        check_timings(timings)
 
 
 def test_a_stream_is_valid_server_sent_events(server: Server) -> None:

@@ -1,14 +1,18 @@
 """`GET /v1/pruning`: what a client can find out before it asks."""
 
+from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.support.chat import Server, fresh_url, kept, user
+from tests.support.chat import Server, by_energy, fresh_url, kept, user
 from tests.support.rendering import endpoint
 from vllm_vtprune import __version__
-from vllm_vtprune.policy import BUILTIN_PRESETS, PruningPolicy
+from vllm_vtprune.plugin.families.llava import WITH_CLIP
+from vllm_vtprune.plugin.placement import EnginePlacement
+from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_checkpoints import tiny_checkpoint
@@ -94,25 +98,57 @@ def test_the_first_request_that_prunes_loads_the_encoder() -> None:
         served.post({"messages": messages, "pruning": False})
         assert parameters() is None
         assert kept(served.post({"messages": messages}).json()) == [8]
+        assert parameters() is None, "the engine selects"
+        assert kept(served.post({"messages": messages, "pruning": by_energy(9)}).json()) == [9]
         assert (parameters() or 0) > 0
 
 
 @pytest.mark.parametrize(
-    ("default", "presets", "selects"),
+    ("default", "presets", "placements"),
     [
-        (None, {}, False),
-        ("off", {}, False),
-        ({"method": "resize", "budget": {"type": "ratio", "keep": 0.5}}, {}, False),
-        ("balanced", {}, True),
-        (None, {"mine": {"method": "divprune"}}, True),
-        (None, {"mine": {"method": "none"}}, False),
+        (None, {}, set()),
+        ("off", {}, set()),
+        ("fast", {}, {"engine"}),
+        ("balanced", {}, {"api"}),
+        ("fast", {"mine": {"method": "divprune"}}, {"api", "engine"}),
+        (None, {"mine": {"method": "none"}}, set()),
     ],
 )
-def test_an_operator_who_sets_up_a_policy_has_the_encoder_loaded_at_the_start(
-    default: Any, presets: dict[str, Any], selects: bool
+def test_the_encoder_is_loaded_at_the_start_where_an_operator_s_policy_needs_it(
+    default: Any, presets: dict[str, Any], placements: set[str]
 ) -> None:
     own = {name: PruningPolicy.parse(value) for name, value in presets.items()}
-    assert Policies.of(default, own).selects == selects
+    engine = EnginePlacement("auto")
+    place = partial(engine.place, family=WITH_CLIP)
+    processor: Any = SimpleNamespace(family=WITH_CLIP, place=place)
+    assert Policies.of(default, own).placements(processor) == placements
+
+
+def test_a_default_that_the_engine_cannot_follow_stops_the_start() -> None:
+    place = partial(EnginePlacement("engine").place, family=WITH_CLIP)
+    processor: Any = SimpleNamespace(family=WITH_CLIP, place=place)
+    Policies.of("fast").placements(processor)  # though the package's presets have energy budgets
+    with pytest.raises(PolicyError, match='--pruning-default.budget.type: budget "energy" needs features'):
+        Policies.of("balanced").placements(processor)
+
+
+def test_an_engine_that_selects_alone() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VTPRUNE_PLACEMENT", "engine")
+        with endpoint(tiny_checkpoint()) as served:
+            information = served.client.get("/v1/pruning").json()
+            assert (information["placement"], information["tower"]) == ("engine", None)
+            messages = [user("Where?", fresh_url())]
+            [image] = served.post({"messages": messages}).json()["pruning"]["images"]
+            assert (image["kept_tokens"], image["placement"]) == (8, "engine")
+            refused = served.post({"messages": messages, "pruning": "balanced"})
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert error["param"] == "pruning.budget.type"
+            assert error["message"] == (
+                'pruning.budget.type: budget "energy" needs features before scheduling, and this server selects in its '
+                'engine only; expected "tokens" or "ratio".'
+            )
 
 
 def test_its_schema_is_typed(server: Server) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.chat import Body, Server, fresh_url, image_part, kept, user
+from tests.support.chat import Body, Server, by_energy, fresh_url, image_part, kept, user
 
 pytestmark = pytest.mark.engine
 
@@ -56,7 +56,7 @@ def test_images_of_requests_at_the_same_time_are_encoded_together(server: Server
 def test_one_image_in_many_requests_is_encoded_once(server: Server) -> None:
     url = fresh_url()
     before = server.metrics()
-    policies = [{"budget": {"type": "tokens", "keep": 20 + i}} for i in range(8)]
+    policies = [by_energy(20 + i) for i in range(8)]
     answers = at_once(
         asker(server, thing, [image_part(url), image_part(url)], pruning=policy)
         for thing, policy in zip(THINGS, policies, strict=True)
@@ -79,7 +79,7 @@ def test_one_image_written_in_several_ways_is_encoded_once(server: Server) -> No
     }
     before = server.metrics()
     answers = at_once(
-        asker(server, thing, [part], pruning={"budget": {"type": "tokens", "keep": 30 + i}})
+        asker(server, thing, [part], pruning=by_energy(30 + i))
         for i, (thing, part) in enumerate(zip(THINGS, ways.values(), strict=True))
     )
     assert [kept(answer) for answer in answers] == [[30 + i] for i in range(len(ways))]
@@ -90,7 +90,7 @@ def test_images_that_are_not_pruned_are_not_encoded(server: Server) -> None:
     before = server.metrics()
     at_once(asker(server, thing, [image_part(fresh_url())], pruning=False) for thing in THINGS)
     assert server.metrics().since(before, IMAGES) == (0,)
-    mixed = [image_part(fresh_url(), pruning=False), image_part(fresh_url(), pruning="fast")]
+    mixed = [image_part(fresh_url(), pruning=False), image_part(fresh_url(), pruning=by_energy(64))]
     assert kept(asker(server, "dog", mixed)()) == [576, 64]
     assert server.metrics().since(before, IMAGES) == (1,)
 
@@ -99,7 +99,7 @@ def test_a_request_that_is_refused_leaves_no_work(server: Server) -> None:
     before = server.metrics()
     broken = image_part("data:image/png;base64,@@@@")
     answers = [
-        server.post({"messages": [user("Where?", image_part(fresh_url()), broken)], "pruning": "fast"})
+        server.post({"messages": [user("Where?", image_part(fresh_url()), broken)], "pruning": by_energy(64)})
         for _ in range(4)
     ]
     assert [answer.status_code for answer in answers] == [400] * 4

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.support.chat import Body, Server, fresh_url, image_part, kept, tokens, user
+from tests.support.chat import Body, Server, by_energy, fresh_url, image_part, kept, tokens, user
 from vllm_vtprune import __version__
 from vllm_vtprune.text import text_pipeline_name
 
@@ -23,6 +23,8 @@ def test_metrics_count_what_was_served(server: Server) -> None:
         "vtprune:keep_ratio_count|method=resprune",
         "vtprune:visual_tokens_total|method=none",
         "vtprune:visual_tokens_kept_total|method=none",
+        "vtprune:images_total|placement=api",
+        "vtprune:images_total|placement=engine",
         "vtprune:feature_cache_misses_total",
         "vtprune:feature_cache_hits_total",
         "vtprune:stage_seconds_count|stage=text",
@@ -46,12 +48,14 @@ def test_metrics_count_what_was_served(server: Server) -> None:
     }
     selected = {"stage_seconds_count|stage=select": 1}
     encoded = {"feature_cache_misses_total": 1, "stage_seconds_count|stage=encode": 1}
-    assert grown_by(tokens(72)) == {**pruned, **selected, **encoded}
-    assert grown_by(tokens(72)) == pruned, "all from vLLM's processor cache"
-    other = {**pruned, "visual_tokens_kept_total|method=resprune": 71, "feature_cache_hits_total": 1}
-    assert grown_by(tokens(71)) == {**other, **selected}, "features from our cache"
+    assert grown_by(by_energy(72)) == {**pruned, **selected, **encoded, "images_total|placement=api": 1}
+    again = {**pruned, "images_total|placement=api": 1}
+    assert grown_by(by_energy(72)) == again, "all from vLLM's processor cache"
+    other = {**again, "visual_tokens_kept_total|method=resprune": 71, "feature_cache_hits_total": 1}
+    assert grown_by(by_energy(71)) == {**other, **selected}, "features from our cache"
+    assert grown_by(tokens(72)) == {**pruned, "images_total|placement=engine": 1}, "nothing is encoded here"
     assert grown_by(False) == {"visual_tokens_total|method=none": 576, "visual_tokens_kept_total|method=none": 576}
-    twice = grown_by(tokens(70), fresh_url())
+    twice = grown_by(by_energy(70), fresh_url())
     assert twice["visual_tokens_kept_total|method=resprune"] == 140
     assert (twice["feature_cache_hits_total"], twice["feature_cache_misses_total"]) == (1, 1)
     assert grown_by(tokens(576))["bypass_total|reason=budget_not_below_tokens"] == 1
@@ -114,7 +118,7 @@ def test_what_is_refused_late_is_refused_and_no_tokens_are_counted(server: Serve
     )
     before = server.metrics()
     for fields in REFUSED_LATE:
-        body = {"messages": [user("Where?", fresh_url())], "stream": stream, **fields}
+        body = {"messages": [user("Where?", fresh_url())], "stream": stream, "pruning": by_energy(40), **fields}
         response = server.post(body)
         assert response.status_code == (200 if stream else 400)
         assert '"code":400' in response.text.replace(" ", "")

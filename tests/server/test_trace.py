@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from pythonjsonlogger.json import JsonFormatter
 from vllm.logging_utils.formatter import JSON_FORMAT
 
-from tests.support.chat import Body, Server, data_of, fresh_url, image_part, tokens, url_of_bytes, user
+from tests.support.chat import Body, Server, by_energy, data_of, fresh_url, image_part, tokens, url_of_bytes, user
 from vllm_vtprune import metrics
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport, StageRun
@@ -151,7 +151,7 @@ def lines_about(log: Path, request_id: str) -> list[str]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_server_s_log_names_the_request_by_its_client_s_id(server: Server, stream: bool) -> None:
     request_id = f"from-the-client-{'stream' if stream else 'whole'}"
-    body = {"messages": [user("Where is the zebra?", fresh_url())], "stream": stream}
+    body: Body = {"messages": [user("Where is the zebra?", fresh_url())], "stream": stream, "pruning": by_energy(96)}
     response = server.post(body, headers={"x-request-id": request_id})
     assert response.status_code == 200
     [line] = lines_about(server.log, request_id)

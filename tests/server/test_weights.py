@@ -1,12 +1,13 @@
 """Weights that are replaced while the server runs, and its endpoints that empty caches."""
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, image_part, user
+from tests.support.chat import VISUAL_TOKENS, Body, Server, by_energy, fresh_url, image_part, user
 from tests.support.engines import TOLERANCE
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
@@ -53,9 +54,9 @@ def test_pruned_images_follow_the_engine_s_weights(server: Server, tmp_path: Pat
 
 def test_emptying_vllm_s_caches_of_images_empties_ours(server: Server) -> None:
     def ask() -> None:
-        server.ask(messages=[user("Where is the dog?", url)], pruning=pruning)
+        server.ask(messages=[user("Where is the dog?", url)], pruning=by_energy(next(counts)))
 
-    url, pruning = fresh_url(), {"budget": {"type": "tokens", "keep": 30}}
+    url, counts = fresh_url(), count(30)
     encoded = "vtprune:feature_cache_misses_total"
     for path in ("/reset_mm_cache", "/reset_encoder_cache"):
         ask()
@@ -63,7 +64,6 @@ def test_emptying_vllm_s_caches_of_images_empties_ours(server: Server) -> None:
         assert server.post({}, path).status_code == 200
         before = server.metrics()
         assert before["vtprune:feature_cache_bytes"] == 0
-        pruning["budget"]["keep"] += 1  # type: ignore[index]
         ask()
         assert server.metrics().since(before, encoded) == (1,)
 

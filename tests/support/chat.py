@@ -144,6 +144,11 @@ def tokens(keep: int, **fields: Any) -> Body:
     return {"budget": {"type": "tokens", "keep": keep}, **fields}
 
 
+def by_energy(keep: int) -> Body:
+    """A policy that keeps so many, under a budget that needs features in the API process."""
+    return {"budget": {"type": "energy", "min_tokens": keep, "max_tokens": keep}}
+
+
 def kept(answer: Mapping[str, Any]) -> list[int]:
     """Tokens that each image kept."""
     return [image["kept_tokens"] for image in answer["pruning"]["images"]]
