@@ -33,17 +33,8 @@ pytestmark = pytest.mark.engine
 
 REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "untuned", "images", "timings_ms"}
 IMAGE_KEYS = {
-    "method",
-    "visual_tokens",
-    "kept_tokens",
-    "energy",
-    "nouns",
-    "text_fallback",
-    "cached",
-    "bypass_reason",
-} | {
-    "placement",
-    "placement_reason",
+    *("method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"),
+    *("placement", "placement_reason"),
 }
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]

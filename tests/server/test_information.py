@@ -128,7 +128,7 @@ def test_a_default_that_the_engine_cannot_follow_stops_the_start() -> None:
     place = partial(EnginePlacement("engine").place, family=WITH_CLIP)
     processor: Any = SimpleNamespace(family=WITH_CLIP, place=place)
     Policies.of("fast").placements(processor)  # though the package's presets have energy budgets
-    with pytest.raises(PolicyError, match='--pruning-default.budget.type: budget "energy" needs features'):
+    with pytest.raises(PolicyError, match=r'--pruning-default\.budget\.type: budget "energy" needs features'):
         Policies.of("balanced").placements(processor)
 
 
