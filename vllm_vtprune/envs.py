@@ -119,8 +119,8 @@ feature_cache_gb = Variable(
     default=2.0,
     parse=_size,
     accepts="a number of GiB, 0 or more",
-    doc="Main memory for cached visual features in each API process, in GiB (LLaVA-1.5-7B: about 6 MiB per image). "
-    "0: no cache.",
+    doc="Main memory for cached visual features in each API process, in GiB (LLaVA-1.5-7B: about 6 MiB per image), "
+    "and as much again for preprocessed images whose tokens the engine selects. 0: no caches.",
 )
 report_table_size = Variable(
     name="VTPRUNE_REPORT_TABLE_SIZE",
