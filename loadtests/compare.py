@@ -13,7 +13,7 @@ rotates.
 
 The checkpoint is made on the spot and has random weights: its answers mean nothing, and its times are not those of a
 released model. The results are written to ``--out``: ``result-ARM.json``, ``report.html``, and a folder for each turn.
-The exit status is 1 if a request failed, or if the pruned arm broke a promise (``--slo-...``).
+The exit status is 1 if a request failed, or if the pruned arm pruned nothing or broke a promise (``--slo-...``).
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
     return [
         f"{arm}: {complaint}"
         for arm in ARMS
-        for complaint in broken(records[arm], p99_limits(options) if arm == PRUNED else {})
+        for complaint in (
+            broken(records[arm], p99_limits(options), PRUNED) if arm == PRUNED else broken(records[arm], {})
+        )
     ]
 
 

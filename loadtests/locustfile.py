@@ -13,8 +13,9 @@ failed. The same ``--seed`` gives the same pictures, questions and schedule. Whe
 - ``result.json``: the results under the names of ``vllm bench serve`` (`loadtests.results`),
 - ``report.html``: tables and plots.
 
-Locust's exit status is 1 if a request failed or a promise (``--slo-...``) was broken, 2 if an option makes no sense or
-no server answers. Locust's own table shows end-to-end times, rounded; the files hold the exact ones.
+Locust's exit status is 1 if a request failed, a promise (``--slo-...``) was broken or ``--pruning`` had no effect, 2 if
+an option makes no sense or no server answers. Locust's own table shows end-to-end times, rounded; the files hold the
+exact ones.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def conclude(environment: Environment, **_: Any) -> None:
         (options.out / "result.json").write_text(json.dumps(summed, indent=1) + "\n")
         write_report(options.out / "report.html", {options.label: summed}, {options.label: records})
         log.info("results in %s", options.out)
-    complaints = broken(records, p99_limits(options))
+    complaints = broken(records, p99_limits(options), options.pruning)
     for complaint in complaints:
         log.error("%s", complaint)
     environment.process_exit_code = 1 if complaints else 0

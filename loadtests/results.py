@@ -207,17 +207,24 @@ def peaks(records: Sequence[Record]) -> tuple[float, int]:
     return float(max(chunks.values(), default=0)), int(max(flying, default=0))
 
 
-def broken(records: Sequence[Record], p99_limits: Limits) -> list[str]:
-    """What was promised and not held, a sentence each: no request may fail, and p99 may not exceed the limits.
+def broken(records: Sequence[Record], p99_limits: Limits, pruning: object = None) -> list[str]:
+    """What was promised and not held, a sentence each.
+
+    No request may fail, p99 may not exceed the limits, and every kind of request that asks for pruning gets some.
 
     Args:
         records: of the run.
         p99_limits: milliseconds, by metric.
+        pruning: the policy that was sent; None, False and "off" ask for no pruning.
     """
     if not records:
         return ["no request was finished"]
     failed = Counter(record.error for record in records if record.error is not None)
-    found = [f"{count} of {len(records)} requests failed: {error}" for error, count in failed.most_common(5)]
+    complaints = [f"{count} of {len(records)} requests failed: {error}" for error, count in failed.most_common(5)]
+    if pruning not in (None, False, "off"):
+        done = {record.name for record in records if record.error is None}
+        pruned = {record.name for record in records if (record.keep_ratio or 1) < 1}
+        complaints += [f"{kind}: nothing was pruned" for kind in sorted(done - pruned)]
     measured = samples(records)
     for metric in METRICS:
         limit = p99_limits.get(metric)
@@ -225,7 +232,7 @@ def broken(records: Sequence[Record], p99_limits: Limits) -> list[str]:
             continue
         p99 = percentile(measured[metric], 99)
         if p99 is None:
-            found.append(f"{metric} p99 was to be {limit:g} ms at most, and was not measured")
+            complaints.append(f"{metric} p99 was to be {limit:g} ms at most, and was not measured")
         elif p99 > limit:
-            found.append(f"{metric} p99 was to be {limit:g} ms at most, and is {p99:.1f} ms")
-    return found
+            complaints.append(f"{metric} p99 was to be {limit:g} ms at most, and is {p99:.1f} ms")
+    return complaints

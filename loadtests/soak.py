@@ -7,10 +7,11 @@ they are full early. Every kind of user asks, at times of a schedule (`loadtests
 percentiles, how many requests were sent in time, and the resident memory of each process: at first, and the medians of
 what was seen every few seconds in the third quarter of the run and in the last.
 
-The exit status is 1 if a request failed, a promise (``--slo-...``) was broken, less than 95 % of the requests were sent
-in time, or, in a run of 8 minutes or more, a process held 5 % more in the last quarter than in the third. What it grows
-before the middle of the run is not judged, for allocators and kernels fill caches of their own in the first minutes. A
-leak that adds less than a quarter to a process in the whole run goes unnoticed: run it for longer.
+The exit status is 1 if a request failed, nothing was pruned, a promise (``--slo-...``) was broken, less than 95 % of
+the requests were sent in time, or, in a run of 8 minutes or more, a process held 5 % more in the last quarter than in
+the third. What it grows before the middle of the run is not judged, for allocators and kernels fill caches of their own
+in the first minutes. A leak that adds less than a quarter to a process in the whole run goes unnoticed: run it for
+longer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import psutil
 
 from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
-from loadtests.options import add_slo_arguments, count, p99_limits, positive
+from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
 from loadtests.records import Record
 from loadtests.report import table, table_rows, write_report
 from loadtests.results import PUNCTUAL, broken, result, span
@@ -200,7 +201,7 @@ def conclude(
     (options.out / "result.json").write_text(json.dumps(summed, indent=1) + "\n")
     write_report(options.out / "report.html", {LABEL: summed}, {LABEL: records}, notes=[rate, *memory])
     print("\n".join([table(table_rows({LABEL: summed}), [LABEL]), rate, *memory]))
-    complaints = broken(records, p99_limits(options))
+    complaints = broken(records, p99_limits(options), policy(options.pruning))
     if punctual < IN_TIME:
         complaints.append(f"only {rate}: the server, or the number of users, does not keep this pace")
     complaints += [
