@@ -180,8 +180,9 @@ class ServerPlugin:
             policies=policies,
             trust_request_mm_kwargs=args.trust_request_mm_kwargs,
         )
-        self._app.middleware_stack = None  # made by vLLM before it comes here, and made again when the server starts
-        self._app.add_middleware(OutcomeMiddleware, model_name=runtime.model_name)
+        # Built once, as vLLM has done: in a second stack, what counts HTTP requests finds its metrics taken.
+        stack = self._app.middleware_stack or self._app.build_middleware_stack()
+        self._app.middleware_stack = OutcomeMiddleware(stack, runtime.model_name)
         resend_what_was_not_sent(engine_client)
         notice_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))
