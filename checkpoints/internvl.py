@@ -1,5 +1,8 @@
 """InternVL checkpoints, laid out like `OpenGVLab/InternVL3-1B-hf`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import (
     GotOcr2ImageProcessor,
     InternVLConfig,
@@ -10,7 +13,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from vllm_vtprune_checkpoints.tokens import CHATML, END, END_OF_TEXT, chatml_template, ids_of, make_tokenizer
+from vllm_vtprune_checkpoints.tokens import CHATML, CHATML_IDS, END_OF_TEXT, chatml_template, ids_of, make_tokenizer
 from vllm_vtprune_checkpoints.writing import INSIDE, Checkpoint, Writer, widths
 
 PATCH_SIZE = 14
@@ -47,14 +50,7 @@ def internvl(size: str, *, image_size: int = 448, qk_norm: bool = False) -> Chec
             norm_type="rms_norm" if qk_norm else "layer_norm",
             **VISION[size],
         ),
-        text_config=Qwen2Config(
-            rms_norm_eps=1e-6,
-            rope_theta=1e6,
-            bos_token_id=TOKEN_ID[END_OF_TEXT],
-            eos_token_id=TOKEN_ID[END],
-            tie_word_embeddings=False,
-            **TEXT[size],
-        ),
+        text_config=qwen2(TEXT[size]),
         image_token_id=TOKEN_ID["<IMG_CONTEXT>"],
         image_seq_length=(image_size // PATCH_SIZE // ACROSS) ** 2,
         downsample_ratio=1 / ACROSS,
@@ -70,6 +66,11 @@ def internvl(size: str, *, image_size: int = 448, qk_norm: bool = False) -> Chec
         chat_template=chatml_template(image="<IMG_CONTEXT>\\n", video="<video>\\n"),
     )
     return Checkpoint(InternVLForConditionalGeneration, config, processor, INSIDE, ends=[END_OF_TEXT])
+
+
+def qwen2(text: Mapping[str, Any], *, tied: bool = False) -> Qwen2Config:
+    """The config of a language model of these dimensions; `tied`: its head is its table of embeddings."""
+    return Qwen2Config(rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=tied, **CHATML_IDS, **text)
 
 
 write_internvl_checkpoint = Writer(internvl, TEXT)

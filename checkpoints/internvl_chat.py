@@ -10,7 +10,7 @@ from transformers import InternVLForConditionalGeneration
 from vllm_vtprune_checkpoints.configuration_internvl_chat import InternVLChatConfig
 from vllm_vtprune_checkpoints.internvl import ACROSS, PATCH_SIZE, TEXT, internvl
 from vllm_vtprune_checkpoints.tokens import CHATML, END_OF_TEXT, chatml_template, make_tokenizer
-from vllm_vtprune_checkpoints.writing import Checkpoint, Writer
+from vllm_vtprune_checkpoints.writing import INSIDE, Checkpoint, Writer
 
 IMAGE_SIZE = {"tiny": 112, "1b": 448}
 """Pixels of a tile's side."""
@@ -32,8 +32,7 @@ NAMES = (
     (r"^model\.multi_modal_projector\.layer_norm\.", "mlp1.0."),
     (r"^model\.multi_modal_projector\.linear_1\.", "mlp1.1."),
     (r"^model\.multi_modal_projector\.linear_2\.", "mlp1.3."),
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
+    *INSIDE,
 )
 
 

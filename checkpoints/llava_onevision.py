@@ -15,12 +15,12 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
-    Qwen2Config,
     SiglipVisionConfig,
 )
 
+from vllm_vtprune_checkpoints.internvl import qwen2
 from vllm_vtprune_checkpoints.llava import NAMES
-from vllm_vtprune_checkpoints.tokens import CHATML, END, END_OF_TEXT, ids_of, make_tokenizer
+from vllm_vtprune_checkpoints.tokens import CHATML, END_OF_TEXT, ids_of, make_tokenizer
 from vllm_vtprune_checkpoints.writing import Checkpoint, Shape, Writer, even_weight, noise, widths
 
 PATCH_SIZE = 14
@@ -63,14 +63,7 @@ def llava_onevision(size: str) -> Checkpoint:
     side, tied = VISION[size]["image_size"], size == "0.5b"
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(patch_size=PATCH_SIZE, vision_use_head=False, **VISION[size]),
-        text_config=Qwen2Config(
-            rms_norm_eps=1e-6,
-            rope_theta=1e6,
-            bos_token_id=TOKEN_ID[END_OF_TEXT],
-            eos_token_id=TOKEN_ID[END],
-            tie_word_embeddings=tied,
-            **TEXT[size],
-        ),
+        text_config=qwen2(TEXT[size], tied=tied),
         image_token_index=TOKEN_ID["<image>"],
         video_token_index=TOKEN_ID["<video>"],
         image_grid_pinpoints=[[side * rows, side * columns] for rows, columns in PINPOINTS],

@@ -13,7 +13,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vllm_vtprune_checkpoints.tokens import CHATML, END, END_OF_TEXT, chatml_template, ids_of, make_tokenizer
+from vllm_vtprune_checkpoints.tokens import CHATML, CHATML_IDS, END_OF_TEXT, chatml_template, ids_of, make_tokenizer
 from vllm_vtprune_checkpoints.writing import Checkpoint, Writer, even_weight, widths
 
 SPECIAL_TOKENS = (
@@ -56,8 +56,7 @@ def qwen2_5_vl(size: str) -> Checkpoint:
         text_config=dict(
             rms_norm_eps=1e-6,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=MROPE_SECTION[size]),
-            bos_token_id=TOKEN_ID[END_OF_TEXT],
-            eos_token_id=TOKEN_ID[END],
+            **CHATML_IDS,
             **TEXT[size],
         ),
         tie_word_embeddings=size == "3b",

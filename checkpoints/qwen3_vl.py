@@ -19,8 +19,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from vllm_vtprune_checkpoints.qwen2_5_vl import PLACEHOLDERS, SPECIAL_TOKENS, TOKEN_ID, VISION_IDS, blocks
-from vllm_vtprune_checkpoints.tokens import END, END_OF_TEXT, chatml_template, make_tokenizer
+from vllm_vtprune_checkpoints.qwen2_5_vl import PLACEHOLDERS, SPECIAL_TOKENS, VISION_IDS, blocks
+from vllm_vtprune_checkpoints.tokens import CHATML_IDS, END_OF_TEXT, chatml_template, make_tokenizer
 from vllm_vtprune_checkpoints.writing import Checkpoint, Shape, Writer, random_weight, widths
 
 VISION = {
@@ -62,9 +62,8 @@ def qwen3_vl(size: str) -> Checkpoint:
                 mrope_section=MROPE_SECTION[text["head_dim"]],
                 mrope_interleaved=True,
             ),
-            bos_token_id=TOKEN_ID[END_OF_TEXT],
-            eos_token_id=TOKEN_ID[END],
             tie_word_embeddings=size == "4b",
+            **CHATML_IDS,
             **text,
         ),
         tie_word_embeddings=size == "4b",

@@ -17,6 +17,10 @@ def ids_of(tokens: Sequence[str]) -> dict[str, int]:
     return {token: TRAINED_TOKENS + index for index, token in enumerate(tokens)}
 
 
+CHATML_IDS = {"bos_token_id": ids_of(CHATML)[END_OF_TEXT], "eos_token_id": ids_of(CHATML)[END]}
+"""Of a config, for special tokens that begin with `CHATML`."""
+
+
 def trained_tokenizer(special_tokens: list[str]) -> Tokenizer:
     """A byte-level BPE with `TRAINED_TOKENS` tokens, the special ones first: any text survives the round trip."""
     tokenizer = Tokenizer(models.BPE())

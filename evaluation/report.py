@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vllm_vtprune_evaluation.results import DEFAULT_METHOD, RANKED_FROM, Difference, Result, comparable, mean_ranks
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Cells = Sequence[str]
+Measured = TypeVar("Measured", bound=Result | Difference)
 
 End = tuple[str, float | None, float, str]
 """Of a line: its label, the tokens (None: the axes' edge) and the height that it ends at, its colour."""
@@ -85,40 +86,35 @@ def budget_table(results: Sequence[Result]) -> str:
     Args:
         results: that have a budget, such as the `comparable` ones.
     """
-    keeps = sorted({result.keep for result in results if result.keep is not None}, reverse=True)
-    rows: dict[str, dict[int | None, Result]] = {row: {} for row in mean_ranks(results)}
-    for result in results:
-        rows[result.row][result.keep] = result
+    order = list(mean_ranks(results))
 
-    def cell(result: Result | None) -> str:
-        if result is None:
-            return ""
+    def cell(result: Result) -> str:
         tokens = f", {result.mean_tokens:.0f} tokens" if result.adaptive else ""
         return f"{_percent(result.accuracy)} ({100 * result.difference:+.1f}{tokens})"
 
-    return markdown(
-        ["method", *(f"{keep} tokens" for keep in keeps)],
-        ([f"`{name}`", *(cell(row.get(keep)) for keep in keeps)] for name, row in rows.items()),
-    )
+    return _by_budget("method", sorted(results, key=lambda result: order.index(result.row)), cell)
 
 
 def difference_table(differences: Sequence[Difference]) -> str:
     """Rows in the given order, budgets in columns: points and interval, in bold if it excludes 0."""
-    keeps = sorted({difference.keep for difference in differences if difference.keep is not None}, reverse=True)
-    rows: dict[str, dict[int | None, Difference]] = {}
-    for difference in differences:
-        rows.setdefault(difference.row, {})[difference.keep] = difference
 
-    def cell(difference: Difference | None) -> str:
-        if difference is None:
-            return ""
+    def cell(difference: Difference) -> str:
         low, high = difference.ci95
         points = f"{100 * difference.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
         return points if low <= 0 <= high else f"**{points}**"
 
+    return _by_budget("", differences, cell)
+
+
+def _by_budget(corner: str, measured: Sequence[Measured], cell: Callable[[Measured], str]) -> str:
+    """A table of rows in their order, and budgets from the largest."""
+    keeps = sorted({one.keep for one in measured if one.keep is not None}, reverse=True)
+    rows: dict[str, dict[int | None, str]] = {}
+    for one in measured:
+        rows.setdefault(one.row, {})[one.keep] = cell(one)
     return markdown(
-        ["", *(f"{keep} tokens" for keep in keeps)],
-        ([f"`{name}`", *(cell(row.get(keep)) for keep in keeps)] for name, row in rows.items()),
+        [corner, *(f"{keep} tokens" for keep in keeps)],
+        ([f"`{name}`", *(row.get(keep, "") for keep in keeps)] for name, row in rows.items()),
     )
 
 

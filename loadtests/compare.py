@@ -12,7 +12,7 @@ round, all arms have the same seed, that is the same pictures and questions; the
 
 The checkpoint is generated with random weights: its answers are meaningless, and its times are not those of a released
 model. ``--out`` gets ``result-ARM.json``, ``report.html``, and a folder per turn. The exit status is 1 if a request
-failed, or if the pruned arm missed an objective (``--slo-...``).
+failed, or if the pruned arm pruned nothing or missed an objective (``--slo-...``).
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
     return [
         f"{arm}: {complaint}"
         for arm in ARMS
-        for complaint in broken(records[arm], p99_limits(options) if arm == PRUNED else {})
+        for complaint in (
+            broken(records[arm], p99_limits(options), PRUNED) if arm == PRUNED else broken(records[arm], {})
+        )
     ]
 
 

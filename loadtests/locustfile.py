@@ -13,8 +13,8 @@ schedule. At the end, ``--out`` holds
 - ``result.json``: the results under the names of ``vllm bench serve`` (`loadtests.results`),
 - ``report.html``: tables and plots.
 
-Locust's exit status is 1 if a request failed or an objective (``--slo-...``) was missed, 2 for an invalid option or a
-missing server. Locust's own table shows rounded end-to-end times.
+Locust's exit status is 1 if a request failed, an objective (``--slo-...``) was missed or ``--pruning`` had no effect,
+2 for an invalid option or a missing server. Locust's own table shows rounded end-to-end times.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def conclude(environment: Environment, **_: Any) -> None:
         (options.out / "result.json").write_text(json.dumps(summed, indent=1) + "\n")
         write_report(options.out / "report.html", {options.label: summed}, {options.label: records})
         log.info("results in %s", options.out)
-    complaints = broken(records, p99_limits(options))
+    complaints = broken(records, p99_limits(options), options.pruning)
     for complaint in complaints:
         log.error("%s", complaint)
     environment.process_exit_code = 1 if complaints else 0

@@ -11,7 +11,7 @@ Prints a table, the firing alerts, and the dashboard panels without data, and wr
 - ``report.png``: the report in a browser, if there is one on the PATH,
 - the logs of server, Prometheus and Locust.
 
-The exit status is 1 if a request failed.
+The exit status is 1 if a request failed or nothing was pruned.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ INTERVAL = "10s"  # of the rates in the dashboard
 SERVE_OPTIONS = ("--max-model-len", "2048", "--enforce-eager", "--disable-uvicorn-access-log")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 LABEL = "ours"
+PRUNING = "balanced"
 WARM_UP = 5.0  # seconds without pruning, as a baseline for panels that compare
 PROMETHEUS_PATIENCE = 30.0  # seconds
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "firefox")
@@ -81,7 +82,7 @@ def main() -> None:
                 users=options.users,
                 seconds=60 * options.minutes,
                 kinds=(),
-                options=["--label", LABEL, "--pruning", "balanced"],
+                options=["--label", LABEL, "--pruning", PRUNING],
             )
             panels = answers(prometheus, start, time.time(), interval=INTERVAL, step=1)
             alerts = prometheus.get("alerts")["alerts"]
@@ -100,7 +101,7 @@ def main() -> None:
     for file in ("report.html", "requests.jsonl", "result.json", "dashboard.png", "report.png"):
         if (out / file).exists():
             print(out / file)
-    complaints = broken(records, {})
+    complaints = broken(records, {}, PRUNING)
     if complaints:
         sys.exit("\n".join(f"loadtests: {complaint}" for complaint in complaints))
 

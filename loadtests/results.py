@@ -206,17 +206,22 @@ def peaks(records: Sequence[Record]) -> tuple[float, int]:
     return float(max(chunks.values(), default=0)), int(max(in_flight, default=0))
 
 
-def broken(records: Sequence[Record], p99_limits: Limits) -> list[str]:
-    """Failed requests and missed p99 objectives, one sentence each.
+def broken(records: Sequence[Record], p99_limits: Limits, pruning: object = None) -> list[str]:
+    """Failed requests, missed p99 objectives and kinds of requests that pruned nothing, one sentence each.
 
     Args:
         records: the run's records.
         p99_limits: metric -> milliseconds.
+        pruning: the policy that was sent; None, False and "off" ask for no pruning.
     """
     if not records:
         return ["no request was finished"]
     failed = Counter(record.error for record in records if record.error is not None)
     complaints = [f"{count} of {len(records)} requests failed: {error}" for error, count in failed.most_common(5)]
+    if pruning not in (None, False, "off"):
+        done = {record.name for record in records if record.error is None}
+        pruned = {record.name for record in records if (record.keep_ratio or 1) < 1}
+        complaints += [f"{kind}: nothing was pruned" for kind in sorted(done - pruned)]
     measured = samples(records)
     for metric in METRICS:
         limit = p99_limits.get(metric)

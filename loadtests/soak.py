@@ -6,9 +6,9 @@ Starts our server with the demo model and small caches, which fill early. Every 
 (`loadtests.locustfile`). Prints failed requests, percentiles, the share of punctual requests, and each process's
 resident memory: at the start, and the medians of the third and the last quarter of the run.
 
-The exit status is 1 if a request failed, an objective (``--slo-...``) was missed, less than 95 % of the requests were
-punctual, or, in a run of at least 8 minutes, a process's memory grew by over 5 % from the third quarter to the last.
-Growth in the first half is not judged, because allocators and kernels fill their caches. A leak of less than about a
+The exit status is 1 if a request failed, nothing was pruned, an objective (``--slo-...``) was missed, less than 95 % of
+the requests were punctual, or, in a run of at least 8 minutes, a process's memory grew by over 5 % from the third
+quarter to the last. Growth in the first half is not judged, because allocators and kernels fill their caches. A leak of less than about a
 quarter of a process's memory per run is not detected: run longer.
 """
 
@@ -28,7 +28,7 @@ import psutil
 
 from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
-from loadtests.options import add_slo_arguments, count, p99_limits, positive
+from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
 from loadtests.records import Record
 from loadtests.report import table, table_rows, write_report
 from loadtests.results import PUNCTUAL, broken, result, span
@@ -199,7 +199,7 @@ def conclude(
     (options.out / "result.json").write_text(json.dumps(summed, indent=1) + "\n")
     write_report(options.out / "report.html", {LABEL: summed}, {LABEL: records}, notes=[rate, *memory])
     print("\n".join([table(table_rows({LABEL: summed}), [LABEL]), rate, *memory]))
-    complaints = broken(records, p99_limits(options))
+    complaints = broken(records, p99_limits(options), policy(options.pruning))
     if punctual < IN_TIME:
         complaints.append(f"only {rate}: the server, or the number of users, does not keep this pace")
     complaints += [

@@ -32,14 +32,16 @@ class Recorder:
         self.failures: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        file = report.nodeid.partition("::")[0]
+        # A worker of xdist adds the test's group to its name.
+        name = report.nodeid.rpartition("@")[0] if hasattr(report, "node") else report.nodeid
+        file = name.partition("::")[0]
         self.seconds[file] += report.duration
         if report.failed:
-            self.failures.append(f"{report.nodeid} ({report.when})")
+            self.failures.append(f"{name} ({report.when})")
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[file][report.outcome] += 1
         if report.when == "teardown" and report.user_properties:
-            self.properties[report.nodeid] = dict(report.user_properties)
+            self.properties[name] = dict(report.user_properties)
 
 
 def git(*arguments: str) -> str:
@@ -60,7 +62,8 @@ def main(arguments: list[str]) -> int:
     os.environ["VTPRUNE_VERIFY"] = "1"
     recorder = Recorder()
     started = time.time()
-    status = pytest.main(["-q", "--rootdir", str(ROOT), *arguments], plugins=[recorder])
+    two_at_a_time = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    status = pytest.main(["-q", "--rootdir", str(ROOT), *two_at_a_time, *arguments], plugins=[recorder])
     total = sum(recorder.outcomes.values(), Counter())
     record = {
         "commit": git("rev-parse", "HEAD") or None,

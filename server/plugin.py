@@ -185,8 +185,9 @@ class ServerPlugin:
             policies=policies,
             trust_request_mm_kwargs=args.trust_request_mm_kwargs,
         )
-        self._app.middleware_stack = None  # vLLM has built it already; rebuilt when the server starts
-        self._app.add_middleware(OutcomeMiddleware, model_name=runtime.model_name)
+        # Built once, as vLLM has done: in a second stack, what counts HTTP requests finds its metrics taken.
+        stack = self._app.middleware_stack or self._app.build_middleware_stack()
+        self._app.middleware_stack = OutcomeMiddleware(stack, runtime.model_name)
         resend_unsent_images(engine_client)
         watch_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

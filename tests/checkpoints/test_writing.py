@@ -34,13 +34,16 @@ def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> N
         write_llava_checkpoint(tmp_path, **options)
 
 
-def test_the_index_of_a_sharded_checkpoint_leads_to_every_tensor(tmp_path: Path) -> None:
+def test_the_index_of_a_sharded_checkpoint_leads_to_every_tensor(checkpoint: Path, tmp_path: Path) -> None:
     write_llava_checkpoint(tmp_path, shards=3)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = {file.name: load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))}
     sizes = [(tmp_path / name).stat().st_size for name in files]
     assert list(files) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert index["weight_map"] == {tensor: name for name, tensors in files.items() for tensor in tensors}
+    whole = load_file(checkpoint / "model.safetensors")
+    assert index["weight_map"].keys() == whole.keys()
+    assert all(torch.equal(files[file][tensor], whole[tensor]) for tensor, file in index["weight_map"].items())
     assert 0 <= sum(sizes) - index["metadata"]["total_size"] < 20_000  # the rest is headers
     assert min(sizes) > 0.1 * sum(sizes), "the shards should be of similar size"
 

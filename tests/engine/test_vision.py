@@ -477,15 +477,6 @@ def test_rows_are_those_of_the_token_table(tower: Encoder, model: Any) -> None:
     assert torch.equal(tower.token_rows(ids), model.get_input_embeddings().weight[ids])
 
 
-def test_a_checkpoint_in_shards(
-    family: str, images: list[PreparedImage], found: Sequence[VisualFeatures], tmp_path: Path
-) -> None:
-    tower = encoder_of(write(family, tmp_path, shards=3))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    for name, tensor in tensors(tower.encode(images[:1])[0]).items():
-        assert torch.equal(tensor, getattr(found[0], name))
-
-
 def test_half_precision_stays_close(
     checkpoint: Path, images: list[PreparedImage], found: Sequence[VisualFeatures]
 ) -> None:
@@ -527,14 +518,13 @@ def changed(directory: Path, ending: str, change: Any) -> tuple[str, Path]:
 
 def test_a_tensor_that_is_missing_or_does_not_fit(row: Row, checkpoint: Path) -> None:
     connector = row.file_name
-    stored = [name for name in load_file(checkpoint / "model.safetensors") if f"{connector}." in name]
-    for name in stored:
-        _, without = changed(checkpoint, name, lambda _: None)
-        with pytest.raises(TowerError, match=f"{connector}.*{name.rsplit(connector)[1]}"):
-            encoder_of(without)
-        _, other = changed(checkpoint, name, lambda weights: weights[:-1])
-        with pytest.raises(TowerError, match=name):
-            encoder_of(other)
+    name = next(name for name in load_file(checkpoint / "model.safetensors") if f"{connector}." in name)
+    _, without = changed(checkpoint, name, lambda _: None)
+    with pytest.raises(TowerError, match=f"{connector}.*{name.rsplit(connector)[1]}"):
+        encoder_of(without)
+    _, other = changed(checkpoint, name, lambda weights: weights[:-1])
+    with pytest.raises(TowerError, match=name):
+        encoder_of(other)
 
 
 def test_a_part_of_the_attention_that_is_missing(checkpoint: Path) -> None:
@@ -543,12 +533,6 @@ def test_a_part_of_the_attention_that_is_missing(checkpoint: Path) -> None:
     name = next(name for name in stored if name.endswith(("k_proj.weight", "k_proj.linear.weight", "qkv.weight")))
     _, without = changed(checkpoint, name, lambda _: None)
     with pytest.raises(TowerError, match=re.split("k_proj|qkv", name.removeprefix("model."))[0]):
-        encoder_of(without)
-
-
-def test_a_checkpoint_without_token_table(checkpoint: Path) -> None:
-    _, without = changed(checkpoint, "embed_tokens.weight", lambda _: None)
-    with pytest.raises(TowerError, match=f"{without} holds no embedding table"):
         encoder_of(without)
 
 

@@ -1,7 +1,8 @@
-"""`vtprune demo` from end to end, and interrupted."""
+"""`vtprune demo` from end to end, and interrupted: of a wheel made as the image makes it, away from the repository."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.deploy.conftest import values
 from tests.support.process_tree import command_of, family, interruptible, kill, survivors
+from tests.support.programs import program
 from vllm_vtprune_evaluation.demo import POLICY
 from vllm_vtprune_evaluation.questions import is_right
 
@@ -22,6 +25,12 @@ pytestmark = pytest.mark.engine
 TIMEOUT = 300  # seconds
 STOPPED_WITHIN = 30  # seconds: well before it would lose patience with the server
 GONE_WITHIN = 60  # seconds after the demo's own end
+ROOT = Path(__file__).parents[2]
+# The environment's own installation leads to the repository, also to what the wheel lacks.
+WITHOUT_REPOSITORY = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+"""
 
 
 @dataclass
@@ -49,16 +58,38 @@ class Demo:
         return any(name in command_of(process) for process in self.seen)
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel of what the Dockerfile copies, installed without dependencies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, wheels, site = folder / "src", folder / "wheels", folder / "site"
+    for copied in values(ROOT / "Dockerfile", "COPY", "wheels"):
+        *names, target = copied.split()
+        for name in names:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                (source / target).mkdir(exist_ok=True, parents=True)
+                shutil.copy(ROOT / name, source / target)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", wheels, source], check=True)
+    install = [program("uv"), "pip", "install", "--quiet", "--offline", "--no-deps", "--python", sys.executable]
+    subprocess.run([*install, "--target", site, *wheels.iterdir()], check=True)
+    (site / "sitecustomize.py").write_text(WITHOUT_REPOSITORY)
+    return site
+
+
 @pytest.fixture
-def demo(tmp_path: Path) -> Iterator[Demo]:
+def demo(site: Path, tmp_path: Path) -> Iterator[Demo]:
     stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
     with stdout.open("wb") as out, stderr.open("wb") as err:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_vtprune.cli", "demo", "--json"],
+            [sys.executable, site / "bin" / "vtprune", "demo", "--json"],
+            cwd=tmp_path,
             stdout=out,
             stderr=err,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(site)},
             preexec_fn=interruptible,
         )
     started = Demo(process, stdout, stderr)

@@ -13,6 +13,7 @@ import pytest
 from loadtests.compare import ARMS, OFF, PRUNED, STOCK, Turns, conclude, ratios_to_stock
 from loadtests.options import add_slo_arguments
 from loadtests.records import Record
+from tests.support.fake_chat import report
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -28,7 +29,7 @@ def turns(**more: list[list[Record]]) -> Turns:
     return {
         STOCK: [requests(0, 0.4), requests(100, 0.8)],
         OFF: [requests(10, 0.4), requests(110, 0.8)],
-        PRUNED: [requests(20, 0.2, count=8), requests(120, 0.4, count=8)],
+        PRUNED: [requests(20, 0.2, count=8, pruning=report(64)), requests(120, 0.4, count=8, pruning=report(64))],
         **more,
     }
 
@@ -75,6 +76,11 @@ def test_promises_are_those_of_the_pruned_arm(tmp_path: Path) -> None:
     assert conclude(turns(), options(tmp_path, "--slo-ttft-p99-ms", "300")) == [
         "balanced: ttft p99 was to be 300 ms at most, and is 400.0 ms"
     ]
+
+
+def test_the_pruned_arm_has_to_prune(tmp_path: Path) -> None:
+    unpruned = [requests(20, 0.2, pruning=report(576))]
+    assert conclude(turns(balanced=unpruned), options(tmp_path)) == ["balanced: FreshImages: nothing was pruned"]
 
 
 def test_no_arm_may_fail(tmp_path: Path) -> None:

@@ -191,6 +191,13 @@ def test_a_failed_request_is_a_broken_promise_without_any_limit() -> None:
     assert broken([one(), failed(), failed()], {}) == ["2 of 3 requests failed: ReadTimeout: "]
 
 
+def test_a_kind_of_request_of_which_nothing_was_pruned() -> None:
+    records = [one(kind="b", pruning=kept(100)), one(kind="a"), one(kind="c", pruning=kept(99)), failed()]
+    assert broken(records[:3], {}, "fast") == ["a: nothing was pruned", "b: nothing was pruned"]
+    assert broken(records[2:], {}, "fast") == ["1 of 2 requests failed: ReadTimeout: "]
+    assert broken(records[:3], {}, "off") == broken(records[:3], {}, False) == broken(records[:3], {}) == []
+
+
 def test_nothing_measured_holds_no_promise() -> None:
     assert broken([], {}) == ["no request was finished"]
     assert broken([one(ttft=None)], {"ttft": 150.0}) == ["ttft p99 was to be 150 ms at most, and was not measured"]

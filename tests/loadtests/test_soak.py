@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 from random import Random
@@ -16,6 +17,7 @@ import pytest
 from loadtests.options import add_slo_arguments
 from loadtests.records import Record
 from loadtests.soak import TOLERANCE, Memory, Process, conclude
+from tests.support.fake_chat import report
 
 ROOT = Path(__file__).parent.parent.parent
 FLAT = Process("api", [80.0, 99.0, 100.0, 102.0])
@@ -25,7 +27,8 @@ SATURATING = (1244, 1274, 1297, 1351, 1308, 1381, 1405, 1404, 1414, 1399, 1410, 
 
 def requests(count: int, error: str | None = None, lag: float = 0.0) -> list[Record]:
     """So many requests, two a second."""
-    return [Record("FreshImages", i / 2, elapsed=0.4, ttft=0.2, e2e=0.3, error=error, lag=lag) for i in range(count)]
+    measured = {"elapsed": 0.4, "ttft": 0.2, "e2e": 0.3, "pruning": report(64)}
+    return [Record("FreshImages", i / 2, error=error, lag=lag, **measured) for i in range(count)]
 
 
 def complaints(
@@ -35,7 +38,12 @@ def complaints(
     parser = argparse.ArgumentParser()
     add_slo_arguments(parser)
     given = vars(parser.parse_args(arguments))
-    return conclude(records, processes, "m", argparse.Namespace(out=out, users=4, minutes=minutes, rate=2.0, **given))
+    return conclude(
+        records,
+        processes,
+        "m",
+        argparse.Namespace(out=out, users=4, minutes=minutes, rate=2.0, pruning="balanced", **given),
+    )
 
 
 def test_a_flat_soak_has_nothing_to_complain_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +55,11 @@ def test_a_flat_soak_has_nothing_to_complain_about(tmp_path: Path, capsys: pytes
     assert "TTFT p99 (ms)" in shown
     assert json.loads((tmp_path / "result.json").read_text())["vtprune"]["memory"][0]["mib"] == FLAT.mib
     assert line in (tmp_path / "report.html").read_text()
+
+
+def test_a_soak_that_prunes_nothing_is_a_complaint(tmp_path: Path) -> None:
+    unpruned = [replace(record, pruning=report(576)) for record in requests(119)]
+    assert complaints(unpruned, [FLAT], tmp_path) == ["FreshImages: nothing was pruned"]
 
 
 def test_growth_is_a_complaint(tmp_path: Path) -> None:

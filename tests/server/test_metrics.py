@@ -93,6 +93,8 @@ def test_requests_are_counted_by_what_became_of_them(server: Server) -> None:
     for refused in (b"{", b'{"messages": 5}', b'{"messages": [], "model": "another"}'):
         assert server.post(refused).status_code in (400, 404)
     assert server.metrics().since(before, *keys) == (3, 3, 0, 0)
+    by_vllm = [f"http_requests_total|status={status}" for status in ("2xx", "4xx")]
+    wait_for(lambda: server.metrics().since(before, *by_vllm) == (3, 3))
     long = {**server.defaults, "messages": messages, "stream": True, "max_tokens": 1000, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long, timeout=120) as answer:
         next(answer.iter_lines())
