@@ -8,8 +8,8 @@ resident memory: at the start, and the medians of the third and the last quarter
 
 The exit status is 1 if a request failed, nothing was pruned, an objective (``--slo-...``) was missed, less than 95 % of
 the requests were punctual, or, in a run of at least 8 minutes, a process's memory grew by over 5 % from the third
-quarter to the last. Growth in the first half is not judged, because allocators and kernels fill their caches. A leak of less than about a
-quarter of a process's memory per run is not detected: run longer.
+quarter to the last. Growth in the first half is not judged, because allocators and kernels fill their caches. A leak
+of less than about a quarter of a process's memory per run is not detected: run longer.
 """
 
 from __future__ import annotations
