@@ -94,7 +94,7 @@ def peak_bytes(n: int, d: int, k: int) -> int:
     panel = min(PANEL, k)
     draft, chunk = min(CANDIDATES * panel, n), min(CHUNK, n)
     small = 8 * (d * (draft + 2 * panel) + 2 * draft * draft + TOKEN_VECTORS * n)
-    return 2 * 4 * n * d + max(PANEL_BYTES * n * panel, 4 * n * panel + 2 * 8 * chunk * d) + small
+    return 2 * 4 * n * d + max(PANEL_BYTES * n * panel, 8 * (n * panel + chunk * d)) + small
 
 
 def spanned_below(energy: Tensor) -> Tensor:

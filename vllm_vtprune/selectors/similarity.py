@@ -55,7 +55,7 @@ class ComparesFeatures(Method):
 def squared_lengths(rows: Tensor) -> Tensor:
     """``(N,)`` squared lengths of ``rows (N, d)``, in float64."""
     chunks = torch.split(rows, CHUNK if rows.device.type == "cpu" else GPU_CHUNK)
-    return torch.cat([chunk.double().square().sum(dim=1) for chunk in chunks])
+    return torch.cat([chunk.to(torch.float64, copy=True).square_().sum(dim=1) for chunk in chunks])
 
 
 def unit_rows(rows: Tensor) -> Tensor:
