@@ -109,7 +109,7 @@ class PruningRuntime:
     def warm_up(self, image: PreparedImage) -> None:
         """Load the tower and the text pipeline; prune a blank image, and noise of as many tokens as images have.
 
-        So the first request does not wait for them, nor for what PyTorch and Triton prepare on first use: of a blank
+        So the first request does not wait for them, nor for what PyTorch prepares on first use: of a blank
         image the tokens may be all alike, and next to nothing is computed.
 
         Args:
