@@ -19,14 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_vtprune.lazy import Tensor, torch
-from vllm_vtprune.selectors.similarity import squared_lengths
+from vllm_vtprune.selectors.similarity import GPU_CHUNK, chunks, squared_lengths
 
 SPANNED = 1e-5  # residual, as a share of the token's own energy, that may be rounding of a float32 product
 NEGLIGIBLE = 1e-12  # the same, as a share of the largest token's energy
 FIRST_PANEL = 16  # picks
 PANEL = 64
 CANDIDATES = 2  # tokens among which a panel is picked, as a multiple of its picks
-CHUNK = 1024  # tokens from which directions are removed at once
 
 PANEL_BYTES = 33  # for each token and pick of a panel, at one time
 TOKEN_VECTORS = 12  # float64 numbers for each token, at one time
@@ -68,12 +67,12 @@ def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: 
             places, corner = torch.tensor(steps).to(near.device), torch.tensor(lower).to(near.device)
             draft = near[places]
             basis = torch.linalg.solve_triangular(corner, vectors[places], upper=False).to(dtype)  # orthonormal
-            parts = [basis @ chunk.to(dtype).T for chunk in torch.split(left, CHUNK)]
+            parts = [basis @ chunk.to(dtype).T for chunk in chunks(left)]
             after = torch.cat(parts, dim=1).double().square_().cumsum_(dim=0).neg_().add_(residual)  # each pick
             taken = draft[: _agreed(scores(after), draft)]
             del after
             if len(order) + len(taken) < k:  # else nobody reads what is left
-                for chunk, part in zip(torch.split(left, CHUNK), parts, strict=True):
+                for chunk, part in zip(chunks(left), parts, strict=True):
                     chunk -= part[: len(taken)].T @ basis[: len(taken)]
                 del parts
                 residual = squared_lengths(left)
@@ -92,7 +91,7 @@ def weighted_pivots(tokens: Tensor, energy: Tensor, gate: Tensor, seed: int, k: 
 def peak_bytes(n: int, d: int, k: int) -> int:
     """The most memory that ``k`` picks of ``n`` tokens of width ``d`` take on a GPU, the tokens in float32 included."""
     panel = min(PANEL, k)
-    draft, chunk = min(CANDIDATES * panel, n), min(CHUNK, n)
+    draft, chunk = min(CANDIDATES * panel, n), min(GPU_CHUNK, n)
     small = 8 * (d * (draft + 2 * panel) + 2 * draft * draft + TOKEN_VECTORS * n)
     return 2 * 4 * n * d + max(PANEL_BYTES * n * panel, 8 * (n * panel + chunk * d)) + small
 
