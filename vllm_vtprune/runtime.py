@@ -111,7 +111,7 @@ class PruningRuntime:
     def warm_up(self, image: PreparedImage) -> None:
         """Load the encoder and the text pipeline; plan a blank image, then random features.
 
-        Keeps model loading and the initialisation of PyTorch and Triton out of the first request. Random features,
+        Keeps model loading and the initialisation of PyTorch out of the first request. Random features,
         because the tokens of a blank image may be equal, and then little is computed.
 
         Args:

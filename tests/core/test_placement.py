@@ -143,10 +143,10 @@ LLAVA, QWEN = (
 @pytest.mark.parametrize(
     ("need", "processes", "card", "gib", "warned"),
     [
-        (LLAVA, 1, 16, 1.49, False),
-        (LLAVA, 1, 24, 1.49, False),
-        (LLAVA, 1, 80, 1.49, False),
-        (LLAVA, 4, 80, 5.93, False),
+        (LLAVA, 1, 16, 1.5, False),
+        (LLAVA, 1, 24, 1.5, False),
+        (LLAVA, 1, 80, 1.5, False),
+        (LLAVA, 4, 80, 5.98, False),
         (LLAVA, 4, 24, 5.83, True),  # what they need at least
         (LLAVA, 8, 80, 11.65, True),
         (LLAVA, 0, 80, 0.0, False),

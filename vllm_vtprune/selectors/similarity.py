@@ -1,5 +1,6 @@
 """Similarity of tokens to each other and to the text: rows to compare, lengths, cosines."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -52,10 +53,14 @@ class ComparesFeatures(Method):
         return joint
 
 
+def chunks(rows: Tensor) -> Sequence[Tensor]:
+    """Views of ``rows (N, d)``, each of so few that they may be turned to float64."""
+    return torch.split(rows, CHUNK if rows.device.type == "cpu" else GPU_CHUNK)
+
+
 def squared_lengths(rows: Tensor) -> Tensor:
     """``(N,)`` squared lengths of ``rows (N, d)``, float64."""
-    chunks = torch.split(rows, CHUNK if rows.device.type == "cpu" else GPU_CHUNK)
-    return torch.cat([chunk.double().square().sum(dim=1) for chunk in chunks])
+    return torch.cat([chunk.to(torch.float64, copy=True).square_().sum(dim=1) for chunk in chunks(rows)])
 
 
 def unit_rows(rows: Tensor) -> Tensor:
