@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_checkpoints import TRAINED, tiny_checkpoint
 from vllm_vtprune_checkpoints.writing import random_weight
-from vllm_vtprune_evaluation import command
+from vllm_vtprune_evaluation import command, demo
 from vllm_vtprune_evaluation.answers import Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, energy, fixed, own_counts
 from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
@@ -22,7 +22,8 @@ from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm import InLLM
 from vllm_vtprune_evaluation.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune_evaluation.offline import Offline, OfflineFailed, answer_offline
-from vllm_vtprune_evaluation.questions import Picture, pictures
+from vllm_vtprune_evaluation.questions import Picture, is_right, pictures
+from vllm_vtprune_evaluation.scenes import ask, make_scene
 
 ARMS = [
     UNPRUNED,
@@ -99,6 +100,14 @@ def test_answers_are_those_of_transformers_for_the_tokens_that_a_request_would_k
     assert found == dict(expected(ARMS))
     assert len(found) == 12 * len(ARMS)
     assert len({text for text, _ in found.values()}) > 5, "the model says different things"
+
+
+def test_the_demo_s_answers_are_right(offline: Offline) -> None:
+    scene = make_scene("test", demo.SCENE)
+    picture = Picture("demo", scene, tuple(ask(scene, kinds=[demo.SCENE_KIND])))
+    arms = [Arm(name, policy, "") for name, policy in demo.ARMS.items()]
+    [answers] = offline.answers(picture, arms, [(number, range(1)) for number in range(len(arms))])
+    assert [is_right(answer.text, picture.questions[0].answer) for _, answer in answers] == [True] * len(arms)
 
 
 @pytest.fixture(scope="module", params=[4, 2])

@@ -1,6 +1,7 @@
-"""`vtprune eval` and `vtprune calibrate` from end to end, on a model that knows nothing."""
+"""`vtprune demo`, `eval` and `calibrate` from end to end, on a model that knows nothing."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,30 @@ from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
 from vllm_vtprune_evaluation.calibrate import calibrate
 from vllm_vtprune_evaluation.command import evaluate
+from vllm_vtprune_evaluation.demo import POLICY, demo
 from vllm_vtprune_evaluation.photo import data_url, photograph
 
 pytestmark = pytest.mark.engine
+
+
+def test_the_demo_asks_once_unpruned_and_once_pruned(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_vtprune_evaluation.demo.announced_server", lambda *arguments: nullcontext(server.url))
+    demo(["--json"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result) == ["question", "right_answer", "weights", "unpruned", "pruned"]
+    for arm in (result["unpruned"], result["pruned"]):
+        assert set(arm) == {"ttft_ms", "answer", "pruning"}
+        assert arm["pruning"]["timings_ms"]["ttft"] <= arm["ttft_ms"], "seen by the client, later than by the server"
+        [image] = arm["pruning"]["images"]
+        assert (image["visual_tokens"], image["bypass_reason"]) == (VISUAL_TOKENS, None)
+    unpruned, pruned = result["unpruned"]["pruning"], result["pruned"]["pruning"]
+    assert (unpruned["method"], pruned["method"]) == ("none", POLICY["method"])
+    assert unpruned["images"][0]["kept_tokens"] == VISUAL_TOKENS
+    assert 32 <= pruned["images"][0]["kept_tokens"] < VISUAL_TOKENS
+    assert pruned["images"][0]["energy"] >= pruned["budget"]["threshold"] == 0.99
+    assert pruned["images"][0]["nouns"], "of the question about the scene"
 
 
 def test_every_question_is_asked_once_in_every_way(
