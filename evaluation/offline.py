@@ -37,6 +37,7 @@ from vllm_vtprune_evaluation.merged import load_merged, merged_features
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
+CONTEXT = multiprocessing.get_context("spawn")  # of its processes
 BATCH_TOKENS = 1024  # of pictures and questions that are computed together: more leave the processor's cache
 
 Pending: TypeAlias = Sequence[tuple[int, Sequence[int]]]
@@ -79,13 +80,12 @@ def answer_offline(
     tasks = [(picture, pending) for picture in pictures if (pending := _pending(picture, arms, answers))]
     total = len(arms) * sum(len(picture.questions) for picture in pictures)
     left = sum(len(questions) for _, pending in tasks for _, questions in pending)
-    context = multiprocessing.get_context("spawn")
     workers: dict[Connection, Any] = {}
     queue = iter(tasks)
     try:
         for _ in range(min(os.cpu_count() or 1, len(tasks))):
-            ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs, model, arms, merged), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            workers[ours] = CONTEXT.Process(target=_work, args=(theirs, model, arms, merged), daemon=True)
             workers[ours].start()
             theirs.close()  # so that the end of the process is the end of the connection
         with tqdm(total=total, initial=total - left, unit="question", disable=None) as progress:

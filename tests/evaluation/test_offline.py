@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from tests.support.forked import context
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_checkpoints import TRAINED, tiny_checkpoint
 from vllm_vtprune_checkpoints.writing import random_weight
@@ -41,6 +42,11 @@ ARMS = [
 """What looks at the question and what does not; merges, energy budgets, one that a method bounds, and own counts."""
 
 END = 2
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_vtprune_evaluation.offline.CONTEXT", context())
 
 
 def asked() -> list[Picture]:

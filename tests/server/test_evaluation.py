@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chat import VISUAL_TOKENS, Server, user
+from tests.support.forked import context
 from vllm_vtprune.policy import EnergyBudget
 from vllm_vtprune.presets import read_presets
 from vllm_vtprune_checkpoints import tiny_checkpoint
@@ -77,9 +78,10 @@ def test_every_question_is_asked_once_in_every_way(
 
 
 def test_offline_answers_are_those_of_the_server(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With and without a look at the question, merged, and under an energy budget."""
+    monkeypatch.setattr("vllm_vtprune_evaluation.offline.CONTEXT", context())
     options = ["--model", str(tiny_checkpoint()), "--questions", "40", "--json"]
     options += ["--methods", "resprune,divprune,tome", "--keep", "48", "--presets", "balanced"]
     texts = []
