@@ -45,13 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=turn)
 
 
-def turn(item: pytest.Item) -> tuple[bool, bool]:
-    """Engines run until the last test ends and take time from others, so they come last: those of most tests first."""
-    return item.get_closest_marker("engine") is not None, group_of(item) not in SHARED.values()
+def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+    """Engines take time from others until the last test ends, so they come last: large groups, servers, others."""
+    engine = item.get_closest_marker("engine") is not None
+    return engine, group_of(item) not in SHARED.values(), "tests/engine/" in item.nodeid
 
 
 def leave_to_verify(item: pytest.Item) -> None:
-    """Skip what would make `make test` take more than its 25 minutes on two cores."""
+    """Skip what would make `make test` take more than its 8 minutes on two cores."""
     if item.get_closest_marker("verify") or "watched" in fixtures_of(item):
         item.add_marker(pytest.mark.skip(reason="takes minutes: part of `make verify`"))
 
