@@ -5,6 +5,8 @@ tests of an engine or a server go to one of them together, and so do the other t
 """
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -33,6 +35,15 @@ SHARED = {
     "watched": "watched",
 }
 """The fixtures that several files share, and the name of those who share them."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_inspected_here() -> Iterator[None]:
+    """vLLM inspects the class of a model in a process that imports vLLM anew: ten seconds for each class not cached."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "vllm" in sys.modules:
+            patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

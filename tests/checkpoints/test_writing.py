@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from tests.support.samples import examples
 from vllm_vtprune_checkpoints import FAMILIES, tiny_checkpoint, words
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_evaluation.photo import photograph
@@ -74,7 +75,7 @@ def test_a_flat_picture_has_fewer_directions_than_a_photograph(checkpoint: Path)
     assert directions(photograph()) > 48
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = tokenizer_of(tiny_checkpoint())
