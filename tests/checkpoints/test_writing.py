@@ -1,9 +1,7 @@
 """What checkpoints made on the spot share: files, tokenizers, and the one that is kept in the user's cache."""
 
 import json
-import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from tests.support.forked import run
 from tests.support.samples import examples
 from vllm_vtprune_checkpoints import FAMILIES, tiny_checkpoint, words
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
@@ -102,14 +101,11 @@ def test_every_word_of_the_corpus_is_one_token_after_a_space(checkpoint: Path) -
     assert tokenizer.encode("<image>", add_special_tokens=False) == [tokenizer.image_token_id]
 
 
-def test_concurrent_first_uses_of_the_tiny_checkpoint_agree(tmp_path: Path) -> None:
+def test_concurrent_first_uses_of_the_tiny_checkpoint_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = "from vllm_vtprune_checkpoints import tiny_checkpoint as build; print(build())"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    paths = {process.communicate(timeout=500)[0].strip() for process in processes}
+    with ThreadPoolExecutor(2) as threads:
+        paths = {done.stdout.strip() for done in threads.map(run, [code] * 2)}
     assert len(paths) == 1
     built = Path(paths.pop())
     assert built.parent.parent == tmp_path
