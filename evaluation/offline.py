@@ -37,6 +37,7 @@ from vllm_vtprune_evaluation.merged import load_merged, merged_features
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
+CONTEXT = multiprocessing.get_context("spawn")  # how worker processes start
 BATCH_TOKENS = 1024  # tokens of pictures and questions per batch; larger batches do not fit the CPU's cache
 
 Pending: TypeAlias = Sequence[tuple[int, Sequence[int]]]
@@ -82,13 +83,12 @@ def answer_offline(
     tasks = [(picture, pending) for picture in pictures if (pending := _pending(picture, arms, answers))]
     total = len(arms) * sum(len(picture.questions) for picture in pictures)
     unanswered = sum(len(questions) for _, pending in tasks for _, questions in pending)
-    context = multiprocessing.get_context("spawn")
     workers: dict[Connection, Any] = {}
     queue = iter(tasks)
     try:
         for _ in range(min(os.cpu_count() or 1, len(tasks))):
-            parent_end, worker_end = context.Pipe()
-            workers[parent_end] = context.Process(target=_work, args=(worker_end, model, arms, merged), daemon=True)
+            parent_end, worker_end = CONTEXT.Pipe()
+            workers[parent_end] = CONTEXT.Process(target=_work, args=(worker_end, model, arms, merged), daemon=True)
             workers[parent_end].start()
             worker_end.close()  # so that the connection ends with the process
         with tqdm(total=total, initial=total - unanswered, unit="question", disable=None) as progress:

@@ -5,6 +5,8 @@ of those, so the tests of an engine or a server go to one of them together, and 
 """
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,6 +37,15 @@ SHARED = {
 """The fixtures that several files share, and the name of those who share them."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def models_inspected_here() -> Iterator[None]:
+    """vLLM inspects the class of a model in a process that imports vLLM anew: ten seconds for each class not cached."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "vllm" in sys.modules:
+            patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -45,13 +56,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=turn)
 
 
-def turn(item: pytest.Item) -> tuple[bool, bool]:
-    """Engines run until the last test ends and take time from others, so they come last: those of most tests first."""
-    return item.get_closest_marker("engine") is not None, group_of(item) not in SHARED.values()
+def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+    """Engines take time from others until the last test ends, so they come last: large groups, servers, others."""
+    engine = item.get_closest_marker("engine") is not None
+    return engine, group_of(item) not in SHARED.values(), "tests/engine/" in item.nodeid
 
 
 def leave_to_verify(item: pytest.Item) -> None:
-    """Skip what would make `make test` take more than its 25 minutes on two cores."""
+    """Skip what would make `make test` take more than its 8 minutes on two cores."""
     if item.get_closest_marker("verify") or "watched" in fixtures_of(item):
         item.add_marker(pytest.mark.skip(reason="takes minutes: part of `make verify`"))
 

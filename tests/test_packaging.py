@@ -1,9 +1,9 @@
 """What `pip install` promises: the version, the entry points, and nothing heavy where it is not needed."""
 
-import os
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import entry_points, metadata, packages_distributions, requires, version
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import vllm_vtprune
+from tests.support.forked import run_cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,8 +38,7 @@ def test_every_package_is_installed_and_none_under_a_common_name() -> None:
 def test_commands_run_beside_modules_of_the_user_s(command: str, tmp_path: Path) -> None:
     for name in ("server", "evaluation"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('of a user')\n")
-    run = [sys.executable, "-m", "vllm_vtprune.cli", command, "--help"]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    done = run_cli(command, "--help", before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
     assert done.returncode == 0, done.stderr
     assert f"vtprune {command}" in done.stdout
 
@@ -84,7 +84,4 @@ def test_importing_the_package_loads_neither_torch_nor_vllm() -> None:
 
 def test_vllm_s_llava_imports_here() -> None:
     """Beside CPU torch this needs the repair in scripts/torchvision_cpu.py."""
-    code = "from vllm.model_executor.models.llava import LlavaForConditionalGeneration"
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert import_module("vllm.model_executor.models.llava").LlavaForConditionalGeneration

@@ -29,6 +29,7 @@ from tests.support.chat import (
     url_of_bytes,
     user,
 )
+from tests.support.forked import run
 from vllm_vtprune.plugin import version
 from vllm_vtprune.plugin.register import register
 from vllm_vtprune.plugin.version import UntestedVllmError, is_tested, require_tested_vllm
@@ -98,21 +99,20 @@ def test_the_extra_for_gpus_takes_what_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    "command",
+    "code",
     [
-        ["-m", "vllm_vtprune.cli", "serve"],
-        ["-c", "from vllm.plugins import load_general_plugins; load_general_plugins()"],
+        "from vllm_vtprune.cli import main; main(['serve'])",
+        "from vllm.plugins import load_general_plugins; load_general_plugins()",
     ],
     ids=["vtprune-serve", "vllm"],
 )
-def test_no_server_starts_on_another(command: list[str], tmp_path: Path) -> None:
+def test_no_server_starts_on_another(code: str, tmp_path: Path) -> None:
     install("0.99.0+cpu", tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert "vLLM 0.99.0+cpu is installed, but vllm-vtprune " in last
-    if "serve" in command:
+    if "serve" in code:
         assert last.startswith("vtprune serve: vLLM 0.99.0")
         assert len(done.stderr.splitlines()) == 1
 
@@ -127,13 +127,15 @@ def install(found: str, folder: Path) -> None:
 # --- the newest -------------------------------------------------------------------------------------------------------
 
 
-IMPORT_ALL = """
+CHECK_NAMES = """
 import importlib, pkgutil, sys
-for package in map(importlib.import_module, sys.argv[1:]):
+import pytest
+for package in map(importlib.import_module, ("vllm_vtprune", "vllm_vtprune_server", "vllm_vtprune_evaluation")):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 import vllm
 print(vllm.__version__)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-n", "0", "tests/test_compat.py"]))
 """
 
 
@@ -147,19 +149,11 @@ def newest_environment() -> dict[str, str]:
     return {"PYTHONPATH": path, "VLLM_CACHE_ROOT": f"{folder}-cache"}
 
 
-def test_the_newest_has_every_name_that_is_imported(newest_environment: dict[str, str]) -> None:
-    command = [sys.executable, "-c", IMPORT_ALL, "vllm_vtprune", "vllm_vtprune_server", "vllm_vtprune_evaluation"]
-    environment = {**os.environ, **newest_environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1] == NEWEST
-
-
-def test_the_newest_has_every_private_name_and_says_what_is_matched(newest_environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "tests/test_compat.py"]
-    environment = {**os.environ, **newest_environment}
+def test_the_newest_has_every_name_that_is_used_and_says_what_is_matched(newest_environment: dict[str, str]) -> None:
+    command, environment = [sys.executable, "-c", CHECK_NAMES], {**os.environ, **newest_environment}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.splitlines()[0] == NEWEST
 
 
 @pytest.fixture(scope="module")

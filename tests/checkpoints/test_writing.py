@@ -1,20 +1,20 @@
 """What checkpoints made on the spot share: files, tokenizers, and the one that is kept in the user's cache."""
 
 import json
-import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from tests.support.forked import run
+from tests.support.samples import examples
 from vllm_vtprune_checkpoints import FAMILIES, tiny_checkpoint, words
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_evaluation.photo import photograph
@@ -77,7 +77,7 @@ def test_a_flat_picture_has_fewer_directions_than_a_photograph(checkpoint: Path)
     assert directions(photograph()) > 48
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = tokenizer_of(tiny_checkpoint())
@@ -104,14 +104,11 @@ def test_every_word_of_the_corpus_is_one_token_after_a_space(checkpoint: Path) -
     assert tokenizer.encode("<image>", add_special_tokens=False) == [tokenizer.image_token_id]
 
 
-def test_concurrent_first_uses_of_the_tiny_checkpoint_agree(tmp_path: Path) -> None:
+def test_concurrent_first_uses_of_the_tiny_checkpoint_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = "from vllm_vtprune_checkpoints import tiny_checkpoint as build; print(build())"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    paths = {process.communicate(timeout=500)[0].strip() for process in processes}
+    with ThreadPoolExecutor(2) as threads:
+        paths = {done.stdout.strip() for done in threads.map(run, [code] * 2)}
     assert len(paths) == 1
     built = Path(paths.pop())
     assert built.parent.parent == tmp_path

@@ -5,10 +5,11 @@ import pickle
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.defaults import QWEN
+from tests.support.samples import examples
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.policy import (
     BUILTIN_PRESETS,
@@ -160,7 +161,7 @@ JSON = st.recursive(
 FIELDS = st.sampled_from([*DOCUMENTED, *EnergyBudget.model_fields, "keep", "scope", "query"])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     value=st.dictionaries(FIELDS, JSON, max_size=3)
     | st.fixed_dictionaries({"budget": st.dictionaries(FIELDS, JSON, max_size=3)})

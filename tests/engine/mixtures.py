@@ -39,7 +39,7 @@ def ask_in_every_order(checker: Checker) -> None:
     aspects = ((2, 3), (1, 2), (3, 2), (4, 1))
     policies = (TOKENS, False, energy, False)  # new, new, seen before, seen before
     for number, order in enumerate(permutations(range(4))):
-        if number % 4 and not os.environ.get("VTPRUNE_VERIFY"):
+        if number % 8 and not os.environ.get("VTPRUNE_VERIFY"):
             continue
         stamp = f"order {number}"
         parts = [Shown(f"{stamp} {i}", picture(i, aspects[i], stamp), policies[i]) for i in range(4)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.support.engines import Ask, Engine, running_engine, variables
 from tests.support.families import FAMILIES, Chat, Family, Turn
+from tests.support.forked import context, set_environment
 from tests.support.processes import state
 
 WITHOUT_PLUGIN = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -25,7 +26,9 @@ WITHOUT_PLUGIN = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 @contextmanager
 def fresh_process(environment: Mapping[str, str]) -> Iterator[Executor]:
     """A process with these variables, some of which vLLM reads as it is imported; it has loaded no plugins of vLLM."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+    imported_anew = "TRITON_INTERPRET" in environment
+    method = get_context("spawn") if imported_anew else context()
+    with ProcessPoolExecutor(1, method, set_environment, ({**os.environ, **environment},)) as process:
         with variables(environment):
             process.submit(os.getpid).result()  # by which it starts
         yield process

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaOnevisionModel, SiglipVisionConfig
@@ -19,6 +19,7 @@ from vllm.multimodal.processing import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.plugins import load_general_plugins
 
+from tests.support.samples import examples
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.internvl import tiled
@@ -39,7 +40,7 @@ def sizes(least: int, most: int) -> Any:
     return st.tuples(st.integers(least, most), st.integers(least, most))
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(size=sizes(1, 5000))
 @example(size=(1, 5000))
 @example(size=(5000, 1))
@@ -80,7 +81,7 @@ def ranks(values: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(size=sizes(1, 3000))
 @example(size=(1200, 1300))  # scaled down
 @example(size=(2000, 1000))
@@ -154,7 +155,7 @@ def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return MULTIMODAL_REGISTRY.create_processor(config)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(size=sizes(4, 700))
 @example(size=(4, 400))
 @example(size=(400, 4))
@@ -216,7 +217,7 @@ def test_checkpoints_whose_tokens_are_not_their_patches_are_not_pruned() -> None
 
 
 @pytest.mark.parametrize("processor", ["qwen2_5_vl"], indirect=True)
-@settings(max_examples=100)
+@examples(100)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40))
 def test_windows_are_undone(processor: Any, rows: int, columns: int) -> None:
     """Qwen2.5-VL's merger is given the tokens by windows of 4 x 4, smaller ones at the edges."""

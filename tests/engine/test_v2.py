@@ -28,15 +28,12 @@ def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
     assert chunked.model_runner == "V2"
     one, two = sample_images(2, stamp="V2")
     requests = [
-        Ask(ask_about(BUS), [one], {"budget": {"type": "tokens", "keep": 200}}),
-        Ask(ask_about(BUS), [one], ENERGY),
-        Ask(ask_about(BUS), [one]),
-        Ask(ask_about(BUS, images=0)),
-        Ask(ask_about(BUS, images=2), [one, two], {"images": [False, TOKENS]}),
-        Ask(ask_about(BUS, images=2), [two, one], {"images": [TOKENS, ENERGY]}),
+        Ask(ask_about(BUS), [one], ENERGY, max_tokens=4),
+        Ask(ask_about(BUS, images=0), max_tokens=4),
+        Ask(ask_about(BUS, images=2), [one, two], {"images": [False, TOKENS]}, max_tokens=4),
     ]
     expected = [uncached.ask(request) for request in requests]
-    assert sum(len(answer.prompt_ids) > 2 * CHUNK for answer in expected) >= 3
+    assert sum(len(answer.prompt_ids) > 2 * CHUNK for answer in expected) >= 2
     for request, answer in zip(requests, expected, strict=True):
         first, again = chunked.ask(request), chunked.ask(request)
         assert_same(first, answer)
@@ -50,15 +47,7 @@ def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
 def test_qwen2_5_vl_answers_as_transformers(qwen: Engine, qwen_checkpoint: Path) -> None:
     assert qwen.model_runner == "V2"
     checker = Checker(FAMILIES["qwen2_5_vl"], qwen, UnprunedReference(qwen_checkpoint), Chat(qwen_checkpoint))
-    half, most = ({"budget": {"type": "ratio", "keep": keep}} for keep in (0.5, 0.9))
-    for policies in (
-        {PORTRAIT: TOKENS},
-        {PORTRAIT: most},
-        {LANDSCAPE: ENERGY},
-        {LANDSCAPE: False},
-        {PORTRAIT: False, LANDSCAPE: TOKENS},
-        {LANDSCAPE: ENERGY, PORTRAIT: half},
-    ):
+    for policies in ({LANDSCAPE: ENERGY}, {PORTRAIT: False, LANDSCAPE: TOKENS}):
         shown = [checker.shown(index, policy) for index, policy in policies.items()]
         turns = [Turn(QUESTION, len(shown))]
         first, again = checker.ask(turns, shown), checker.ask(turns, shown)

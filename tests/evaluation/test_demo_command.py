@@ -101,6 +101,7 @@ def demo(site: Path, tmp_path: Path) -> Iterator[Demo]:
         process.wait()
 
 
+@pytest.mark.verify  # `.ci/run` runs the demo; tests/server/test_evaluation.py has its report, from the shared server
 def test_one_picture_unpruned_and_pruned(demo: Demo) -> None:
     demo.wait()
     assert demo.process.returncode == 0, demo.stderr.read_text()

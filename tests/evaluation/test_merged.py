@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.forked import context
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import plan_tokens
 from vllm_vtprune.policy import PruningPolicy
@@ -117,7 +118,10 @@ def test_the_likeness_to_the_text_is_that_to_the_words_of_this_language_model(fo
     assert not torch.equal(found.order, offline._processor.runtime.plan(features, policy, (40, 41)).order)
 
 
-def test_an_ablation_asks_the_model_with_the_merger(folder: Path, tmp_path: Path) -> None:
+def test_an_ablation_asks_the_model_with_the_merger(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_vtprune_evaluation.offline.CONTEXT", context())
     options = ["--offline", "--ablation", "divprune-features", "--questions", "3"]
     evaluate([*options, "--merged", str(folder), "--out", str(tmp_path)])
     found = json.loads((tmp_path / "results.json").read_text())

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from tests.support.forked import context
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_checkpoints import TRAINED, tiny_checkpoint
 from vllm_vtprune_checkpoints.writing import random_weight
-from vllm_vtprune_evaluation import command
+from vllm_vtprune_evaluation import command, demo
 from vllm_vtprune_evaluation.answers import Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, energy, fixed, own_counts
 from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
@@ -22,7 +23,8 @@ from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm import InLLM
 from vllm_vtprune_evaluation.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune_evaluation.offline import Offline, OfflineFailed, answer_offline
-from vllm_vtprune_evaluation.questions import Picture, pictures
+from vllm_vtprune_evaluation.questions import Picture, is_right, pictures
+from vllm_vtprune_evaluation.scenes import ask, make_scene
 
 ARMS = [
     UNPRUNED,
@@ -40,6 +42,11 @@ ARMS = [
 """What looks at the question and what does not; merges, energy budgets, one that a method bounds, and own counts."""
 
 END = 2
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_vtprune_evaluation.offline.CONTEXT", context())
 
 
 def asked() -> list[Picture]:
@@ -99,6 +106,14 @@ def test_answers_are_those_of_transformers_for_the_tokens_that_a_request_would_k
     assert found == dict(expected(ARMS))
     assert len(found) == 12 * len(ARMS)
     assert len({text for text, _ in found.values()}) > 5, "the model says different things"
+
+
+def test_the_demo_s_answers_are_right(offline: Offline) -> None:
+    scene = make_scene("test", demo.SCENE)
+    picture = Picture("demo", scene, tuple(ask(scene, kinds=[demo.SCENE_KIND])))
+    arms = [Arm(name, policy, "") for name, policy in demo.ARMS.items()]
+    [answers] = offline.answers(picture, arms, [(number, range(1)) for number in range(len(arms))])
+    assert [is_right(answer.text, picture.questions[0].answer) for _, answer in answers] == [True] * len(arms)
 
 
 @pytest.fixture(scope="module", params=[4, 2])

@@ -8,7 +8,7 @@ from vllm_vtprune_checkpoints import TRAINED
 from vllm_vtprune_evaluation.in_llm import InLLM
 from vllm_vtprune_evaluation.questions import is_right, pictures
 
-pytestmark = pytest.mark.verify  # make test has the demo's two answers
+pytestmark = pytest.mark.verify  # test_offline.py has the demo's answers
 
 QUESTIONS = 60
 FLOOR = 0.8  # served, it answers 92 % of 2,000; chance gives a third at best

@@ -1,20 +1,43 @@
-"""`vtprune eval` and `vtprune calibrate` from end to end, on a model that knows nothing."""
+"""`vtprune demo`, `eval` and `calibrate` from end to end, on a model that knows nothing."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.support.chat import VISUAL_TOKENS, Server, user
+from tests.support.forked import context
 from vllm_vtprune.policy import EnergyBudget
 from vllm_vtprune.presets import read_presets
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
 from vllm_vtprune_evaluation.calibrate import calibrate
 from vllm_vtprune_evaluation.command import evaluate
+from vllm_vtprune_evaluation.demo import POLICY, demo
 from vllm_vtprune_evaluation.photo import data_url, photograph
 
 pytestmark = pytest.mark.engine
+
+
+def test_the_demo_asks_once_unpruned_and_once_pruned(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_vtprune_evaluation.demo.announced_server", lambda *arguments: nullcontext(server.url))
+    demo(["--json"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result) == ["question", "right_answer", "weights", "unpruned", "pruned"]
+    for arm in (result["unpruned"], result["pruned"]):
+        assert set(arm) == {"ttft_ms", "answer", "pruning"}
+        assert arm["pruning"]["timings_ms"]["ttft"] <= arm["ttft_ms"], "seen by the client, later than by the server"
+        [image] = arm["pruning"]["images"]
+        assert (image["visual_tokens"], image["bypass_reason"]) == (VISUAL_TOKENS, None)
+    unpruned, pruned = result["unpruned"]["pruning"], result["pruned"]["pruning"]
+    assert (unpruned["method"], pruned["method"]) == ("none", POLICY["method"])
+    assert unpruned["images"][0]["kept_tokens"] == VISUAL_TOKENS
+    assert 32 <= pruned["images"][0]["kept_tokens"] < VISUAL_TOKENS
+    assert pruned["images"][0]["energy"] >= pruned["budget"]["threshold"] == 0.99
+    assert pruned["images"][0]["nouns"], "of the question about the scene"
 
 
 def test_every_question_is_asked_once_in_every_way(
@@ -55,10 +78,11 @@ def test_every_question_is_asked_once_in_every_way(
 
 
 def test_offline_answers_are_those_of_the_server(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With and without a look at the question, merged, and under an energy budget."""
-    options = ["--model", str(tiny_checkpoint()), "--questions", "40", "--json"]
+    monkeypatch.setattr("vllm_vtprune_evaluation.offline.CONTEXT", context())
+    options = ["--model", str(tiny_checkpoint()), "--questions", "12", "--json"]
     options += ["--methods", "resprune,divprune,tome", "--keep", "48", "--presets", "balanced"]
     texts = []
     for name, where in (("server", ["--url", server.url]), ("offline", ["--offline"])):
@@ -68,8 +92,8 @@ def test_offline_answers_are_those_of_the_server(
         texts.append({(entry["arm"], entry["question"]): (entry["text"], entry["tokens"]) for entry in entries})
     capsys.readouterr()
     assert texts[0] == texts[1]
-    assert len(texts[0]) == 5 * 40
-    assert len(set(texts[0].values())) > 40, "the model does not say the same every time"
+    assert len(texts[0]) == 5 * 12
+    assert len(set(texts[0].values())) > 12, "the model does not say the same every time"
 
 
 @pytest.mark.verify
@@ -108,7 +132,7 @@ def test_every_table_of_the_papers_is_one_command(
     table: str, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--url", server.url, "--model", str(tiny_checkpoint()), "--out", str(tmp_path), "--json"]
-    evaluate([*options, "--questions", "2", "--ablation", table])
+    evaluate([*options, "--questions", "1", "--ablation", table])
     unpruned, *rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     if table in ABLATIONS:
         assert [row["arm"] for row in rows] == [arm.name for arm in ABLATIONS[table].arms()]

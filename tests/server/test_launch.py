@@ -4,40 +4,29 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
 import vllm_vtprune
 from tests.support.chat import leaks
+from tests.support.forked import run_cli
 from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
 from vllm_vtprune_server import launch
 from vllm_vtprune_server.policies import Policies
 
-Run = CompletedProcess[str]
-CLI = ("-m", "vllm_vtprune.cli")
 NIXL = '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'
 # As if our endpoint plugin failed to load, which vLLM logs and then goes on, too.
 WITHOUT_OUR_ROUTES = """
 import sys
 sys.modules["vllm_vtprune_server.plugin"] = None
-from vllm_vtprune.cli import main
-main(sys.argv[1:])
 """
 # As if our general plugin had failed to load, which vLLM logs and then goes on.
 WITHOUT_OUR_MODELS = """
-import sys
 import vllm_vtprune.plugin.register as plugin
 plugin.register = lambda: None
-from vllm_vtprune.cli import main
-main(sys.argv[1:])
 """
 # As if the engine had found less memory than it asked for, when it had started.
 WITHOUT_MEMORY = """
@@ -46,22 +35,7 @@ from vllm_vtprune_server import memory
 def fail(self, args): raise RuntimeError("Engine core initialization failed. See root cause above.")
 ServeSubcommand.cmd = fail
 memory.GROWTH = 1.0
-import sys
-from vllm_vtprune.cli import main
-main(sys.argv[1:])
 """
-
-
-def start(*arguments: str) -> Run:
-    """Run this Python with `arguments` to its end."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -81,26 +55,8 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def serve(text_model: Path) -> Iterator[Callable[[str], Run]]:
-    """Gives the outcome of a command by its name. They run two at a time: each imports vLLM, which takes long."""
-    commands: dict[str, Sequence[str]] = {
-        "text model": [*CLI, "serve", str(text_model), "--pruning-default", "balanced"],
-        "without our models": ["-c", WITHOUT_OUR_MODELS, "serve"],
-        "without our routes": ["-c", WITHOUT_OUR_ROUTES, "serve"],
-        "bad default": [*CLI, "serve", "--pruning-default", '{"budget": {"threshold": 2}}'],
-        "help": [*CLI, "serve", "--help"],
-        "all memory": [*CLI, "serve", "--gpu-memory-utilization", "1"],
-        "no memory": ["-c", WITHOUT_MEMORY, "serve"],
-        "transfer": [*CLI, "serve", "--pruning-default", "balanced", "--kv-transfer-config", NIXL],
-    }
-    with ThreadPoolExecutor(2) as threads:
-        outcomes: dict[str, Future[Run]] = {name: threads.submit(start, *line) for name, line in commands.items()}
-        yield lambda name: outcomes[name].result()
-
-
-def test_a_default_that_the_model_cannot_follow_is_refused(serve: Callable[[str], Run], text_model: Path) -> None:
-    done = serve("text model")
+def test_a_default_that_the_model_cannot_follow_is_refused(text_model: Path) -> None:
+    done = run_cli("serve", str(text_model), "--pruning-default", "balanced")
     assert done.returncode == 1
     [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
     assert f"{text_model} has the architecture LlamaForCausalLM, which cannot be pruned" in message
@@ -108,8 +64,8 @@ def test_a_default_that_the_model_cannot_follow_is_refused(serve: Callable[[str]
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_would_be_served_unpruned_is_refused(serve: Callable[[str], Run]) -> None:
-    done = serve("without our models")
+def test_a_model_that_would_be_served_unpruned_is_refused() -> None:
+    done = run_cli("serve", before=WITHOUT_OUR_MODELS)
     assert done.returncode == 1
     [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
     assert "would be served unpruned" in message
@@ -118,24 +74,24 @@ def test_a_model_that_would_be_served_unpruned_is_refused(serve: Callable[[str],
     assert "Traceback" not in done.stderr
 
 
-def test_a_server_whose_routes_do_not_load_is_refused(serve: Callable[[str], Run]) -> None:
-    done = serve("without our routes")
+def test_a_server_whose_routes_do_not_load_is_refused() -> None:
+    done = run_cli("serve", before=WITHOUT_OUR_ROUTES)
     assert done.returncode == 1
     [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
     assert "the server's routes cannot be loaded: ModuleNotFoundError" in message
     assert "Traceback" not in done.stderr
 
 
-def test_a_default_that_is_no_policy_is_refused(serve: Callable[[str], Run]) -> None:
-    done = serve("bad default")
+def test_a_default_that_is_no_policy_is_refused() -> None:
+    done = run_cli("serve", "--pruning-default", '{"budget": {"threshold": 2}}')
     assert done.returncode == 2
     message = done.stderr.splitlines()[-1]
     assert "--pruning-default.budget.threshold: 2 is not accepted; expected a number above 0 and at most 1." in message
     assert leaks(done.stderr) == []
 
 
-def test_more_memory_than_there_is_is_refused_before_the_engine_starts(serve: Callable[[str], Run]) -> None:
-    done = serve("all memory")
+def test_more_memory_than_there_is_is_refused_before_the_engine_starts() -> None:
+    done = run_cli("serve", "--gpu-memory-utilization", "1")
     assert done.returncode == 1
     assert re.fullmatch(
         r"vtprune serve: vLLM asks for 100% of this machine's memory, which is [\d.]+ GiB, and [\d.]+ of [\d.]+ GiB "
@@ -145,9 +101,9 @@ def test_more_memory_than_there_is_is_refused_before_the_engine_starts(serve: Ca
     assert "Traceback" not in done.stderr
 
 
-def test_an_engine_that_lacked_memory_is_explained_in_the_last_line(serve: Callable[[str], Run]) -> None:
+def test_an_engine_that_lacked_memory_is_explained_in_the_last_line() -> None:
     """The embedded model asks for little, unlike others: a part of all memory is never free on a machine in use."""
-    done = serve("no memory")
+    done = run_cli("serve", before=WITHOUT_MEMORY)
     assert done.returncode == 1
     assert "RuntimeError: Engine core initialization failed" in done.stderr
     last = done.stderr.splitlines()[-1]
@@ -155,8 +111,8 @@ def test_an_engine_that_lacked_memory_is_explained_in_the_last_line(serve: Calla
     assert "set VLLM_CPU_KVCACHE_SPACE to fewer GiB" in last
 
 
-def test_a_default_whose_count_depends_on_features_is_refused_beside_kv_transfer(serve: Callable[[str], Run]) -> None:
-    done = serve("transfer")
+def test_a_default_whose_count_depends_on_features_is_refused_beside_kv_transfer() -> None:
+    done = run_cli("serve", "--pruning-default", "balanced", "--kv-transfer-config", NIXL)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
         '--pruning-default: a budget of the type "energy" cannot be used with kv_transfer_config.kv_connector='
@@ -179,8 +135,8 @@ def test_a_front_end_without_our_routes_is_refused(other: str, monkeypatch: pyte
         launch.refuse_other_front_ends(argparse.Namespace(grpc=other == "--grpc"))
 
 
-def test_the_help_of_serve_shows_our_option_with_an_example(serve: Callable[[str], Run]) -> None:
-    done = serve("help")
+def test_the_help_of_serve_shows_our_option_with_an_example() -> None:
+    done = run_cli("serve", "--help")
     assert done.returncode == 0
     assert "[--pruning-default POLICY] [--pruning-presets FILE]" in done.stdout
     assert "vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced" in done.stdout
@@ -308,19 +264,19 @@ def test_the_kinds_of_plugins_are_vllm_s() -> None:
 
 
 def test_help_lists_the_commands_and_shows_an_example() -> None:
-    done = start(*CLI, "--help")
+    done = run_cli("--help")
     assert done.returncode == 0
     for text in ("serve [MODEL]", "demo", "example:", "vtprune serve llava-hf/llava-1.5-7b-hf"):
         assert text in done.stdout
 
 
 def test_the_version_is_the_package_s() -> None:
-    assert start(*CLI, "--version").stdout.strip() == f"vllm-vtprune {vllm_vtprune.__version__}"
+    assert run_cli("--version").stdout.strip() == f"vllm-vtprune {vllm_vtprune.__version__}"
 
 
 @pytest.mark.parametrize("arguments", [[], ["sevre"], ["--model"]])
 def test_a_command_that_does_not_exist_is_an_error(arguments: list[str]) -> None:
-    done = start(*CLI, *arguments)
+    done = run_cli(*arguments)
     assert done.returncode == 2
     assert "usage: vtprune" in done.stderr
     assert "Traceback" not in done.stderr

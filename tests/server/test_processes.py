@@ -1,4 +1,4 @@
-"""Several API processes in front of several engines: who loads the tower, what adds up, and that all of them end."""
+"""Two API processes before one engine or two: who loads the tower, what adds up, and that all of them end."""
 
 import json
 import re
@@ -32,13 +32,18 @@ TOWER_LOADED = "Vision encoder loaded"
 STOPPED_WITHIN = 60  # seconds
 
 
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.verify)])
+def engines(request: pytest.FixtureRequest) -> int:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="module")
-def two_of_each(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two API processes, two engines; requests without a policy follow the preset `balanced`."""
-    log = tmp_path_factory.mktemp("two-of-each") / "server.log"
+def two_processes(engines: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two API processes; requests without a policy follow the preset `balanced`."""
+    log = tmp_path_factory.mktemp("two-processes") / "server.log"
     options = [
         *random_model(),
-        *("--api-server-count", "2", "--data-parallel-size", "2"),
+        *("--api-server-count", "2", "--data-parallel-size", str(engines)),
         *("--pruning-default", "balanced"),
         *("--max-model-len", "2048"),
         *SMALL_KV_CACHE,
@@ -60,21 +65,21 @@ def test_only_the_api_process_loads_the_tower(server: Server) -> None:
     assert re.fullmatch(r"APIServer pid=\d+", process)
 
 
-def test_every_api_process_loads_it_once_and_no_engine_does(two_of_each: Server) -> None:
-    processes = processes_that_loaded_a_tower(two_of_each)
+def test_every_api_process_loads_it_once_and_no_engine_does(two_processes: Server) -> None:
+    processes = processes_that_loaded_a_tower(two_processes)
     assert len(set(processes)) == len(processes) == 2
     assert {re.sub(r" pid=\d+", "", process) for process in processes} == {"ApiServer_0", "ApiServer_1"}
 
 
-def test_every_request_is_pruned_and_reported(two_of_each: Server) -> None:
-    before = two_of_each.metrics()
+def test_every_request_is_pruned_and_reported(two_processes: Server) -> None:
+    before = two_processes.metrics()
     counts = []
     for index, thing in enumerate(THINGS):
         messages = [user(f"Where is the {thing}?", fresh_url())]
         if index % 2:
-            answer = two_of_each.ask(messages=messages)
+            answer = two_processes.ask(messages=messages)
         else:
-            answer = two_of_each.stream(messages=messages, stream_options={"include_usage": True})[-1]
+            answer = two_processes.stream(messages=messages, stream_options={"include_usage": True})[-1]
         report = answer["pruning"]
         assert (report["method"], report["preset"]) == ("resprune", "balanced")
         [image] = report["images"]
@@ -88,38 +93,38 @@ def test_every_request_is_pruned_and_reported(two_of_each: Server) -> None:
 
     names = ["visual_tokens_total", "visual_tokens_kept_total", "keep_ratio_count", "feature_cache_misses_total"]
     names.append("time_to_first_token_seconds_count")
-    grown = two_of_each.metrics().since(before, *(f"vtprune:{name}" for name in names))
+    grown = two_processes.metrics().since(before, *(f"vtprune:{name}" for name in names))
     assert grown == (len(THINGS) * VISUAL_TOKENS, sum(counts), *[len(THINGS)] * 3)
-    assert two_of_each.metrics()["vtprune:build_info"] == 1, "the same in both processes, once"
+    assert two_processes.metrics()["vtprune:build_info"] == 1, "the same in both processes, once"
 
 
-def test_both_api_processes_answer_and_their_metrics_add_up(two_of_each: Server) -> None:
+def test_both_api_processes_answer_and_their_metrics_add_up(two_processes: Server) -> None:
     """Each has a feature cache of its own, so one image is encoded once in each that gets to see it."""
     messages = [user("Where is the dog?", fresh_url())]
-    before = two_of_each.metrics()
+    before = two_processes.metrics()
     asked, encoded = 0, 0.0
     seen = set()
     while encoded < 2 and asked < 64:
-        answer = two_of_each.ask(messages=messages)
+        answer = two_processes.ask(messages=messages)
         asked += 1
         seen.add((*kept(answer), answer["choices"][0]["message"]["content"]))
-        (encoded,) = two_of_each.metrics().since(before, "vtprune:feature_cache_misses_total")
+        (encoded,) = two_processes.metrics().since(before, "vtprune:feature_cache_misses_total")
     assert encoded == 2, f"{asked} requests all went to one process"
     assert len(seen) == 1, "the processes choose differently"
-    (counted,) = two_of_each.metrics().since(before, "vtprune:visual_tokens_total")
+    (counted,) = two_processes.metrics().since(before, "vtprune:visual_tokens_total")
     assert counted == asked * VISUAL_TOKENS
 
 
-def test_refusals_bypasses_and_bytes_add_up_too(two_of_each: Server) -> None:
+def test_refusals_bypasses_and_bytes_add_up_too(two_processes: Server) -> None:
     """Requests take turns between the processes, so each of them counted some."""
-    before = two_of_each.metrics()
+    before = two_processes.metrics()
     for thing in THINGS:
-        two_of_each.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning="fast")
-        assert two_of_each.post({"messages": [user(thing, fresh_url())], "pruning": "no such"}).status_code == 400
+        two_processes.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning="fast")
+        assert two_processes.post({"messages": [user(thing, fresh_url())], "pruning": "no such"}).status_code == 400
         everything = {"budget": {"type": "tokens", "keep": VISUAL_TOKENS}}
-        answer = two_of_each.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning=everything)
+        answer = two_processes.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning=everything)
         assert answer["pruning"]["images"][0]["bypass_reason"] == "budget_not_below_tokens"
-    after = two_of_each.metrics()
+    after = two_processes.metrics()
     grown = after.since(
         before, "vtprune:errors_total|reason=policy", "vtprune:bypass_total|reason=budget_not_below_tokens"
     )
@@ -130,24 +135,24 @@ def test_refusals_bypasses_and_bytes_add_up_too(two_of_each: Server) -> None:
     assert bytes_grown == encoded * per_image, "the bytes are of every image that either process encoded"
 
 
-def test_both_engines_answer(two_of_each: Server) -> None:
-    keys = [f"vllm:prompt_tokens_total|engine={engine}" for engine in range(2)]
+def test_every_engine_answers(two_processes: Server, engines: int) -> None:
+    keys = [f"vllm:prompt_tokens_total|engine={engine}" for engine in range(engines)]
     deadline = time.monotonic() + 60
-    while not all(two_of_each.metrics()[key] > 0 for key in keys):
+    while not all(two_processes.metrics()[key] > 0 for key in keys):
         assert time.monotonic() < deadline, f"one engine got nothing: {keys}"
-        two_of_each.ask(messages=[user("Where is the dog?", fresh_url())])
+        two_processes.ask(messages=[user("Where is the dog?", fresh_url())])
 
 
-def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_of_each: Server) -> None:
-    """The last test of this file: it ends the server. With several API processes, vLLM stops the engines at once."""
-    port = str(urlsplit(two_of_each.url).port)
+def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_processes: Server, engines: int) -> None:
+    """The last test of each server: it ends it. With several API processes, vLLM stops the engines at once."""
+    port = str(urlsplit(two_processes.url).port)
     [root] = [child for child in psutil.Process().children() if port in command_of(child).split()]
     processes = family(root.pid)
     try:
-        assert len(processes) >= 5, "itself, two API processes, two engines"
-        body = {**two_of_each.defaults, "messages": [user("Where is the dog?", fresh_url())], "max_tokens": 1800}
+        assert len(processes) >= 3 + engines, "itself, two API processes, their engines"
+        body = {**two_processes.defaults, "messages": [user("Where is the dog?", fresh_url())], "max_tokens": 1800}
         body |= {"stream": True, "ignore_eos": True}
-        with httpx.stream("POST", f"{two_of_each.url}/v1/chat/completions", json=body, timeout=120) as answer:
+        with httpx.stream("POST", f"{two_processes.url}/v1/chat/completions", json=body, timeout=120) as answer:
             parts = answer.iter_text()
             first = next(parts)
             root.terminate()

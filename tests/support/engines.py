@@ -228,6 +228,8 @@ def running_engine(
     with variables(environment), pytest.MonkeyPatch.context() as patch:
         if "TRITON_INTERPRET" in environment:  # vLLM was imported without
             patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+        if in_process:  # which loads the model's class anyway; vLLM would inspect it in another process first
+            patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
         llm = LLM(
             model=str(checkpoint),
             served_model_name=name,
