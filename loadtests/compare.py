@@ -32,16 +32,16 @@ from loadtests.ratios import paired_ratio
 from loadtests.records import Record
 from loadtests.report import table, table_rows, write_report
 from loadtests.results import broken, percentile, result, samples, span
-from loadtests.servers import ARMS, MODEL, servers
+from loadtests.servers import MODEL, STOCK, Arm, servers
 from vllm_vtprune_server.process import ServerFailed
 
-STOCK, OFF, PRUNED = ARMS
+ARMS = ("stock", "off", "balanced")
 COMPARED = [kind for kind in KINDS if kind != "PolicyMix"]  # PolicyMix sets its own policies
-LOCUST_OPTIONS: dict[str, tuple[str, ...]] = {STOCK: (), OFF: ("--pruning", "false"), PRUNED: ("--pruning", "balanced")}
 SERVE_OPTIONS = tuple("--dtype float32 --max-model-len 2048 --max-num-seqs 32".split())
 WARM_UP_SECONDS = 1
 
 Turns = dict[str, list[list[Record]]]  # by arm, round by round
+Seconds = dict[str, float]  # by arm
 
 
 def main() -> None:
@@ -50,7 +50,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--size", choices=["small", "tiny"], default="small", help="of the model (default: small)")
-    parser.add_argument("--users", type=count, default=2, help="who ask at the same time (default: 2)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        type=arm_argument,
+        default=[Arm.parse(name) for name in ARMS],
+        metavar="ARM",
+        help="stock, POLICY or POLICY@PLACEMENT; POLICY: a preset or the share of tokens to keep; PLACEMENT: auto, api "
+        f"or engine (default: {' '.join(ARMS)})",
+    )
+    parser.add_argument(
+        "--users", nargs="+", type=count, default=[2], help="who ask at the same time, one run for each (default: 2)"
+    )
     parser.add_argument("--seconds", type=count, default=8, help="of each arm in each round (default: 8)")
     parser.add_argument("--rounds", type=count, default=3, help="how often every arm has its turn (default: 3)")
     parser.add_argument("--max-tokens", type=count, default=16, help="tokens of every answer (default: 16)")
@@ -67,67 +78,79 @@ def main() -> None:
     options = parser.parse_args()
     from vllm_vtprune_checkpoints.llava import write_llava_checkpoint  # imports torch: not for --help
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    complaints: list[str] = []
     try:
         with tempfile.TemporaryDirectory() as directory:
             print(f"Starting stock vLLM and ours with a {options.size} checkpoint ...", file=sys.stderr)
             model = write_llava_checkpoint(directory, size=options.size, weights=False)
-            with servers(model, SERVE_OPTIONS) as urls:
-                turns = take_turns(urls, options)
-                batch = encoder_batch(urls[PRUNED])
+            with servers(model, SERVE_OPTIONS, options.arms) as urls:
+                for users in options.users:
+                    out = options.out if len(options.users) == 1 else options.out / f"users-{users}"
+                    turns, seconds = take_turns(urls, options, users, out)
+                    complaints += conclude(turns, seconds, options, users, out)
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
         sys.exit(130)
     except (ServerFailed, DriveFailed) as error:
         sys.exit(f"loadtests: {error}")
-    complaints = conclude(turns, options)
-    if batch is not None:
-        print(f"images per run of the encoder: {batch:.2f}")
     if complaints:
         sys.exit("\n".join(f"loadtests: {complaint}" for complaint in complaints))
 
 
-def encoder_batch(url: str) -> float | None:
-    """Mean images per run of our vision encoder; None if it has not run."""
+def arm_argument(text: str) -> Arm:
+    """An arm from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: says what is wrong with it.
+    """
+    try:
+        return Arm.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def process_seconds(url: str) -> float:
+    """CPU seconds of a server's API process since its start."""
     lines = httpx.get(f"{url}/metrics").raise_for_status().text.splitlines()
-    images, runs = (
-        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vtprune:encode_batch_size_{name}{{"))
-        for name in ("sum", "count")
-    )
-    return images / runs if runs else None
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("process_cpu_seconds_total"))
 
 
-def take_turns(urls: Mapping[str, str], options: argparse.Namespace) -> Turns:
-    """Load every arm in every round, after a short warm-up of each."""
+def take_turns(urls: Mapping[str, str], options: argparse.Namespace, users: int, out: Path) -> tuple[Turns, Seconds]:
+    """Load every arm in every round, after a short warm-up of each. Returns also the API process's CPU seconds."""
+    out.mkdir(parents=True, exist_ok=True)
 
-    def turn(arm: str, folder: str, seed: int, seconds: float) -> list[Record]:
+    def turn(arm: Arm, folder: str, seed: int, seconds: float) -> list[Record]:
         return drive(
-            urls[arm],
-            options.out / folder,
-            users=options.users,
+            urls[arm.name],
+            out / folder,
+            users=users,
             seconds=seconds,
             kinds=options.kinds,
             options=[
-                *("--label", arm, "--seed", str(seed), "--max-tokens", str(options.max_tokens)),
-                *LOCUST_OPTIONS[arm],
+                *("--label", arm.name, "--seed", str(seed), "--max-tokens", str(options.max_tokens)),
+                *arm.locust_options,
             ],
         )
 
-    for arm in ARMS:
-        turn(arm, f"warm-up-{arm}", options.seed + 1_000_000, WARM_UP_SECONDS)
-    turns: Turns = {arm: [] for arm in ARMS}
+    arms: list[Arm] = options.arms
+    for arm in arms:
+        turn(arm, f"warm-up-{arm.name}", options.seed + 1_000_000, WARM_UP_SECONDS)
+    turns: Turns = {arm.name: [] for arm in arms}
+    spent: Seconds = dict.fromkeys(turns, 0.0)
     for number in range(options.rounds):
-        for position in range(len(ARMS)):
-            arm = ARMS[(number + position) % len(ARMS)]
-            records = turn(arm, f"round-{number + 1}-{arm}", options.seed + number, options.seconds)
-            turns[arm].append(records)
+        for position in range(len(arms)):
+            arm = arms[(number + position) % len(arms)]
+            before = process_seconds(urls[arm.name])
+            records = turn(arm, f"round-{number + 1}-{arm.name}", options.seed + number, options.seconds)
+            spent[arm.name] += process_seconds(urls[arm.name]) - before
+            turns[arm.name].append(records)
             median = percentile(samples(records)["ttft"], 50)
             ttft = "-" if median is None else f"{median:.0f} ms"
-            print(f"round {number + 1}, {arm}: {len(records)} requests, TTFT {ttft}", file=sys.stderr, flush=True)
-    return turns
+            print(f"round {number + 1}, {arm.name}: {len(records)} requests, TTFT {ttft}", file=sys.stderr, flush=True)
+    return turns, spent
 
 
-def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
+def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, users: int, out: Path) -> list[str]:
     """Print and write the comparison. Returns failures and missed objectives."""
     records = {arm: [record for turn in rounds for record in turn] for arm, rounds in turns.items()}
     results = {
@@ -135,7 +158,7 @@ def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
             records[arm],
             model=MODEL,
             label=arm,
-            users=options.users,
+            users=users,
             goodput=options.goodput,
             duration=sum(span(turn) for turn in rounds),
         )
@@ -143,36 +166,39 @@ def conclude(turns: Turns, options: argparse.Namespace) -> list[str]:
     }
     ratios = ratios_to_stock(turns)
     for arm, arm_result in results.items():
-        (options.out / f"result-{arm}.json").write_text(json.dumps(arm_result, indent=1) + "\n")
-    (options.out / "ratios.json").write_text(json.dumps(ratios, indent=1) + "\n")
+        (out / f"result-{arm}.json").write_text(json.dumps(arm_result, indent=1) + "\n")
+    (out / "ratios.json").write_text(json.dumps(ratios, indent=1) + "\n")
     write_report(
-        options.out / "report.html",
+        out / "report.html",
         results,
         records,
         notes=[
-            f"Stock vLLM and ours took turns on one machine: {options.rounds} rounds of {options.seconds} s each, "
-            f"{options.users} users in a closed loop, the same pictures and questions for all arms of a round. "
+            f"The servers took turns on one machine: {options.rounds} rounds of {options.seconds} s each, "
+            f"{users} users in a closed loop, the same pictures and questions for all arms of a round. "
             f"The checkpoint is the {options.size} LLaVA with random weights.",
             *(f"{name}: {text}." for name, text in ratios.items()),
         ],
     )
+    print(f"users: {users}")
     print(table(table_rows(results), list(results)))
     for name, text in ratios.items():
         print(f"{name}: {text}")
-    print(f"report: {options.out / 'report.html'}")
+    for arm, seconds in spent.items():
+        if records[arm]:
+            print(f"{arm}, CPU time of the API process: {1000 * seconds / len(records[arm]):.1f} ms per request")
+    print(f"report: {out / 'report.html'}")
+    pruning = {arm.name: arm.pruning for arm in options.arms if arm.prunes}
     return [
         f"{arm}: {complaint}"
-        for arm in ARMS
-        for complaint in (
-            broken(records[arm], p99_limits(options), PRUNED) if arm == PRUNED else broken(records[arm], {})
-        )
+        for arm in turns
+        for complaint in broken(records[arm], p99_limits(options) if arm in pruning else {}, pruning.get(arm))
     ]
 
 
 def ratios_to_stock(turns: Turns) -> dict[str, str]:
     """Ratios of median TTFT and requests per second, paired by round, with 95 % intervals over rounds."""
     ratios = {}
-    for arm in (OFF, PRUNED):
+    for arm in (arm for arm in turns if arm != STOCK and STOCK in turns):
         medians = {side: [percentile(samples(r)["ttft"], 50) for r in turns[side]] for side in (arm, STOCK)}
         rates = {side: [len(r) / span(r) if r else 0.0 for r in turns[side]] for side in (arm, STOCK)}
         for name, values in (("median TTFT", medians), ("requests per second", rates)):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_vtprune_server.process import running_server
@@ -13,9 +16,51 @@ OPTIONS = (
     "--served-model-name", MODEL, "--load-format", "dummy", "--enforce-eager", "--disable-uvicorn-access-log",
 )  # fmt: skip
 """Options of every compared server: random weights, one model name."""
+STOCK = "stock"
 STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
-ARMS = ("stock", "off", "balanced")
-"""Stock vLLM; our server with ``pruning: false``; our server at the preset ``balanced``."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A server and the policy that it is asked with.
+
+    Attributes:
+        name: as on the command line: ``stock``, or POLICY or POLICY@PLACEMENT for our server.
+        placement: ``--pruning-placement`` of our server; None: stock vLLM.
+        pruning: policy sent with each request, as JSON or the name of a preset; None: none is sent.
+    """
+
+    name: str
+    placement: str | None = None
+    pruning: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Arm:
+        """An arm by its name. POLICY is a preset, or the share of tokens to keep.
+
+        Raises:
+            ValueError: unknown placement, or a share outside of (0, 1].
+        """
+        if name == STOCK:
+            return cls(name)
+        policy, _, placement = name.partition("@")
+        if placement not in ("", "auto", "api", "engine"):
+            raise ValueError(f"unknown placement {placement!r}; expected auto, api or engine")
+        if re.fullmatch(r"[0-9.]+", policy):
+            if not 0 < float(policy) <= 1:
+                raise ValueError(f"cannot keep a share of {policy}; expected a number above 0, at most 1")
+            policy = json.dumps({"budget": {"type": "ratio", "keep": float(policy)}})
+        return cls(name, placement or "auto", policy)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether its policy is to drop tokens."""
+        return self.pruning not in (None, "off")
+
+    @property
+    def locust_options(self) -> tuple[str, ...]:
+        """What Locust sends its policy with."""
+        return () if self.pruning is None else ("--pruning", self.pruning)
 
 
 def server(model: Path, options: Sequence[str], *, stock: bool, kv_cache_gb: int = 1) -> AbstractContextManager[str]:
@@ -36,7 +81,11 @@ def server(model: Path, options: Sequence[str], *, stock: bool, kv_cache_gb: int
 
 
 @contextmanager
-def servers(model: Path, options: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Run both servers at the same time; yields the URL for each of `ARMS`."""
-    with server(model, options, stock=True) as stock_url, server(model, options, stock=False) as our_url:
-        yield dict(zip(ARMS, (stock_url, our_url, our_url), strict=True))
+def servers(model: Path, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[dict[str, str]]:
+    """Run the servers of these arms at the same time, one for each placement; yields the URL for each arm's name."""
+    with ExitStack() as stack:
+        urls = {}
+        for placement in dict.fromkeys(arm.placement for arm in arms):
+            ours = [] if placement is None else ["--pruning-placement", placement]
+            urls[placement] = stack.enter_context(server(model, [*options, *ours], stock=placement is None))
+        yield {arm.name: urls[arm.placement] for arm in arms}

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from loadtests.compare import ARMS, OFF, PRUNED, STOCK, Turns, conclude, ratios_to_stock
+from loadtests.compare import ARMS, Turns, conclude, ratios_to_stock
 from loadtests.options import add_slo_arguments
 from loadtests.records import Record
+from loadtests.servers import Arm
 from tests.support.fake_chat import report
 
+STOCK, OFF, PRUNED = ARMS
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -38,7 +40,33 @@ def options(out: Path, *arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_slo_arguments(parser)
     given = parser.parse_args(arguments)
-    return argparse.Namespace(out=out, users=2, rounds=2, seconds=4, size="tiny", **vars(given))
+    arms = [Arm.parse(arm) for arm in ARMS]
+    return argparse.Namespace(out=out, rounds=2, seconds=4, size="tiny", arms=arms, **vars(given))
+
+
+def concluded(turns: Turns, options: argparse.Namespace) -> list[str]:
+    return conclude(turns, dict.fromkeys(turns, 1.6), options, users=2, out=options.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [
+        ("stock", Arm("stock")),
+        ("balanced", Arm("balanced", "auto", "balanced")),
+        ("fast@engine", Arm("fast@engine", "engine", "fast")),
+        ("0.25@api", Arm("0.25@api", "api", '{"budget": {"type": "ratio", "keep": 0.25}}')),
+    ],
+)
+def test_an_arm_is_a_server_and_a_policy(name: str, arm: Arm) -> None:
+    assert Arm.parse(name) == arm
+    assert arm.prunes == (name != "stock")
+    assert not Arm.parse("off").prunes
+
+
+@pytest.mark.parametrize(("name", "message"), [("fast@gpu", "unknown placement 'gpu'"), ("1.5", "a share of 1.5")])
+def test_no_arm_is_guessed(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Arm.parse(name)
 
 
 def test_ratios_are_of_what_was_measured_in_the_same_round() -> None:
@@ -57,13 +85,15 @@ def test_no_ratio_is_made_up_where_a_round_measured_nothing() -> None:
 def test_turns_are_put_together_without_the_time_between_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert conclude(turns(), options(tmp_path)) == []
+    assert concluded(turns(), options(tmp_path)) == []
     found = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
     assert found[STOCK]["duration"] == 8.0
     assert found[STOCK]["request_throughput"] == 1.0
     assert (found[PRUNED]["completed"], found[PRUNED]["median_ttft_ms"]) == (16, pytest.approx(300))
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split() == list(ARMS)
+    assert shown[0] == "users: 2"
+    assert shown[1].split() == list(ARMS)
+    assert "balanced, CPU time of the API process: 100.0 ms per request" in shown
     assert next(line for line in shown if line.startswith("TTFT median")).split() == [
         "TTFT", "median", "(ms)", "600.0", "600.0", "300.0",
     ]  # fmt: skip
@@ -72,20 +102,20 @@ def test_turns_are_put_together_without_the_time_between_them(
 
 
 def test_promises_are_those_of_the_pruned_arm(tmp_path: Path) -> None:
-    assert conclude(turns(), options(tmp_path, "--slo-ttft-p99-ms", "500")) == []
-    assert conclude(turns(), options(tmp_path, "--slo-ttft-p99-ms", "300")) == [
+    assert concluded(turns(), options(tmp_path, "--slo-ttft-p99-ms", "500")) == []
+    assert concluded(turns(), options(tmp_path, "--slo-ttft-p99-ms", "300")) == [
         "balanced: ttft p99 was to be 300 ms at most, and is 400.0 ms"
     ]
 
 
 def test_the_pruned_arm_has_to_prune(tmp_path: Path) -> None:
     unpruned = [requests(20, 0.2, pruning=report(576))]
-    assert conclude(turns(balanced=unpruned), options(tmp_path)) == ["balanced: FreshImages: nothing was pruned"]
+    assert concluded(turns(balanced=unpruned), options(tmp_path)) == ["balanced: FreshImages: nothing was pruned"]
 
 
 def test_no_arm_may_fail(tmp_path: Path) -> None:
     cut = turns(stock=[requests(0, 0.4), requests(100, 0.4, error="cut")])
-    assert conclude(cut, options(tmp_path)) == ["stock: 4 of 8 requests failed: cut"]
+    assert concluded(cut, options(tmp_path)) == ["stock: 4 of 8 requests failed: cut"]
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
