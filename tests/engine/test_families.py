@@ -229,9 +229,8 @@ def test_the_engine_selects_the_same_tokens(checker: Checker) -> None:
     prompts.append([checker.shown(PORTRAIT, policies[0]), checker.shown(LANDSCAPE, False)])
     prompts.append([checker.shown(index, policy) for index, policy in enumerate((policies[1], False, policies[3]))])
     requests = [checker.request([Turn(QUESTION, len(shown))], shown) for shown in prompts]
-    config = checker.engine.llm.llm_engine.vllm_config
-    mrope = config.model_config.uses_mrope
-    if not checker.engine.processor.family.fixed_length or (mrope and not config.use_v2_model_runner):
+    mrope = checker.engine.llm.llm_engine.model_config.uses_mrope
+    if not checker.engine.processor.family.fixed_length or (mrope and checker.engine.model_runner == "V1"):
         checker.engine.select_in("engine")
         with pytest.raises(PolicyError, match="M-RoPE" if mrope else "length of this model's prompt"):
             checker.engine.ask(requests[0])

@@ -85,8 +85,9 @@ class Answer:
 class Engine:
     """An LLM and the way to its report of each request."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, environment: Mapping[str, str]) -> None:
         self.llm = llm
+        self._environment = environment
         self.processor = llm.llm_engine.renderer.get_mm_processor()
         # Not above: workers of stock engines import this module.
         from vllm_vtprune.plugin.processor import PruningProcessor
@@ -110,7 +111,8 @@ class Engine:
         from vllm_vtprune.plugin.placement import EnginePlacement
 
         config = self.llm.llm_engine.vllm_config
-        self.processor.engine_placement = EnginePlacement.of(choice, config.model_config, config)
+        with variables(self._environment):  # which tells the model runner
+            self.processor.engine_placement = EnginePlacement.of(choice, config.model_config, config)
 
     @property
     def model_runner(self) -> str:
@@ -240,7 +242,7 @@ def running_engine(
         )
     disable_envs_cache()  # for what starts next in this process
     try:
-        yield Engine(llm)
+        yield Engine(llm, environment)
     finally:
         with pytest.MonkeyPatch.context() as patch:
             if in_process:  # other engines of this process go on using vLLM's groups
