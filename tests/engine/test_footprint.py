@@ -71,7 +71,8 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     config = json.loads((checkpoint / "config.json").read_text())
     vision = config["vision_config"]
     vision |= {name: DEPTH for name in ("num_hidden_layers", "depth") if name in vision}
-    vision |= {name: [*range(DEPTH)] for name in ("fullatt_block_indexes", "deepstack_visual_indexes") if name in vision}
+    indexes = ("fullatt_block_indexes", "deepstack_visual_indexes")
+    vision |= {name: [*range(DEPTH)] for name in indexes if name in vision}
     (checkpoint / "config.json").write_text(json.dumps(config))
     model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
