@@ -1,6 +1,7 @@
 """The server that most tests of this folder talk to, started once."""
 
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -48,7 +49,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]
-    with running_server(options, log=log, environment={"PYTHONPATH": str(folder), "VLLM_SERVER_DEV_MODE": "1"}) as url:
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    with running_server(options, log=log, environment={"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1"}) as url:
         yield Server(url, log)
 
 
