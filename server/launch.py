@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import socket
 import sys
 import traceback
 from importlib.metadata import entry_points
@@ -57,6 +59,7 @@ def serve(argv: list[str]) -> None:
         SystemExit: 2 for invalid options; 1 for a model or server that would not prune, or if the engine died.
     """
     require_tested_vllm()
+    check_early(argv)
     enable_plugin()
     refuse_without_routes()
     from vllm import AsyncEngineArgs
@@ -75,29 +78,7 @@ def serve(argv: list[str]) -> None:
     )
     serve_parser.description = "Serve a vision-language model whose visual tokens are pruned before prefill."
     serve_parser.epilog = EXAMPLES
-    group = serve_parser.add_argument_group("Pruning", "Which visual tokens are dropped before prefill.")
-    group.add_argument(
-        "--pruning-default",
-        type=policy_argument,
-        default="false",
-        metavar="POLICY",
-        help="Policy of requests that set none: a preset "
-        f"({', '.join(BUILTIN_PRESETS)}, or one of --pruning-presets), a JSON object, or false.",
-    )
-    group.add_argument(
-        "--pruning-presets",
-        type=presets_argument,
-        metavar="FILE",
-        help="File of presets, TOML or (.json) JSON: one policy per name. "
-        "A name of a built-in preset replaces that preset.",
-    )
-    group.add_argument(
-        "--pruning-placement",
-        choices=("auto", "api", "engine"),
-        help="Where tokens are selected. engine: in the engine's encoder step, for budgets in tokens or as a ratio; "
-        "other policies are refused, and API processes hold no vision encoder. api: in the API process. auto "
-        "(default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
-    )
+    add_pruning_options(serve_parser)
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
     memory.mark_defaults(serve_parser)
     args = parser.parse_args(["serve", *_with_model(argv)])
@@ -137,6 +118,70 @@ def serve(argv: list[str]) -> None:
 
     if engine_died.is_set():
         sys.exit("vtprune serve: the engine died; see its last log lines above")
+
+
+def add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vtprune serve` that `vllm serve` does not have."""
+    group = parser.add_argument_group("Pruning", "Which visual tokens are dropped before prefill.")
+    group.add_argument(
+        "--pruning-default",
+        type=policy_argument,
+        default="false",
+        metavar="POLICY",
+        help="Policy of requests that set none: a preset "
+        f"({', '.join(BUILTIN_PRESETS)}, or one of --pruning-presets), a JSON object, or false.",
+    )
+    group.add_argument(
+        "--pruning-presets",
+        type=presets_argument,
+        metavar="FILE",
+        help="File of presets, TOML or (.json) JSON: one policy per name. "
+        "A name of a built-in preset replaces that preset.",
+    )
+    group.add_argument(
+        "--pruning-placement",
+        choices=("auto", "api", "engine"),
+        help="Where tokens are selected. engine: in the engine's encoder step, for budgets in tokens or as a ratio; "
+        "other policies are refused, and API processes hold no vision encoder. api: in the API process. auto "
+        "(default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
+    )
+
+
+def check_early(argv: list[str]) -> None:
+    """Judge the pruning options and the port before vLLM is imported, which takes half a minute.
+
+    Args:
+        argv: the command line after ``vtprune serve``.
+
+    Raises:
+        SystemExit: 2 for an invalid pruning option, 1 if the port is in use.
+    """
+    if {argument.split("=", 1)[0] for argument in argv} & {"-h", "--help"}:
+        return
+    parser = argparse.ArgumentParser(
+        prog="vtprune serve", usage="vtprune serve --help", add_help=False, allow_abbrev=False
+    )
+    add_pruning_options(parser)
+    parser.add_argument("--headless", action="store_true", dest="no_port")
+    parser.add_argument("--uds", "--config", dest="no_port", nargs="?", const=True)
+    parser.add_argument("--host", default="")
+    parser.add_argument("--port", type=int, default=8000)
+    args, _ = parser.parse_known_args(argv)
+    try:
+        Policies.of(args.pruning_default, args.pruning_presets)
+    except PolicyError as error:
+        parser.error(str(error))
+    if not args.no_port and args.port:
+        refuse_used_port(args.host, args.port)
+
+
+def refuse_used_port(host: str, port: int) -> None:
+    """Exit if something listens on a port."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            sys.exit(f"vtprune serve: port {port} is in use; set --port to another")
 
 
 def enable_plugin() -> None:

@@ -4,9 +4,14 @@ import argparse
 import json
 import os
 import re
+import socket
+import subprocess
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -88,6 +93,40 @@ def test_a_default_that_is_no_policy_is_refused() -> None:
     message = done.stderr.splitlines()[-1]
     assert "--pruning-default.budget.threshold: 2 is not accepted; expected a number above 0 and at most 1." in message
     assert leaks(done.stderr) == []
+
+
+def test_options_and_port_are_judged_before_vllm_is_imported() -> None:
+    imported = "import sys; sys.argv = ['vtprune', 'serve', *sys.argv[1:]]\n"
+    program = f"""{imported}
+from vllm_vtprune.cli import main
+try:
+    main()
+finally:
+    print("vllm" in sys.modules, "torch" in sys.modules)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, status, message in [
+            (["--pruning-default", "nope"], 2, "vtprune serve: error: --pruning-default: "),
+            (["--pruning-placement", "gpu"], 2, "invalid choice: 'gpu' (choose from"),
+            (
+                ["--host", "127.0.0.1", "--port", port],
+                1,
+                f"vtprune serve: port {port} is in use; set --port to another",
+            ),
+        ]:
+            done = subprocess.run(
+                [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60
+            )
+            assert done.returncode == status
+            assert message in done.stderr.splitlines()[-1]
+            assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize("arguments", [["--headless"], ["--uds", "/tmp/socket"], ["--help=all"], ["--port", "0"]])
+def test_a_port_that_is_not_used_is_not_looked_at(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "refuse_used_port", lambda host, port: pytest.fail("looked"))
+    launch.check_early([*arguments, "--max-model-len", "100"])
 
 
 def test_more_memory_than_there_is_is_refused_before_the_engine_starts() -> None:
@@ -196,13 +235,14 @@ def test_presets_that_cannot_be_used_are_refused_with_the_file_s_name(tmp_path: 
 
 
 def test_a_policy_that_the_model_cannot_follow_is_refused_before_any_request() -> None:
-    without_cls = FamilyDefaults(clip_alpha=0.5, provides=frozenset({"grid", "positions"}))
+    family = FamilyDefaults(clip_alpha=0.5, provides=frozenset({"grid", "positions"}))
+    without_cls: Any = SimpleNamespace(family=family, place=lambda policy, param: ("api", None))
     presets = {"mine": PruningPolicy.parse({"method": "fastervlm"})}
-    Policies.of("fast").refuse_impossible(without_cls)
+    Policies.of("fast").placements(without_cls)
     with pytest.raises(PolicyError, match=r"mine\.method: method fastervlm needs cls_attention"):
-        Policies.of("fast", presets).refuse_impossible(without_cls)
+        Policies.of("fast", presets).placements(without_cls)
     with pytest.raises(PolicyError, match=r"--pruning-default\.method: method fastervlm needs cls_attention"):
-        Policies.of({"method": "fastervlm"}).refuse_impossible(without_cls)
+        Policies.of({"method": "fastervlm"}).placements(without_cls)
 
 
 # --- VLLM_PLUGINS ---------------------------------------------------------------------------------------------------
