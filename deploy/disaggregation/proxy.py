@@ -35,7 +35,10 @@ ENCODED = (
 """Fields of a request that decide what is encoded; the others concern the answer."""
 
 HOP_BY_HOP = frozenset(
-    "connection expect host keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split()
+    (
+        *("connection", "expect", "host", "keep-alive", "proxy-authenticate", "proxy-authorization"),
+        *("te", "trailer", "transfer-encoding", "upgrade"),
+    )
 )
 OF_THE_BODY = frozenset({"content-length", "content-type", "content-encoding", "accept-encoding"})
 
