@@ -34,9 +34,10 @@ def running_server(
     command: Sequence[str] = ("-m", "vllm_vtprune.cli", "serve"),
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
+    port: int | None = None,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[str]:
-    """Run ``vtprune serve ARGUMENTS`` on a free port until the context ends.
+    """Run ``vtprune serve ARGUMENTS`` until the context ends.
 
     Within the context, SIGTERM raises `SystemExit` in this process, so that the server is stopped. If this process is
     killed, the server is killed, too.
@@ -46,6 +47,7 @@ def running_server(
         command: arguments for this Python, to start other servers.
         environment: additional environment variables.
         log: file for the server's output; None: a temporary file.
+        port: None: a free one.
         on_wait: called about once a second during startup with the elapsed seconds.
 
     Yields:
@@ -54,7 +56,7 @@ def running_server(
     Raises:
         ServerFailed: the server did not start.
     """
-    port = free_port()
+    port = free_port() if port is None else port
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="vtprune-") as scratch, ExitStack() as stack:
         stack.enter_context(_exit_on_sigterm())

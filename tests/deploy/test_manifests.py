@@ -108,20 +108,25 @@ def documents(name: str) -> list[Document]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
-def composed() -> Document:
-    """compose.yaml, with every variable at its default and the merge keys followed."""
-    text = (DEPLOY / "compose.yaml").read_text()
+COMPOSE = ["compose.yaml", "disaggregation/compose.yaml"]
+
+
+def composed(name: str = "compose.yaml") -> Document:
+    """A compose file, with every variable at its default and the merge keys followed."""
+    text = (DEPLOY / name).read_text()
     return yaml.safe_load(re.sub(r"\$\{(\w+):-([^}]*)\}", r"\2", text))
 
 
-def test_compose_is_valid() -> None:
-    compose = compose_spec.PyCompose.from_json(json.dumps(composed()))
+@pytest.mark.parametrize("file", COMPOSE)
+def test_compose_is_valid(file: str) -> None:
+    compose = compose_spec.PyCompose.from_json(json.dumps(composed(file)))
     compose.validate()
     compose.to_spec()
 
 
-def test_every_service_of_compose_is_limited_and_restarts() -> None:
-    for name, service in composed()["services"].items():
+@pytest.mark.parametrize("file", COMPOSE)
+def test_every_service_of_compose_is_limited_and_restarts(file: str) -> None:
+    for name, service in composed(file)["services"].items():
         assert service["restart"] == "unless-stopped", name
         limits = service["deploy"]["resources"]["limits"]
         assert "memory" in limits, name
@@ -147,6 +152,35 @@ def test_what_compose_mounts_is_there() -> None:
         composed()["services"][f"server-{one}"]["networks"]["default"]["aliases"] == ["server"]
         for one in ("gpu", "cpu")
     )
+
+
+def test_a_producer_and_a_consumer_differ_in_role_and_gpu_alone() -> None:
+    services = composed("disaggregation/compose.yaml")["services"]
+    connectors, gpus, commands = [], [], []
+    for name in ("producer", "consumer"):
+        *command, connector = services[name]["command"]
+        connectors.append(json.loads(connector))
+        assert connectors[-1].pop("ec_role") == f"ec_{name}"
+        (gpu,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        gpus.append(gpu["device_ids"])
+        commands.append(command)
+        assert services[name]["volumes"] == ["cache:/home/vllm/.cache"]
+        assert services[name]["image"] == f"vllm-vtprune:{__version__}"
+    assert connectors[0] == connectors[1]
+    assert commands[0] == commands[1]
+    assert gpus[0] != gpus[1]
+    path = connectors[0]["ec_connector_extra_config"]["shared_storage_path"]
+    assert path.startswith("/home/vllm/.cache/"), "in the volume that both have, where the image's user may write"
+    assert {"http://producer:8000", "http://consumer:8000"} <= set(services["proxy"]["command"])
+    source, target, _ = services["proxy"]["volumes"][0].split(":")
+    assert (DEPLOY / "disaggregation" / source).is_file()
+    assert services["proxy"]["entrypoint"] == ["python3", target]
+
+
+def test_the_default_of_a_producer_is_a_preset_that_an_engine_can_follow() -> None:
+    command = composed("disaggregation/compose.yaml")["services"]["producer"]["command"]
+    preset = BUILTIN_PRESETS[command[command.index("--pruning-default") + 1]]
+    assert preset["budget"]["type"] in ("tokens", "ratio")
 
 
 @pytest.mark.parametrize("document", documents("kubernetes/server.yaml"), ids=lambda document: document["kind"])

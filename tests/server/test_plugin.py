@@ -21,7 +21,7 @@ def test_a_model_that_is_not_pruned_stops_the_start_if_it_is_to_be_pruned(
     processor: object, encodes_only: bool, why: str
 ) -> None:
     """vLLM answers /health only after this has returned."""
-    config = SimpleNamespace(is_mm_encoder_only=encodes_only, kv_transfer_config=None)
+    config = SimpleNamespace(is_mm_encoder_only=encodes_only, kv_transfer_config=None, ec_transfer_config=None)
     client = SimpleNamespace(renderer=SimpleNamespace(mm_processor=processor), vllm_config=config)
     state = State()
     args = Namespace(model="some-model", pruning_default="balanced")
