@@ -142,9 +142,9 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "--pruning-placement",
         choices=("auto", "api", "engine"),
         metavar="PLACEMENT",
-        help="Where tokens are selected: auto, api or engine. engine: in the engine's encoder step, for budgets in tokens or as a ratio; "
-        "other policies are refused, and API processes hold no vision encoder. api: in the API process. auto "
-        "(default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
+        help="Where tokens are selected: auto, api or engine. engine: in the engine's encoder step, for budgets in tokens "
+        "or as a ratio; other policies are refused, and API processes hold no vision encoder. api: in the API process. "
+        "auto (default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
     )
 
 
