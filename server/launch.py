@@ -11,7 +11,7 @@ import sys
 import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.plugin.version import require_tested_vllm
@@ -34,6 +34,15 @@ PLUGIN_GROUPS = (
 EMBEDDED_NAME = "vtprune-demo"
 SHUTDOWN_TIMEOUT = 20
 """Seconds for running requests to finish after SIGTERM; vLLM's default is 0. Kubernetes kills after 30."""
+
+VLLM_OPTIONS: dict[str, dict[str, Any]] = {
+    "--host": {"default": ""},
+    "--port": {"type": int, "default": 8000},
+    "--headless": {"action": "store_true", "dest": "no_port"},
+    "--uds": {"dest": "no_port"},
+    "--config": {"dest": "no_port"},
+}
+"""Options of `vllm serve` that tell which port is used; with a config file that is not known early."""
 
 EXAMPLES = f"""examples:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
@@ -142,9 +151,9 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "--pruning-placement",
         choices=("auto", "api", "engine"),
         metavar="PLACEMENT",
-        help="Where tokens are selected: auto, api or engine. engine: in the engine's encoder step, for budgets in tokens "
-        "or as a ratio; other policies are refused, and API processes hold no vision encoder. api: in the API process. "
-        "auto (default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
+        help="Where tokens are selected: auto, api or engine. engine: in the engine's encoder step, for budgets in "
+        "tokens or as a ratio; other policies are refused, and API processes hold no vision encoder. api: in the API "
+        "process. auto (default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
     )
 
 
@@ -163,10 +172,8 @@ def check_early(argv: list[str]) -> None:
         prog="vtprune serve", usage="vtprune serve --help", add_help=False, allow_abbrev=False
     )
     add_pruning_options(parser)
-    parser.add_argument("--headless", action="store_true", dest="no_port")
-    parser.add_argument("--uds", "--config", dest="no_port", nargs="?", const=True)
-    parser.add_argument("--host", default="")
-    parser.add_argument("--port", type=int, default=8000)
+    for name, options in VLLM_OPTIONS.items():
+        parser.add_argument(name, **options)
     args, _ = parser.parse_known_args(argv)
     try:
         Policies.of(args.pruning_default, args.pruning_presets)
