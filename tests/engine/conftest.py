@@ -31,6 +31,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def placement_api() -> Iterator[None]:
+    """Tokens are selected in the API process by processors that are made in this module, whatever the budget."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VTPRUNE_PLACEMENT", "api")
+        yield
+
+
 @pytest.fixture(scope="session", params=["V1", pytest.param("V2", marks=pytest.mark.verify)])
 def model_runner(request: pytest.FixtureRequest) -> str:
     """Which of vLLM's model runners the engines below have, but for `uncached`. `test_v2.py` is V2's in `make test`."""

@@ -60,7 +60,7 @@ def test_a_wrong_policy_is_refused_by_name(cached: Engine, pruning: object, para
 
 def test_a_policy_for_the_whole_engine_is_refused_at_start(checkpoint: Path) -> None:
     with (
-        pytest.raises(ValueError, match=r"mm_processor_kwargs\.pruning is set for the whole engine"),
+        pytest.raises(ValueError, match=r"mm_processor_kwargs\.pruning: set for the whole engine"),
         running_engine(checkpoint, "refused", mm_processor_kwargs={"pruning": "balanced"}),
     ):
         pass

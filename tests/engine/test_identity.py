@@ -31,6 +31,8 @@ from vllm_vtprune.plugin.weights import RecordsLoads, WeightsNotInCheckpoint
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 
+pytestmark = pytest.mark.usefixtures("placement_api")
+
 BUS = "Where is the bus?"
 TOKENS = {"budget": {"type": "tokens", "keep": 48}}
 ENERGY = {"budget": {"type": "energy", "threshold": 0.9, "min_tokens": 1}}

@@ -34,6 +34,8 @@ from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
 from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
 
+pytestmark = pytest.mark.usefixtures("placement_api")
+
 ANSWERED = 5
 """The first token of an answer."""
 

@@ -35,7 +35,7 @@ from vllm.plugins import load_general_plugins
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import PreparedImage, VisualFeatures
-from vllm_vtprune.plugin import vision
+from vllm_vtprune.plugin import reading
 from vllm_vtprune.plugin.family import DynamicResolution, in_language_model
 from vllm_vtprune.plugin.image import encode_image, preprocess, warm_up
 from vllm_vtprune.plugin.vision import Encoder
@@ -414,11 +414,11 @@ def tensors(features: VisualFeatures) -> dict[str, Tensor]:
     return {name: value for name, value in vars(features).items() if isinstance(value, Tensor)}
 
 
-@pytest.mark.parametrize("most", [300, vision.BATCH_PATCHES])
+@pytest.mark.parametrize("most", [300, reading.BATCH_PATCHES])
 def test_images_of_one_batch_and_images_alone(
     most: int, tower: Any, images: list[PreparedImage], found: Sequence[VisualFeatures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision, "BATCH_PATCHES", most)
+    monkeypatch.setattr(reading, "BATCH_PATCHES", most)
     for together, alone in zip(tower.encode(images[::-1])[::-1], found, strict=True):
         assert tensors(together).keys() == tensors(alone).keys()
         assert (together.grid, together.grids) == (alone.grid, alone.grids)

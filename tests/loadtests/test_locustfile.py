@@ -137,7 +137,10 @@ def test_where_all_users_are_busy_times_count_from_when_a_request_was_due(tmp_pa
     assert sent[-1].lag > sent[2].lag > 0.2, "each has waited longer than those before"
     assert {record.error for record in unsent} == {"not sent: all users were busy to the end"}
     pacing = json.loads((tmp_path / "result.json").read_text())["vtprune"]
-    assert (pacing["unsent"], pacing["max_lag_ms"]) == (len(unsent), pytest.approx(1000 * sent[-1].lag))
+    assert (pacing["unsent"], pacing["max_lag_ms"]) == (
+        len(unsent),
+        pytest.approx(1000 * max(record.lag for record in sent)),
+    )
     assert (pacing["punctual"], pacing["achieved_rate"]) < (0.2, 4)
     assert "sent after it was due, p99 (ms)" in (tmp_path / "report.html").read_text()
     assert done.returncode == 1

@@ -20,6 +20,7 @@ from tests.support.chat import (
     VISUAL_TOKENS,
     Body,
     Server,
+    by_energy,
     data_of,
     fresh_url,
     kept,
@@ -91,7 +92,11 @@ def test_stages_are_spans_below_the_request_s(operated: Server, collector: Colle
     trace_id = TRACE_ID[:-1] + str(int(stream))
     headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
     began = time.time_ns()
-    body = {"messages": [user("Where is the dog?", fresh_url(), fresh_url())], "pruning": "fast", "stream": stream}
+    body = {
+        "messages": [user("Where is the dog?", fresh_url(), fresh_url())],
+        "pruning": by_energy(64),
+        "stream": stream,
+    }
     assert operated.post(body, headers=headers).status_code == 200
 
     spans = spans_of(collector, trace_id, *OF_A_REQUEST, *OF_AN_IMAGE)
@@ -125,7 +130,9 @@ def test_stages_are_spans_below_the_request_s(operated: Server, collector: Colle
 def test_spans_last_as_long_as_the_report_says(operated: Server, collector: Collector) -> None:
     trace_id = TRACE_ID[:-1] + "2"
     headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
-    response = operated.post({"messages": [user("Where is the dog?", fresh_url())], "pruning": "fast"}, headers=headers)
+    response = operated.post(
+        {"messages": [user("Where is the dog?", fresh_url())], "pruning": by_energy(64)}, headers=headers
+    )
     timings = response.json()["pruning"]["timings_ms"]
     spans = spans_of(collector, trace_id, *OF_A_REQUEST)
     for stage in STAGES:
@@ -143,7 +150,7 @@ def test_a_request_that_is_refused_is_traced_too(operated: Server, collector: Co
 
 def test_without_a_caller_s_trace_one_is_begun(operated: Server, collector: Collector) -> None:
     before = {span.trace_id for span in collector.spans}
-    operated.ask(messages=[user("Where is the dog?", fresh_url())], pruning="fast")
+    operated.ask(messages=[user("Where is the dog?", fresh_url())], pruning=by_energy(64))
     deadline = time.monotonic() + 120
     while not (fresh := [s for s in list(collector.spans) if s.name == "llm_request" and s.trace_id not in before]):
         assert time.monotonic() < deadline

@@ -15,6 +15,7 @@ from tests.support.chat import (
     SMALL_KV_CACHE,
     VISUAL_TOKENS,
     Server,
+    by_energy,
     data_of,
     fresh_url,
     kept,
@@ -105,7 +106,7 @@ def test_both_api_processes_answer_and_their_metrics_add_up(two_processes: Serve
     asked, encoded = 0, 0.0
     seen = set()
     while encoded < 2 and asked < 64:
-        answer = two_processes.ask(messages=messages)
+        answer = two_processes.ask(messages=messages, pruning=by_energy(64))
         asked += 1
         seen.add((*kept(answer), answer["choices"][0]["message"]["content"]))
         (encoded,) = two_processes.metrics().since(before, "vtprune:feature_cache_misses_total")
@@ -119,7 +120,7 @@ def test_refusals_bypasses_and_bytes_add_up_too(two_processes: Server) -> None:
     """Requests take turns between the processes, so each of them counted some."""
     before = two_processes.metrics()
     for thing in THINGS:
-        two_processes.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning="fast")
+        two_processes.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning=by_energy(64))
         assert two_processes.post({"messages": [user(thing, fresh_url())], "pruning": "no such"}).status_code == 400
         everything = {"budget": {"type": "tokens", "keep": VISUAL_TOKENS}}
         answer = two_processes.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning=everything)

@@ -140,7 +140,9 @@ class PromptJobs:
         planned = runtime.planned.get(job.plan_key)
         if planned is not None and cache is not None and cache.is_cached([planned[0]])[0]:
             job.item_hash, report = planned
-            job.report = replace(report, nouns=job.nouns, text_fallback=job.text_fallback)
+            job.report = replace(
+                report, nouns=job.nouns, text_fallback=job.text_fallback, placement_reason=job.placement_reason
+            )
             job.encoding = None
         elif job.early_key != (job.feature_key, runtime.generation):
             job.encoding = runtime.encoder.find(job.feature_key)
