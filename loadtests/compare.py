@@ -2,13 +2,13 @@
 
     python -m loadtests.compare --out build/loadtest                  # about four minutes on two cores
     python -m loadtests.compare --out build/loadtest --users 8 --seconds 60 --rounds 5 --kinds Conversations
+    python -m loadtests.compare --out build/placement --users 1 16 --arms stock fast@api fast@engine 0.333@engine
 
-Both servers run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms. In a
+The servers of all arms run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms. In a
 round, all arms have the same seed, that is the same pictures and questions; the first arm rotates.
 
-- stock:     stock vLLM
-- off:       our server with ``pruning: false``
-- balanced:  our server at the preset ``balanced``
+An arm is ``stock`` (stock vLLM), or POLICY or POLICY@PLACEMENT for our server. POLICY is a preset or the share of tokens
+to keep; PLACEMENT is ``auto``, ``api`` or ``engine``, and each has a server of its own.
 
 The checkpoint is generated with random weights: its answers are meaningless, and its times are not those of a released
 model. ``--out`` gets ``result-ARM.json``, ``report.html``, and a folder per turn. The exit status is 1 if a request
