@@ -4,7 +4,7 @@
     python -m loadtests.compare --out build/loadtest --users 8 --seconds 60 --rounds 5 --kinds Conversations
     python -m loadtests.compare --out build/placement --users 1 16 --arms stock fast@api fast@engine 0.333@engine
 
-The servers of all arms run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms. In a
+All servers run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms. In a
 round, all arms have the same seed, that is the same pictures and questions; the first arm rotates.
 
 An arm is ``stock`` (stock vLLM), or POLICY or POLICY@PLACEMENT for our server. POLICY is a preset or the share of tokens
