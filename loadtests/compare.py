@@ -7,8 +7,8 @@
 All servers run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms. In a
 round, all arms have the same seed, that is the same pictures and questions; the first arm rotates.
 
-An arm is ``stock`` (stock vLLM), or POLICY or POLICY@PLACEMENT for our server. POLICY is a preset or the share of tokens
-to keep; PLACEMENT is ``auto``, ``api`` or ``engine``, and each has a server of its own.
+An arm is ``stock`` (stock vLLM), or POLICY or POLICY@PLACEMENT for our server. POLICY is a preset or the share of
+tokens to keep; PLACEMENT is ``auto``, ``api`` or ``engine``. Each placement has a server of its own.
 
 The checkpoint is generated with random weights: its answers are meaningless, and its times are not those of a released
 model. ``--out`` gets ``result-ARM.json``, ``report.html``, and a folder per turn. The exit status is 1 if a request
