@@ -62,6 +62,7 @@ def processes_that_loaded_a_tower(server: Server) -> list[str]:
 
 
 def test_only_the_api_process_loads_the_tower(server: Server) -> None:
+    server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=by_energy(64))
     [process] = processes_that_loaded_a_tower(server)
     assert re.fullmatch(r"APIServer pid=\d+", process)
 
