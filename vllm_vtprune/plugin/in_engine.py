@@ -17,7 +17,6 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from vllm_vtprune import envs
 from vllm_vtprune.cache import BoundedTable
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
@@ -30,6 +29,8 @@ from vllm_vtprune.sequence import sequence
 
 logger = init_logger("vllm.vtprune")
 
+KEPT_BYTES = 64 * 1024**2
+"""Main memory for the positions of kept tokens, by image, policy and nouns: for 128 tokens, 131,072 images."""
 KEPT = "kept"
 """Attribute of an image's embeddings in vLLM's encoder cache: (k,) int64, which of its tokens they are."""
 
@@ -78,7 +79,7 @@ class TokenSelector:
         self._family = family
         self._reader = FeatureReader(model, family, config)
         self._token_rows = _token_rows(model, config)
-        self._kept: BoundedTable[str, Tensor] = BoundedTable(envs.report_table_size())
+        self._kept: BoundedTable[str, Tensor] = BoundedTable(KEPT_BYTES, lambda kept: kept.nbytes)
 
     def prune(
         self, encode: Callable[..., Any], fields: Mapping[str, Any], selections: Sequence[Selection]
@@ -104,13 +105,14 @@ class TokenSelector:
         return pruned
 
     def _prune(self, features: VisualFeatures, selection: Selection) -> Tensor:
-        kept = self._kept.get(selection.key)
+        known = self._kept.get(selection.key)
         if selection.keep >= features.num_tokens:
-            kept = torch.arange(features.num_tokens, device=features.embeds.device)
-        if kept is None or selection.policy.chosen.merges:
+            known = torch.arange(features.num_tokens)
+        if known is None or selection.policy.chosen.merges:
             kept, embeds = self._plan(features, selection)
-            self._kept.put(selection.key, kept)
+            self._kept.put(selection.key, kept.to("cpu", torch.int32))
         else:
+            kept = known.to(features.embeds.device, torch.long)
             embeds = features.embeds[kept]
         rows = sequence(features, PruningPlan(kept, kept, len(kept), None, embeds, {}))
         setattr(rows, KEPT, kept)
@@ -140,7 +142,7 @@ class TokenSelector:
             if len(plan.kept) == selection.keep:
                 return plan.kept, plan.embeds.to(features.embeds)
             problem = f"{len(plan.kept)} tokens were selected, {selection.keep} announced"
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             problem = str(error)
         logger.error("Image %s: tokens at equal distances are kept, as selection failed: %s", selection.key, problem)
         kept = torch.arange(selection.keep, device=features.embeds.device) * features.num_tokens // selection.keep
