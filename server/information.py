@@ -95,7 +95,7 @@ def pruning_information(
         models=models,
         default=policies.default.dump(),
         default_preset=policies.default_preset,
-        presets={name: policy.dump() for name, policy in policies.presets.items()},
+        presets={name: policy.dump() for name, policy in policies.available.items()},
         aliases=aliases,
         family=None if family is None else family.name,
         untuned=family is not None and not family.tuned,

@@ -18,7 +18,7 @@ from vllm_vtprune.plugin.version import require_tested_vllm
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.presets import PresetsError, read_presets
 from vllm_vtprune_checkpoints import embedded_checkpoint
-from vllm_vtprune_server.policies import Policies
+from vllm_vtprune_server.policies import Policies, fixed_counts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -75,7 +75,6 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_vtprune.plugin.compat import counts_must_be_fixed
     from vllm_vtprune_server import memory
 
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
@@ -91,16 +90,16 @@ def serve(argv: list[str]) -> None:
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
     memory.mark_defaults(serve_parser)
     args = parser.parse_args(["serve", *_with_model(argv)])
+    if "pruning_placement" in args:  # maybe from a config file
+        os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     try:
         policies = Policies.of(
-            args.pruning_default, args.pruning_presets, fixed_counts=counts_must_be_fixed(args.kv_transfer_config)
+            args.pruning_default, args.pruning_presets, fixed_counts=fixed_counts(args.kv_transfer_config)
         )
     except PolicyError as error:
         serve_parser.error(str(error))
     command.validate(args)
     refuse_other_front_ends(args)
-    if args.pruning_placement is not None:
-        os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     os.environ.setdefault("VTPRUNE_LOAD_FORMAT", str(args.load_format))
     if args.download_dir is not None:
         os.environ.setdefault("VTPRUNE_DOWNLOAD_DIR", str(args.download_dir))
@@ -150,6 +149,7 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pruning-placement",
         choices=("auto", "api", "engine"),
+        default=argparse.SUPPRESS,
         metavar="PLACEMENT",
         help="Where tokens are selected: auto, api or engine. engine: in the engine's encoder step, for budgets in "
         "tokens or as a ratio; other policies are refused, and API processes hold no vision encoder. api: in the API "
@@ -158,7 +158,7 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_early(argv: list[str]) -> None:
-    """Judge the pruning options and the port before vLLM is imported, which takes half a minute.
+    """Judge the pruning options and the port before vLLM is imported, which takes half a minute; set the placement.
 
     Args:
         argv: the command line after ``vtprune serve``.
@@ -175,9 +175,11 @@ def check_early(argv: list[str]) -> None:
     for name, options in VLLM_OPTIONS.items():
         parser.add_argument(name, **options)
     args, _ = parser.parse_known_args(argv)
+    if "pruning_placement" in args:
+        os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     try:
-        Policies.of(args.pruning_default, args.pruning_presets)
-    except PolicyError as error:
+        Policies.of(args.pruning_default, args.pruning_presets, fixed_counts=fixed_counts())
+    except (PolicyError, ValueError) as error:
         parser.error(str(error))
     if not args.no_port and args.port:
         refuse_used_port(args.host, args.port)

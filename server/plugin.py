@@ -18,7 +18,6 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.logger import init_logger
 
 from vllm_vtprune import __version__, metrics
-from vllm_vtprune.plugin.compat import counts_must_be_fixed
 from vllm_vtprune.plugin.compat.server import replace_registry
 from vllm_vtprune.plugin.image import warm_up
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -29,7 +28,7 @@ from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes
 from vllm_vtprune_server.information import PruningInformation, pruning_information
 from vllm_vtprune_server.outcome import ROUTE, TRACE, OutcomeMiddleware
-from vllm_vtprune_server.policies import Policies
+from vllm_vtprune_server.policies import Policies, fixed_counts
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.route import PruningRoute
 from vllm_vtprune_server.sender_cache import resend_unsent_images
@@ -147,7 +146,7 @@ class ServerPlugin:
         policies = Policies.of(
             getattr(args, "pruning_default", None),
             getattr(args, "pruning_presets", None),
-            fixed_counts=counts_must_be_fixed(engine_client.vllm_config.kv_transfer_config),
+            fixed_counts=fixed_counts(engine_client.vllm_config.kv_transfer_config),
         )
         if processor is not None:
             processor.engine = engine_client.vllm_config
@@ -173,11 +172,11 @@ class ServerPlugin:
             runtime = mm_processor.runtime if has_runtime else runtime_without_tower(engine_client.model_config)
             encoder_labels = "none", "none", "none"
         runtime.clients_write_prompts = True
-        metrics.start(runtime.model_name, policies.presets)
+        metrics.start(runtime.model_name, policies.available)
         versions = (__version__, vllm.__version__)
         metrics.BUILD_INFO.labels(runtime.model_name, *versions, *encoder_labels, text_pipeline_name()).set(1)
         models = state.openai_serving_models
-        replace_registry(models, AliasedModels(models, policies.presets))
+        replace_registry(models, AliasedModels(models, policies.available))
         state.openai_serving_chat = PruningServingChat.take_over(
             state.openai_serving_chat,
             processor=processor,

@@ -6,14 +6,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_vtprune import envs
 from vllm_vtprune.policy import EnergyBudget, MethodBudget, PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
 from vllm_vtprune.report import Placement
 
 if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
+
     from vllm_vtprune.plugin.processor import PruningProcessor
 
 DEFAULT_PARAM = "--pruning-default"
+
+
+def fixed_counts(kv_transfer_config: KVTransferConfig | None = None) -> str:
+    """The option of this server that requires token counts independent of features; empty if there is none.
+
+    Raises:
+        ValueError: VTPRUNE_PLACEMENT is not a placement.
+    """
+    if envs.placement() == "engine":
+        return "--pruning-placement engine"
+    if kv_transfer_config is None:
+        return ""
+    from vllm_vtprune.plugin.compat import counts_must_be_fixed  # imports vLLM
+
+    return counts_must_be_fixed(kv_transfer_config)
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,8 @@ class Policies:
         for name, policy in self.presets.items():
             policy.resolve(processor.family, param=name)
         resolved = {name: policy.resolve(processor.family, param=name) for name, policy in self.chosen.items()}
-        return {processor.place(policy, param=name)[0] for name, policy in resolved.items() if policy.selects}
+        selecting = {name: policy for name, policy in resolved.items() if policy.selects and self._accepts(policy)}
+        return {processor.place(policy, param=name)[0] for name, policy in selecting.items()}
 
     def parse(self, value: object, *, param: str = "pruning") -> PruningPolicy:
         """Parse a request's policy; None means the server's default.
@@ -83,7 +102,16 @@ class Policies:
 
     def _refuse_counts(self, policy: PruningPolicy, param: str, value: object) -> None:
         """Raise PolicyError for a feature-dependent token count under `fixed_counts`."""
-        if self.fixed_counts and policy.enabled and isinstance(policy.budget, EnergyBudget | MethodBudget):
+        if not self._accepts(policy):
             kind = policy.budget.type
-            problem = f'a budget of the type "{kind}" cannot be used with {self.fixed_counts}: instances could disagree'
+            problem = f'a budget of the type "{kind}" depends on features and cannot be used with {self.fixed_counts}'
             raise PolicyError(param, value, 'a budget of the type "tokens" or "ratio"', problem)
+
+    def _accepts(self, policy: PruningPolicy) -> bool:
+        depends_on_features = policy.enabled and isinstance(policy.budget, EnergyBudget | MethodBudget)
+        return not (self.fixed_counts and depends_on_features)
+
+    @property
+    def available(self) -> dict[str, PruningPolicy]:
+        """The presets that this server follows."""
+        return {name: policy for name, policy in self.presets.items() if self._accepts(policy)}

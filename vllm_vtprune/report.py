@@ -61,6 +61,8 @@ class ImageReport:
     ) -> ImageReport:
         """The report of an image under its policy; ``reason`` is its `bypass_reason` if no token was dropped."""
         bypassed = policy.enabled and kept_tokens >= visual_tokens
+        if bypassed:
+            measured |= {"placement": None, "placement_reason": None}
         return cls(policy.method, visual_tokens, kept_tokens, bypass_reason=reason if bypassed else None, **measured)
 
     def as_cached(self) -> ImageReport:

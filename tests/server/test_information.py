@@ -16,7 +16,7 @@ from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_checkpoints import tiny_checkpoint
-from vllm_vtprune_server.policies import Policies
+from vllm_vtprune_server.policies import Policies, fixed_counts
 
 pytestmark = pytest.mark.engine
 
@@ -124,12 +124,17 @@ def test_the_encoder_is_loaded_at_the_start_where_an_operator_s_policy_needs_it(
     assert Policies.of(default, own).placements(processor) == placements
 
 
-def test_a_default_that_the_engine_cannot_follow_stops_the_start() -> None:
+def test_a_default_that_the_engine_cannot_follow_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets that it cannot follow do not: they are not among those that clients may name."""
+    monkeypatch.setenv("VTPRUNE_PLACEMENT", "engine")
     place = partial(EnginePlacement("engine").place, family=WITH_CLIP)
     processor: Any = SimpleNamespace(family=WITH_CLIP, place=place)
-    Policies.of("fast").placements(processor)  # though the package's presets have energy budgets
-    with pytest.raises(PolicyError, match=r'--pruning-default\.budget\.type: budget "energy" needs features'):
-        Policies.of("balanced").placements(processor)
+    mine = {"mine": PruningPolicy.parse("quality")}
+    policies = Policies.of("fast", mine, fixed_counts=fixed_counts())
+    assert policies.placements(processor) == {"engine"}
+    assert list(policies.available) == ["off", "fast"]
+    with pytest.raises(PolicyError, match=r'--pruning-default: a budget of the type "energy" depends on features'):
+        Policies.of("balanced", fixed_counts=fixed_counts())
 
 
 def test_an_engine_that_selects_alone() -> None:
@@ -144,11 +149,12 @@ def test_an_engine_that_selects_alone() -> None:
             refused = served.post({"messages": messages, "pruning": "balanced"})
             assert refused.status_code == 400
             error = refused.json()["error"]
-            assert error["param"] == "pruning.budget.type"
+            assert error["param"] == "pruning"
             assert error["message"] == (
-                'pruning.budget.type: budget "energy" needs features before scheduling, and this server selects in its '
-                'engine only; expected "tokens" or "ratio".'
+                'pruning: a budget of the type "energy" depends on features and cannot be used with '
+                '--pruning-placement engine; expected a budget of the type "tokens" or "ratio".'
             )
+            assert list(information["presets"]) == ["off", "fast"], "those that it follows"
 
 
 def test_its_schema_is_typed(server: Server) -> None:

@@ -154,8 +154,8 @@ def test_a_default_whose_count_depends_on_features_is_refused_beside_kv_transfer
     done = run_cli("serve", "--pruning-default", "balanced", "--kv-transfer-config", NIXL)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
-        '--pruning-default: a budget of the type "energy" cannot be used with kv_transfer_config.kv_connector='
-        'NixlConnector: instances could disagree; expected a budget of the type "tokens" or "ratio".'
+        '--pruning-default: a budget of the type "energy" depends on features and cannot be used with '
+        'kv_transfer_config.kv_connector=NixlConnector; expected a budget of the type "tokens" or "ratio".'
     )
 
 

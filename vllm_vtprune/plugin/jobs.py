@@ -147,7 +147,9 @@ class PromptJobs:
         elif job.early_key != (job.feature_key, runtime.generation):
             job.encoding = runtime.encoder.find(job.feature_key)
             if job.encoding is None:
-                image = preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs)
+                image = runtime.prepared.get(job.feature_key) or preprocess(
+                    self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs
+                )
                 job.encoding = runtime.encoder.submit(job.feature_key, image)
 
     def _choose_area(self, job: ImageJob) -> None:
