@@ -73,7 +73,9 @@ def test_a_model_that_is_named_like_an_alias_is_listed_once_and_is_what_it_says(
             assert served.client.get(f"/v1/models/{name}").json()["root"] == root
 
 
-def test_it_tells_what_runs(information: dict[str, Any]) -> None:
+def test_it_tells_what_runs(server: Server) -> None:
+    server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=by_energy(64))  # loads the encoder
+    information = server.get("/v1/pruning").json()
     tower = information["tower"]
     assert (tower["weights"], tower["dtype"]) == ("checkpoint", "float32")
     assert tower["device"].startswith(("cpu", "cuda"))

@@ -28,7 +28,7 @@ from vllm_vtprune_server import media
 from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.outcome import OutcomeMiddleware
 from vllm_vtprune_server.plugin import router
-from vllm_vtprune_server.policies import Policies
+from vllm_vtprune_server.policies import Policies, fixed_counts
 from vllm_vtprune_server.serving import PruningServingChat
 
 NAME = "model"
@@ -92,8 +92,8 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
     models = OpenAIServingModels(engine, [BaseModelPath(name, name) for name in names])
     stock = OpenAIServingChat(engine, models, "assistant", online_renderer=online_renderer, **settings)
     processor = engine.renderer.mm_processor
-    policies = Policies.of({"budget": {"type": "tokens", "keep": 8}}, None)
-    models.registry = AliasedModels(models, policies.presets)
+    policies = Policies.of({"budget": {"type": "tokens", "keep": 8}}, None, fixed_counts=fixed_counts())
+    models.registry = AliasedModels(models, policies.available)
 
     app = FastAPI()
     app.state.args = Namespace(log_error_stack=False)
