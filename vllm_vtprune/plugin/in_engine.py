@@ -70,9 +70,12 @@ class TokenSelector:
     """Selects the tokens of the images that a model of the engine encodes.
 
     Args:
-        model: of vLLM's.
-        family: of the model.
-        config: of the model.
+        model: vLLM's model, whose encoder is read.
+        family: the model's family.
+        config: vLLM's config of the model.
+
+    Raises:
+        TowerError: an instance that only encodes, and the checkpoint holds no input embeddings.
     """
 
     def __init__(self, model: nn.Module, family: Family, config: ModelConfig) -> None:
@@ -88,7 +91,7 @@ class TokenSelector:
 
         Args:
             encode: the stock model's ``embed_multimodal``.
-            fields: of it, for all images.
+            fields: its arguments for all images, as vLLM batches them.
             selections: one for each image.
 
         Returns:
