@@ -51,7 +51,7 @@ format: setup ## let ruff rewrite what it can
 test: style ## lint, and the tests (a fixed sample of every large grid) beside mypy
 	@mkdir -p build
 	@$(MAKE) --no-print-directory types >build/types.log 2>&1 & types=$$!; \
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 40; tests=$$?; \
+	$(BIN)/python -m pytest -q --numprocesses 3 --dist loadgroup --no-loadscope-reorder --durations 40; tests=$$?; \
 	wait $$types; types=$$?; cat build/types.log; exit $$((tests + types))
 
 verify: setup ## the tests with the whole grids; writes docs/verification.json

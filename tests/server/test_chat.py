@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.support.chat import (
     DONE,
+    ENDLESS,
     VISUAL_TOKENS,
     Body,
     Server,
@@ -371,15 +372,7 @@ def test_requests_at_the_same_time_get_their_own_reports(server: Server) -> None
 
 def test_a_client_that_hangs_up_ends_its_request(server: Server) -> None:
     messages = [user("Where is the dog?", fresh_url())]
-    body = {
-        **server.defaults,
-        "messages": messages,
-        "stream": True,
-        "max_tokens": 1800,
-        "ignore_eos": True,
-        "n": 4,
-        "temperature": 1,
-    }
+    body = {**server.defaults, **ENDLESS, "messages": messages}
     before = server.metrics()
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as answer:
         assert next(answer.iter_lines()).startswith("data: ")

@@ -18,7 +18,7 @@ import pytest
 
 from loadtests.client import ask, connect
 from loadtests.records import Record
-from tests.support.chat import DONE, Body, Server, data_of, fresh_url, kept, random_model, user
+from tests.support.chat import DONE, ENDLESS, Body, Server, data_of, fresh_url, kept, random_model, user
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
@@ -27,7 +27,6 @@ ERROR_WITHIN = 30.0
 BACK_WITHIN = 240.0
 STREAMS, WHOLE = 4, 2
 SHORT: Body = {"pruning": "fast", "max_tokens": 4, "ignore_eos": True}
-ENDLESS: Body = {"pruning": "fast", "max_tokens": 1900, "ignore_eos": True, "n": 4, "temperature": 1}
 # What a restart policy does: start it again whenever it has ended.
 SUPERVISOR = 'while :; do "$@"; echo "supervisor: ended with status $?"; sleep 1; done'
 # A request may be refused, or find the door closed while there is no server, or closing at that moment; once it is
@@ -104,7 +103,7 @@ def test_clients_are_told_health_goes_red_and_a_restart_recovers(
     begun = threading.Barrier(STREAMS + 1)
 
     def stream() -> str:
-        body = {**supervised.defaults, **ENDLESS, "messages": [user("Where?", fresh_url())], "stream": True}
+        body = {**supervised.defaults, **ENDLESS, "pruning": "fast", "messages": [user("Where?", fresh_url())]}
         url = f"{supervised.url}/v1/chat/completions"
         with httpx.stream("POST", url, json=body, timeout=ERROR_WITHIN) as answer:
             parts = answer.iter_text()
@@ -113,7 +112,8 @@ def test_clients_are_told_health_goes_red_and_a_restart_recovers(
             return first + "".join(parts)
 
     def whole() -> httpx.Response:
-        return supervised.post({**ENDLESS, "messages": [user("Where?", fresh_url())]})
+        body = {**ENDLESS, "pruning": "fast", "messages": [user("Where?", fresh_url())]}
+        return supervised.post({**body, "stream": False})
 
     before = supervised.log.stat().st_size
     with ThreadPoolExecutor(STREAMS + WHOLE) as threads:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.support.chat import Body, Server, by_energy, fresh_url, image_part, kept, tokens, user
+from tests.support.chat import ENDLESS, Body, Server, by_energy, fresh_url, image_part, kept, tokens, user
 from vllm_vtprune import __version__
 from vllm_vtprune.text import text_pipeline_name
 
@@ -95,8 +95,8 @@ def test_requests_are_counted_by_what_became_of_them(server: Server) -> None:
     assert server.metrics().since(before, *keys) == (3, 3, 0, 0)
     by_vllm = [f"http_requests_total|status={status}" for status in ("2xx", "4xx")]
     wait_for(lambda: server.metrics().since(before, *by_vllm) == (3, 3))
-    long = {**server.defaults, "messages": messages, "stream": True, "max_tokens": 1000, "ignore_eos": True}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long, timeout=120) as answer:
+    endless = {**server.defaults, **ENDLESS, "messages": messages}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=endless, timeout=120) as answer:
         next(answer.iter_lines())
     wait_for(lambda: server.metrics().since(before, *keys) == (3, 3, 0, 1))
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.chat import (
     DONE,
+    ENDLESS,
     SMALL_KV_CACHE,
     VISUAL_TOKENS,
     Body,
@@ -218,8 +219,7 @@ def test_sigterm_finishes_what_it_can_and_says_what_it_cannot(operated: Server) 
     port = str(urlsplit(operated.url).port)
     [root] = [child for child in psutil.Process().children() if port in command_of(child).split()]
     processes = family(root.pid)
-    endless: Body = {"messages": [user("Where?", fresh_url())], "pruning": "fast", "max_tokens": 3900, "n": 4}
-    endless |= {"ignore_eos": True, "temperature": 1}
+    endless: Body = {**ENDLESS, "messages": [user("Where?", fresh_url())], "pruning": "fast", "max_tokens": 3900}
     short: Body = {"messages": [user("Where?", fresh_url())], "pruning": "fast", "max_tokens": 8, "ignore_eos": True}
     started = threading.Barrier(3)
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.chat import (
     DONE,
+    ENDLESS,
     SMALL_KV_CACHE,
     VISUAL_TOKENS,
     Server,
@@ -152,8 +153,7 @@ def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_processes: Server,
     processes = family(root.pid)
     try:
         assert len(processes) >= 3 + engines, "itself, two API processes, their engines"
-        body = {**two_processes.defaults, "messages": [user("Where is the dog?", fresh_url())], "max_tokens": 1800}
-        body |= {"stream": True, "ignore_eos": True}
+        body = {**two_processes.defaults, **ENDLESS, "messages": [user("Where is the dog?", fresh_url())]}
         with httpx.stream("POST", f"{two_processes.url}/v1/chat/completions", json=body, timeout=120) as answer:
             parts = answer.iter_text()
             first = next(parts)

@@ -29,6 +29,9 @@ _http = httpx.Client(timeout=500, verify=False, limits=httpx.Limits(max_keepaliv
 
 Body = dict[str, Any]
 
+ENDLESS: Body = {"stream": True, "max_tokens": 1800, "ignore_eos": True, "n": 4, "temperature": 1}
+"""A stream that is still running when its client hangs up or its server ends, on a fast machine too."""
+
 
 def random_model() -> list[str]:
     """Options that serve the checkpoint with random weights, whose answers depend on every visual token."""
