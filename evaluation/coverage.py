@@ -1,16 +1,15 @@
-"""Which things of a scene the kept tokens cover, per method: explains accuracies without a language model.
+"""Which things of a scene the kept tokens cover, by method; explains accuracies without a language model.
 
     python -m vllm_vtprune_evaluation.coverage --questions 250 --keep 64
 
-Everything in a scene has a known place, so a token is on a thing, or on empty ground. For each method, means over the
-questions:
+Each token of a scene is on a known thing or on empty ground. For each method, means over the questions:
 
-- on things: the share of kept tokens whose patch shows a thing
-- things seen: the share of the scene's things of which a token is kept
-- asked, seen: the same of the things that the question is about
-- asked, kept: the share of their tokens that is kept
+- on things: share of kept tokens whose patch shows a thing
+- things seen: share of the scene's things with at least one kept token
+- asked, seen: the same, only for the things that the question asks about
+- asked, kept: share of these things' tokens that is kept
 
-A merged token counts where it stands.
+A merged token counts at its own position.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ HEAD = ("", "on things", "things seen", "asked, seen", "asked, kept")
 
 
 class Coverage(NamedTuple):
-    """Shares, for one question."""
+    """Shares between 0 and 1, for one question or averaged over several."""
 
     on_things: float
     things_seen: float
@@ -47,7 +46,7 @@ class Coverage(NamedTuple):
 
 
 def coverage(scene: Scene, question: Question, kept: NDArray[np.int64]) -> Coverage | None:
-    """What the ``kept`` tokens show; None for a question about nothing that is in the scene."""
+    """What the ``kept`` tokens show; None if the scene has nothing that the question asks about."""
     asked = {id(item): item for things in question.about for item in things}.values()
     if not asked:
         return None
@@ -66,7 +65,7 @@ def _seen(things: Sequence[NDArray[np.int64]], kept: NDArray[np.int64]) -> float
 
 
 def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict[str, Coverage]:
-    """The mean coverage of each method that can keep so many tokens of the embedded model's."""
+    """The mean coverage of each method that supports this budget on the demo model."""
     processor = pruning_processor(embedded_model(), "float32")
     arms: list[Arm] = grid(methods, [keep], {}, features_of(processor, asked[0].paint()))
     coverages: dict[str, list[Coverage]] = defaultdict(list)
@@ -86,7 +85,7 @@ def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_vtprune_evaluation.coverage",
-        description="What of held-out scenes each method keeps, on average.",
+        description="Mean share of held-out scenes that each method keeps.",
     )
     parser.add_argument("--questions", type=count, default=250, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument(

@@ -1,17 +1,16 @@
-"""Whether an energy budget pays, and why: answers at many budgets, and what spectra would have kept of each picture.
+"""Whether an energy budget pays, and why: answers at many budgets, and the tokens that each spectrum would keep.
 
     python -m vllm_vtprune_evaluation.energies --questions 420 --seed 1000 --out build/energies
 
-Pictures of the validation split are asked about at every one of `KEEPS` tokens, offline. From these answers any rule
-that gives a picture a budget can be scored without asking again: between two budgets the answers are interpolated.
-Printed are
+Ask the questions of the validation split at each budget of `KEEPS`, offline. These answers score any rule that chooses
+a budget per picture, without asking again; between two budgets they are interpolated. Print two tables:
 
-- the answers lost by tokens and density of the picture: what a budget that follows the picture has to gain;
-- for energies of the encoder's features as the paper takes them, of the mean-centred ones, and of those without what
-  all pictures share at a place: the tokens that one threshold gives to pictures of each density, and the right answers
-  less those of the fixed budget of equal mean, with a 95 % interval over pictures.
+- answers lost, by budget and density: what an adaptive budget can gain;
+- for three kinds of features (as in the paper; mean-centred; minus the mean over pictures at each position): the mean
+  tokens that one threshold keeps at each density, and the difference of right answers from the fixed budget of equal
+  mean, with a 95 % interval over pictures.
 
-Both tables are written to ``energies.json`` too.
+Also write both to ``energies.json``.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ DENSITIES = ("sparse", "medium", "dense")
 RESAMPLES = 2000
 
 Floats = NDArray[np.float64]
-Table = list[list[str]]  # its head first
+Table = list[list[str]]  # head first
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_vtprune_evaluation.energies",
-        description="Whether energy budgets pay on the model in the package.",
+        description="Whether energy budgets pay on the demo model.",
     )
-    parser.add_argument("--questions", type=count, default=420, metavar="N", help="to ask (default: %(default)s)")
+    parser.add_argument("--questions", type=count, default=420, metavar="N", help="questions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1000, help="number of the first scene (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/energies"), help="folder (default: %(default)s)")
     args = parser.parse_args()
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def ask(model: str, asked: Sequence[Picture], directory: Path) -> dict[str, Floats]:
-    """Right answers by picture: at each of `KEEPS`, and last unpruned."""
+    """Number of right answers by picture label: at each budget of `KEEPS`, then unpruned."""
     arms = [*(Arm(f"resprune@{keep}", {"budget": fixed(keep)}, "resprune", keep) for keep in KEEPS), UNPRUNED]
     with Answers(directory / "answers.jsonl", subject(model, SERVED_AS, asked)) as answers:
         answer_offline(model, asked, arms, answers)
@@ -87,7 +86,7 @@ def features(model: str, asked: Sequence[Picture]) -> list[Tensor]:
 
 
 def right_at(right: Floats, keep: float) -> float:
-    """Right answers about a picture at a budget, between those of the budgets next to it."""
+    """Right answers about a picture at a budget, interpolated."""
     return float(np.interp(keep, KEEPS, right[:-1]))
 
 
@@ -106,7 +105,7 @@ def by_density(asked: Sequence[Picture], right: Mapping[str, Floats]) -> Table:
 
 
 def by_spectrum(asked: Sequence[Picture], right: Mapping[str, Floats], encoded: Sequence[Tensor]) -> Table:
-    """What one threshold of each kind of energy gives to pictures, and the points that this gains."""
+    """Tokens that one threshold of each kind of energy keeps, and the points gained over a fixed budget."""
     common = torch.stack(list(encoded)).mean(dim=0)
     kinds: dict[str, Callable[[Tensor], Tensor]] = {
         "as in the paper": lambda rows: rows,

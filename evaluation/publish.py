@@ -1,9 +1,9 @@
-"""The tables of the documentation, made from the committed results.
+"""Write the documentation's tables from the committed results.
 
     python -m vllm_vtprune_evaluation.publish            # rewrite them
-    python -m vllm_vtprune_evaluation.publish --check    # status 1 where one is not what the results say
+    python -m vllm_vtprune_evaluation.publish --check    # status 1 if a table differs from the results
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its numbers come from `docs/benchmarks`.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its numbers come from ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/evaluation.md")
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-Found = Mapping[str, Any]
+Json = Mapping[str, Any]
 
 
-def kinds(demo: Found) -> str:
-    """What the unpruned model answers, by kind of question."""
+def kinds(demo: Json) -> str:
+    """Accuracy of the unpruned model, by kind of question."""
     by_kind = Result.from_json(demo["results"][0]).by_kind
     ordered = sorted(by_kind, key=lambda kind: -by_kind[kind])
     return markdown(["kind of question", "unpruned"], ([kind, _percent(by_kind[kind])] for kind in ordered))
 
 
-def summary(demo: Found) -> str:
-    """The lines of the plot."""
+def summary(demo: Json) -> str:
+    """The methods of the plot (`plotted_lines`) at every fixed budget."""
     lines = plotted_lines(_ranked(demo))
     return budget_table([result for points in lines.values() for result in points])
 
 
-def ranking(demo: Found) -> str:
+def ranking(demo: Json) -> str:
     """Every method at every fixed budget."""
     return budget_table(comparable(_ranked(demo)))
 
 
-def paired(demo: Found) -> str:
-    """The default method minus each other."""
+def paired(demo: Json) -> str:
+    """The default method minus each other method."""
     return difference_table([Difference(**values) for values in demo["paired"]])
 
 
-def adaptive(demo: Found) -> str:
-    """Each "+E" minus the fixed budget."""
+def adaptive(demo: Json) -> str:
+    """Each "+E" arm minus the fixed budget of equal mean."""
     return difference_table([Difference(**values) for values in demo["adaptive_less_fixed"]])
 
 
-def presets(results: Found) -> str:
+def presets(results: Json) -> str:
     """Accuracy of each preset: all questions, reading, counting."""
     rows = []
     for values in results["results"]:
@@ -70,8 +70,8 @@ def presets(results: Found) -> str:
     return markdown(["preset", "visual tokens of 576", "all nine kinds of question", "reading", "count"], rows)
 
 
-def ablation(tables: Found, name: str) -> str:
-    """One table of a paper: rows of the method, budgets in columns."""
+def ablation(tables: Json, name: str) -> str:
+    """An ablation: variants in rows, budgets in columns."""
     rows: dict[str, list[str]] = {}
     keeps: list[str] = []
     for values in tables[name]["ranked_results"][1:]:
@@ -84,10 +84,10 @@ def ablation(tables: Found, name: str) -> str:
     return markdown(["", *keeps], ([row, *cells] for row, cells in rows.items()))
 
 
-def merged(tables: Found, kind: str) -> str:
-    """Accuracy on one kind of question, or ``"all"``, under a model's ablations, budgets in columns.
+def merged(tables: Json, kind: str) -> str:
+    """Accuracy on one kind of question, or on ``"all"``: ablations in rows, budgets in columns.
 
-    With the difference from the first row of the same ablation and its interval.
+    Also the difference from the first row of the same ablation, with its interval.
     """
     rows: dict[str, list[str]] = {}
     keeps: list[str] = []
@@ -104,7 +104,7 @@ def merged(tables: Found, kind: str) -> str:
     return markdown(["", *keeps], ([row, *cells] for row, cells in rows.items()))
 
 
-def in_llm(table: Found) -> str:
+def in_llm(table: Json) -> str:
     """The methods inside the language model."""
     results = [Result.from_json(values) for values in table["results"]]
     rows = (
@@ -119,7 +119,7 @@ def in_llm(table: Found) -> str:
     return markdown(["", "mean tokens", "accuracy", "95 % interval"], rows)
 
 
-def energies(tables: Found, name: str) -> str:
+def energies(tables: Json, name: str) -> str:
     """A table of `vllm_vtprune_evaluation.energies`."""
     head, *rows = tables[name]
     return markdown(head, rows)
@@ -138,23 +138,24 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     **{f"merged-{kind}": ("eval-merged.json", partial(merged, kind=kind)) for kind in ("reading", "all")},
     **{name: ("eval-ablations.json", partial(ablation, name=name)) for name in (*ABLATIONS, SOLVERS)},
 }
-"""By name: the file of results, and what makes a table of it."""
+"""Name of a table: file of results, and the function that makes the table."""
 
 
 def rendered(page: str, results: Path) -> str:
-    """A page with every table as the results say.
+    """Render a page: replace every table by the one made from the results.
 
     Args:
-        page: its text.
-        results: the folder of the committed results.
+        page: text of the page.
+        results: folder of the committed results.
 
     Raises:
-        ValueError: a marker is not closed, or names no table.
+        ValueError: a marker is not closed, or names an unknown table.
     """
     opened, closed = page.count("<!-- table:"), page.count("<!-- end -->")
     names = [match["name"] for match in TABLE.finditer(page)]
     if not opened == closed == len(names) or not set(names) <= set(TABLES):
-        raise ValueError(f"{opened} tables begin, {closed} end, {names} were read; expected as many, of {list(TABLES)}")
+        expected = f"each closed, and its name one of {', '.join(TABLES)}"
+        raise ValueError(f"{opened} tables begin, {closed} end, {names} were read; expected {expected}")
 
     def table(match: re.Match[str]) -> str:
         file, make = TABLES[match["name"]]
@@ -167,19 +168,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_vtprune_evaluation.publish", description="Tables of the documentation."
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where something would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table would change")
     args = parser.parse_args(argv)
     texts = {name: (ROOT / name).read_text() for name in PAGES}
     fresh = {name: rendered(text, ROOT / "docs/benchmarks") for name, text in texts.items()}
     stale = [name for name in PAGES if fresh[name] != texts[name]]
     if args.check and stale:
-        sys.exit(f"not as the results say: {', '.join(stale)}; run python -m vllm_vtprune_evaluation.publish")
+        sys.exit(f"tables differ from the results: {', '.join(stale)}; run python -m vllm_vtprune_evaluation.publish")
     for name in stale:
         (ROOT / name).write_text(fresh[name])
 
 
-def _ranked(found: Found) -> list[Result]:
-    return [Result.from_json(values) for values in found["ranked_results"][1:]]
+def _ranked(run: Json) -> list[Result]:
+    return [Result.from_json(values) for values in run["ranked_results"][1:]]
 
 
 def _percent(share: float) -> str:

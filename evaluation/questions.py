@@ -1,4 +1,4 @@
-"""The pictures and questions that methods are measured with: scenes that training never saw, or files of a user's."""
+"""Pictures and questions to measure methods with: scenes that training never saw, or the user's own files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vllm_vtprune_server.problem import MediaProblem
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, and what is asked about it.
+    """A picture and its questions.
 
     Attributes:
-        label: what it is called in files.
-        source: the scene, or the file, that it is made from.
-        questions: about it; an answer that nobody knows is empty.
+        label: its name in files.
+        source: the scene or the image file.
+        questions: the questions; an unknown answer is empty.
     """
 
     label: str
@@ -29,26 +29,26 @@ class Picture:
     questions: tuple[Question, ...]
 
     def paint(self) -> Image.Image:
-        """The picture; always the same."""
+        """The image; the same on every call."""
         return paint(self.source) if isinstance(self.source, Scene) else read_image(self.source)
 
     @property
     def density(self) -> str:
-        """How much is in a scene; of files, nobody knows."""
+        """The density of a scene; "unknown" for a file."""
         return self.source.density if isinstance(self.source, Scene) else "unknown"
 
     def name(self, question: int) -> str:
-        """What one of its questions is called in files: `picture_of` finds the picture in it."""
+        """The name of a question in files; `picture_of` is the inverse."""
         return f"{self.label}#{question}"
 
 
 def picture_of(name: str) -> str:
-    """The label of the picture that a question of this name is about."""
+    """The label of the picture, from the name of a question."""
     return name.rpartition("#")[0]
 
 
 def pictures(split: Split, questions: int, first: int = 0) -> Iterator[Picture]:
-    """Scenes from number ``first`` on until ``questions`` questions are asked, at most one of each kind a scene."""
+    """Scenes from number ``first`` on, until they have ``questions`` questions; at most one of each kind per scene."""
     seed = first
     while questions > 0:
         scene = make_scene(split, seed)
@@ -60,26 +60,26 @@ def pictures(split: Split, questions: int, first: int = 0) -> Iterator[Picture]:
 
 
 def read_image(file: Path) -> Image.Image:
-    """An image file as the server sees it: upright, in RGB, on white.
+    """Read an image file as the server does: upright, in RGB, on white.
 
     Raises:
         OSError: the file cannot be read.
-        MediaProblem: the server would not take it.
+        MediaProblem: the server would reject it.
     """
     return ImageIntake().load_bytes(file.read_bytes()).media
 
 
 class SampleError(Exception):
-    """A file of questions that cannot be used; the message names the line and what is wrong."""
+    """A file of questions is invalid; the message names the line and the problem."""
 
 
 def read_sample(file: Path) -> list[Picture]:
-    """The questions of a file of JSON lines, by picture.
+    """Read questions from a file of JSON lines, grouped by picture.
 
-    A line holds ``image`` (a path, from the file's folder), ``question``, and if it is known ``answer``.
+    A line holds ``image`` (a path relative to the file's folder), ``question``, and optionally ``answer``.
 
     Raises:
-        SampleError: the file cannot be read, is empty, or a line holds anything else, or names no file.
+        SampleError: the file cannot be read or is empty, or a line is invalid or names no readable image.
     """
     asked: dict[str, list[Question]] = {}
     try:
@@ -113,10 +113,10 @@ def read_sample(file: Path) -> list[Picture]:
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether an answer is the expected one, but for case, spaces at its ends and a full stop."""
+    """Whether an answer is the expected one, ignoring case, outer spaces and a full stop."""
     return plain(answer) == plain(expected)
 
 
 def plain(answer: str) -> str:
-    """An answer without what does not matter in it: case, spaces at its ends, a full stop."""
+    """An answer without case, outer spaces and a full stop."""
     return answer.strip().removesuffix(".").casefold()

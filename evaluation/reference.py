@@ -1,4 +1,4 @@
-"""The methods that prune inside the language model, asked the same questions in plain transformers."""
+"""Answers of the methods that prune inside the language model, from plain transformers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Pairs = Sequence[tuple[Arm, Pruning | None]]
 def reference_arms(
     keeps: Sequence[int], thresholds: Mapping[int, float], tokens: int, layers: int
 ) -> list[tuple[Arm, Pruning | None]]:
-    """Every method in the language model, with fixed budgets and, where ``thresholds`` has one, "+E".
+    """The arms: every method inside the language model, with fixed budgets and, where ``thresholds`` has one, "+E".
 
-    FastV and AdaptPrune keep so many tokens from their layer on. PyramidDrop and VTW come with the fractions of their
-    papers, and with every budget that they can have as their mean over the layers. The first arm is the whole model,
-    whose answers should be those of the engine.
+    FastV and AdaptPrune keep the budget from their layer on. PyramidDrop and VTW run with the fractions of their
+    papers, and with every budget that their mean over the layers can reach. The first arm is the unpruned model; its
+    answers should equal the engine's.
 
     Args:
-        keeps: tokens.
-        thresholds: of energy, by the tokens that they keep on average.
-        tokens: of a picture.
-        layers: of the language model.
+        keeps: budgets, in tokens.
+        thresholds: energy thresholds, by mean kept tokens.
+        tokens: visual tokens per picture.
+        layers: number of layers of the language model.
     """
     pairs: list[tuple[Arm, Pruning | None]] = [
         _pair("transformers", None),
@@ -60,10 +60,10 @@ def _pair(
 
 
 def reference_model(checkpoint: str) -> InLLM:
-    """The model in plain transformers; its prompts begin as those of vLLM's chat endpoint.
+    """Load the model in plain transformers; prompts start like those of vLLM's chat endpoint.
 
     Raises:
-        InspectionFailed: it is of another kind than LLaVA-1.5, or too shallow for a pyramid.
+        InspectionFailed: the model is no LLaVA-1.5, or has too few layers for PyramidDrop.
     """
     try:
         model = InLLM(Path(checkpoint), add_special_tokens=False)
@@ -74,15 +74,18 @@ def reference_model(checkpoint: str) -> InLLM:
 
 
 def layers_of(model: InLLM) -> int:
-    """Of its language model."""
+    """The number of layers of the language model."""
     return int(model.model.config.text_config.num_hidden_layers)
 
 
 def answer_all(model: InLLM, pictures: Sequence[Picture], pairs: Pairs, answers: Answers) -> None:
-    """Ask every question of every picture in every way, but for those that ``answers`` already holds.
+    """Ask every question in every arm, except those that ``answers`` already holds.
 
     Args:
-        model: from `reference_model`.
+        model: a model of `reference_model`.
+        pictures: the pictures and their questions.
+        pairs: arms and their pruning, from `reference_arms`.
+        answers: where the answers are stored.
     """
     total = len(pairs) * sum(len(picture.questions) for picture in pictures)
     with tqdm(total=total, unit="question", disable=None) as progress:
@@ -92,7 +95,7 @@ def answer_all(model: InLLM, pictures: Sequence[Picture], pairs: Pairs, answers:
                 for index, question in enumerate(picture.questions):
                     name = picture.name(index)
                     if not answers.has(arm, name):
-                        said = model.answer(image, question.text, pruning, ANSWER_TOKENS)
-                        right = is_right(said.text, question.answer)
-                        answers.add(arm, Answer(name, question.kind, picture.density, said.text, right, said.tokens))
+                        reply = model.answer(image, question.text, pruning, ANSWER_TOKENS)
+                        right = is_right(reply.text, question.answer)
+                        answers.add(arm, Answer(name, question.kind, picture.density, reply.text, right, reply.tokens))
                     progress.update()

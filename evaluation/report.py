@@ -1,8 +1,8 @@
-"""Results for people: tables in Markdown, and plots.
+"""Results as Markdown tables and plots.
 
     python -m vllm_vtprune_evaluation.report build/eval/results.json --out accuracy.png
 
-draws the plot of accuracies anew from a file of results.
+redraws the plot of accuracies from a file of results.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Cells = Sequence[str]
 Measured = TypeVar("Measured", bound=Result | Difference)
 
 End = tuple[str, float | None, float, str]
-"""Of a line: its label, the tokens (None: the axes' edge) and the height that it ends at, its colour."""
+"""The end of a line: label, tokens (None: the edge of the axes), height, colour."""
 
-LINES = 7  # of a plot
+LINES = 7  # at most, in a plot
 BLUE, GREEN, ORANGE, PURPLE = "#0072B2", "#009E73", "#E69F00", "#CC79A7"
 VERMILLION, SKY, BLACK = "#D55E00", "#56B4E9", "#000000"
-OKABE_ITO = (BLUE, GREEN, ORANGE, PURPLE, VERMILLION, SKY, BLACK)  # but for yellow, too pale for a line
-ALWAYS = {DEFAULT_METHOD: VERMILLION, "uniform": SKY, "random": BLACK}  # drawn where they were measured
+OKABE_ITO = (BLUE, GREEN, ORANGE, PURPLE, VERMILLION, SKY, BLACK)  # without yellow, too pale for a line
+ALWAYS = {DEFAULT_METHOD: VERMILLION, "uniform": SKY, "random": BLACK}  # drawn whenever they were measured
 MARKERS = "osD^vPX"
 DARK, LABEL_SIZE, DPI = "0.15", 10, 110
 
 
 def markdown(head: Cells, rows: Iterable[Cells]) -> str:
-    """A table whose first column is text, and all others numbers."""
+    """A Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -55,9 +55,9 @@ def aligned(table: str) -> str:
 
 
 def accuracy_table(results: Sequence[Result]) -> str:
-    """One line for each arm: tokens, accuracy with its interval, and what is left of the unpruned accuracy."""
+    """One row per arm: tokens, accuracy and interval, difference from unpruned, share retained."""
     head = [
-        "way of pruning",
+        "arm",
         "mean tokens",
         "accuracy",
         "95 % interval",
@@ -81,10 +81,10 @@ def accuracy_table(results: Sequence[Result]) -> str:
 
 
 def budget_table(results: Sequence[Result]) -> str:
-    """Methods in rows, the best mean rank first, budgets in columns: accuracy, in brackets its distance from unpruned.
+    """Methods in rows, best mean rank first; budgets in columns: accuracy and the difference from unpruned.
 
     Args:
-        results: that have a budget, such as the `comparable` ones.
+        results: results with a budget, such as the `comparable` ones.
     """
     order = list(mean_ranks(results))
 
@@ -96,7 +96,7 @@ def budget_table(results: Sequence[Result]) -> str:
 
 
 def difference_table(differences: Sequence[Difference]) -> str:
-    """Rows in the given order, budgets in columns: points and interval, in bold if it excludes 0."""
+    """Rows in the order of ``differences``, budgets in columns: points and interval, in bold if it excludes 0."""
 
     def cell(difference: Difference) -> str:
         low, high = difference.ci95
@@ -107,11 +107,11 @@ def difference_table(differences: Sequence[Difference]) -> str:
 
 
 def _by_budget(corner: str, measured: Sequence[Measured], cell: Callable[[Measured], str]) -> str:
-    """A table of rows in their order, and budgets from the largest."""
-    keeps = sorted({one.keep for one in measured if one.keep is not None}, reverse=True)
+    """A table: rows in the order of ``measured``, budgets in columns, largest first."""
+    keeps = sorted({item.keep for item in measured if item.keep is not None}, reverse=True)
     rows: dict[str, dict[int | None, str]] = {}
-    for one in measured:
-        rows.setdefault(one.row, {})[one.keep] = cell(one)
+    for item in measured:
+        rows.setdefault(item.row, {})[item.keep] = cell(item)
     return markdown(
         [corner, *(f"{keep} tokens" for keep in keeps)],
         ([f"`{name}`", *(row.get(keep, "") for keep in keeps)] for name, row in rows.items()),
@@ -141,11 +141,11 @@ def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> No
 
 
 def plotted_lines(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The rows to draw and their results, by tokens: those of `ALWAYS`, then the best mean ranks, at most `LINES`.
+    """The rows to draw, at most `LINES`, with results sorted by tokens: those of `ALWAYS`, then the best mean ranks.
 
-    Excludes rows that lack a budget, because their ranks are not comparable.
+    Leaves out rows that lack a budget, because their ranks are not comparable.
     """
-    # methods inside the language model read different token counts, so they are drawn by mean tokens, without others
+    # Methods inside the language model keep different token counts by layer: draw them by mean tokens, without others.
     shown = comparable(results) or [result for result in results if result.keep is not None]
     budgets = {result.keep for result in shown}
     rows: dict[str, list[Result]] = {row: [] for row in mean_ranks(shown)}
@@ -158,7 +158,7 @@ def plotted_lines(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def accuracy_figure(results: Sequence[Result], unpruned: Result) -> Figure:
-    """Accuracy against tokens: `plotted_lines`, their 95 % intervals as bands, and the unpruned model's line."""
+    """Plot accuracy against tokens: `plotted_lines`, 95 % intervals as bands, and a line for the unpruned model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -195,17 +195,17 @@ def accuracy_figure(results: Sequence[Result], unpruned: Result) -> Figure:
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: Sequence[End]) -> None:
-    """Labels beside the axes, each joined to the end of its line."""
-    figure.draw_without_rendering()  # until then the layout, and so the height of a label in the axes' units, is open
+    """Put labels beside the axes, each joined to the end of its line."""
+    figure.draw_without_rendering()  # fixes the layout, which `gap` depends on
     low, high = axes.get_ylim()
     gap = 1.3 * LABEL_SIZE / 72 * figure.dpi / axes.bbox.height * (high - low)
-    places = spread([height for _, _, height, _ in ends], gap)
-    for (text, tokens, height, colour), place in zip(ends, places, strict=True):
+    label_heights = spread([height for _, _, height, _ in ends], gap)
+    for (text, tokens, height, colour), label_height in zip(ends, label_heights, strict=True):
         axes.annotate(
             text,
             xy=(1 if tokens is None else tokens, height),
             xycoords=axes.get_yaxis_transform() if tokens is None else "data",
-            xytext=(1.04, place),
+            xytext=(1.04, label_height),
             textcoords=axes.get_yaxis_transform(),
             fontsize=LABEL_SIZE,
             color=DARK,
@@ -215,9 +215,9 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[End]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights that are at least ``gap`` apart, in the order of the given ones and as near to them as squares tell."""
+    """Heights in the same order, at least ``gap`` apart, with the least sum of squared changes."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
-    # Less the gaps below it, a height may equal the one before: that is isotonic regression, by its min-max formula.
+    # After subtracting rank * gap, heights need only be non-decreasing: isotonic regression, by the min-max formula.
     level = [heights[index] - rank * gap for rank, index in enumerate(order)]
     out = list(heights)
     for rank, index in enumerate(order):
@@ -229,11 +229,11 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def plot_budgets(tokens: Mapping[int, Mapping[str, Sequence[float]]], file: Path) -> None:
-    """How many tokens energy budgets keep of each picture.
+    """Draw histograms of the tokens that energy budgets keep per picture.
 
     Args:
-        tokens: of pictures, by the budget's mean and by the pictures' density.
-        file: where it goes.
+        tokens: kept tokens of each picture, by mean budget, then by density.
+        file: PNG file to write.
     """
     from matplotlib.figure import Figure
 
@@ -249,7 +249,7 @@ def plot_budgets(tokens: Mapping[int, Mapping[str, Sequence[float]]], file: Path
 
 
 def save(figure: Figure, file: Path, description: str | None = None) -> None:
-    """Write a figure to a PNG file, which holds ``description`` as a text of that name."""
+    """Write a figure to a PNG file; ``description`` goes into the metadata."""
     figure.savefig(file, dpi=DPI, metadata={"Description": description} if description else None)
 
 
@@ -265,8 +265,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("accuracy.png"), metavar="FILE", help="(default: %(default)s)")
     args = parser.parse_args()
     try:
-        found = json.loads(args.results.read_text())
-        unpruned, *others = map(Result.from_json, found["ranked_results"] or found["results"])
+        run = json.loads(args.results.read_text())
+        unpruned, *others = map(Result.from_json, run["ranked_results"] or run["results"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         parser.error(f"results: {args.results} given ({error!r}); expected the results.json of `vtprune eval`")
     plot_accuracy(others, unpruned, args.out)

@@ -1,4 +1,4 @@
-"""What a model's vision encoder makes of pictures, for the budgets that follow from it; no engine is started."""
+"""Spectra of a model's visual features, from which energy thresholds are chosen. Starts no engine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vllm_vtprune_evaluation.thresholds import Measured
 
 @dataclass(frozen=True)
 class Sample:
-    """Some pictures, as the model's encoder sees them.
+    """Encoded pictures.
 
     Attributes:
-        features: of the first picture.
-        pictures: the spectra of all of them.
-        family: of the model.
+        features: features of the first picture.
+        pictures: spectra of all pictures.
+        family: defaults of the model's family.
     """
 
     features: VisualFeatures
@@ -32,7 +32,7 @@ class Sample:
 
     @property
     def mean_tokens(self) -> float:
-        """Of a picture that is not pruned, on average over questions."""
+        """Visual tokens of an unpruned picture, averaged over questions."""
         weights = [picture.weight for picture in self.pictures]
         return float(np.average([picture.tokens for picture in self.pictures], weights=weights))
 
@@ -42,11 +42,11 @@ def sample_pictures(model: str, pictures: Sequence[Picture], dtype: str) -> Samp
 
     Args:
         model: a directory, or a name on the hub.
-        pictures: at least one.
-        dtype: of the encoder; "auto" for the model's own.
+        pictures: at least one picture.
+        dtype: dtype of the encoder; "auto" for the model's own.
 
     Raises:
-        InspectionFailed: the model is none, or cannot be pruned.
+        InspectionFailed: the model cannot be loaded or pruned.
     """
     processor = pruning_processor(model, dtype)
     first: VisualFeatures | None = None

@@ -1,4 +1,4 @@
-"""`python -m training`: train the demo model, or go on with it."""
+"""`python -m training`: train the demo model, or continue training it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from training.tokenizer import scene_tokenizer
 from vllm_vtprune_checkpoints.llava import save_llava_checkpoint
 
 EXAMPLE = """examples:
-  python -m training                          # all stages, about three hours on two cores; the same again goes on
-  python -m training --stop-after 40          # as much of it as 40 minutes allow
-  python -m training --hours 0.2 --out /tmp/x # a short one, to see it work
+  python -m training                          # all stages, about three hours on two cores; run it again to continue
+  python -m training --stop-after 40          # stop after 40 minutes
+  python -m training --hours 0.2 --out /tmp/x # a short run, to see it work
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training",
-        description="Train the demo model. What was begun in --out is continued.",
+        description="Train the demo model. Continues what is in --out.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,12 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--begin-with", type=Path, metavar="DIR", help="an earlier checkpoint, to go on from")
+    parser.add_argument("--begin-with", type=Path, metavar="DIR", help="an earlier checkpoint to start from")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates (default: %(default)s)")
     parser.add_argument(
-        "--rate", type=float, default=1.0, help="by which the learning rates are multiplied (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--fainter", type=float, default=1.0, help="scale of the code of position, by the earlier one's (default: 1)"
+        "--fainter", type=float, default=1.0, help="factor of the earlier model's position code (default: 1)"
     )
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes at the end (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -112,7 +110,7 @@ def _run(stage: Stage, args: argparse.Namespace, deadline: float) -> bool:
     torch.set_num_threads(max(1, threads // stage.parts))  # as many as there are cores, over all parts
     done = run_stage(stage, trainee, batches, args.out, device, deadline=deadline)
     torch.set_num_threads(threads)
-    print(f"{stage.name}: {'finished' if done else 'stopped; the same command goes on'}. See {curve(args.out)}")
+    print(f"{stage.name}: {'finished' if done else 'stopped; run the same command to continue'}. See {curve(args.out)}")
     return done
 
 

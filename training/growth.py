@@ -1,7 +1,7 @@
-"""Initialise a model from an earlier one with fewer layers and a larger code of position.
+"""Initialise a model from an earlier one with fewer layers and a larger position code.
 
-A new layer initially adds nothing: its output projections are zero. Scaling the code of position is a linear change of
-the residual space, so it is folded into the weights; only the norms change, which training corrects.
+A new layer initially adds nothing: its output projections are zero. Scaling the position code is a linear change of the
+residual space, so it is folded into the weights; only the norms change, which training corrects.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def begin_with(model: LlavaForConditionalGeneration, checkpoint: Path, fainter: 
         model: a model of the same widths, with at least as many layers in its language model. New layers go before the
             layer with supervised attention (`LOOKING`), and after the last one.
         checkpoint: a directory of `save_llava_checkpoint`.
-        fainter: scale of the code of position, relative to the earlier model's.
+        fainter: scale of the position code, relative to the earlier model's.
 
     Raises:
         KeyError, RuntimeError: the checkpoint has another architecture or other widths.

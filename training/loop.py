@@ -130,7 +130,7 @@ def rate_at(progress: float) -> float:
 def held_out_accuracy(
     stage: Stage, trainee: Trainee, batches: Batches, step: int, scenes: int, device: torch.device
 ) -> dict[str, float]:
-    """What the stage has learnt so far, between 0 and 1 by kind: of patches for the tower, else of answers."""
+    """Accuracy so far, by kind: of patches for the stage "tower", else of answers."""
     if stage.name == "tower":
         return patch_accuracy(trainee, batches, scenes // 2, device)
     grid, pictures = stage.phase(step - 1).grid, stage.name in ("joint", "merged")
@@ -165,7 +165,7 @@ def curve(directory: Path) -> Path:
 
 
 def _cut(log_file: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint."""
+    """Remove the lines logged after the checkpoint."""
     lines = log_file.read_text().splitlines() if log_file.exists() else []
     kept = []
     for line in lines:
@@ -179,7 +179,7 @@ def _cut(log_file: Path, step: int) -> None:
 
 def _summary(stage: Stage, line: dict[str, Any]) -> str:
     left = (stage.steps - line["step"]) * line["seconds_per_step"] / 60
-    text = f"{stage.name} {line['step']}/{stage.steps}  loss {line['loss']:.3f}  some {left:.0f} minutes left"
+    text = f"{stage.name} {line['step']}/{stage.steps}  loss {line['loss']:.3f}  about {left:.0f} minutes left"
     if "held_out" in line:
         text += "  " + "  ".join(f"{name} {value:.1%}" for name, value in line["held_out"].items())
     return text

@@ -1,10 +1,10 @@
 """`python -m training.merged`: put a 2 x 2 merger into the demo model, and train it with the language model.
 
-The encoder stays as it is. What comes out is for `vtprune eval --merged`: how methods that choose tokens fare where V
-is made of four patches (`evaluation/merged.py`).
+The vision encoder is frozen. The result is for `vtprune eval --merged`, which measures methods on a model whose visual
+tokens are merged from four patches (`evaluation/merged.py`).
 
-The merger begins as four projectors side by side, whose mean it takes; with `--fresh`, as noise. A step of 8 scenes
-took 2 seconds on one core of an AMD EPYC with AVX-512-BF16.
+The merger is initialised as the mean of four projectors side by side; with `--fresh`, as noise. A step of 8 scenes took
+2 seconds on one core of an AMD EPYC with AVX-512-BF16.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from training.tokenizer import scene_tokenizer
 from vllm_vtprune_checkpoints import embedded_checkpoint
 from vllm_vtprune_evaluation.merged import PATCHES, Merger, by_token, save_merged
 
-SCENES, SECONDS = 8, 2.0  # in a step, for a step
+SCENES, SECONDS = 8, 2.0  # per step
 RATE = 1.5e-3  # peak
-SETTLED_ON = 4  # scenes
-HELD_OUT = 16  # scenes, in each of the tests along the way: short runs have as many
+INITIAL_SCENES = 4  # for `initialise`
+HELD_OUT = 16  # scenes per intermediate test; a short run has as many tests as a long one
 
 
 class MergedTrainee(Trainee):
-    """The demo model with a merger, of which `projector` trains by Muon as the projector does."""
+    """The demo model with a merger, named `projector` so that Muon trains it."""
 
     def __init__(self, seed: int, tokenizer: Any, checkpoint: Path) -> None:
         super().__init__(seed, tokenizer)
@@ -53,18 +53,21 @@ class MergedTrainee(Trainee):
         return self.projector(states[:, 1:]), states[:, 0]
 
     def looks(self, looks: Looks) -> Looks:
-        """Any of a token's patches will do where any patch would; else a token has the shares of all its patches."""
+        """Targets by token: 1 if any patch of the token is a target; shares are summed over the token's patches."""
         targets = by_token(looks.targets[..., None])[..., 0]
         any_of = looks.targets.amax(-1, keepdim=True) == 1
         return replace(looks, targets=torch.where(any_of, targets.amax(-1), targets.sum(-1)))
 
 
 @torch.no_grad()
-def settle(trainee: MergedTrainee, pixels: Tensor) -> None:
-    """Begin with the mean of what the projector makes of a token's four patches.
+def initialise(trainee: MergedTrainee, pixels: Tensor) -> None:
+    """Initialise the merger as the mean of the projector's outputs for a token's four patches.
 
-    The projector reads patches as they are: the norm is the straight line that comes nearest to that, feature by
-    feature.
+    The projector has no norm, so fit the merger's norm to the identity: least squares, feature by feature.
+
+    Args:
+        trainee: changed in place.
+        pixels: (B, 3, 336, 336) pictures to fit the norm on.
     """
     merger, projector = trainee.projector, trainee.model.model.multi_modal_projector
     states = patch_states(trainee.model, pixels)[:, 1:].flatten(0, 1)
@@ -79,7 +82,7 @@ def settle(trainee: MergedTrainee, pixels: Tensor) -> None:
 
 
 def merged_stage(minutes: float) -> Stage:
-    """The plan for so many minutes on one core."""
+    """The plan for a number of minutes on one core."""
     steps = max(10, round(60 * minutes / SECONDS / 10) * 10)
     return Stage("merged", (Phase(GRID, steps, SCENES),), RATE)
 
@@ -87,10 +90,10 @@ def merged_stage(minutes: float) -> Stage:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.merged",
-        description="Train the demo model with a 2 x 2 merger. What was begun in --out is continued.",
+        description="Train the demo model with a 2 x 2 merger. Continues what is in --out.",
     )
     parser.add_argument("--minutes", type=float, default=50, help="length on one core (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="a merger that begins as noise, not as the projector")
+    parser.add_argument("--fresh", action="store_true", help="initialise the merger as noise, not from the projector")
     parser.add_argument("--out", type=Path, default=Path("build/merged"), help="folder (default: %(default)s)")
     parser.add_argument("--stop-after", type=float, default=math.inf, metavar="MINUTES", help="save and stop then")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = {split: Batches(tokenizer, split) for split in ("train", "validation")}
     trainee = MergedTrainee(args.seed, tokenizer, checkpoint)
     if not args.fresh:
-        pixels = batches["train"].make(0, SETTLED_ON, 1, pictures=True).pixels
+        pixels = batches["train"].make(0, INITIAL_SCENES, 1, pictures=True).pixels
         assert pixels is not None
-        settle(trainee, pixels)
+        initialise(trainee, pixels)
     stage, device = merged_stage(args.minutes), torch.device("cpu")
     done = run_stage(stage, trainee, batches, args.out, device, deadline=deadline, held_out=HELD_OUT)
     file = save_merged(args.out, trainee.projector, trainee.model)
-    print(f"{'finished' if done else 'stopped; the same command goes on'}: vtprune eval --merged {file.parent}")
+    print(f"{'finished' if done else 'stopped; run the same command to continue'}: vtprune eval --merged {file.parent}")
 
 
 if __name__ == "__main__":

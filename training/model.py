@@ -1,7 +1,7 @@
-"""The demo model, the vectors that patch codes become, and a forward pass for many questions about one picture.
+"""The demo model, the codebook of patch codes, and a forward pass for many questions about one picture.
 
-The architecture is LLaVA's, with transformers' own modules: CLIP with a CLS token at 336 pixels, of whose 7 layers the
-last is not used (`vision_feature_layer` -2, as in LLaVA-1.5), the two-layer projector, a LLaMA. 8.7 million parameters.
+The architecture is LLaVA's, with transformers' own modules: CLIP with a CLS token at 336 pixels and 7 layers, the last
+unused (`vision_feature_layer` -2, as in LLaVA-1.5), the two-layer projector, a LLaMA. 8.7 million parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYERS = 6  # of the language model
 
 
 def model_config(layers: int = LAYERS) -> LlavaConfig:
-    """`layers`: of the language model, at least three; tests take fewer."""
+    """`layers`: layers of the language model, at least three; tests use fewer than `LAYERS`."""
     return LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
         vision_config=CLIPVisionConfig(
@@ -59,7 +59,7 @@ def model_config(layers: int = LAYERS) -> LlavaConfig:
 
 
 class Codebook(nn.Module):
-    """Codes of patches as vectors of the language model's width, and back. Fixed: rows are orthonormal."""
+    """Patch codes to vectors of the language model's width, and back. Fixed, with orthonormal rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,10 +82,10 @@ def code_columns() -> dict[str, int]:
 
 
 def new_model(seed: int, tokenizer: object, layers: int = LAYERS) -> LlavaForConditionalGeneration:
-    """Random weights, but that words which name what a patch can show, or where, start as its code.
+    """Random weights, except that words for what a patch shows, or where it is, start as its code.
 
-    A projector trained on captions ends up near the embeddings of the words that describe a patch; here that is where
-    it starts. It shortens the search for the picture, and gives methods that compare tokens with words what to compare.
+    A projector trained on captions ends up near the embeddings of the words that describe a patch; here it starts
+    there. That shortens training, and makes visual tokens comparable with words, as some methods need.
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(model_config(layers)).float()
@@ -113,7 +113,7 @@ def new_model(seed: int, tokenizer: object, layers: int = LAYERS) -> LlavaForCon
 
 
 def plane_waves(width: int) -> Tensor:
-    """(GRID * GRID, width): sines and cosines of rows and of columns, as a start for position embeddings."""
+    """(GRID * GRID, width): sines and cosines of rows and of columns, the initial position embeddings."""
     waves = 2 * math.pi / GRID * torch.arange(GRID)[:, None] * torch.logspace(-2, math.log2(GRID / 2), width // 4, 2)
     along = torch.cat([waves.sin(), waves.cos()], dim=1)  # (GRID, width / 2)
     return 0.3 * torch.cat([along.repeat_interleave(GRID, 0), along.repeat(GRID, 1)], dim=1)
@@ -121,52 +121,53 @@ def plane_waves(width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """Questions with their answers, one after the other behind each of B pictures: (B, T), padded on the right."""
+    """The questions and answers that follow each of B pictures: (B, T), padded on the right."""
 
     ids: Tensor
-    pairs: Tensor  # which question of its picture a token belongs to; -1 for padding
-    places: Tensor  # of a token in its pair
-    wanted: Tensor  # whether the next token belongs to the answer, or is the end of it
+    pairs: Tensor  # index of the question that a token belongs to; -1 for padding
+    places: Tensor  # index of a token in its question and answer
+    wanted: Tensor  # whether the next token belongs to the answer, or ends it
     targets: Tensor  # (number wanted,): those next tokens
 
     def to(self, device: torch.device) -> Packed:
-        """The same on another device."""
+        """A copy on another device."""
         return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class Looks:
-    """L places where a head of `LOOKING` ought to look at certain visual tokens: those of what a question is about.
+    """L attention targets for heads of layer `LOOKING`: the visual tokens that a question asks about.
 
-    Found by itself that takes a model of this size very long. All are (L,), but `targets` (L, N): of a row that holds a
-    1, any token with a 1 will do; other rows are shares of the head's attention, whose rest belongs to the prefix.
+    Without supervision, a model of this size takes very long to learn this. All are (L,), except `targets` (L, N). In a
+    row that holds a 1, attention may be on any token with a 1; other rows are shares of the head's attention, the rest
+    of which belongs on the prefix.
     """
 
-    rows: Tensor  # of the batch
-    tokens: Tensor  # of the text
+    rows: Tensor  # index in the batch
+    tokens: Tensor  # index in the text
     heads: Tensor
     targets: Tensor
     weights: Tensor  # in the loss
 
     def to(self, device: torch.device) -> Looks:
-        """The same on another device."""
+        """A copy on another device."""
         return Looks(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-LOOKING = -3  # the layer: those before it put a thing's words together, those after it use what was seen
+LOOKING = -3  # the supervised layer: earlier ones combine the words for a thing, later ones use what it attended to
 
 
 def patch_states(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """(B, 3, 336, 336) -> CLS and the patches as the encoder leaves them (B, 577, 192)."""
-    tower = model.model.vision_tower
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers[:-1]:
+    """(B, 3, 336, 336) -> states of CLS and the patches after the vision encoder (B, 577, 192)."""
+    clip = model.model.vision_tower
+    hidden = clip.pre_layrnorm(clip.embeddings(pixels))
+    for layer in clip.encoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None)
     return hidden
 
 
 def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, 336, 336) -> what the language model sees (B, 576, WIDTH), and the state of CLS beside it (B, 192)."""
+    """(B, 3, 336, 336) -> visual tokens (B, 576, WIDTH) and the state of CLS (B, 192)."""
     states = patch_states(model, pixels)
     return model.model.multi_modal_projector(states[:, 1:]), states[:, 0]
 
@@ -179,17 +180,18 @@ def answer_logits(
     text: Packed,
     looks: Looks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits for the tokens of many questions and answers about each picture, as if each had been asked alone.
+    """Logits for many questions and answers about each picture, each as if asked alone.
 
     Args:
-        prefix: (p,) ids of what comes before the picture.
-        visual: (B, N, WIDTH).
+        model: the demo model.
+        prefix: (p,) ids of the tokens before the picture.
+        visual: (B, N, WIDTH) visual tokens.
         visual_positions: (B, N), not necessarily whole numbers; texts continue from the last one.
-        text: what comes after the picture.
-        looks: where to watch the attention.
+        text: the questions and answers after the picture.
+        looks: attention targets.
 
     Returns:
-        (number of tokens wanted, vocabulary), and (L,) how far the attention is from where it ought to be, in nats.
+        Logits (number of wanted tokens, vocabulary), and the attention losses (L,) in nats, if there are targets.
     """
     llama = model.model.language_model
     batch = len(text.ids)
@@ -211,19 +213,19 @@ def answer_logits(
     same = text.pairs[:, :, None] == text.pairs[:, None, :]
     mask = functional.pad(same & torch.ones_like(same).tril(), (shared, 0), value=True)[:, None]
 
-    astray = None
+    look_losses = None
     hidden = torch.cat([llama.embed_tokens(prefix).expand(batch, before, -1), visual, llama.embed_tokens(text.ids)], 1)
     for index, layer in enumerate(llama.layers):
-        last = index == len(llama.layers) - 1  # where nobody reads what becomes of the picture
+        last = index == len(llama.layers) - 1  # after which the picture's states are not read
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         query, key, value = (
             project(normed).unflatten(-1, (heads, -1)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        query, key = query * cos + _turned(query) * sin, key * cos + _turned(key) * sin
+        query, key = query * cos + _rotated(query) * sin, key * cos + _rotated(key) * sin
         if looks is not None and layer is llama.layers[LOOKING]:
-            astray = _astray(looks, query[:, :, shared:], key, mask[:, 0], before)
+            look_losses = _look_losses(looks, query[:, :, shared:], key, mask[:, 0], before)
         mixed = functional.scaled_dot_product_attention(query[:, :, shared:], key, value, attn_mask=mask)
         if last:
             hidden = hidden[:, shared:]
@@ -234,10 +236,10 @@ def answer_logits(
             mixed = torch.cat([seen, mixed], dim=2)
         hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(llama.norm(hidden[text.wanted])), astray
+    return model.lm_head(llama.norm(hidden[text.wanted])), look_losses
 
 
-def _astray(looks: Looks, query: Tensor, key: Tensor, mask: Tensor, before: int) -> Tensor:
+def _look_losses(looks: Looks, query: Tensor, key: Tensor, mask: Tensor, before: int) -> Tensor:
     """(L,), from queries (B, heads, T, h) of the texts, keys (B, heads, S, h) and the mask (B, T, S)."""
     asking = query[looks.rows, looks.heads, looks.tokens]  # (L, h)
     scores = torch.einsum("lh,lsh->ls", asking, key[looks.rows, looks.heads]).float() / math.sqrt(asking.shape[-1])
@@ -249,6 +251,6 @@ def _astray(looks: Looks, query: Tensor, key: Tensor, mask: Tensor, before: int)
     return -torch.where(looks.targets.amax(-1) == 1, any_of, each_of)
 
 
-def _turned(x: Tensor) -> Tensor:
+def _rotated(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)

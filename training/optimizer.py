@@ -1,4 +1,4 @@
-"""Muon for the matrices of a model, Adam for all else.
+"""Muon for the matrices of a model, Adam for everything else.
 
 Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest matrix with equal singular values, found by
 five steps of a Newton-Schulz iteration, in bfloat16 where that is fast. Scaled so that an update has the size of one of
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 STEPS = 5
-ADAM = 0.1  # of the learning rate: a whole one shakes embeddings so much that rare words are not learnt
+ADAM = 0.1  # factor of the learning rate: at the full rate, rare words are not learnt
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -58,7 +58,7 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Roughly U V^T of its singular value decomposition: singular values between 0.7 and 1.2."""
+    """Roughly U V^T of the matrix's singular value decomposition: singular values between 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

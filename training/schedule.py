@@ -1,4 +1,4 @@
-"""How many steps each stage takes."""
+"""The number of steps of each stage."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Part(NamedTuple):
     """A share of a stage's time, on one size of canvas."""
 
     grid: int
-    size: int  # scenes in a step
+    size: int  # scenes per step
     share: float  # of the stage's time
-    seconds: float  # for a step: on one core for language and tower, which run side by side, on two for joint
+    seconds: float  # per step: on one core for language and tower, which run side by side, on two for joint
 
 
 PARTS: dict[str, tuple[Part, ...]] = {
@@ -28,15 +28,15 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "joint": (Part(GRID, 8, 1.0, 2.7),),
 }
 RATES = {"language": 3e-3, "tower": 3e-3, "joint": 6e-4}  # peaks
-JOINT = 0.35  # of the time
+JOINT = 0.35  # share of the time
 
 
 def stages(hours: float, rate: float = 1.0) -> dict[str, Stage]:
-    """The plan for so many hours on two cores. It fixes the steps, so elsewhere they take longer or shorter.
+    """The plan for a number of hours on two cores. It fixes the steps: on other machines they take longer or shorter.
 
     Args:
-        hours: of all stages.
-        rate: by which the learning rates are multiplied; less than 1 to go on from an earlier model.
+        hours: time for all stages.
+        rate: factor of the learning rates; below 1 to start from an earlier model.
     """
     plan = {}
     for name, parts in PARTS.items():

@@ -1,4 +1,4 @@
-"""What each stage learns, and from what.
+"""The stages of training: what each learns, and from what.
 
 `language`: the language model, on codes instead of pictures. `tower`: vision encoder and projector, to emit those codes
 for each patch. `joint`: everything, on pictures. `merged`: `training/merged.py`.
@@ -20,18 +20,18 @@ from training.batches import Batch, Batches, random_positions, usual_positions
 from training.model import GRID, LAYERS, Codebook, Looks, answer_logits, encode, new_model
 from vllm_vtprune_evaluation.scenes import FIELDS, code_size
 
-SHARPNESS = 12.0  # of the softmax that reads a value from a code
+SHARPNESS = 12.0  # inverse temperature of the softmax that reads a value from a code
 LOOK_WEIGHT = 0.3
-FIELD_WEIGHTS = {"character": 2.0}  # of which there are most to tell apart
-EMPTY_WEIGHT = 0.1  # of a patch that shows nothing: most do
+FIELD_WEIGHTS = {"character": 2.0}  # the field with most values
+EMPTY_WEIGHT = 0.1  # of an empty patch: most are
 KNOWN = sum(len(values) - ("none" in values) for values in FIELDS.values())  # columns before the position
 
 
 class Trainee(nn.Module):
-    """The model, with what only training needs: the codebook, and a head by which CLS names what is in the picture.
+    """The model and what only training needs: the codebook, and a head with which CLS lists what is in the picture.
 
-    CLIP's CLS token is trained to say what a picture shows. Without that its attention, by which some pruning methods
-    choose, would be left to chance.
+    CLIP's CLS token is trained to describe the picture. Without such a loss, CLS attention, which some pruning methods
+    use, would be random.
     """
 
     def __init__(self, seed: int, tokenizer: Any, layers: int = LAYERS) -> None:
@@ -41,18 +41,18 @@ class Trainee(nn.Module):
         self.summary = nn.Linear(self.model.config.vision_config.hidden_size, KNOWN)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the language model sees of pictures, and the state of CLS, as `encode`."""
+        """Visual tokens of pictures and the state of CLS, as `encode`."""
         return encode(self.model, pixels)
 
     def looks(self, looks: Looks) -> Looks:
-        """Where the attention ought to be, of looks at patches."""
+        """Attention targets by visual token, from targets by patch."""
         return looks
 
     def part(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """The parameters that a stage trains."""
-        tower = ("model.model.vision_tower.", "model.model.multi_modal_projector.", "summary.")
+        encoder = ("model.model.vision_tower.", "model.model.multi_modal_projector.", "summary.")
         language = ("model.model.language_model.", "model.lm_head.")
-        prefixes = {"language": language, "tower": tower, "joint": tower + language}[name]
+        prefixes = {"language": language, "tower": encoder, "joint": encoder + language}[name]
         unused = ("vision_tower.encoder.layers.6.", "vision_tower.post_layernorm.")
         return [
             (key, parameter)
@@ -63,7 +63,7 @@ class Trainee(nn.Module):
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a stage. `size`: scenes in a step."""
+    """Part of a stage. `size`: scenes per step."""
 
     grid: int
     steps: int
@@ -72,7 +72,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stage:
-    """`parts`: into how many batches a step's scenes are divided, each of which a thread of its own may take."""
+    """A stage. `parts`: batches that a step is split into, one per thread."""
 
     name: str
     phases: tuple[Phase, ...]
@@ -81,11 +81,11 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Of all phases together."""
+        """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def phase(self, step: int) -> Phase:
-        """The phase that a step, counted over all phases, belongs to."""
+        """The phase of a step; steps are counted over all phases."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase
@@ -93,13 +93,13 @@ class Stage:
         return self.phases[-1]
 
 
-QUESTIONS = 24  # behind each picture
+QUESTIONS = 24  # per picture
 
 Loss = tuple[Tensor, dict[str, float]]
 
 
 def loss_of(stage: Stage, trainee: Trainee, batches: Batches, step: int, device: torch.device, part: int = 0) -> Loss:
-    """The loss at a step, or in a part of it, and what else is worth a line in the log."""
+    """The loss of a step, or of a part of it, and other values for the log."""
     phase = stage.phase(step)
     size, number = phase.size // stage.parts, step * stage.parts + part
     generator = torch.Generator().manual_seed(number)
@@ -107,7 +107,7 @@ def loss_of(stage: Stage, trainee: Trainee, batches: Batches, step: int, device:
         batch = batches.make(number, size, QUESTIONS, grid=phase.grid)
         visual = trainee.codebook(blurred(batch.codes, generator).to(device))
         return answer_loss(trainee, batches, batch, visual, generator)
-    assert phase.grid == GRID, "a tower sees pictures of one size"
+    assert phase.grid == GRID, "the vision encoder reads pictures of one size"
     crowded = stage.name == "tower"
     batch = batches.make(number, size, 1 if crowded else QUESTIONS, pictures=True, crowded=crowded)
     assert batch.pixels is not None
@@ -122,52 +122,52 @@ def loss_of(stage: Stage, trainee: Trainee, batches: Batches, step: int, device:
 
 
 def blurred(codes: Tensor, generator: torch.Generator) -> Tensor:
-    """Codes as a tower might emit them: none quite certain."""
+    """Codes as a vision encoder might emit them: uncertain and noisy."""
     certainty = 0.6 + 0.5 * torch.rand(codes.shape[:2], generator=generator)[..., None]
     known = codes[..., :KNOWN] * certainty
     noise = torch.randn(codes.shape, generator=generator)
     noise[..., :KNOWN] *= 0.08
-    noise[..., KNOWN:] *= 0.02  # a tower's patches have an embedding of their place
+    noise[..., KNOWN:] *= 0.02  # less: a vision encoder has position embeddings
     return torch.cat([known, codes[..., KNOWN:]], dim=-1) + noise
 
 
 def answer_loss(trainee: Trainee, batches: Batches, batch: Batch, visual: Tensor, generator: torch.Generator) -> Loss:
-    """Cross entropy of the answers' tokens, given the visual tokens (B, N, d) at random positions; and of the looks."""
+    """Cross entropy of the answers, with the visual tokens (B, N, d) at random positions, plus the attention loss."""
     size, tokens = visual.shape[:2]
     prefix = batches.prefixes[int(torch.randint(2, (), generator=generator))].to(visual.device)
     positions = random_positions(len(prefix), size, tokens, generator).to(visual.device)
     text = batch.text.to(visual.device)
     assert batch.looks is not None
     looks = trainee.looks(batch.looks).to(visual.device)
-    logits, astray = answer_logits(trainee.model, prefix, visual, positions, text, looks)
-    assert astray is not None
+    logits, look_losses = answer_logits(trainee.model, prefix, visual, positions, text, looks)
+    assert look_losses is not None
     answer = functional.cross_entropy(logits.float(), text.targets)
-    look = (astray * looks.weights).sum() / looks.weights.sum()
+    look = (look_losses * looks.weights).sum() / looks.weights.sum()
     return answer + LOOK_WEIGHT * look, {"answer": answer.item(), "look": look.item()}
 
 
 def read_fields(code: Tensor) -> dict[str, Tensor]:
-    """(..., code_size()) -> for each field logits of its values, (..., values)."""
+    """(..., code_size()) -> logits of the values of each field, (..., values)."""
     logits = {}
     start = 0
     for field, values in FIELDS.items():
         width = len(values) - ("none" in values)
         block = code[..., start : start + width]
         if "none" in values:
-            block = functional.pad(block, (1, 0), value=0.5)  # halfway between a value's absence and its presence
+            block = functional.pad(block, (1, 0), value=0.5)  # halfway between absence (0) and presence (1) of a value
         logits[field] = SHARPNESS * block
         start += width
     return logits
 
 
 def dense_loss(trainee: Trainee, batch: Batch, visual: Tensor, cls: Tensor) -> Tensor:
-    """How far each patch is from its code, and CLS from a list of all that is there."""
+    """Loss of each patch against its code, and of CLS against the list of everything in the picture."""
     labels, codes = batch.labels.to(visual.device), batch.codes.to(visual.device)
     weight = torch.where(labels[..., 0] > 0, 1.0, EMPTY_WEIGHT)
     weight = weight / weight.sum()
     emitted = trainee.codebook.read(visual)
     loss = code_size() * ((emitted - codes).square().mean(-1) * weight).sum()
-    rest = visual - trainee.codebook(emitted)  # what no code stands for
+    rest = visual - trainee.codebook(emitted)  # the part outside the codebook
     loss = loss + (rest.square().sum(-1) * weight).sum()
     for column, (field, logits) in enumerate(read_fields(emitted).items()):
         wrong = functional.cross_entropy(logits.transpose(1, 2), labels[..., column], reduction="none")
@@ -178,7 +178,7 @@ def dense_loss(trainee: Trainee, batch: Batch, visual: Tensor, cls: Tensor) -> T
 
 @torch.no_grad()
 def patch_accuracy(trainee: Trainee, batches: Batches, scenes: int, device: torch.device) -> dict[str, float]:
-    """Of patches that show something, how many values of each field are right; and how many patches altogether."""
+    """Accuracy of each field, on patches that show something; and of whole patches, full and empty."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for number in range(scenes // 8):
@@ -216,9 +216,9 @@ def answer_accuracy(
     positions: Positions = usual_positions,
     questions: int = 9,
 ) -> dict[str, float]:
-    """How many answers are right to the last token, by kind of question and overall ("all").
+    """Share of answers that are right to the last token, by kind of question and overall ("all").
 
-    An answer whose every token is the likeliest after the right ones before it is the one that greedy decoding gives.
+    If every token of an answer is the likeliest after the right tokens before it, greedy decoding gives that answer.
     """
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()

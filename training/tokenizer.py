@@ -1,6 +1,6 @@
-"""The demo model's tokenizer: common words whole, everything in capitals and digits character by character.
+"""The demo model's tokenizer: common words as one token, capitals and digits character by character.
 
-Words in the pictures are in capitals, so the model spells what it reads and can spell words that it never saw.
+Words in pictures are in capitals, so the model spells them, and can spell words that training never showed.
 """
 
 from pathlib import Path
@@ -13,16 +13,16 @@ from vllm_vtprune_checkpoints.llava import FIRST_TOKENS, llava_tokenizer
 from vllm_vtprune_evaluation.scenes import make_scene, pack
 
 VOCABULARY = 1024
-ROLES = ("USER:", "ASSISTANT:")  # of the chat template; else they would be spelled too
+ROLES = ("USER:", "ASSISTANT:")  # of the chat template; would be spelled otherwise
 IMAGE_ID, PAD_ID = VOCABULARY - 2, VOCABULARY - 1
 BOS_ID, EOS_ID = 1, 2
 CAPITALS = r"[A-Z](?=[A-Z])|(?<=[A-Z])[A-Z]"  # "What" stays whole
 
 
 def scene_tokenizer(earlier: Path | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level, so any text survives the round trip; trained on questions about scenes, then on common words.
+    """A byte-level tokenizer, trained on questions about scenes and on common words; any text survives the round trip.
 
-    That of an `earlier` checkpoint is taken as it is, where there is one.
+    With an `earlier` checkpoint, load its tokenizer instead.
     """
     if earlier is not None:
         loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(earlier)

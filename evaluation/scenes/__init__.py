@@ -1,9 +1,8 @@
-"""Pictures with questions whose answers are known: what the demo model is trained on and every method is measured with.
+"""Pictures with questions and known answers: they train the demo model and measure every method.
 
-A scene is drawn from a split and a seed alone, so it is the same wherever it is made. `make_scene` lays it out (shapes,
-handwritten digits, words and numbers, from one thing on a plain ground to dozens), `paint` renders it, `ask` asks about
-it, and `patch_labels` says what each 14 x 14 patch shows. Training, validation and test share no layout, no background
-and no word or number; see `splits`.
+A scene depends only on split and seed. `make_scene` lays it out (shapes, handwritten digits, words and numbers, from
+one thing on a plain ground to dozens), `paint` renders it, `ask` makes questions, `patch_labels` labels each 14 x 14
+patch. Training, validation and test share no layout, no background and no word or number; see `splits`.
 """
 
 from vllm_vtprune_evaluation.scenes.labels import FIELDS, code_size, codes, patch_labels, patches_of

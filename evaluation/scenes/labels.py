@@ -1,8 +1,7 @@
-"""What each patch of a scene shows, as labels to train a vision encoder on and as vectors in their place.
+"""What each patch of a scene shows: as labels to train a vision encoder on, and as vectors that stand in for one.
 
-A patch says all that is known of the thing it belongs to (kind, colour, shape, character), whether it is the one at
-the thing's centre, and its own row and column. The latter matters for pruning: positions are renumbered when tokens
-leave, so a model that knew *where* from a token's index would lose it then.
+The code of a patch holds kind, colour, shape and character of its thing, whether the patch is the thing's centre, and
+its own row and column. Pruning renumbers prompt positions, so a model must not infer these from a token's index.
 """
 
 import math
@@ -17,7 +16,7 @@ from vllm_vtprune_evaluation.scenes.layout import COLOURS, PATCH, SHAPES, Item, 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 PATCH_KINDS = ("empty", "shape", "digit", "letter", "numeral")
 
-# A label is the index of a value. "none" is not part of the code: a patch that shows nothing is little but a position.
+# A label is the index of a value. "none" is not part of the code: an empty patch has little more than its position.
 FIELDS: dict[str, tuple[str, ...]] = {
     "kind": PATCH_KINDS,
     "colour": ("none", *COLOURS),
@@ -39,7 +38,7 @@ def code_size() -> int:
 
 
 def patch_labels(scene: Scene) -> NDArray[np.int64]:
-    """(grid * grid, fields), rows first: for each patch and each field of FIELDS the index of its value."""
+    """(grid * grid, fields), row by row: the index of the value of each field of FIELDS, for each patch."""
     labels = np.zeros((scene.grid, scene.grid, len(FIELDS)), dtype=np.int64)
     for item in scene.items:
         if item.kind in ("word", "number"):
@@ -50,7 +49,7 @@ def patch_labels(scene: Scene) -> NDArray[np.int64]:
 
 
 def patches_of(scene: Scene, item: Item) -> NDArray[np.int64]:
-    """(patches,): which patches show an item of the scene."""
+    """(patches,): indices of the patches that show an item."""
     alone = patch_labels(replace(scene, items=(item,)))
     return alone[:, 0].nonzero()[0]
 
@@ -66,7 +65,7 @@ def codes(labels: NDArray[np.int64], grid: int) -> NDArray[np.float32]:
 
 @cache
 def position_codes(grid: int) -> NDArray[np.float32]:
-    """(grid * grid, POSITION_SIZE): where a patch is, as numbers that two patches can be compared by."""
+    """(grid * grid, POSITION_SIZE): row and column of each patch, as waves."""
     along = (np.arange(grid) + 0.5) / grid * 2 - 1  # -1 to 1
     waves = [f(math.pi / 2 * wave * along) for wave in WAVES for f in (np.sin, np.cos)]
     code = np.stack([2 * along, *waves], axis=1)
@@ -98,12 +97,12 @@ def _label_thing(labels: NDArray[np.int64], item: Item) -> None:
 
 
 def mark_radius(item: Item) -> float:
-    """Of the dot in the middle of a shape, in pixels."""
+    """Radius of the dot in the middle of a shape, in pixels."""
     return max(3.5, 0.13 * item.width)
 
 
 def _reaches(item: Item, row: int, column: int) -> bool:
-    """Whether a good part of the dot lies in a patch."""
+    """Whether a patch is within half a radius of the dot's centre."""
     across = max(column * PATCH - item.x, 0, item.x - (column + 1) * PATCH)
     down = max(row * PATCH - item.y, 0, item.y - (row + 1) * PATCH)
     return math.hypot(across, down) < 0.5 * mark_radius(item)

@@ -1,13 +1,12 @@
-"""What is where in a scene: coloured shapes, handwritten digits, words and numbers on a ground.
+"""The layout of a scene: coloured shapes, handwritten digits, words and numbers on a ground.
 
-Density varies by design. A third of the scenes each are sparse (one to three things), medium (four to ten) and dense
-(up to 34), because a budget that follows the picture can only pay where pictures differ. A scene of `grid` patches a
-side is a smaller canvas of the same world: training starts on 8 x 8 and ends on the 24 x 24 of the model.
+Density varies: a third of the scenes each are sparse (one to three things), medium (four to ten) and dense (up to 34),
+because an adaptive budget can only pay if pictures differ. Training starts on smaller canvases, 8 x 8 patches, and ends
+on the 24 x 24 of the model.
 
-Questions need something to ask about even in a crowd, so a layout plans ahead: one colour and one shape are given to
-exactly 0 to 4 shapes (those are counted), another colour and another shape to exactly one (those are referred to), and
-the first few words have a colour each of their own. Every patch shows at most one thing, and letters are at least a
-patch apart.
+The layout ensures that even a crowded scene has questions. One colour and one shape occur in 0 to 4 shapes (counted);
+another colour and another shape occur once (referred to); the first few words each have a colour of their own. Every
+patch shows at most one thing, and letters are at least a patch apart.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ GroundKind = Literal["plain", "texture", "photograph"]
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-DENSITIES: tuple[Density, ...] = ("sparse", "medium", "dense")  # "packed" is for training an encoder: only on demand
+DENSITIES: tuple[Density, ...] = ("sparse", "medium", "dense")  # "packed", for training an encoder, only on request
 MOST_COUNTED = 4
 SHAPES_ONLY, MIXED, PAGE = (0.85, 0.15, 0.0), (0.5, 0.14, 0.2), (0.2, 0.1, 0.45)  # shapes, digits, words; else numbers
 
@@ -42,7 +41,7 @@ class Item:
     shape: str = ""  # of a shape
     mark: str = ""  # colour of the dot on a shape, if it has one
     text: str = ""  # of a digit, a word or a number
-    look: int = 0  # seed of what only painting decides: fonts, rotation, which handwriting
+    look: int = 0  # seed for painting: font, rotation, handwriting
 
     @property
     def left(self) -> float:
@@ -68,7 +67,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, from which it is painted and its questions are answered."""
+    """The content of a picture."""
 
     split: Split
     seed: int
@@ -76,7 +75,7 @@ class Scene:
     density: Density
     ground: GroundKind
     items: tuple[Item, ...]
-    counted_colour: str | None  # the colour and the shape of 0 to 4 shapes, each number as likely as the others
+    counted_colour: str | None  # colour and shape of 0 to 4 shapes, all five numbers equally likely
     counted_shape: str | None
 
     @property
@@ -85,12 +84,12 @@ class Scene:
         return self.grid * PATCH
 
     def of_kind(self, kind: ItemKind) -> list[Item]:
-        """The things of one kind, in the order in which they are painted."""
+        """The items of a kind, in painting order."""
         return [item for item in self.items if item.kind == kind]
 
 
 def make_scene(split: Split, seed: int, *, grid: int = 24, density: Density | None = None) -> Scene:
-    """The scene with this number; `density` asks for one of them instead of each as often."""
+    """The scene of a split and a seed; `density` fixes the density, which is otherwise drawn."""
     draws = Draws("scene", split, seed, grid, density)
     while True:
         scene = _draw_scene(draws, split, seed, grid, draws.pick(DENSITIES if density is None else (density,)))
@@ -99,9 +98,9 @@ def make_scene(split: Split, seed: int, *, grid: int = 24, density: Density | No
 
 
 def layout_key(scene: Scene) -> str:
-    """Scenes with equal keys have the same kinds of things in the same patches."""
-    places = sorted((item.kind, int(item.x) // PATCH, int(item.y) // PATCH) for item in scene.items)
-    return f"{scene.grid} {places}"
+    """A key of the layout: equal if the same kinds of things are in the same patches."""
+    centres = sorted((item.kind, int(item.x) // PATCH, int(item.y) // PATCH) for item in scene.items)
+    return f"{scene.grid} {centres}"
 
 
 def _draw_scene(draws: Draws, split: Split, seed: int, grid: int, density: Density) -> Scene:
@@ -114,7 +113,7 @@ def _draw_scene(draws: Draws, split: Split, seed: int, grid: int, density: Densi
 
     taken: set[tuple[int, int]] = set()
     items = []
-    shapes_first = sorted(kinds, key="shape word number digit".split().index)  # as they are promised
+    shapes_first = sorted(kinds, key="shape word number digit".split().index)  # planned, so placed first
     for kind in shapes_first if density != "packed" else draws.shuffled(kinds):
         if kind == "shape":
             colour, shape = shapes.pop()
@@ -169,7 +168,7 @@ def _draw_kinds(draws: Draws, count: int, mixtures: Sequence[tuple[float, float,
 
 
 def _draw_shapes(draws: Draws, count: int) -> tuple[list[tuple[str, str]], str, str]:
-    """Colour and shape of `count` shapes, and which colour and which shape are counted."""
+    """Colours and shapes of `count` items, the counted colour and the counted shape."""
     counted_colour, single_colour, *colours = draws.shuffled(COLOURS)
     counted_shape, single_shape, *shapes = draws.shuffled(SHAPES)
     columns = []
@@ -182,7 +181,7 @@ def _draw_shapes(draws: Draws, count: int) -> tuple[list[tuple[str, str]], str, 
 
 
 def _draw_text_colours(draws: Draws, count: int) -> list[str]:
-    """Four colours occur once; what comes after them shares the others."""
+    """Colours of `count` texts: four occur once, the rest share the others."""
     order = draws.shuffled(COLOURS)
     return draws.shuffled(order[: min(count, 4)] + [draws.pick(order[4:]) for _ in range(count - 4)])
 
@@ -195,7 +194,7 @@ def _draw_side(draws: Draws, grid: int) -> float:
 def _find_place(
     draws: Draws, grid: int, width: float, height: float, taken: set[tuple[int, int]]
 ) -> tuple[float, float, set[tuple[int, int]]] | None:
-    """A centre around which no patch is taken, and the patches it takes; None if none was found."""
+    """Draw a free place: centre and patches; None after 30 failures."""
     half_width, half_height = width / 2 + 2, height / 2 + 2  # outlines
     side = grid * PATCH
     if 2 * half_width > side:

@@ -1,4 +1,4 @@
-"""Scenes as pictures: shapes and text over plain grounds, textures and photographs.
+"""Paint scenes: shapes and text over plain grounds, textures and photographs.
 
 Nothing is downloaded and no system font is used. Fonts are those inside matplotlib's wheel, handwritten digits those
 inside scikit-learn's (1,797 of them, 8 x 8 pixels, from the UCI repository), photographs those inside scikit-image's
@@ -31,7 +31,7 @@ PAINTS: dict[str, Colour] = {
     "white": (250, 250, 250),
     "black": (20, 20, 20),
 }
-DARK_EDGE = ("white", "yellow", "orange")  # colours that are outlined in black; the others are in white
+DARK_EDGE = ("white", "yellow", "orange")  # outlined in black; other colours in white
 
 FONTS = (
     "DejaVuSans",
@@ -59,11 +59,11 @@ PHOTOGRAPHS: dict[Split, tuple[tuple[str, str], ...]] = {
         ("sklearn", "datasets/images/china.jpg"),
     ),
 }
-FINER = 3  # shapes are drawn this many times larger, then reduced, for smooth edges
+ENLARGED = 3  # shapes are drawn this many times larger, then reduced, for smooth edges
 
 
 def paint(scene: Scene) -> Image.Image:
-    """The picture, RGB, of `scene.side` pixels a side: 336 for a grid of 24."""
+    """Paint a scene: RGB, `scene.side` pixels square (336 for a grid of 24)."""
     picture = _ground(scene)
     for item in scene.items:
         layer, mask, corner = _painted(item, scene)
@@ -72,11 +72,11 @@ def paint(scene: Scene) -> Image.Image:
 
 
 def package_file(package: str, file: str) -> Path:
-    """A file that an installed package ships. Raises ModuleNotFoundError, which says what to install, without it."""
-    found = find_spec(package)
-    if found is None or found.origin is None:
+    """A file of an installed package. Raises ModuleNotFoundError, with what to install, if there is none."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"the demo's scenes need {package}: pip install 'vllm-vtprune[demo]'")
-    return Path(found.origin).parent / file
+    return Path(spec.origin).parent / file
 
 
 def _ground(scene: Scene) -> Image.Image:
@@ -94,7 +94,7 @@ def _ground(scene: Scene) -> Image.Image:
 
 
 def _tone(draws: Draws, split: Split) -> Colour:
-    """A muted colour. Its red modulo 3 tells the split, so no two splits share one."""
+    """A muted colour. Red modulo 3 depends on the split, so no two splits share a tone."""
     grey = draws.whole(40, 215)
     red, green, blue = (grey + draws.whole(-24, 24) for _ in range(3))
     return red // 3 * 3 + SPLITS.index(split), green, blue
@@ -123,7 +123,7 @@ def _texture(draws: Draws, scene: Scene) -> Image.Image:
 
 
 def _painted(item: Item, scene: Scene) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
-    """A thing with its outline, its mask, and where its top left corner goes."""
+    """An item with its outline, the mask, and the top left corner in the picture."""
     draws = Draws("look", item.look)
     left, top = int(item.left) - 2, int(item.top) - 2
     width, height = int(item.right) + 3 - left, int(item.bottom) + 3 - top
@@ -153,11 +153,11 @@ def _shape_mask(
 ) -> tuple[Image.Image, Image.Image | None]:
     radius = item.width / 2
     turn = draws.real(-0.15, 0.15)
-    large = (size[0] * FINER, size[1] * FINER)
+    large = (size[0] * ENLARGED, size[1] * ENLARGED)
     ink = Image.new("L", large)
     ImageDraw.Draw(ink).polygon(
         [
-            (FINER * (x + radius * r * np.sin(angle + turn)), FINER * (y - radius * r * np.cos(angle + turn)))
+            (ENLARGED * (x + radius * r * np.sin(angle + turn)), ENLARGED * (y - radius * r * np.cos(angle + turn)))
             for angle, r in _outline(item.shape)
         ],
         fill=255,
@@ -166,14 +166,14 @@ def _shape_mask(
     if item.mark:
         dot = Image.new("L", large)
         reach = mark_radius(item)
-        ImageDraw.Draw(dot).ellipse([FINER * (v + side * reach) for side in (-1, 1) for v in (x, y)], fill=255)
+        ImageDraw.Draw(dot).ellipse([ENLARGED * (v + side * reach) for side in (-1, 1) for v in (x, y)], fill=255)
         dot = dot.resize(size, Image.Resampling.BOX)
     return ink.resize(size, Image.Resampling.BOX), dot
 
 
 @cache
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """Corners as angles, clockwise from the top, and distances from the centre, at most 1 from it up and sideways."""
+    """Corners: angle, clockwise from the top, and distance from the centre in half widths."""
     if shape == "circle":
         return tuple((2 * np.pi * k / 40, 1.0) for k in range(40))
     if shape == "square":
@@ -191,7 +191,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
 
 
 def _digit_mask(item: Item, draws: Draws, x: float, y: float, size: tuple[int, int], split: Split) -> Image.Image:
-    """A person's handwriting, enlarged. Of each ten digits, the first eight train, one validates and one tests."""
+    """An enlarged handwritten digit. Of every ten, eight are for training, one for validation, one for test."""
     pixels, values = _handwriting()
     of_split = {"train": np.arange(len(values)) % 10 < 8, "validation": np.arange(len(values)) % 10 == 8}
     wanted = of_split.get(split, np.arange(len(values)) % 10 == 9) & (values == int(item.text))
@@ -205,7 +205,7 @@ def _digit_mask(item: Item, draws: Draws, x: float, y: float, size: tuple[int, i
 
 
 def _text_mask(item: Item, draws: Draws, x: float, y: float, size: tuple[int, int]) -> Image.Image:
-    """Capitals and digits, evenly spaced, as large as their cells allow; wide ones are drawn narrower."""
+    """Capitals and digits, evenly spaced, as large as their cells allow; wide ones are squeezed."""
     cell = int(item.pitch) - 1
     font = _fitting_font(draws.pick(FONTS), cell, int(0.92 * item.height))
     mask = Image.new("L", size)
@@ -222,7 +222,7 @@ def _text_mask(item: Item, draws: Draws, x: float, y: float, size: tuple[int, in
 
 @cache
 def _fitting_font(name: str, width: int, height: int) -> ImageFont.FreeTypeFont:
-    """The largest size whose H and 0 fit into a cell."""
+    """The font at the largest size at which H and 0 fit into a cell."""
     path = package_file("matplotlib", f"mpl-data/fonts/ttf/{name}.ttf")
     for size in range(2 * height, 4, -1):
         font = ImageFont.truetype(path, size)
@@ -234,7 +234,7 @@ def _fitting_font(name: str, width: int, height: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _handwriting() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(1797, 8, 8) from 0 to 16, and (1797,) their values."""
+    """Images (1797, 8, 8), from 0 to 16, and their digits (1797,)."""
     with gzip.open(package_file("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
         table = np.array([[float(cell) for cell in line] for line in csv.reader(file)], dtype=np.float32)
     return table[:, :64].reshape(-1, 8, 8), table[:, 64].astype(np.int64)

@@ -1,7 +1,7 @@
 """Questions about a scene, of nine kinds, each with a short answer.
 
-Answers are balanced: whoever sees the question but not the picture does no better than chance. Yes and no are drawn
-before the question is made, and only where both could be had; other answers are as likely as the layout makes them.
+Yes and no are balanced, so a model that ignores the picture does no better than chance: they are drawn before the
+question, and only where both are possible. Other answers are as likely as the layout makes them.
 """
 
 from collections import Counter
@@ -12,12 +12,12 @@ from vllm_vtprune_evaluation.scenes.layout import COLOURS, MOST_COUNTED, SHAPES,
 from vllm_vtprune_evaluation.scenes.splits import Draws
 
 DIGITS = "0123456789"
-MARGIN = 4  # pixels between two things, one of which is left of the other
+MARGIN = 4  # least pixels between two things of which one is left of, or above, the other
 
 
 @dataclass(frozen=True)
 class Question:
-    """`about`: for each thing that the question names, in the order of its words, the items that it means, if any."""
+    """`about`: for each thing that the question names, in order, the items that it means, if any."""
 
     kind: str
     text: str
@@ -26,13 +26,13 @@ class Question:
 
 
 Things = Sequence[Item]
-Asked = tuple[str, str, Sequence[Things]]  # question, answer, and what it is about
+Asked = tuple[str, str, Sequence[Things]]  # question, answer, `Question.about`
 
 
 def ask(scene: Scene, count: int = 9, *, kinds: Sequence[str] | None = None) -> list[Question]:
     """Up to `count` questions, at most one of each kind; always the same for a scene.
 
-    More of a kind would unbalance the answers: of one lone thing there is one yes to ask for, and many a no.
+    More of a kind would unbalance the answers: a scene of one thing has one question with "yes" and many with "no".
     """
     draws = Draws("questions", scene.split, scene.seed, scene.grid)
     asked = (_try(kind, scene, draws) for kind in draws.shuffled(list(kinds or KINDS)))
@@ -40,9 +40,9 @@ def ask(scene: Scene, count: int = 9, *, kinds: Sequence[str] | None = None) -> 
 
 
 def pack(scene: Scene, count: int) -> list[Question]:
-    """`count` questions to train on, kinds in turn, the hard ones twice. Some repeat where little can be asked.
+    """`count` questions to train on: every kind in turn, hard kinds more often. They repeat if a scene has too few.
 
-    What is counted is not planned by the layout here, so a smaller canvas has questions to count by, too.
+    Any colour or shape is counted here, so that smaller canvases have counting questions, too.
     """
     draws = Draws("pack", scene.split, scene.seed, scene.grid)
     questions: list[Question] = []
@@ -56,7 +56,7 @@ HARD = ("count", "count", "reading", "relation")
 
 
 def _try(kind: str, scene: Scene, draws: Draws, training: bool = False) -> Question | None:
-    for _ in range(4):  # forms, of which one may not suit the scene
+    for _ in range(4):  # a form may not suit the scene
         asked = (count_any if training and kind == "count" else KINDS[kind])(scene, draws)
         if asked is not None:
             text, answer, about = asked
@@ -70,17 +70,17 @@ def a(noun: str) -> str:
 
 
 def reference(item: Item) -> str:
-    """What sets a thing apart from one of another kind, colour and shape: 'red circle', 'handwritten 7', 'word'."""
+    """The words that refer to an item: 'red circle', 'handwritten 7', 'word'."""
     if item.kind == "shape":
         return f"{item.colour} {item.shape}"
     return f"handwritten {item.text}" if item.kind == "digit" else item.kind
 
 
 def singles(scene: Scene) -> list[tuple[str, Item]]:
-    """The things that their reference leaves no doubt about."""
+    """The items with a unique reference, and that reference."""
     references = [reference(item) for item in scene.items]
-    often = Counter(references)
-    return [(name, item) for name, item in zip(references, scene.items, strict=True) if often[name] == 1]
+    occurrences = Counter(references)
+    return [(name, item) for name, item in zip(references, scene.items, strict=True) if occurrences[name] == 1]
 
 
 def _called(scene: Scene, name: str) -> list[Item]:
@@ -88,7 +88,7 @@ def _called(scene: Scene, name: str) -> list[Item]:
 
 
 def _absent(scene: Scene, draws: Draws, kind: str) -> str | None:
-    """A reference of a kind to nothing in the picture. Of a colored shape, mostly colour and shape are there apart."""
+    """A reference to nothing in the picture. Of a coloured shape, colour and shape mostly occur, but apart."""
     present = {reference(item) for item in scene.items}
     if kind == "digit":
         names = [f"handwritten {digit}" for digit in DIGITS]
@@ -115,8 +115,8 @@ def existence(scene: Scene, draws: Draws) -> Asked | None:
         if not names or len(names) == len(SHAPES):
             return None
         name = draws.pick(wanted)
-        found = [item for item in scene.of_kind("shape") if item.shape == name]
-        return f"Is there {a(name)}?", "yes" if yes else "no", [found]
+        matching = [item for item in scene.of_kind("shape") if item.shape == name]
+        return f"Is there {a(name)}?", "yes" if yes else "no", [matching]
     kinds = ("word", "number") if form == "text" else (form,)
     present = sorted({reference(item) for item in scene.items if item.kind in kinds})
     absent = _absent(scene, draws, form)
@@ -127,14 +127,14 @@ def existence(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def count(scene: Scene, draws: Draws) -> Asked | None:
-    """How many shapes have a colour, or are of a form: 0 to 4."""
+    """How many shapes have a colour or a form: 0 to 4."""
     by_colour = draws.chance(0.5)
     value = scene.counted_colour if by_colour else scene.counted_shape
     return None if value is None else _counted(scene, value)
 
 
 def count_any(scene: Scene, draws: Draws) -> Asked | None:
-    """As `count`, of any colour or shape; each number that can be had is as likely as the others."""
+    """As `count`, for any colour or shape; all possible numbers are equally likely."""
     numbers: dict[int, list[str]] = {}
     shapes = scene.of_kind("shape")
     for value in (*COLOURS, *SHAPES):
@@ -153,7 +153,7 @@ def _counted(scene: Scene, value: str) -> Asked:
 
 
 def colour(scene: Scene, draws: Draws) -> Asked | None:
-    """The colour of a thing that something else sets apart."""
+    """The colour of a thing that is identified by something else."""
     shapes = Counter(item.shape for item in scene.of_kind("shape"))
     marks = Counter(item.mark for item in scene.of_kind("shape"))
     named = [(f"the {item.shape}", item) for item in scene.of_kind("shape") if shapes[item.shape] == 1]
@@ -170,7 +170,7 @@ def colour(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def shape(scene: Scene, draws: Draws) -> Asked | None:
-    """The form of a shape that its colour or its dot sets apart."""
+    """The form of a shape that is identified by its colour or its dot."""
     shapes = scene.of_kind("shape")
     colours, marks = Counter(item.colour for item in shapes), Counter(item.mark for item in shapes)
     named = [(f"is {item.colour}", item) for item in shapes if colours[item.colour] == 1]
@@ -182,7 +182,7 @@ def shape(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def position(scene: Scene, draws: Draws) -> Asked | None:
-    """Only of what lies in one quarter of the picture as a whole."""
+    """The quarter of the picture that a thing lies in, if it lies in one entirely."""
     middle = scene.side / 2
     placed = [
         (name, f"{'top' if item.y < middle else 'bottom'} {'left' if item.x < middle else 'right'}", item)
@@ -251,7 +251,7 @@ def detail(scene: Scene, draws: Draws) -> Asked | None:
 
 
 def two_facts(scene: Scene, draws: Draws) -> Asked | None:
-    """One thing that is there, and one of a kind of which some are there and others are not."""
+    """Whether one thing is there and another is, or is not."""
     kinds = ("word", "number") if (kind := draws.pick(("shape", "shape", "digit", "text"))) == "text" else (kind,)
     present = sorted({reference(item) for item in scene.items})
     alike = sorted({reference(item) for item in scene.items if item.kind in kinds})

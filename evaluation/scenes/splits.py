@@ -1,4 +1,4 @@
-"""What belongs to training, to validation and to test: decided by digests, so nothing can belong to two of them."""
+"""The splits: digests decide what belongs to training, validation and test, so nothing belongs to two."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,35 +15,35 @@ T = TypeVar("T")
 
 
 class Draws:
-    """Random draws that depend on the key alone, by the one method whose numbers Python promises to keep."""
+    """Random draws that depend only on the key. Uses `Random.random`, whose sequence Python guarantees."""
 
     def __init__(self, *key: object) -> None:
         self.unit = Random(" ".join(map(str, key))).random
 
     def chance(self, probability: float) -> bool:
-        """Whether something of this probability happens."""
+        """True with this probability."""
         return self.unit() < probability
 
     def real(self, low: float, high: float) -> float:
-        """Even between the two."""
+        """Uniform between `low` and `high`."""
         return low + (high - low) * self.unit()
 
     def whole(self, low: int, high: int) -> int:
-        """Both ends are included."""
+        """A whole number from `low` to `high`, both included."""
         return low + int((high - low + 1) * self.unit())
 
     def pick(self, items: Sequence[T]) -> T:
-        """One of them, each as likely."""
+        """An item, all equally likely."""
         return items[int(len(items) * self.unit())]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """All items, each order as likely as any other."""
+        """All items, in random order."""
         left = list(items)
         return [left.pop(int(len(left) * self.unit())) for _ in range(len(left))]
 
 
 def split_of(name: str) -> Split:
-    """The split that a layout, a word or a number belongs to: a quarter is test, an eighth validation."""
+    """The split of a layout, a word or a number: a quarter is test, an eighth validation."""
     digit = hashlib.sha256(name.encode()).digest()[0] % 8
     return "test" if digit < 2 else "validation" if digit == 2 else "train"
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from training import merged
 from training.batches import Batches
-from training.merged import MergedTrainee, main, merged_stage, settle
+from training.merged import MergedTrainee, initialise, main, merged_stage
 from training.model import Looks, encode
 from training.optimizer import Muon
 from training.stages import loss_of
@@ -43,7 +43,7 @@ def test_it_begins_as_the_mean_of_four_projected_patches(tokenizer: Any, train: 
         with torch.inference_mode():
             expected = by_token(encode(trainee.model, other)[0]).mean(dim=2)
             likeness.append(float(cosine_similarity(trainee.see(other)[0], expected, dim=-1).mean()))
-        settle(trainee, settled)
+        initialise(trainee, settled)
     assert likeness[0] < 0.3
     assert likeness[1] > 0.9
 
