@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info, get_visible_memory_node
 
 from vllm_vtprune import envs
-from vllm_vtprune.placement import GIB, Process, most_on_one_gpu, reserve
+from vllm_vtprune.devices import GIB, Process, most_on_one_gpu, reserve
 from vllm_vtprune.plugin.compat.server import assigned_gpus
 from vllm_vtprune.plugin.gpu import footprint_of, local_process
 from vllm_vtprune.plugin.processor import PruningProcessor

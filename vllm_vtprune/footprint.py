@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_vtprune.placement import Footprint
+from vllm_vtprune.devices import Footprint
 from vllm_vtprune.selectors.pivots import peak_bytes
 
 BATCH_PATCHES = 16_384
@@ -68,7 +68,7 @@ class Shape:
     def patch_bytes(self, dtype: torch.dtype) -> int:
         """Peak bytes per patch: pixels, and the larger of feed-forward part and rotary embedding in float32.
 
-        Factors are fitted to torch's allocations (tests/core/test_placement.py). Attention is not materialised.
+        Factors are fitted to torch's allocations (tests/core/test_devices.py). Attention is not materialised.
         """
         exact = torch.float32.itemsize
         feed_forward = dtype.itemsize * (8 * self.hidden + 3.6 * self.intermediate)

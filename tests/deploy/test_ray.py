@@ -26,7 +26,7 @@ from tests.deploy.conftest import values
 from tests.support.chat import VISUAL_TOKENS, fresh_url, user
 from tests.support.programs import program
 from vllm_vtprune import __version__
-from vllm_vtprune.placement import GIB, reserve
+from vllm_vtprune.devices import GIB, reserve
 from vllm_vtprune.plugin.gpu import footprint_of
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint

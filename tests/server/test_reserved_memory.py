@@ -16,7 +16,7 @@ from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_vtprune.placement import CONTEXT, GIB, device_for
+from vllm_vtprune.devices import CONTEXT, GIB, device_for
 from vllm_vtprune.plugin import gpu, vision
 from vllm_vtprune.plugin.compat import counts_must_be_fixed
 from vllm_vtprune.plugin.families.llava import WITH_CLIP

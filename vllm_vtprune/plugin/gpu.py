@@ -1,4 +1,4 @@
-"""Read from vLLM which GPUs an API process and its engines use, as input of `vllm_vtprune.placement`."""
+"""Read from vLLM which GPUs an API process and its engines use, as input of `vllm_vtprune.devices`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_vtprune import envs
-from vllm_vtprune.footprint import Shape, footprint
-from vllm_vtprune.placement import (
+from vllm_vtprune.devices import (
     GIB,
     GPU_PLATFORMS,
     Footprint,
@@ -23,6 +22,7 @@ from vllm_vtprune.placement import (
     most_on_one_gpu,
     reserve,
 )
+from vllm_vtprune.footprint import Shape, footprint
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.runtime import ENCODE_BATCH, ON_DEVICE_BYTES

@@ -41,8 +41,8 @@ from vllm.multimodal.utils import group_and_batch_mm_items
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_vtprune import envs
+from vllm_vtprune.devices import device_for
 from vllm_vtprune.features import PreparedImage, VisualFeatures
-from vllm_vtprune.placement import device_for
 from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of

@@ -7,8 +7,7 @@ from math import ceil
 import pytest
 import torch
 
-from vllm_vtprune.footprint import Shape, footprint
-from vllm_vtprune.placement import (
+from vllm_vtprune.devices import (
     CONTEXT,
     GIB,
     Footprint,
@@ -19,6 +18,7 @@ from vllm_vtprune.placement import (
     most_on_one_gpu,
     reserve,
 )
+from vllm_vtprune.footprint import Shape, footprint
 from vllm_vtprune.tower import TowerError
 
 ONE = Process("cuda", visible=(0,))
