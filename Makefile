@@ -17,7 +17,7 @@ RATE ?= 3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo test verify lint style types format docs loadtest soak observe clean
+.PHONY: help setup demo train-demo test verify lint style types format docs loadtest soak observe dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ observe: MINUTES = 1
 observe: USERS = 9
 observe: setup ## ours under load, watched by a real Prometheus: dashboard and report as pictures; MINUTES, USERS, ARGS
 	@$(BIN)/python -m loadtests.observe --out build/observe --minutes $(MINUTES) --users $(USERS) $(ARGS)
+
+dist: setup ## sdist and wheel for PyPI in dist/, checked; REPOSITORY=https://HOST/OWNER/NAME
+	$(BIN)/python scripts/dist.py $(REPOSITORY)
 
 clean: ## remove .venv and everything generated
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

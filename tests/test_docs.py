@@ -11,6 +11,7 @@ import yaml
 
 from vllm_vtprune import envs, metrics
 from vllm_vtprune.families import FAMILIES
+from vllm_vtprune.plugin import version
 from vllm_vtprune.policy import BUILTIN_PRESETS, EnergyBudget, PruningPolicy, TextOptions
 from vllm_vtprune.selectors import METHODS
 
@@ -118,13 +119,17 @@ def test_every_architecture_is_listed() -> None:
     assert written == {family: set(architectures) for family, architectures in FAMILIES.items()}
 
 
+def test_every_tested_vllm_is_listed() -> None:
+    assert tuple(cells[0] for cells in rows("install.md", "| vLLM | tested")) == version.TESTED
+
+
 def slugs(page: Path) -> set[str]:
     """The anchors of a page's headings, as Python-Markdown makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "deploy/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "deploy/README.md"])
 def test_links_lead_somewhere(page: str) -> None:
     """Those of the site are checked by `mkdocs build --strict`."""
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())

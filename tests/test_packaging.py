@@ -1,10 +1,13 @@
 """What `pip install` promises: the version, the entry points, and nothing heavy where it is not needed."""
 
+import os
+import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import import_module
-from importlib.metadata import entry_points, metadata, packages_distributions, requires, version
+from importlib.metadata import PathDistribution, entry_points, metadata, packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import vllm_vtprune
 from tests.support.forked import run_cli
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = "https://example.org/owner/name"
 
 
 def test_the_version_is_the_package_s() -> None:
@@ -85,3 +89,63 @@ def test_importing_the_package_loads_neither_torch_nor_vllm() -> None:
 def test_vllm_s_llava_imports_here() -> None:
     """Beside CPU torch this needs the repair in scripts/torchvision_cpu.py."""
     assert import_module("vllm.model_executor.models.llava").LlavaForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make dist` makes: the wheel is built from the sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, ROOT / "scripts/dist.py", REPOSITORY, "--out", out, "--no-isolation"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("PASSED") == 2, done.stdout  # of twine
+    return out
+
+
+def test_the_page_on_pypi_has_no_link_that_only_the_repository_knows(dist: Path) -> None:
+    [wheel] = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        [info] = {path.parts[0] for path in map(Path, files.namelist()) if path.parts[0].endswith(".dist-info")}
+        stated = PathDistribution(zipfile.Path(files, f"{info}/")).metadata
+        description = stated["Description"] or stated.get_payload()  # type: ignore[attr-defined]
+    readme = (ROOT / "README.md").read_text()
+    written, shown = (re.findall(r"\]\(([^)\s]+)\)", text) for text in (readme, description))
+    assert len(shown) == len(written)
+    assert [link for link in shown if not link.startswith("https://")] == []
+    assert f"{REPOSITORY}/raw/v{vllm_vtprune.__version__}/docs/images/kept-tokens.jpg" in shown
+    urls = dict(entry.split(", ") for entry in stated.get_all("Project-URL"))
+    assert urls["Source"] == REPOSITORY
+    assert all(url.startswith(REPOSITORY) for url in urls.values())
+
+
+def test_the_wheel_has_everything_that_the_package_reads(dist: Path, tmp_path: Path) -> None:
+    [wheel] = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path)
+    code = """
+import vllm_vtprune.policy, vllm_vtprune_server, vllm_vtprune_evaluation, vllm_vtprune_checkpoints
+print(vllm_vtprune.policy.PruningPolicy.parse("fast").method, vllm_vtprune.__file__)
+print(*(file.name for file in vllm_vtprune_checkpoints.embedded_checkpoint().iterdir()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    policy, model = done.stdout.splitlines()
+    assert policy == f"resprune {tmp_path / 'vllm_vtprune/__init__.py'}"
+    tracked = {file.name for file in (ROOT / "checkpoints/model").iterdir()}
+    assert set(model.split()) == tracked
+
+
+def test_the_changelog_has_a_date_for_every_version() -> None:
+    heads = re.findall(r"^## (?!\[Unreleased\])(.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    dated = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d{2}-\d{2})", head) for head in heads]
+    assert all(dated), heads
+    assert dated[0] is not None
+    assert dated[0][1] == vllm_vtprune.__version__
+    dates = [match[2] for match in dated if match]
+    assert dates == sorted(dates, reverse=True)
