@@ -7,6 +7,7 @@ from collections.abc import Collection
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 
+from vllm_vtprune.options import did_you_mean
 from vllm_vtprune_server.validation import InvalidField
 
 SEPARATOR = "@"
@@ -55,7 +56,8 @@ class AliasedModels(OpenAIModelRegistry):
             return None
         if preset not in self._presets:
             raise UnknownPreset(
-                f"The model `{name[:200]}` does not exist: `{model}` has no such preset; "
+                f"The model `{name[:200]}` does not exist: `{model}` has no such preset"
+                f"{did_you_mean(preset, self._presets)}; "
                 f"expected {model}{SEPARATOR}PRESET with one of {', '.join(self._presets)}."
             )
         return model, preset

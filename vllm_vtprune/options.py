@@ -76,7 +76,8 @@ class Strict(BaseModel):
             raise inner.under(name)
         if problem["type"] == "missing":
             raise PolicyError(name, None, accepted(cls, name), "nothing given where a value is required")
-        raise PolicyError(name, problem["input"], accepted(cls, name))
+        choices = [choice for choice in get_args(cls.model_fields[name].annotation) if isinstance(choice, str)]
+        raise PolicyError(name, problem["input"], accepted(cls, name), unknown_value(problem["input"], choices))
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -150,7 +151,7 @@ def _with_type(value: object) -> object:
         raise PolicyError("", value, "an object whose type is one of " + ", ".join(_BUDGETS))
     kind = value.get("type", "energy")
     if not isinstance(kind, str) or kind not in _BUDGETS:
-        raise PolicyError("type", kind, "one of " + ", ".join(_BUDGETS))
+        raise PolicyError("type", kind, "one of " + ", ".join(_BUDGETS), unknown_value(kind, _BUDGETS))
     for key in value:
         owners = [name for name, model in _BUDGETS.items() if key in model.model_fields]
         if owners and kind not in owners:
@@ -183,11 +184,21 @@ def refuse_unknown(keys: Mapping[Any, Any], known: Iterable[str]) -> None:
     known = list(known)
     for key, value in keys.items():
         if key not in known:
-            matches = (
-                isinstance(key, str) and len(key) <= _SHOWN_KEY_CHARS and get_close_matches(key.casefold(), known, 1)
-            )
-            hint = f" (did you mean {matches[0]}?)" if matches else ""
-            raise PolicyError(_shown_key(key), value, "one of " + ", ".join(known), f"unknown field{hint}")
+            problem = f"unknown field{did_you_mean(key, known)}"
+            raise PolicyError(_shown_key(key), value, "one of " + ", ".join(known), problem)
+
+
+def unknown_value(value: object, known: Iterable[str]) -> str:
+    """The problem of a PolicyError for a value that is none of the known ones, with the nearest one."""
+    return f"{shown(value)} is not accepted{did_you_mean(value, known)}"
+
+
+def did_you_mean(written: object, known: Iterable[str]) -> str:
+    """The nearest known name, as " (did you mean NAME?)"; empty if none is near."""
+    if not isinstance(written, str) or len(written) > _SHOWN_KEY_CHARS:
+        return ""
+    matches = get_close_matches(written.casefold(), known, 1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 @cache

@@ -27,6 +27,7 @@ from vllm_vtprune.options import (
     read,
     refuse_unknown,
     shown,
+    unknown_value,
 )
 from vllm_vtprune.selectors.method import FamilyDefaults, Input, Method, Needs
 from vllm_vtprune.selectors.registry import METHODS
@@ -74,7 +75,8 @@ class PruningPolicy(RootModel[AnyMethod]):
         refuse_unknown(value, _OWNERS)
         name = value.get("method", ResPrune().method)
         if name != NONE and (not isinstance(name, str) or name not in METHODS):
-            raise PolicyError("method", name, "one of " + ", ".join([NONE, *METHODS]))
+            names = [NONE, *METHODS]
+            raise PolicyError("method", name, "one of " + ", ".join(names), unknown_value(name, names))
         fields = METHODS[name].model_fields if name != NONE else NoPruning.model_fields
         policy = handler({**{key: item for key, item in value.items() if key in fields}, "method": name})
         for key, owner in _OWNERS.items():
@@ -128,7 +130,8 @@ class PruningPolicy(RootModel[AnyMethod]):
         if isinstance(value, PruningPolicy):
             return value
         if not isinstance(value, Mapping):
-            raise PolicyError(param, value, "an object, false, or a preset: " + ", ".join(presets))
+            accepted = "an object, false, or a preset: " + ", ".join(presets)
+            raise PolicyError(param, value, accepted, unknown_value(value, presets))
         try:
             return read(cls, value)
         except PolicyError as error:

@@ -200,7 +200,7 @@ def test_a_default_is_a_preset_or_json(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("blanced", '--pruning-default: "blanced" is not accepted; expected an object, false, or a preset: off, '),
+        ("blanced", '--pruning-default: "blanced" is not accepted (did you mean balanced?); expected an object, '),
         ("", '--pruning-default: "" is not accepted; expected an object, false, or a preset: '),
         ("true", "--pruning-default: true is not accepted; expected "),
         ("[1]", "--pruning-default: [1] is not accepted; expected "),

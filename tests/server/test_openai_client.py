@@ -215,7 +215,8 @@ def test_the_client_retrieves_a_model_and_an_alias(client: OpenAI, server: Serve
     for name, words in (
         ("another", "does not exist"),
         ("some/other", "does not exist"),
-        (f"{server.model}@blanced", "has no such preset; expected"),
+        (f"{server.model}@magic", "has no such preset; expected"),
+        (f"{server.model}@blanced", r"has no such preset \(did you mean balanced\?\); expected"),
     ):
         with pytest.raises(openai.NotFoundError, match=words) as missing:
             client.models.retrieve(name)
