@@ -155,11 +155,12 @@ class Trace:
         if self._finished:
             return
         self._finished = True
-        metrics.REQUESTS.labels(model_name, outcome, self.preset_label).inc()
+        reason = "policy" if self.unknown_preset else refusal.reason if refusal is not None else None
+        preset = metrics.INVALID if reason == "policy" else self.preset_label
+        metrics.REQUESTS.labels(model_name, outcome, preset).inc()
         if outcome == "finished":
             self._count_images(model_name)
         if refusal is not None:
-            reason = "policy" if self.unknown_preset else refusal.reason
             if reason is not None:
                 metrics.ERRORS.labels(model_name, reason).inc()
             refusal.log(self.request_id, self.refusal_detail)

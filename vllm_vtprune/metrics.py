@@ -18,8 +18,8 @@ Outcome: TypeAlias = Literal["finished", "refused", "failed", "aborted"]
 """finished: answered; refused: 4xx; failed: 5xx; aborted: the client disconnected. Stream errors count by code."""
 RefusalReason: TypeAlias = Literal["policy", "image"]
 
-NO_PRESET, CUSTOM, MIXED = "none", "custom", "mixed"
-"""Values of the label ``preset`` without a preset: no policy; an explicit policy; several policies."""
+NO_PRESET, CUSTOM, MIXED, INVALID = "none", "custom", "mixed", "invalid"
+"""Values of the label ``preset`` without a preset: no policy; an explicit one; several; one that was refused."""
 
 REQUESTS = Counter(
     "vtprune:requests",
@@ -129,7 +129,7 @@ def start(model_name: str, presets: Iterable[str]) -> None:
     """
     START_TIME.labels(model_name).set_to_current_time()
     REQUESTS_WAITING.labels(model_name)
-    for preset in (*presets, NO_PRESET, CUSTOM, MIXED):
+    for preset in (*presets, NO_PRESET, CUSTOM, MIXED, INVALID):
         for outcome in get_args(Outcome):
             REQUESTS.labels(model_name, outcome, preset)
     for placement in get_args(Placement):

@@ -101,6 +101,19 @@ def test_requests_are_counted_by_what_became_of_them(server: Server) -> None:
     wait_for(lambda: server.metrics().since(before, *keys) == (3, 3, 0, 1))
 
 
+def test_refused_policies_are_counted_apart(server: Server) -> None:
+    keys = [f"vtprune:requests_total|preset={preset}" for preset in ("invalid", "none", "fast")]
+    assert all(key in server.metrics().values for key in keys)
+    before = server.metrics()
+    messages = [user("Where is the dog?", fresh_url())]
+    for fields in ({"pruning": "fst"}, {"pruning": {"alpha": -1}}, {"model": f"{server.model}@fst"}):
+        assert server.post({"messages": messages, **fields}).status_code in (400, 404)
+    beside = [user("Where is the dog?", image_part(fresh_url(), pruning="fst"))]
+    assert server.post({"messages": beside, "pruning": "fast"}).status_code == 400
+    assert server.post({"messages": [user("Where?", "nonsense")], "pruning": "fast"}).status_code == 400
+    assert server.metrics().since(before, *keys) == (4, 0, 1)
+
+
 REFUSED_LATE: list[Body] = [
     {"logprobs": True, "top_logprobs": 1000},
     {"logit_bias": {"99999999": 1.0}},
