@@ -145,7 +145,9 @@ def _too_many_pixels(size: str) -> MediaProblem:
 
 
 def _broken(error: Exception) -> MediaProblem:
-    return MediaProblem(f"holds an image that cannot be decoded ({type(error).__name__})")
+    """The problem of an image that Pillow cannot read; its own message may hold bytes of the client."""
+    reason = "truncated" if "truncated" in str(error) else "truncated, damaged or of a kind that is not supported"
+    return MediaProblem(f"holds an image that cannot be decoded ({reason})")
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
