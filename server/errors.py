@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Sequence
 
 from vllm_vtprune.plugin.compat import placeholder_is_missing
-from vllm_vtprune.plugin.limits import ImageRejected, data_is_missing
+from vllm_vtprune.plugin.limits import ImageRejected, missing_image
 from vllm_vtprune_server.problem import MediaProblem, data_url
 from vllm_vtprune_server.protocol import ImagePart, MediaPart, PruningChatCompletionRequest
 from vllm_vtprune_server.validation import InvalidField
@@ -42,15 +42,17 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
     if isinstance(error, ImageRejected):
         param = images[error.index].field
         return InvalidField(f"{param}: {error.reason}; expected an image of another shape.", parameter=param)
+    missing = missing_image(error)
+    if missing is not None and missing < len(images):
+        param = images[missing].field
+        problem = "null, and no image is cached under this uuid for this policy"
+        return InvalidField(f"{param}: {problem}; expected {data_url('image')}.", parameter=param)
     for image in images:
         param = image.field
         if isinstance(error, MediaRejected) and image.url == error.url:
             return InvalidField(error.named(param), parameter=param)
         if image.url == "":  # vLLM treats it as missing
             return InvalidField(f"{param}: '' is not a URL of an image; expected {data_url('image')}.", parameter=param)
-        if image.url is None and data_is_missing(error):
-            problem = "null, and no image is cached under this uuid"
-            return InvalidField(f"{param}: {problem}; expected {data_url('image')}.", parameter=param)
     return None
 
 

@@ -121,13 +121,13 @@ def test_ids_that_vllm_made_up_are_known() -> None:
 
 
 def test_missing_data_is_recognised() -> None:
-    cache: Any = SimpleNamespace(is_cached=lambda hashes: [False])
-    items = MultiModalDataItems({"image": ImageProcessorItems([None])})
+    cache: Any = SimpleNamespace(is_cached=lambda hashes: [False] * len(hashes))
+    items = MultiModalDataItems({"image": ImageProcessorItems([Image.new("RGB", (8, 8)), None])})
     processor: Any = SimpleNamespace()
     with pytest.raises(ValueError) as missing:
-        BaseMultiModalProcessor._get_cache_missing_items(processor, cache, items, {"image": ["named"]})
-    assert compat.says_data_is_missing(missing.value)
-    assert not compat.says_data_is_missing(ValueError("size: expected two numbers"))
+        BaseMultiModalProcessor._get_cache_missing_items(processor, cache, items, {"image": ["new", "named"]})
+    assert compat.missing_item(missing.value) == ("image", 1)
+    assert compat.missing_item(ValueError("size: expected two numbers")) is None
 
 
 def test_a_lost_place_is_recognised() -> None:

@@ -72,7 +72,8 @@ BAD_POLICIES: dict[str, tuple[object, str, str, str]] = {
     "unknown key of the budget": ({"budget": {"keeep": 3}}, "budget.keeep", "unknown field", "one of type, threshold"),
     "unknown method": ({"method": "magic"}, "method", '"magic"', "one of none, resprune"),
     "method of another type": ({"method": 7}, "method", "7", "one of none, resprune"),
-    "unknown preset": ("blanced", "", '"blanced"', "balanced"),
+    "unknown preset": ("blanced", "", '"blanced" is not accepted (did you mean balanced?)', "a preset: off, "),
+    "misspelt method": ({"method": "resprun"}, "method", "(did you mean resprune?)", "one of none, resprune"),
     "true": (True, "", "true", "an object, false, or a preset"),
     "a number": (3, "", "3", "an object, false, or a preset"),
     "a list": ([], "", "[]", "an object, false, or a preset"),
@@ -173,14 +174,23 @@ def cut_in_half(format: str) -> str:
     return url_of_bytes(buffer.getvalue()[: buffer.tell() // 2], format)
 
 
+def damaged(format: str) -> str:
+    buffer = io.BytesIO()
+    fresh_picture().save(buffer, format)
+    data = bytearray(buffer.getvalue())
+    data[20] ^= 1  # of the header of a PNG
+    return url_of_bytes(bytes(data), format)
+
+
 BAD_URLS: dict[str, tuple[str, str]] = {
     "broken base64": ("data:image/png;base64,@@@@", "does not hold valid base64"),
     "base64 cut off": (fresh_url()[:-3], "does not hold valid base64"),
     "half a character": ("data:image/png;base64,\ud800", "does not hold valid base64"),
     "no base64": ("data:image/png,abc", "is not a base64 data URL"),
     "no data": ("data:image/png;base64,", "is not an image in a known format (0 bytes)"),
-    "PNG cut off": (cut_in_half("PNG"), "holds an image that cannot be decoded"),
-    "JPEG cut off": (cut_in_half("JPEG"), "holds an image that cannot be decoded"),
+    "PNG cut off": (cut_in_half("PNG"), "holds an image that cannot be decoded (truncated)"),
+    "JPEG cut off": (cut_in_half("JPEG"), "holds an image that cannot be decoded (truncated)"),
+    "PNG with a wrong checksum": (damaged("PNG"), "holds an image that cannot be decoded (truncated, damaged or "),
     "no image": (url_of_bytes(b"hello world"), "is not an image in a known format (11 bytes)"),
     "PNG signature alone": (
         url_of_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40),
@@ -250,6 +260,21 @@ def test_an_image_that_is_not_sent_along(server: Server, url: str, problem: str)
 def test_a_uuid_that_nobody_showed_an_image_for(server: Server) -> None:
     error = refusal(server.post({"messages": [user("Where is the dog?", image_part(None, uuid="never-seen"))]}))
     check_named(error, "messages.0.content.0.image_url", "no image is cached under this uuid")
+
+
+@pytest.mark.parametrize("pruning", [{"budget": {"type": "tokens", "keep": 40}}, {"method": "resprune"}, False])
+def test_of_several_uuids_the_one_that_is_missing_is_named(server: Server, pruning: object) -> None:
+    body = {"pruning": pruning, "messages": [user("Where is the dog?", image_part(fresh_url(), uuid=f"{pruning}"))]}
+    server.ask(**body)
+    images = image_part(None, uuid=f"{pruning}"), image_part(fresh_url()), image_part(None, uuid=f"no {pruning}")
+    error = refusal(server.post({**body, "messages": [user("Where is the dog?", *images)]}))
+    check_named(error, "messages.0.content.2.image_url", "no image is cached under this uuid for this policy")
+
+
+def test_an_image_that_is_cached_only_for_another_policy(server: Server) -> None:
+    server.ask(messages=[user("Where?", image_part(fresh_url(), uuid="pruned"))], pruning={"method": "resprune"})
+    error = refusal(server.post({"messages": [user("Where?", image_part(None, uuid="pruned"))], "pruning": False}))
+    check_named(error, "messages.0.content.0.image_url", "no image is cached under this uuid for this policy")
 
 
 def test_more_images_than_allowed(server: Server) -> None:

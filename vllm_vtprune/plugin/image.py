@@ -42,6 +42,7 @@ class ImageJob:
         policy: the image's policy, with the family's defaults if the model can be pruned.
         text: conditioning text; empty if the policy uses none.
         url, uuid: as the client sent them.
+        index: index among the images of the prompt.
         encoding: future of the features.
         early_key: feature key and runtime generation of an early encoding.
         data: the decoded image; None if the client sent only a uuid.
@@ -64,6 +65,7 @@ class ImageJob:
     text: str = ""
     url: str = ""
     uuid: str | None = None
+    index: int = 0
     encoding: Future[Encoded] | None = None
     early_key: tuple[str, int] | None = None
     data: Any = None

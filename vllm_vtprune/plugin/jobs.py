@@ -78,7 +78,7 @@ class PromptJobs:
         keys = hashes if without_synthetic is inputs else processor.stock_hashes(without_synthetic)
         data = inputs.mm_data_items.get_items("image", ImageProcessorItems).data
         images = [
-            replace(image, data=data[i], feature_key=keys["image"][i], item_hash=hashes["image"][i])
+            replace(image, index=i, data=data[i], feature_key=keys["image"][i], item_hash=hashes["image"][i])
             for i, image in enumerate(pruning.images)
         ]
         jobs = cls(processor, inputs, hashes, pruning.policy, images, RequestReport(untuned=not processor.family.tuned))
@@ -266,5 +266,5 @@ def _hash_of(*identity: object) -> str:
 
 def _data_of(job: ImageJob) -> Any:
     if job.data is None:
-        raise DataMissing(f"Cache miss for image {job.feature_key} but data is not provided.")
+        raise DataMissing(job.index)
     return job.data

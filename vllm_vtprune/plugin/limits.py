@@ -51,12 +51,23 @@ class ImageRejected(InputRejected):
 
 
 class DataMissing(ValueError):
-    """An image sent as a uuid only, which no cache holds."""
+    """An image sent as a uuid only, which no cache holds.
+
+    Attributes:
+        index: index of the image in its prompt.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"image {index} is not cached, and its data is not provided")
+        self.index = index
 
 
-def data_is_missing(error: Exception) -> bool:
-    """Whether an error, ours or vLLM's, says that no cache holds an image sent as a uuid only."""
-    return isinstance(error, DataMissing) or compat.says_data_is_missing(error)
+def missing_image(error: Exception) -> int | None:
+    """The index of the image sent as a uuid only that no cache holds, from an error of ours or vLLM's; else None."""
+    if isinstance(error, DataMissing):
+        return error.index
+    modality, index = compat.missing_item(error) or ("", None)
+    return index if modality == "image" else None
 
 
 def check_options(family_options: frozenset[str], options: Mapping[str, object]) -> None:
@@ -100,7 +111,7 @@ def rejects_bad_input(apply: Apply) -> Apply:
             rejection = _rejection(self, inputs.mm_data_items, options)
             if rejection is not None:
                 raise rejection from error
-            if options and not data_is_missing(error):
+            if options and not (isinstance(error, DataMissing) or compat.missing_item(error)):
                 raise _options_rejected(str(error)) from error
             raise
         except TypeError as error:

@@ -21,8 +21,8 @@ from vllm_vtprune.plugin.compat.models import (
 from vllm_vtprune.plugin.compat.multimodal import (
     PROCESSOR_HOOKS,
     cache_in_use,
+    missing_item,
     placeholder_is_missing,
-    says_data_is_missing,
     without_items,
     without_synthetic_uuids,
 )
@@ -35,12 +35,12 @@ __all__ = [
     "cache_in_use",
     "counts_must_be_fixed",
     "has_stock_factories",
+    "missing_item",
     "model_name",
     "multimodal_architectures",
     "placeholder_is_missing",
     "platform_name",
     "refuse_unsupported",
-    "says_data_is_missing",
     "stock_factories",
     "stock_model",
     "without_items",

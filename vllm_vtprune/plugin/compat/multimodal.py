@@ -30,7 +30,7 @@ methods a processor may override.
 require(BaseMultiModalProcessor, *PROCESSOR_HOOKS)
 
 _SYNTHETIC_UUID = re.compile(r"renderer-?\d+-mm-\d+-\w+-\d+")
-_DATA_IS_MISSING = "but data is not provided"
+_DATA_IS_MISSING = re.compile(r"Cache miss for (\w+) at index (\d+) but data is not provided")
 _PLACEHOLDER_IS_MISSING = re.compile(r"prompt (?:placeholders|updates)|Failed to apply prompt replacement")
 
 
@@ -71,13 +71,14 @@ def without_items(
     return None if any(any(cache.is_cached(list(hashes))) for hashes in mm_hashes.values()) else cache
 
 
-def says_data_is_missing(error: Exception) -> bool:
-    """Whether vLLM's error says that no cache holds an image sent as a uuid only.
+def missing_item(error: Exception) -> tuple[str, int] | None:
+    """Modality and index of the item sent as a uuid only that no cache holds, from vLLM's error; None for others.
 
     vLLM 0.32.0 raises a plain ``ValueError`` (multimodal/processing/processor.py, ``_get_cache_missing_items``), as it
     does for wrong options. Remove when the error has its own type.
     """
-    return isinstance(error, ValueError) and _DATA_IS_MISSING in str(error)
+    match = _DATA_IS_MISSING.search(str(error)) if isinstance(error, ValueError) else None
+    return None if match is None else (match[1], int(match[2]))
 
 
 def placeholder_is_missing(error: Exception) -> bool:
