@@ -154,7 +154,7 @@ def rendered(page: str, results: Path) -> str:
     opened, closed = page.count("<!-- table:"), page.count("<!-- end -->")
     names = [match["name"] for match in TABLE.finditer(page)]
     if not opened == closed == len(names) or not set(names) <= set(TABLES):
-        expected = f"each closed, and its name one of {', '.join(TABLES)}"
+        expected = f"each to end, and its name to be one of {', '.join(TABLES)}"
         raise ValueError(f"{opened} tables begin, {closed} end, {names} were read; expected {expected}")
 
     def table(match: re.Match[str]) -> str:

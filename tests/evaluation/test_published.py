@@ -73,7 +73,7 @@ def test_a_difference_is_that_of_the_shares_beside_it() -> None:
     ],
 )
 def test_a_marker_that_is_not_understood_is_an_error(page: str) -> None:
-    with pytest.raises(ValueError, match="were read; expected as many"):
+    with pytest.raises(ValueError, match="were read; expected each to end"):
         publish.rendered(page, RESULTS)
 
 
