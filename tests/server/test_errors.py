@@ -178,7 +178,7 @@ def damaged(format: str) -> str:
     buffer = io.BytesIO()
     fresh_picture().save(buffer, format)
     data = bytearray(buffer.getvalue())
-    data[20] ^= 1  # of the header of a PNG
+    data[len(data) // 2] ^= 255
     return url_of_bytes(bytes(data), format)
 
 
@@ -190,7 +190,7 @@ BAD_URLS: dict[str, tuple[str, str]] = {
     "no data": ("data:image/png;base64,", "is not an image in a known format (0 bytes)"),
     "PNG cut off": (cut_in_half("PNG"), "holds an image that cannot be decoded (truncated)"),
     "JPEG cut off": (cut_in_half("JPEG"), "holds an image that cannot be decoded (truncated)"),
-    "PNG with a wrong checksum": (damaged("PNG"), "holds an image that cannot be decoded (truncated, damaged or "),
+    "damaged PNG": (damaged("PNG"), "holds an image that cannot be decoded (truncated, damaged or "),
     "no image": (url_of_bytes(b"hello world"), "is not an image in a known format (11 bytes)"),
     "PNG signature alone": (
         url_of_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40),

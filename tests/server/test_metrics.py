@@ -152,7 +152,7 @@ def test_requests_and_tokens_are_counted_by_preset(server: Server) -> None:
     names = [*asked, "mixed"]
     known = server.metrics().values
     presets = server.get("/v1/pruning").json()["presets"]
-    for preset in (*presets, "none", "custom", "mixed"):
+    for preset in (*presets, "none", "custom", "mixed", "invalid"):
         assert f"vtprune:requests_total|preset={preset}" in known, "before the first of its kind"
     for counter, each in (("requests_total", 1), ("visual_tokens_total", 576), ("visual_tokens_kept_total", None)):
         keys = [f"vtprune:{counter}|preset={name}" for name in names]
@@ -167,7 +167,7 @@ def test_requests_and_tokens_are_counted_by_preset(server: Server) -> None:
     server.ask(messages=[user("Compare.", *images)], pruning=False)
     server.ask(messages=[user("Where?", image_part(fresh_url(), pruning="fast"))], pruning=False)
     assert server.post({"messages": [user("Where?", fresh_url())], "pruning": "blanced"}).status_code == 400
-    keys = [f"vtprune:requests_total|preset={name}" for name in ("mixed", "fast", "none")]
+    keys = [f"vtprune:requests_total|preset={name}" for name in ("mixed", "fast", "invalid")]
     assert server.metrics().since(before, *keys) == (1, 1, 1)
 
 

@@ -266,5 +266,5 @@ def _hash_of(*identity: object) -> str:
 
 def _data_of(job: ImageJob) -> Any:
     if job.data is None:
-        raise DataMissing(job.index)
+        raise DataMissing(job.index, job.feature_key)
     return job.data

@@ -57,8 +57,8 @@ class DataMissing(ValueError):
         index: index of the image in its prompt.
     """
 
-    def __init__(self, index: int) -> None:
-        super().__init__(f"image {index} is not cached, and its data is not provided")
+    def __init__(self, index: int, key: str) -> None:
+        super().__init__(f"Cache miss for image {key} but data is not provided.")
         self.index = index
 
 
