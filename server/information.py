@@ -114,10 +114,7 @@ def pruning_information(
 
 def _tower(processor: PruningProcessor) -> Tower:
     weights, device, dtype = processor.encoder_facts.labels
-    loaded = processor.runtime.loaded_tower
-    return Tower(
-        weights=weights, device=device, dtype=dtype, parameters=None if loaded is None else loaded.num_parameters
-    )
+    return Tower(weights=weights, device=device, dtype=dtype, parameters=processor.runtime.encoder.num_parameters)
 
 
 def _method(name: str, method: type[selectors.Method], family: Family | None) -> Method:

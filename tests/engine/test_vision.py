@@ -203,7 +203,7 @@ def processor(model_config: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def tower(processor: Any) -> Any:
-    return processor.runtime.tower
+    return processor.runtime.local.tower
 
 
 @pytest.fixture(scope="module")
@@ -539,7 +539,7 @@ def test_a_part_of_the_attention_that_is_missing(checkpoint: Path) -> None:
 def test_another_device_than_vllm_s_is_refused(model_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda:0")
     with pytest.raises(TowerError, match=r"on the CPU, not on cuda:0; set VTPRUNE_DEVICE to auto"):
-        _ = MULTIMODAL_REGISTRY.create_processor(model_config).runtime.tower
+        _ = MULTIMODAL_REGISTRY.create_processor(model_config).runtime.local.tower
 
 
 def test_tokens_are_counted_as_the_image_processor_scales(processor: Any) -> None:
@@ -573,11 +573,11 @@ def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path) -> None:
     row, model = clip(deepest - 1), loaded(directory)
     processor = MULTIMODAL_REGISTRY.create_processor(config_of(directory))
     images = [preprocess(processor, picture) for picture in PICTURES]
-    found, references = processor.runtime.tower.encode(images), references_of(model, row, directory, images)
+    found, references = processor.runtime.local.tower.encode(images), references_of(model, row, directory, images)
     test_what_the_language_model_reads(found, references, model)
     test_what_feeds_the_connector_belongs_to_its_token(found, references, images)
     test_attention_and_keys(found, references, row, processor)
-    test_the_vision_encoder_is_all_that_is_held(processor.runtime.tower, model, row, directory)
+    test_the_vision_encoder_is_all_that_is_held(processor.runtime.local.tower, model, row, directory)
 
 
 def test_several_layers_side_by_side_in_llava(tmp_path: Path) -> None:

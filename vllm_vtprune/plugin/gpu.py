@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from vllm_vtprune import envs
 from vllm_vtprune.footprint import Shape, footprint
+from vllm_vtprune.local_encoder import ENCODE_BATCH, ON_DEVICE_BYTES
 from vllm_vtprune.placement import (
     GIB,
     GPU_PLATFORMS,
@@ -25,7 +26,6 @@ from vllm_vtprune.placement import (
 )
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.runtime import ENCODE_BATCH, ON_DEVICE_BYTES
 from vllm_vtprune.tower import TowerError
 
 logger = init_logger("vllm.vtprune")

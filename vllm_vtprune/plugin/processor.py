@@ -37,7 +37,8 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import envs
-from vllm_vtprune.features import Box, Layout, VisualFeatures
+from vllm_vtprune.encoder import PlannedImage
+from vllm_vtprune.features import Box, Layout
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.image import BLANK, NO_OPTIONS, only_image, size_of
@@ -135,16 +136,11 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     # Overridden by families
 
-    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Fields of a pruned image that depend on which tokens are kept, besides its embeddings.
-
-        Args:
-            features: the image's N visual tokens.
-            kept: (k,) int64 indices of the kept tokens, on the CPU.
-        """
-        if features.prompt is None:
+    def position_fields(self, image: PlannedImage) -> Mapping[str, torch.Tensor]:
+        """Fields of a pruned image that depend on which tokens are kept, besides its embeddings."""
+        if image.prompt is None:
             return {}
-        placeholder = self.prune_placeholder(Placeholder(self.image_token_id, features.prompt), kept)
+        placeholder = self.prune_placeholder(Placeholder(self.image_token_id, image.prompt), image.kept)
         return {KEPT_PROMPT: torch.tensor(placeholder.ids)}
 
     def prune_placeholder(self, placeholder: Placeholder, kept: torch.Tensor) -> Placeholder:
