@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
@@ -33,6 +33,7 @@ from vllm_vtprune.plugin.encoder_server import EncoderServer
 from vllm_vtprune.plugin.image import BLANK, preprocess
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.weights import EngineWeights
+from vllm_vtprune.tower import TowerError
 from vllm_vtprune_server import memory
 
 NAME = "Encoder"
@@ -61,9 +62,13 @@ def running_encoders(args: argparse.Namespace, model_config: ModelConfig) -> Ite
     if not shared or memory.pruning_processor(model_config) is None:
         yield
         return
+    try:
+        places = memory.places_of(args)
+    except TowerError as error:
+        sys.exit(f"vtprune serve: {error}")
     with tempfile.TemporaryDirectory(prefix="vtprune-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         os.environ[SOCKETS] = folder  # API processes inherit it
-        for place in memory.places_of(args):
+        for place in places:
             supervisor = Supervisor(args, place, Path(folder))
             supervisor.start()
             stack.callback(supervisor.stop)
@@ -78,10 +83,14 @@ class Supervisor:
         place: the device, and the number of API processes that encode there.
         folder: for the socket. Removed if the process ends before it is ready for the first time: then API processes,
             and with them the server, end too.
+        run: what the process does; arguments as of `run_encoder`.
     """
 
-    def __init__(self, args: argparse.Namespace, place: EncoderPlace, folder: Path) -> None:
+    def __init__(
+        self, args: argparse.Namespace, place: EncoderPlace, folder: Path, run: Callable[..., None] | None = None
+    ) -> None:
         self._args, self._place, self._folder = args, place, folder
+        self._target = run_encoder if run is None else run
         self._ready, self._loaded = spawn.Event(), spawn.Event()
         self._stopping = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
@@ -92,6 +101,8 @@ class Supervisor:
 
     def stop(self) -> None:
         """Kill the process, which holds nothing that must be saved."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         os.close(self._stop_write)
         self._thread.join()
@@ -105,7 +116,7 @@ class Supervisor:
         while not self._stopping.wait(delay):
             started = time.monotonic()
             process = spawn.Process(
-                target=run_encoder,
+                target=self._target,
                 args=(self._args, self._place, self._folder, self._ready, self._loaded, restarted),
                 name=f"{NAME}_{self._place.device}",
                 daemon=True,
@@ -117,7 +128,8 @@ class Supervisor:
             mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
             if self._stopping.is_set():
                 return
-            end = f"vtprune serve: the vision encoder process on {self._place.device} ended with {process.exitcode}"
+            name = f"the vision encoder process on {self._place.device}"
+            end = f"vtprune serve: {name} ended with status {process.exitcode}"
             if not self._ready.is_set():
                 print(f"{end} before it was ready; see its last log lines above", file=sys.stderr)
                 shutil.rmtree(self._folder, ignore_errors=True)

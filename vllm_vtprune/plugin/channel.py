@@ -44,10 +44,13 @@ class Channel:
         self._decoder = MsgpackDecoder(incoming)
         self._on_message, self._on_close = on_message, on_close
         self._outbox: SimpleQueue[Sequence[Any] | None] = SimpleQueue()
+        self._reader, self._writer = (
+            threading.Thread(target=target, name="vtprune-channel", daemon=True) for target in (self._read, self._write)
+        )
 
     def start(self) -> None:
-        for target in (self._read, self._write):
-            threading.Thread(target=target, name="vtprune-channel", daemon=True).start()
+        self._writer.start()
+        self._reader.start()
 
     def send(self, message: Any) -> None:
         """Queue a message. Safe in finalizers; without effect on a closed channel.
@@ -87,6 +90,8 @@ class Channel:
         finally:
             self.close()
             self._outbox.put(None)
+            self._writer.join()
+            self._connection.close()
             self._on_close()
 
     def _receive(self, size: int) -> bytearray:
