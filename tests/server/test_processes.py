@@ -38,7 +38,6 @@ from vllm_vtprune_server.process import running_server
 pytestmark = pytest.mark.engine
 
 THINGS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
-STAGES = {"text", "encode", "budget", "select", "ttft", "total"}
 TOWER_LOADED = "Vision encoder loaded"
 AT_ONCE = 30  # seconds
 RESTARTED_WITHIN = 120
@@ -102,8 +101,8 @@ def test_answers_and_reports_are_those_of_a_server_with_one_process(
     messages = [user("Where are the dog and the bus?", fresh_url())]
     answers = [each.ask(messages=messages, pruning=policy, max_tokens=16) for each in (two_processes, server)]
     reports = [answer["pruning"] for answer in answers]
-    for report in reports:
-        assert {stage for stage, ms in report.pop("timings_ms").items() if ms is not None} == STAGES
+    stages = [{stage for stage, ms in report.pop("timings_ms").items() if ms is not None} for report in reports]
+    assert stages[0] == stages[1] > {"encode", "budget", "select"}
     assert reports[0] == reports[1]
     assert answers[0]["choices"] == answers[1]["choices"]
 
@@ -195,9 +194,8 @@ def encoder_of(server: Server) -> psutil.Process:
 
 def test_a_new_encoder_process_takes_the_place_of_one_that_died(two_processes: Server, tmp_path: Path) -> None:
     """With the weights that the engine has by then. Only requests that need it fail meanwhile, each at once."""
-    url = fresh_url()
 
-    def answer_to(pruning: Any) -> tuple[int, Body]:
+    def answer_to(pruning: Any, url: str) -> tuple[int, Body]:
         began = time.monotonic()
         response = two_processes.post({"messages": [user("Where is the dog?", url)], "pruning": pruning})
         assert time.monotonic() - began < AT_ONCE
@@ -207,31 +205,32 @@ def test_a_new_encoder_process_takes_the_place_of_one_that_died(two_processes: S
         assert answer[0] == 200, answer
         return str(answer[1]["choices"][0]["message"]["content"])
 
-    original = content(answer_to(by_energy(64)))
+    seen, every_token = fresh_url(), by_energy(VISUAL_TOKENS)
+    original = content(answer_to(every_token, seen))
     reload(two_processes, write_llava_checkpoint(tmp_path / "other", seed=1))
     try:
-        other = content(answer_to(by_energy(64)))
-        assert other != original
+        assert content(answer_to(every_token, seen)) == content(answer_to(False, seen)) != original
         before, bystanders = two_processes.metrics(), [p for p in processes_of(two_processes) if p.name() != "sh"]
         dead = encoder_of(two_processes)
         dead.kill()
         dead.wait(10)
-        status, error = answer_to(by_energy(65))
+        status, error = answer_to(every_token, fresh_url())
         assert (status, error["error"]["code"], error["error"]["message"]) == (503, 503, str(EncoderUnavailable()))
         for untouched in (False, tokens(32)):
-            content(answer_to(untouched))
+            content(answer_to(untouched, fresh_url()))
         deadline = time.monotonic() + RESTARTED_WITHIN
-        while (answer := answer_to(by_energy(64)))[0] == 503:
+        new = fresh_url()
+        while (answer := answer_to(every_token, new))[0] == 503:
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        assert content(answer) == other
+        assert content(answer) == content(answer_to(False, new)), "the engine's encoder has other weights"
         assert two_processes.metrics().since(before, "vtprune:encoder_restarts_total") == (1,)
         assert {process.pid for process in bystanders} - {process.pid for process in processes_of(two_processes)} == {
             dead.pid
         }
     finally:
         reload(two_processes, tiny_checkpoint())
-    assert content(answer_to(by_energy(64))) == original
+    assert content(answer_to(every_token, seen)) == original
 
 
 def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_processes: Server, engines: int) -> None:

@@ -1,25 +1,30 @@
 """What takes the place of an encoder process in tests of its supervisor."""
 
-import argparse
 import os
+import sys
 import threading
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from vllm_vtprune.placement import EncoderPlace
+from vllm_vtprune_server.supervisor import Life, Supervisor
 
 
-def serve(
-    args: argparse.Namespace, place: EncoderPlace, folder: Path, ready: Event, loaded: Event, restarted: bool
-) -> None:
-    """Note the process's number and whether it was told that the encoder had been loaded; then live on."""
-    with (folder / "started").open("a") as file:
-        file.write(f"{os.getpid()} {loaded.is_set()} {restarted}\n")
-    loaded.set()
-    ready.set()
+def serve(note: Path, life: Life) -> None:
+    """Note the process's number and what it was told; then live on."""
+    with note.open("a") as file:
+        file.write(f"{os.getpid()} {life.loaded.is_set()} {life.restarted}\n")
+    life.loaded.set()
+    life.ready.set()
     threading.Event().wait()
 
 
-def fail(*arguments: object) -> None:
-    """End before anything could be served."""
+def fail(note: Path, life: Life) -> None:
+    """End before anything could be used."""
     raise SystemExit(3)
+
+
+if __name__ == "__main__":  # a server that supervises one; the module's name lets a new process import it
+    from tests.support import fake_encoder
+
+    path = Path(sys.argv[1])
+    Supervisor("it", path.parent, fake_encoder.serve, path).start()
+    threading.Event().wait()
