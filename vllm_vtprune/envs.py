@@ -111,8 +111,8 @@ device = Variable(
     default="auto",
     parse=_device,
     accepts="auto, cpu, cuda or cuda:INDEX",
-    doc="Where images are encoded outside the engine. auto: the first GPU of its engine, or the CPU with vLLM's CPU build. If "
-    "that GPU is unknown, the server refuses to start and asks for cuda:INDEX.",
+    doc="Where images are encoded outside the engine. auto: the first GPU of its engine, or the CPU with vLLM's CPU "
+    "build. If that GPU is unknown, the server refuses to start and asks for cuda:INDEX.",
 )
 feature_cache_gb = Variable(
     name="VTPRUNE_FEATURE_CACHE_GB",
@@ -154,8 +154,8 @@ download_dir: Variable[Path | None] = Variable(
     default=None,
     parse=Path,
     accepts="a directory",
-    doc="Where to download the weights of the vision encoder outside the engine. Default: the hub's cache. `vtprune serve` sets "
-    "it from --download-dir; with LLM(download_dir=...), set it yourself.",
+    doc="Where to download the weights of the vision encoder outside the engine. Default: the hub's cache. `vtprune "
+    "serve` sets it from --download-dir; with LLM(download_dir=...), set it yourself.",
 )
 tower_threads = Variable(
     name="VTPRUNE_TOWER_THREADS",
