@@ -212,7 +212,7 @@ class Offline:
 
     def _plan(self, features: VisualFeatures, policy: PruningPolicy, nouns: tuple[int, ...]) -> PruningPlan:
         if self._merger is None:
-            return self._processor.runtime.plan(features, policy, nouns)
+            return self._processor.runtime.local.plan(features, policy, nouns)
         rows = self._language.model.get_input_embeddings().weight.detach()  # the merger's, not the checkpoint's
         return plan_tokens(features, policy, rows[list(nouns)] if nouns else None, family=self._processor.family)
 

@@ -10,6 +10,7 @@ import vllm
 from pydantic import BaseModel, Field
 
 import vllm_vtprune
+from vllm_vtprune.plugin.encoder_client import EncoderClient
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.selectors import method as selectors
@@ -35,10 +36,13 @@ class Method(BaseModel):
 
 
 class Tower(BaseModel):
-    """The vision encoder of this API process."""
+    """The vision encoder."""
 
     weights: Literal["checkpoint", "dummy"]
     device: str
+    shared: bool = Field(
+        description="Whether one encoder process per device serves all API processes; else each has its own encoder."
+    )
     dtype: str
     parameters: int | None = Field(description="Number of weights; null until the encoder is loaded.")
 
@@ -68,7 +72,7 @@ class PruningInformation(BaseModel):
         description="Where tokens are selected (--pruning-placement); null if the model is served unpruned."
     )
     tower: Tower | None = Field(
-        description="null if this process never holds one: the model is served unpruned, or placement is engine."
+        description="null if there is none beside the engine's: the model is served unpruned, or placement is engine."
     )
     text_pipeline: str = Field(description="Pipeline that finds the nouns of a question.")
     versions: Versions
@@ -114,9 +118,13 @@ def pruning_information(
 
 def _tower(processor: PruningProcessor) -> Tower:
     weights, device, dtype = processor.encoder_facts.labels
-    loaded = processor.runtime.loaded_tower
+    encoder = processor.runtime.encoder
     return Tower(
-        weights=weights, device=device, dtype=dtype, parameters=None if loaded is None else loaded.num_parameters
+        weights=weights,
+        device=device,
+        shared=isinstance(encoder, EncoderClient),
+        dtype=dtype,
+        parameters=encoder.num_parameters,
     )
 
 

@@ -76,6 +76,7 @@ def serve(argv: list[str]) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_vtprune_server import memory
+    from vllm_vtprune_server.encoders import running_encoders
 
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
     parser = FlexibleArgumentParser(prog="vtprune")
@@ -114,7 +115,8 @@ def serve(argv: list[str]) -> None:
     memory.reserve_gpu_memory(args, model_config)
     memory.unmark_defaults(args)
     try:
-        command.cmd(args)
+        with running_encoders(args, model_config):
+            command.cmd(args)
     except Exception:
         problem = memory.cpu_memory_problem(args, margin=memory.GROWTH)
         if not problem:

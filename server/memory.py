@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info, get_visible_memory_node
 
 from vllm_vtprune import envs
-from vllm_vtprune.devices import GIB, Process, most_on_one_gpu, reserve
+from vllm_vtprune.devices import GIB, EncoderPlace, Process, encoder_places, reserve
 from vllm_vtprune.plugin.compat.server import assigned_gpus
 from vllm_vtprune.plugin.gpu import footprint_of, local_process
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -105,7 +105,7 @@ def lack_of_memory(*, total: float, free: float, fraction: float, kv_cache: int 
 
 
 def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> None:
-    """Reserve GPU memory for the API processes' vision encoders on the engines' GPUs.
+    """Reserve GPU memory for vision encoders on the engines' GPUs.
 
     Sets ``--mm-ipc-gpu-memory-gb``, which vLLM 0.32.0 subtracts from the KV cache on every GPU (multimodal/
     gpu_ipc_memory.py), unless the operator set it. Reserves nothing if images are encoded on a GPU without an engine
@@ -114,25 +114,53 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
     Raises:
         SystemExit: the operator's value is too small, or the encoders' device is missing or unknown.
     """
-    if current_platform.is_cpu() or encodes_only(args) or envs.placement() == "engine":
+    if current_platform.is_cpu() or not prunes_outside_engine(args):
         return
-    processor = MULTIMODAL_REGISTRY.create_processor(model_config) if model_config.is_multimodal_model else None
-    if not isinstance(processor, PruningProcessor):
+    processor = pruning_processor(model_config)
+    if processor is None:
         return
     option = None if isinstance(args.mm_ipc_gpu_memory_gb, Default) else args.mm_ipc_gpu_memory_gb
     try:
-        sharing = most_on_one_gpu(envs.device(), api_processes(args))
-        if not sharing:
+        places = [place for place in places_of(args) if place.with_engine]
+        if not places:
             return
-        need = footprint_of(model_config, processor.family, processor.max_image_tokens())
-        reservation = reserve(
-            need, processes=sharing, card=current_platform.get_device_total_memory(), operator_gib=option
-        )
+        busiest = max(places, key=lambda place: place.processes * place.clients)
+        need = footprint_of(model_config, processor.family, processor.max_image_tokens()).for_clients(busiest.clients)
+        card = current_platform.get_device_total_memory()
+        reservation = reserve(need, processes=busiest.processes, card=card, operator_gib=option)
     except TowerError as error:
         sys.exit(f"vtprune serve: {error}")
     args.mm_ipc_gpu_memory_gb = reservation.gib
     message = f"vtprune serve: --mm-ipc-gpu-memory-gb is {reservation.gib:g}, for image encoding on each GPU. "
     print((message + reservation.warning).strip(), file=sys.stderr)
+
+
+def prunes_outside_engine(args: argparse.Namespace) -> bool:
+    """Whether policies may select tokens outside the engine, if the model can be pruned."""
+    return not encodes_only(args) and envs.placement() != "engine"
+
+
+def pruning_processor(model_config: ModelConfig) -> PruningProcessor | None:
+    """The multimodal processor of a model; None if it cannot prune."""
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config) if model_config.is_multimodal_model else None
+    return processor if isinstance(processor, PruningProcessor) else None
+
+
+def places_of(args: argparse.Namespace) -> list[EncoderPlace]:
+    """Where this server encodes images.
+
+    Raises:
+        TowerError: the device is missing or unknown.
+    """
+    return encoder_places(envs.device(), api_processes(args), shared=shares_encoders(args))
+
+
+def shares_encoders(args: argparse.Namespace) -> bool:
+    """Whether one encoder process per device serves all API processes.
+
+    The servers of a data-parallel supervisor have one API process each, and keep their own encoder.
+    """
+    return _counts(args)[0] > 1 and not args.data_parallel_multi_port_external_lb
 
 
 def encodes_only(args: argparse.Namespace) -> bool:

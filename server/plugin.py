@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin.compat.server import replace_registry
+from vllm_vtprune.plugin.encoder_client import EncoderClient, socket_of
 from vllm_vtprune.plugin.image import warm_up
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_tower
@@ -102,14 +103,14 @@ resets = APIRouter()
 @resets.post("/reset_mm_cache")
 async def reset_mm_cache(raw_request: Request) -> Response:
     """Empty vLLM's caches of processed images, and the feature cache."""
-    raw_request.app.state.openai_serving_chat.runtime.forget_images()
+    await asyncio.to_thread(raw_request.app.state.openai_serving_chat.runtime.forget_images)
     return await stock_resets.reset_mm_cache(raw_request)
 
 
 @resets.post("/reset_encoder_cache")
 async def reset_encoder_cache(raw_request: Request) -> Response:
     """Empty the engine's cache of encoded images, and the feature cache."""
-    raw_request.app.state.openai_serving_chat.runtime.forget_images()
+    await asyncio.to_thread(raw_request.app.state.openai_serving_chat.runtime.forget_images)
     return await stock_resets.reset_encoder_cache(raw_request)
 
 
@@ -129,13 +130,13 @@ class ServerPlugin:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Replace the chat handler; the server becomes healthy after this returns.
 
-        Loads the vision encoder if an operator's policy selects tokens in this process; otherwise the first request
-        with such a policy loads it.
+        Loads the vision encoder, or has the encoder process load it, if an operator's policy selects tokens outside
+        the engine; otherwise the first request with such a policy loads it.
 
         Raises:
             RuntimeError: the model cannot be pruned, and the default policy prunes.
             PolicyError: the default or a preset is invalid, or not supported by this model.
-            TowerError: the weights of the vision encoder are missing or do not fit.
+            TowerError: the weights of the vision encoder are missing or do not fit, or its process did not start.
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
         mm_processor = engine_client.renderer.mm_processor
@@ -156,12 +157,18 @@ class ServerPlugin:
             runtime = processor.runtime
             encoder_labels: tuple[str, ...] = "none", "none", "none"
             if processor.engine_placement.choice != "engine":
-                encoder_labels = processor.encoder_facts.labels
+                facts = processor.encoder_facts
+                encoder_labels = facts.labels
+                path = socket_of(str(facts.device))
+                if path is not None:
+                    client = EncoderClient(path)
+                    await asyncio.to_thread(client.connect)
+                    runtime.encoder = client
             if "api" in placements:
                 warm_up(processor)
             elif processor.engine_placement.choice != "engine":
                 logger.info(
-                    "The first request that selects tokens in this process loads the vision encoder: no default or "
+                    "The first request that selects tokens outside the engine loads the vision encoder: no default or "
                     "preset file does"
                 )
         elif policies.default.enabled:

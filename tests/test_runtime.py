@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_vtprune import runtime as module
+from vllm_vtprune import local_encoder as module
 from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.policy import LLAVA, PruningPolicy
 from vllm_vtprune.runtime import PruningRuntime
@@ -61,7 +61,7 @@ def encode(runtime: PruningRuntime, key: str) -> VisualFeatures:
 def test_a_fresh_image_is_copied_once(runtime: PruningRuntime, copies: Copies, planned: list[VisualFeatures]) -> None:
     features = encode(runtime, "a")
     for _ in range(2):
-        runtime.plan(features, POLICY, (), "a")
+        runtime.local.plan(features, POLICY, (), "a")
     assert copies == [(DEVICE, HOST)]
     assert features.embeds.device == HOST
     assert [its.embeds.device for its in planned] == [DEVICE, DEVICE]
@@ -73,7 +73,7 @@ def test_an_image_from_the_cache_is_copied_back(
     monkeypatch.setattr(module, "ON_DEVICE_BYTES", features_on(DEVICE).nbytes)  # room for one
     runtime.renew()
     one, _ = encode(runtime, "a"), encode(runtime, "b")
-    runtime.plan(one, POLICY, (), "a")
+    runtime.local.plan(one, POLICY, (), "a")
     assert copies == [(DEVICE, HOST), (DEVICE, HOST), (HOST, DEVICE)]
     assert [its.embeds.device for its in planned] == [DEVICE]
 
@@ -83,7 +83,7 @@ def test_a_method_of_the_cpu_copies_nothing_back_unless_its_budget_does(
     budget: dict[str, Any], device: torch.device, runtime: PruningRuntime, copies: Copies, planned: list[VisualFeatures]
 ) -> None:
     policy = PruningPolicy.parse({"method": "uniform", "budget": budget}).resolve(LLAVA)
-    runtime.plan(encode(runtime, "a"), policy, (), "a")
+    runtime.local.plan(encode(runtime, "a"), policy, (), "a")
     assert copies == [(DEVICE, HOST)]
     assert [its.embeds.device for its in planned] == [device]
 
@@ -96,9 +96,9 @@ def test_forgetting_leaves_no_features(
     assert runtime.is_first_request("a", POLICY, "")
     forget(runtime)
     assert runtime.encoder.find("a") is None
-    assert runtime.encoder.cache.nbytes == 0
+    assert runtime.local.cache.nbytes == 0
     assert runtime.is_first_request("a", POLICY, ""), "vLLM's caches are empty too"
-    runtime.plan(features, POLICY, (), "a")
+    runtime.local.plan(features, POLICY, (), "a")
     assert copies[-1] == (HOST, DEVICE)
 
 

@@ -1,17 +1,27 @@
-"""The device on which an API process encodes images, and the GPU memory that it needs.
+"""The devices on which images are encoded, by which processes, and the GPU memory that these need.
 
 Pure functions of their arguments: reads neither the machine nor vLLM.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from vllm_vtprune.tower import TowerError
 
-__all__ = ["Footprint", "Process", "Reservation", "allocator_fraction", "device_for", "most_on_one_gpu", "reserve"]
+__all__ = [
+    "EncoderPlace",
+    "Footprint",
+    "Process",
+    "Reservation",
+    "allocator_fraction",
+    "device_for",
+    "encoder_places",
+    "reserve",
+]
 
 GIB = 1024**3
 GPU_PLATFORMS = ("cuda", "rocm")
@@ -123,19 +133,40 @@ def _device_error(problem: str, accepted: str) -> TowerError:
     return TowerError(f"{problem}; set VTPRUNE_DEVICE to {accepted}")
 
 
-def most_on_one_gpu(requested: str, processes: Sequence[Process]) -> int:
-    """The largest number of a server's API processes that encode on the same engine GPU; 0 if none does.
+@dataclass(frozen=True)
+class EncoderPlace:
+    """A device on which a server encodes images.
+
+    Attributes:
+        device: a torch device: cpu or cuda:INDEX.
+        with_engine: whether an engine uses this GPU or may; then encoders use reserved memory only.
+        processes: processes that hold an encoder there.
+        clients: API processes that each of them serves.
+    """
+
+    device: str
+    with_engine: bool = False
+    processes: int = 1
+    clients: int = 1
+
+
+def encoder_places(requested: str, processes: Sequence[Process], *, shared: bool) -> list[EncoderPlace]:
+    """The devices on which a server encodes images.
 
     Args:
         requested: see `device_for`.
         processes: all API processes of the server on this machine.
+        shared: whether one encoder process per device serves all its API processes; else each has its own encoder.
 
     Raises:
         TowerError: see `device_for`.
     """
     devices = [device_for(requested, process) for process in processes]
-    shared = {f"cuda:{index}" for process in processes for index in _engine_gpus(process)}
-    return max((devices.count(device) for device in shared), default=0)
+    of_engines = {f"cuda:{index}" for process in processes for index in _engine_gpus(process)}
+    return [
+        EncoderPlace(device, device in of_engines, *((1, count) if shared else (count, 1)))
+        for device, count in Counter(devices).items()
+    ]
 
 
 def _engine_gpus(process: Process) -> list[int]:
@@ -152,7 +183,7 @@ def _engine_gpus(process: Process) -> list[int]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """GPU memory of one API process, in bytes.
+    """GPU memory of one process that encodes, in bytes.
 
     Attributes:
         weights: encoder and projector.
@@ -165,6 +196,10 @@ class Footprint:
     encoding: int
     selection: int
     held: int = 0
+
+    def for_clients(self, clients: int) -> Footprint:
+        """The same for a process that serves several API processes, each of which plans one image at a time."""
+        return replace(self, selection=clients * self.selection)
 
     @property
     def least(self) -> int:
@@ -182,7 +217,7 @@ class Reservation:
     """Memory that every engine leaves free on each of its GPUs.
 
     Attributes:
-        gib: GiB for all API processes that encode on one GPU.
+        gib: GiB for all processes that encode on one GPU.
         warning: says what will not fit; empty if everything fits.
     """
 
@@ -194,8 +229,8 @@ def reserve(need: Footprint, *, processes: int, card: int, operator_gib: float |
     """The GPU memory to reserve for vision encoders: what they may need, up to `SHARE` of the GPU.
 
     Args:
-        need: memory of one API process.
-        processes: API processes that encode on the GPU; 0 reserves nothing.
+        need: memory of one process that encodes.
+        processes: processes that encode on the GPU; 0 reserves nothing.
         card: the GPU's memory in bytes.
         operator_gib: the operator's ``--mm-ipc-gpu-memory-gb`` in GiB, which takes precedence; None: unset.
 
@@ -236,7 +271,7 @@ def _gib(size: int) -> float:
 
 
 def allocator_fraction(share: float, card: int) -> float:
-    """The fraction of a GPU's memory that torch may allocate in one API process.
+    """The fraction of a GPU's memory that torch may allocate in one process that encodes.
 
     Args:
         share: bytes of the GPU that the process may use.

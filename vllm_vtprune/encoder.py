@@ -12,12 +12,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
 
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.policy import PruningPolicy
+
+F = TypeVar("F")
+"""What stands for an image's features: the features, or where another process holds them."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Forward:
     """One run of the vision encoder, shared by the images of its batch.
 
@@ -31,18 +38,81 @@ class Forward:
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class Encoded(Generic[F]):
     """The result of one request for an image's features.
 
     Attributes:
-        features: the features.
+        features: the features, or where they are.
         forward: the run that computed them; None if they were cached.
         fresh: whether this request caused the run; False if they were cached or in progress.
     """
 
-    features: VisualFeatures
+    features: F
     forward: Forward | None
     fresh: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedImage:
+    """What a request needs of a planned image, on the CPU.
+
+    Attributes:
+        kept: ``(k,)`` int64 indices of the kept tokens, ascending.
+        embeds: ``(T, d)`` embeddings to prefill, in the model's dtype.
+        tokens: visual tokens of the image.
+        length: embeddings of the unpruned image: its tokens and newlines.
+        energy, timings: see `PruningPlan`.
+        grid, prompt: see `VisualFeatures`.
+    """
+
+    kept: Tensor
+    embeds: Tensor
+    tokens: int
+    length: int
+    energy: float | None
+    timings: dict[str, float]
+    grid: tuple[int, int] | None = None
+    prompt: tuple[int, ...] | None = None
+
+
+class ImageEncoder(Protocol[F]):
+    """Encodes images and plans which of their tokens to keep: in this process, or in one that several share."""
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Parameter count of encoder and projector; None if they are not loaded."""
+
+    def find(self, key: str) -> Future[Encoded[F]] | None:
+        """A future of an image that is cached or in progress; None for any other."""
+
+    def submit(self, key: str, image: PreparedImage) -> Future[Encoded[F]]:
+        """A future of an image's features; encodes the image unless it is cached or in progress.
+
+        Args:
+            key: identity of the image and of its preprocessing.
+            image: the preprocessed image.
+        """
+
+    def plan_image(
+        self, encoded: Encoded[F], policy: PruningPolicy, noun_ids: Sequence[int], key: str | None = None
+    ) -> PlannedImage:
+        """Plan an encoded image; see `plan_tokens`.
+
+        Args:
+            encoded: from `find` or `submit`.
+            policy: a resolved policy.
+            noun_ids: token ids of the nouns to condition on; empty for the text-agnostic form.
+            key: feature key, to reuse features that are still on the GPU.
+        """
+
+    def warm_up(self, image: PreparedImage) -> None:
+        """Load the encoder, and encode and plan a blank image."""
+
+    def renewed(self) -> ImageEncoder[F]:
+        """The encoder to use after the engine's weights have changed."""
+
+    def forget_images(self) -> None:
+        """Empty the feature cache."""
 
 
 @dataclass(eq=False)
@@ -51,10 +121,10 @@ class _Work:
 
     key: str
     image: PreparedImage
-    futures: list[Future[Encoded]] = field(default_factory=list)
+    futures: list[Future[Encoded[VisualFeatures]]] = field(default_factory=list)
     running: bool = False
 
-    def add_future(self) -> Future[Encoded]:
+    def add_future(self) -> Future[Encoded[VisualFeatures]]:
         self.futures.append(Future())
         return self.futures[-1]
 
@@ -96,12 +166,12 @@ class BatchingEncoder:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vtprune-encoder")
 
-    def find(self, key: str) -> Future[Encoded] | None:
+    def find(self, key: str) -> Future[Encoded[VisualFeatures]] | None:
         """A future of an image that is cached or in progress; None for any other."""
         with self._lock:
             return self._find(key)
 
-    def submit(self, key: str, image: PreparedImage) -> Future[Encoded]:
+    def submit(self, key: str, image: PreparedImage) -> Future[Encoded[VisualFeatures]]:
         """A future of an image's features; encodes the image unless it is cached or in progress.
 
         Args:
@@ -117,14 +187,14 @@ class BatchingEncoder:
         self._thread.submit(self._encode_waiting)
         return future
 
-    def _find(self, key: str) -> Future[Encoded] | None:
+    def _find(self, key: str) -> Future[Encoded[VisualFeatures]] | None:
         work = self._in_progress.get(key)
         if work is not None:
             return work.add_future()
         features = self.cache.get(key)
         if features is None:
             return None
-        future: Future[Encoded] = Future()
+        future: Future[Encoded[VisualFeatures]] = Future()
         future.set_result(Encoded(features, forward=None, fresh=False))
         return future
 
@@ -173,13 +243,13 @@ class BatchingEncoder:
             with suppress(InvalidStateError):  # it was cancelled
                 future.set_exception(error)
 
-    def _remove(self, work: _Work) -> list[Future[Encoded]]:
+    def _remove(self, work: _Work) -> list[Future[Encoded[VisualFeatures]]]:
         """Remove a finished image; its futures."""
         with self._lock:
             del self._in_progress[work.key]
             return work.futures
 
 
-def _resolve(future: Future[Encoded], encoded: Encoded) -> None:
+def _resolve(future: Future[Encoded[VisualFeatures]], encoded: Encoded[VisualFeatures]) -> None:
     with suppress(InvalidStateError):  # it was cancelled
         future.set_result(encoded)

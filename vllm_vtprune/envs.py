@@ -111,16 +111,17 @@ device = Variable(
     default="auto",
     parse=_device,
     accepts="auto, cpu, cuda or cuda:INDEX",
-    doc="Where the API process encodes images. auto: the first GPU of its engine, or the CPU with vLLM's CPU build. If "
-    "that GPU is unknown, the server refuses to start and asks for cuda:INDEX.",
+    doc="Where images are encoded outside the engine. auto: the first GPU of its engine, or the CPU with vLLM's CPU "
+    "build. If that GPU is unknown, the server refuses to start and asks for cuda:INDEX.",
 )
 feature_cache_gb = Variable(
     name="VTPRUNE_FEATURE_CACHE_GB",
     default=2.0,
     parse=_size,
     accepts="a number of GiB, 0 or more",
-    doc="Main memory for cached visual features in each API process, in GiB (LLaVA-1.5-7B: about 6 MiB per image), "
-    "and as much again for preprocessed images whose tokens the engine selects. 0: no caches.",
+    doc="Main memory for cached visual features in each process that encodes, in GiB (LLaVA-1.5-7B: about 6 MiB per "
+    "image), and as much again in each API process for preprocessed images whose tokens the engine selects. 0: no "
+    "caches.",
 )
 report_table_size = Variable(
     name="VTPRUNE_REPORT_TABLE_SIZE",
@@ -144,7 +145,7 @@ load_format = Variable(
     default="auto",
     parse=str,
     accepts="a load format of vLLM",
-    doc="How vLLM loads the API process's vision encoder; dummy: random weights. With any other format, word "
+    doc="How vLLM loads the vision encoder outside the engine; dummy: random weights. With any other format, word "
     "embeddings are read from *.safetensors. `vtprune serve` sets it from --load-format; with LLM(load_format=...), "
     "set it yourself.",
 )
@@ -153,8 +154,8 @@ download_dir: Variable[Path | None] = Variable(
     default=None,
     parse=Path,
     accepts="a directory",
-    doc="Where the API process downloads the vision encoder's weights. Default: the hub's cache. `vtprune serve` sets "
-    "it from --download-dir; with LLM(download_dir=...), set it yourself.",
+    doc="Where to download the weights of the vision encoder outside the engine. Default: the hub's cache. `vtprune "
+    "serve` sets it from --download-dir; with LLM(download_dir=...), set it yourself.",
 )
 tower_threads = Variable(
     name="VTPRUNE_TOWER_THREADS",

@@ -77,7 +77,7 @@ class Shape:
 
 
 def footprint(shape: Shape, dtype: torch.dtype, *, tokens: int, batch: int, held: int) -> Footprint:
-    """GPU memory of one API process, under policies with ``features: projected``.
+    """GPU memory of one process that encodes, under policies with ``features: projected``.
 
     ``both`` needs up to ``8 * tokens * shape.hidden`` bytes more: 0.16 GiB for 16,384 tokens of Qwen2.5-VL-7B.
 

@@ -87,6 +87,11 @@ FEATURE_CACHE_BYTES = Gauge(
     ["model_name"],
     multiprocess_mode="livesum",
 )
+ENCODER_RESTARTS = Counter(
+    "vtprune:encoder_restarts",
+    "Restarts of vision encoder processes, which servers with several API processes have, after they ended.",
+    ["model_name"],
+)
 BYPASS = Counter(
     "vtprune:bypass",
     "Images of finished requests left unpruned although a policy applied, by reason.",
@@ -129,6 +134,7 @@ def start(model_name: str, presets: Iterable[str]) -> None:
     """
     START_TIME.labels(model_name).set_to_current_time()
     REQUESTS_WAITING.labels(model_name)
+    ENCODER_RESTARTS.labels(model_name)
     for preset in (*presets, NO_PRESET, CUSTOM, MIXED, INVALID):
         for outcome in get_args(Outcome):
             REQUESTS.labels(model_name, outcome, preset)

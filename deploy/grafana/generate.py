@@ -274,7 +274,7 @@ def cost() -> list[Plot]:
         ),
         lines(
             "Feature cache, memory",
-            "Of all API processes of an instance together. Metric: `vtprune:feature_cache_bytes`",
+            "Of all processes of an instance together. Metric: `vtprune:feature_cache_bytes`",
             units.BytesIEC,
             Query("vtprune:feature_cache_bytes{MODEL}", "{{instance}}"),
         ),
@@ -317,7 +317,6 @@ def trouble() -> list[Plot]:
             "All requests except health and metrics. Metric: `http_requests_total`",
             "requests/s",
             Query("sum by (status) (rate(http_requests_total{INSTANCES}[$__rate_interval]))", "{{status}}"),
-            width=12,
             stacked=True,
         ),
         lines(
@@ -325,7 +324,12 @@ def trouble() -> list[Plot]:
             "Time since each server began to answer. Metric: `vtprune:start_time_seconds`",
             units.Seconds,
             Query("time() - vtprune:start_time_seconds{MODEL}", "{{instance}}"),
-            width=12,
+        ),
+        lines(
+            "Restarts of encoder processes",
+            "Within five minutes, of servers with several API processes. Metric: `vtprune:encoder_restarts_total`",
+            units.Short,
+            Query("increase(vtprune:encoder_restarts_total{MODEL}[5m])", "{{instance}}"),
         ),
     ]
 

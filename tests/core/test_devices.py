@@ -10,12 +10,13 @@ import torch
 from vllm_vtprune.devices import (
     CONTEXT,
     GIB,
+    EncoderPlace,
     Footprint,
     Process,
     Reservation,
     allocator_fraction,
     device_for,
-    most_on_one_gpu,
+    encoder_places,
     reserve,
 )
 from vllm_vtprune.footprint import Shape, footprint
@@ -126,7 +127,32 @@ def test_without_a_gpu_or_the_cpu_build_no_device_will_do(asked: str, process: P
     ],
 )
 def test_how_many_share_a_gpu_with_an_engine(process: Process, processes: int, asked: str, most: int) -> None:
-    assert most_on_one_gpu(asked, [replace(process, rank=rank) for rank in range(processes)]) == most
+    ranks = [replace(process, rank=rank) for rank in range(processes)]
+    for shared in (False, True):
+        places = encoder_places(asked, ranks, shared=shared)
+        beside_engines = [place for place in places if place.with_engine]
+        assert max((place.clients if shared else place.processes for place in beside_engines), default=0) == most
+        assert all((place.processes if shared else place.clients) == 1 for place in places)
+
+
+def test_one_encoder_process_on_each_device_serves_the_api_processes_of_its_engines() -> None:
+    ranks = [replace(EIGHT, engines=2, gpus=4, rank=rank) for rank in range(5)]
+    assert encoder_places("auto", ranks, shared=True) == [
+        EncoderPlace("cuda:0", True, processes=1, clients=3),
+        EncoderPlace("cuda:4", True, processes=1, clients=2),
+    ]
+    assert encoder_places("cuda:7", [replace(ONE, visible=EIGHT.visible, rank=rank) for rank in range(2)], shared=True)
+    assert encoder_places("auto", [Process("cpu", rank=rank) for rank in range(3)], shared=True) == [
+        EncoderPlace("cpu", clients=3)
+    ]
+
+
+def test_an_encoder_process_holds_the_weights_once_and_plans_for_each_client() -> None:
+    three = QWEN.for_clients(3)
+    assert (three.weights, three.encoding, three.held) == (QWEN.weights, QWEN.encoding, QWEN.held)
+    assert three.selection == 3 * QWEN.selection
+    assert three.least == QWEN.least
+    assert QWEN.total < three.total < 3 * QWEN.total
 
 
 # --- How much -----------------------------------------------------------------------------------------------------

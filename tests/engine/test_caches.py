@@ -121,8 +121,8 @@ def test_pruned_unpruned_and_cached_images_in_every_order(
 
 def test_identical_requests(cached: Engine, uncached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
-    plan = cached.runtime.plan
-    monkeypatch.setattr(cached.runtime, "plan", lambda *arguments: planned.append(1) or plan(*arguments))
+    plan = cached.runtime.local.plan
+    monkeypatch.setattr(cached.runtime.local, "plan", lambda *arguments: planned.append(1) or plan(*arguments))
     one, two = sample_images(2, stamp="identical")
     for request in (
         Ask(ask_about(BUS), [one], ENERGY),
@@ -163,7 +163,7 @@ def test_images_encoded_together_are_planned_as_if_alone(cached: Engine, uncache
 
 
 def test_the_feature_cache_works_where_vllm_hashes_no_images(uncached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uncached.runtime.encoder, "cache", FeatureCache(2**30))
+    monkeypatch.setattr(uncached.runtime.local, "cache", FeatureCache(2**30))
     (image,) = sample_images(1, stamp="no hashes")
     encoded_before = uncached.encodings()
     for policy in (ENERGY, UNIFORM, ENERGY):
@@ -280,7 +280,7 @@ def test_an_image_that_every_cache_forgot_is_refused(
     with pytest.raises(ValueError, match="forgotten but data is not provided"):
         uncached.ask(Ask(ask_about(BUS), [None], TOKENS, uuids=["forgotten"]))
 
-    monkeypatch.setattr(chunked.runtime.encoder, "cache", FeatureCache(0))
+    monkeypatch.setattr(chunked.runtime.local, "cache", FeatureCache(0))
     chunked.ask(Ask(ask_about(BUS), [one], TOKENS, uuids=["forgotten"]))
     chunked.ask(Ask(ask_about(BUS), [two], TOKENS))  # takes the one place in the table of reports
     with pytest.raises(ValueError, match="forgotten but data is not provided"):
@@ -348,13 +348,13 @@ def test_weights_that_the_engine_reloads_are_those_of_pruned_images_too(cached: 
 def test_an_encoder_whose_rounding_moves_the_budget(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine ends a request whose item it knows with another count; it remembers longer than the processor."""
     counts = iter((48, 47, 48))
-    plan = cached.runtime.plan
+    plan = cached.runtime.local.plan
 
     def rounded(features: Any, policy: Any, *arguments: Any) -> Any:
         budget = policy.budget.model_copy(update={"keep": next(counts)})
         return plan(features, policy.with_budget(budget), *arguments)
 
-    monkeypatch.setattr(cached.runtime, "plan", rounded)
+    monkeypatch.setattr(cached.runtime.local, "plan", rounded)
     (image,) = sample_images(1, stamp="rounding")
     answers = []
     for _ in range(3):

@@ -39,7 +39,7 @@ def ask(engine: Engine, number: int, question: str, policy: dict[str, Any]) -> A
 def plan(
     engine: Engine, reference: UnprunedReference, number: int, nouns: tuple[str, ...], policy: dict[str, Any]
 ) -> PruningPlan:
-    features = engine.runtime.encoder.cache.get(f"exactness-{number}")
+    features = engine.runtime.local.cache.get(f"exactness-{number}")
     assert features is not None
     return plan_tokens(features, PruningPolicy.parse(policy), reference.words(nouns) if nouns else None)
 

@@ -175,7 +175,7 @@ class Checker:
         if shown.name not in self._features:
             self._features[shown.name] = self.reference.features(shown.image)
         embeds = self._features[shown.name]
-        features = self.engine.runtime.encoder.cache.get(shown.name)
+        features = self.engine.runtime.local.cache.get(shown.name)
         assert features is not None
         torch.testing.assert_close(features.embeds, embeds, rtol=0, atol=1e-4)
         assert (features.cls_attention is not None) == self.family.cls

@@ -77,7 +77,7 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
     images = [preprocess(processor, Image.new("RGB", (672, 672), "gray")) for _ in range(count)]
-    tower = processor.runtime.tower
+    tower = processor.runtime.local.tower
     with Held() as held:
         found = tower.encode(images)
     need = footprint_of(model_config, processor.family, found[0].num_tokens)

@@ -80,7 +80,7 @@ def counts(result: Any) -> list[int]:
 @pytest.fixture
 def noisy(processor: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A processor whose encoder never gives the same features twice, far beyond what rounding does."""
-    encode = processor.runtime.tower.encode
+    encode = processor.runtime.local.tower.encode
     noise = torch.Generator().manual_seed(0)
 
     def encode_otherwise(images: Sequence[PreparedImage]) -> list[VisualFeatures]:
@@ -92,8 +92,8 @@ def noisy(processor: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             for features in encode(images)
         ]
 
-    monkeypatch.setattr(processor.runtime.tower, "encode", encode_otherwise)
-    monkeypatch.setattr(processor.runtime.encoder, "cache", FeatureCache(0))
+    monkeypatch.setattr(processor.runtime.local.tower, "encode", encode_otherwise)
+    monkeypatch.setattr(processor.runtime.local, "cache", FeatureCache(0))
     return processor
 
 
@@ -105,14 +105,14 @@ def noisy(processor: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_one_hash_is_one_count_and_one_choice(noisy: Any, pruning: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the encoder's rounding does while features and items are forgotten."""
     chosen: dict[str, tuple[int, ...]] = {}
-    plan = noisy.runtime.plan
+    plan = noisy.runtime.local.plan
     made = []
 
     def planned(*arguments: Any) -> Any:
         made.append(plan(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(noisy.runtime, "plan", planned)
+    monkeypatch.setattr(noisy.runtime.local, "plan", planned)
     [image] = sample_images(1)
     for turn in range(6):
         result = process(noisy, [image], pruning)

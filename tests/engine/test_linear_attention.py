@@ -62,7 +62,7 @@ def test_pruned_answers_are_near_to_those_in_float32(
         *engine.ask_together([*requests, replace(requests[0], pruning=False)])[:2],
     ]
     assert all(answer.prefix_hits >= (len(answer.prompt_ids) - 1) // BLOCK * BLOCK > 0 for answer in answers[2:])
-    features = [engine.runtime.encoder.cache.get(name) for name in NAMES]
+    features = [engine.runtime.local.cache.get(name) for name in NAMES]
     kept = [plan_tokens(found, PruningPolicy.parse(POLICY)).kept for found in features if found is not None]
     assert len(kept) == len(PICTURES)
     found = []

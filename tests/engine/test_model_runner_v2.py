@@ -127,7 +127,7 @@ class Requests:
         if policy is False:
             return whole
         processor = self.served.processor
-        features = processor.runtime.encoder.cache.get(name)
+        features = processor.runtime.local.cache.get(name)
         nouns = self.reference.noun_embeds(["bus"])
         plan = plan_tokens(features, PruningPolicy.parse(policy), nouns, family=processor.family)
         kept: Tensor = self.reference.kept_embeds(whole, plan.kept)

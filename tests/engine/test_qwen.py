@@ -110,11 +110,11 @@ def test_a_report_that_was_forgotten_is_made_anew_at_the_size_asked_for(
     request = Ask(checker.chat.prompt(ASKED), [image], ratio(0.5), processor_kwargs=options)
     first = engine.ask(request)
     monkeypatch.setattr(engine.runtime, "planned", BoundedTable(8))
-    monkeypatch.setattr(engine.runtime.encoder, "cache", FeatureCache(2**30))
+    monkeypatch.setattr(engine.runtime.local, "cache", FeatureCache(2**30))
     again = engine.ask(request)
     assert uncached(again.images) == uncached(first.images)
     assert [report.cached for report in reports(again)] == [True]
-    [features] = engine.runtime.encoder.cache._entries.values()
+    [features] = engine.runtime.local.cache._entries.values()
     assert features.grid == grid(checker, image, **options)
 
 

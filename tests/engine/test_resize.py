@@ -131,7 +131,7 @@ def test_every_budget_leads_to_the_largest_grid_within_it(
     size: tuple[int, int], processor: PrunedQwen2_5_VLProcessor
 ) -> None:
     image = Image.effect_noise(size, 60).convert("RGB")
-    encoded_before = len(processor.runtime.encoder.cache)
+    encoded_before = len(processor.runtime.local.cache)
     rows, columns = grid_of(process(processor, [image]))
     whole = rows * columns
     for k in sorted({1, 2, 3, whole // 5, whole // 2, whole - 1, whole, whole + 1} - {0}):
@@ -144,7 +144,7 @@ def test_every_budget_leads_to_the_largest_grid_within_it(
         assert report == expected
         rows, columns = best_grid(size, k)[0]
         assert kept >= min(rows * columns, whole)
-    assert len(processor.runtime.encoder.cache) == encoded_before
+    assert len(processor.runtime.local.cache) == encoded_before
 
 
 @pytest.mark.parametrize(("keep", "k"), [(0.5, 126), (0.25, 63), (1 / 3, 84), (1e-6, 1), (1.0, 252)])

@@ -75,7 +75,7 @@ def test_methods_and_budgets_over_shapes(policy: Any, checker: Checker) -> None:
 
 def test_the_tower_is_loaded_here(checker: Checker) -> None:
     assert state()["towers"] >= 1
-    assert checker.engine.runtime.tower.weights == "checkpoint"
+    assert checker.engine.runtime.local.tower.weights == "checkpoint"
 
 
 @pytest.mark.parametrize("family", [INTERNVL], indirect=True, scope="module")
@@ -86,7 +86,7 @@ def test_a_client_may_ask_for_fewer_tiles(checker: Checker) -> None:
         answer = engine.ask(Ask(checker.chat.prompt(ASKED), [shown], TOKENS, processor_kwargs=kwargs))
         tiles = rows * columns + 1
         assert [(report.visual_tokens, report.kept_tokens) for report in reports(answer)] == [(tiles * 16, 24)]
-        features = engine.runtime.encoder.cache.get(feature_key(engine.processor, shown, hf_kwargs=kwargs))
+        features = engine.runtime.local.cache.get(feature_key(engine.processor, shown, hf_kwargs=kwargs))
         assert features is not None
         assert features.tiles is not None
         tops = {box[0] for box in features.tiles.boxes if box is not None}

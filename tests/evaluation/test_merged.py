@@ -115,7 +115,7 @@ def test_the_likeness_to_the_text_is_that_to_the_words_of_this_language_model(fo
     policy = PruningPolicy.parse({"rank_by": "relevance", "budget": fixed(20)}).resolve(offline._processor.family)
     found = offline._plan(features, policy, (40, 41))
     assert torch.equal(found.order, plan_tokens(features, policy, words[40:42].detach()).order)
-    assert not torch.equal(found.order, offline._processor.runtime.plan(features, policy, (40, 41)).order)
+    assert not torch.equal(found.order, offline._processor.runtime.local.plan(features, policy, (40, 41)).order)
 
 
 def test_an_ablation_asks_the_model_with_the_merger(

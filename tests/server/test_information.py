@@ -80,6 +80,7 @@ def test_it_tells_what_runs(server: Server) -> None:
     assert (tower["weights"], tower["dtype"]) == ("checkpoint", "float32")
     assert tower["device"].startswith(("cpu", "cuda"))
     assert tower["parameters"] > 0
+    assert tower["shared"] is False, "there is one API process"
     assert information["text_pipeline"] == text_pipeline_name()
     versions = {"vllm_vtprune": __version__} | {name: version(name) for name in ("torch", "transformers")}
     assert versions.items() <= information["versions"].items()

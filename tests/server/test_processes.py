@@ -1,20 +1,24 @@
-"""Two API processes before one engine or two: who loads the tower, what adds up, and that all of them end."""
+"""Two API processes before one engine or two: one encoder process for both, what adds up, and that all of them end."""
 
 import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 
+from tests.server.test_weights import reload
 from tests.support.chat import (
     DONE,
     ENDLESS,
     SMALL_KV_CACHE,
     VISUAL_TOKENS,
+    Body,
     Server,
     by_energy,
     data_of,
@@ -22,16 +26,22 @@ from tests.support.chat import (
     kept,
     nouns,
     random_model,
+    tokens,
     user,
 )
 from tests.support.process_tree import command_of, family, kill, survivors
+from vllm_vtprune.plugin.encoder_client import EncoderUnavailable
+from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_server.process import running_server
 
 pytestmark = pytest.mark.engine
 
 THINGS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
 TOWER_LOADED = "Vision encoder loaded"
-STOPPED_WITHIN = 60  # seconds
+AT_ONCE = 30  # seconds
+RESTARTED_WITHIN = 120
+STOPPED_WITHIN = 60
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.verify)])
@@ -52,8 +62,15 @@ def two_processes(engines: int, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "--enforce-eager",
         *("--dtype", "float32"),  # answers do not depend on what they are computed beside
     ]
-    with running_server(options, log=log) as url:
+    with running_server(options, log=log, environment={"VLLM_SERVER_DEV_MODE": "1"}) as url:
         yield Server(url, log)
+
+
+def processes_of(server: Server) -> list[psutil.Process]:
+    """A server's processes, the first one first."""
+    port = str(urlsplit(server.url).port)
+    [root] = [child for child in psutil.Process().children() if port in command_of(child).split()]
+    return family(root.pid)
 
 
 def processes_that_loaded_a_tower(server: Server) -> list[str]:
@@ -68,10 +85,26 @@ def test_only_the_api_process_loads_the_tower(server: Server) -> None:
     assert re.fullmatch(r"APIServer pid=\d+", process)
 
 
-def test_every_api_process_loads_it_once_and_no_engine_does(two_processes: Server) -> None:
-    processes = processes_that_loaded_a_tower(two_processes)
-    assert len(set(processes)) == len(processes) == 2
-    assert {re.sub(r" pid=\d+", "", process) for process in processes} == {"ApiServer_0", "ApiServer_1"}
+def test_one_encoder_process_loads_it_and_neither_api_process_nor_engine_does(two_processes: Server) -> None:
+    [process] = processes_that_loaded_a_tower(two_processes)
+    assert re.fullmatch(r"Encoder pid=\d+", process)
+    for _ in THINGS:  # either API process answers some
+        tower = two_processes.get("/v1/pruning").json()["tower"]
+        assert (tower["device"], tower["shared"]) == ("cpu", True)
+        assert tower["parameters"] > 0
+
+
+@pytest.mark.parametrize("policy", [by_energy(64), {"method": "prumerge", "budget": {"type": "method"}}])
+def test_answers_and_reports_are_those_of_a_server_with_one_process(
+    two_processes: Server, server: Server, policy: Body
+) -> None:
+    messages = [user("Where are the dog and the bus?", fresh_url())]
+    answers = [each.ask(messages=messages, pruning=policy, max_tokens=16) for each in (two_processes, server)]
+    reports = [answer["pruning"] for answer in answers]
+    stages = [{stage for stage, ms in report.pop("timings_ms").items() if ms is not None} for report in reports]
+    assert stages[0] == stages[1] > {"encode", "budget", "select"}
+    assert reports[0] == reports[1]
+    assert answers[0]["choices"] == answers[1]["choices"]
 
 
 def test_every_request_is_pruned_and_reported(two_processes: Server) -> None:
@@ -101,21 +134,28 @@ def test_every_request_is_pruned_and_reported(two_processes: Server) -> None:
     assert two_processes.metrics()["vtprune:build_info"] == 1, "the same in both processes, once"
 
 
-def test_both_api_processes_answer_and_their_metrics_add_up(two_processes: Server) -> None:
-    """Each has a feature cache of its own, so one image is encoded once in each that gets to see it."""
+def process_that_answered(server: Server, answer: Body) -> str:
+    """As the answer's line in the log begins."""
+    [line] = [
+        line for line in server.log.read_text(errors="replace").splitlines() if f"{answer['id']} finished" in line
+    ]
+    return line[: line.index(" pid=")].lstrip("(")
+
+
+def test_an_image_that_both_api_processes_get_is_encoded_once(two_processes: Server) -> None:
     messages = [user("Where is the dog?", fresh_url())]
     before = two_processes.metrics()
-    asked, encoded = 0, 0.0
-    seen = set()
-    while encoded < 2 and asked < 64:
-        answer = two_processes.ask(messages=messages, pruning=by_energy(64))
-        asked += 1
-        seen.add((*kept(answer), answer["choices"][0]["message"]["content"]))
-        (encoded,) = two_processes.metrics().since(before, "vtprune:feature_cache_misses_total")
-    assert encoded == 2, f"{asked} requests all went to one process"
-    assert len(seen) == 1, "the processes choose differently"
-    (counted,) = two_processes.metrics().since(before, "vtprune:visual_tokens_total")
-    assert counted == asked * VISUAL_TOKENS
+    answers: list[Body] = []
+    processes: set[str] = set()
+    while len(processes) < 2:
+        assert len(answers) < 64, "all requests went to one process"
+        answers.append(two_processes.ask(messages=messages, pruning=by_energy(64)))
+        processes.add(process_that_answered(two_processes, answers[-1]))
+    assert processes == {"ApiServer_0", "ApiServer_1"}
+    assert len({(*kept(answer), answer["choices"][0]["message"]["content"]) for answer in answers}) == 1
+    names = ["feature_cache_misses_total", "feature_cache_hits_total", "encode_batch_size_count", "visual_tokens_total"]
+    grown = two_processes.metrics().since(before, *(f"vtprune:{name}" for name in names))
+    assert grown == (1, 1, 1, len(answers) * VISUAL_TOKENS), "each process plans it once"
 
 
 def test_refusals_bypasses_and_bytes_add_up_too(two_processes: Server) -> None:
@@ -135,7 +175,7 @@ def test_refusals_bypasses_and_bytes_add_up_too(two_processes: Server) -> None:
     bytes_grown, encoded = after.since(before, "vtprune:feature_cache_bytes", "vtprune:feature_cache_misses_total")
     assert encoded >= len(THINGS)
     per_image = after["vtprune:feature_cache_bytes"] / after["vtprune:feature_cache_misses_total"]
-    assert bytes_grown == encoded * per_image, "the bytes are of every image that either process encoded"
+    assert bytes_grown == encoded * per_image, "the bytes are of every image that was encoded"
 
 
 def test_every_engine_answers(two_processes: Server, engines: int) -> None:
@@ -146,13 +186,59 @@ def test_every_engine_answers(two_processes: Server, engines: int) -> None:
         two_processes.ask(messages=[user("Where is the dog?", fresh_url())])
 
 
+def encoder_of(server: Server) -> psutil.Process:
+    """The encoder process of a server."""
+    [encoder] = [process for process in processes_of(server) if "Encoder" in process.name()]
+    return encoder
+
+
+def test_a_new_encoder_process_takes_the_place_of_one_that_died(two_processes: Server, tmp_path: Path) -> None:
+    """With the weights that the engine has by then. Only requests that need it fail meanwhile, each at once."""
+
+    def answer_to(pruning: Any, url: str) -> tuple[int, Body]:
+        began = time.monotonic()
+        response = two_processes.post({"messages": [user("Where is the dog?", url)], "pruning": pruning})
+        assert time.monotonic() - began < AT_ONCE
+        return response.status_code, response.json()
+
+    def content(answer: tuple[int, Body]) -> str:
+        assert answer[0] == 200, answer
+        return str(answer[1]["choices"][0]["message"]["content"])
+
+    seen, every_token = fresh_url(), by_energy(VISUAL_TOKENS)
+    original = content(answer_to(every_token, seen))
+    reload(two_processes, write_llava_checkpoint(tmp_path / "other", seed=1))
+    try:
+        assert content(answer_to(every_token, seen)) == content(answer_to(False, seen)) != original
+        before, bystanders = two_processes.metrics(), [p for p in processes_of(two_processes) if p.name() != "sh"]
+        dead = encoder_of(two_processes)
+        dead.kill()
+        dead.wait(10)
+        status, error = answer_to(every_token, fresh_url())
+        assert (status, error["error"]["code"], error["error"]["message"]) == (503, 503, str(EncoderUnavailable()))
+        for untouched in (False, tokens(32)):
+            content(answer_to(untouched, fresh_url()))
+        deadline = time.monotonic() + RESTARTED_WITHIN
+        new = fresh_url()
+        while (answer := answer_to(every_token, new))[0] == 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert content(answer) == content(answer_to(False, new)), "the engine's encoder has other weights"
+        assert two_processes.metrics().since(before, "vtprune:encoder_restarts_total") == (1,)
+        assert {process.pid for process in bystanders} - {process.pid for process in processes_of(two_processes)} == {
+            dead.pid
+        }
+    finally:
+        reload(two_processes, tiny_checkpoint())
+    assert content(answer_to(every_token, seen)) == original
+
+
 def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_processes: Server, engines: int) -> None:
     """The last test of each server: it ends it. With several API processes, vLLM stops the engines at once."""
-    port = str(urlsplit(two_processes.url).port)
-    [root] = [child for child in psutil.Process().children() if port in command_of(child).split()]
-    processes = family(root.pid)
+    processes = processes_of(two_processes)
+    root = processes[0]
     try:
-        assert len(processes) >= 3 + engines, "itself, two API processes, their engines"
+        assert len(processes) >= 4 + engines, "itself, two API processes, their encoder process, their engines"
         body = {**two_processes.defaults, **ENDLESS, "messages": [user("Where is the dog?", fresh_url())]}
         with httpx.stream("POST", f"{two_processes.url}/v1/chat/completions", json=body, timeout=120) as answer:
             parts = answer.iter_text()

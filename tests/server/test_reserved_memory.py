@@ -166,7 +166,12 @@ def test_api_processes_are_those_that_vllm_starts(
     [
         ([], "auto", 0.97),  # next to no weights
         (["--data-parallel-size", "8"], "auto", 0.97),
-        (["--api-server-count", "4"], "auto", 3.88),
+        (["--api-server-count", "4"], "auto", 0.99),  # one encoder, four plans at a time
+        (
+            ["--data-parallel-size", "4", "--data-parallel-size-local", "4", "--data-parallel-multi-port-external-lb"],
+            "cuda:0",
+            3.88,  # four servers
+        ),
         (["--mm-ipc-gpu-memory-gb", "7"], "auto", 7.0),
         ([], "cuda:1", 0.0),  # which has no engine
         (["--headless"], "auto", 0.0),
@@ -243,16 +248,33 @@ def test_nothing_is_reserved_on_cpus(parse: Callable[..., argparse.Namespace], m
     assert args.mm_ipc_gpu_memory_gb == 0
 
 
-# --- In the API process -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [
+        ([], False),
+        (["--api-server-count", "1", "--data-parallel-size", "2"], False),
+        (["--api-server-count", "2"], True),
+        (["--data-parallel-size", "2"], True),
+        (["--data-parallel-size", "2", "--data-parallel-rank", "1"], False),
+        (["--data-parallel-size", "2", "--data-parallel-multi-port-external-lb"], False),
+        (["--headless"], False),
+    ],
+)
+def test_several_api_processes_share_their_encoders(
+    parse: Callable[..., argparse.Namespace], options: list[str], shared: bool
+) -> None:
+    assert memory.shares_encoders(parse(*options)) is shared
 
 
-def engine(reserved: float = 0.0, **parallel: Any) -> Any:
+# --- In the process that encodes -------------------------------------------------------------------------------------
+
+
+def engine(**parallel: Any) -> Any:
     """An engine's config, as far as it is read."""
     config = ParallelConfig(**{name: value for name, value in parallel.items() if not name.startswith("_")})
     for name, value in parallel.items():
         setattr(config, name, value)
-    multimodal = SimpleNamespace(mm_ipc_gpu_memory_gb=reserved)
-    return SimpleNamespace(parallel_config=config, model_config=SimpleNamespace(multimodal_config=multimodal))
+    return SimpleNamespace(parallel_config=config)
 
 
 @pytest.mark.usefixtures("eight_gpus")
@@ -304,7 +326,7 @@ def test_torch_takes_no_more_than_was_reserved(
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     need = gpu.footprint_of(model_config, WITH_CLIP, 576)
-    gpu.limit_memory(torch.device("cuda:0"), need, engine(reserved, _api_process_count=processes))
+    gpu.limit_memory(gpu.place_of(engine(_api_process_count=processes)), need, reserved)
     [(fraction, device)] = limits
     allowed = need.total if share is None else share * GIB
     assert (fraction * CARD, str(device)) == (pytest.approx(max(allowed - CONTEXT, 2**28)), "cuda:0")
@@ -316,14 +338,14 @@ def test_one_line_says_where_the_tower_is_and_how_large(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="vllm.vtprune"):
-        tower = vision.load(WITH_CLIP, model_config, largest=576, engine=None)
+        tower = vision.load(WITH_CLIP, model_config, largest=576, place=gpu.place_of(None))
     [line] = {
         message for message in caplog.messages if "ision encoder" in message
     }  # other tests may have it caught twice
     assert line.endswith(f", {tower.nbytes / 2**20:.0f} MiB on cpu")
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda")
     with pytest.raises(TowerError, match="encodes images on the CPU, not on cuda; set VTPRUNE_DEVICE to auto"):
-        vision.load(WITH_CLIP, model_config, largest=576, engine=None)
+        gpu.place_of(None)
 
 
 # --- KV transfer --------------------------------------------------------------------------------------------------

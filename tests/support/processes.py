@@ -17,7 +17,7 @@ def state(model: object = None) -> dict[str, Any]:
         "pid": os.getpid(),
         "modules": sorted(name for name in sys.modules if name.startswith("vllm_vtprune.")),
         "runtimes": len(runtimes),
-        "towers": sum(runtime.loaded_tower is not None for runtime in runtimes),
+        "towers": sum(runtime.encoder.num_parameters is not None for runtime in runtimes),
         "model_class": None if model is None else f"{type(model).__module__}.{type(model).__name__}",
     }
 

@@ -16,16 +16,18 @@ from vllm_vtprune import envs
 from vllm_vtprune.devices import (
     GIB,
     GPU_PLATFORMS,
+    EncoderPlace,
     Footprint,
     Process,
     allocator_fraction,
-    most_on_one_gpu,
+    device_for,
+    encoder_places,
     reserve,
 )
 from vllm_vtprune.footprint import Shape, footprint
+from vllm_vtprune.local_encoder import ENCODE_BATCH, ON_DEVICE_BYTES
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.runtime import ENCODE_BATCH, ON_DEVICE_BYTES
 from vllm_vtprune.tower import TowerError
 
 logger = init_logger("vllm.vtprune")
@@ -67,7 +69,7 @@ def local_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> Pro
 
 
 def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Footprint:
-    """GPU memory that a model's vision encoder needs in one API process.
+    """GPU memory that a model's vision encoder needs in one process.
 
     Args:
         model_config: vLLM's config of the model.
@@ -87,27 +89,40 @@ def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Foo
     return footprint(shape, model_config.dtype, tokens=largest, batch=ENCODE_BATCH, held=ON_DEVICE_BYTES)
 
 
-def limit_memory(device: torch.device, need: Footprint, engine: VllmConfig | None) -> None:
-    """Limit torch's GPU memory in this process to its share of the reserved memory, or to what the encoder needs.
+def place_of(engine: VllmConfig | None) -> EncoderPlace:
+    """Where this API process encodes, if it has an encoder of its own.
 
     Args:
-        device: the GPU on which this process encodes.
-        need: memory of the encoder.
         engine: the engine's config; None in `vllm.LLM`.
+
+    Raises:
+        TowerError: see `device_for`.
     """
     process = process_of(engine)
     count = 1 if engine is None else compat.api_process(engine.parallel_config)[1]
-    sharing = most_on_one_gpu(envs.device(), [replace(process, rank=rank) for rank in range(count)])
-    if not sharing:
+    device = device_for(envs.device(), process)
+    processes = [replace(process, rank=rank) for rank in range(count)]
+    places = encoder_places(envs.device(), processes, shared=False)
+    return next((place for place in places if place.device == device), EncoderPlace(device))
+
+
+def limit_memory(place: EncoderPlace, need: Footprint, reserved: float) -> None:
+    """Limit torch's GPU memory in this process to its share of the reserved memory, or to what the encoder needs.
+
+    Args:
+        place: where this process encodes.
+        need: memory of the encoder, for one API process.
+        reserved: GiB reserved on the GPU (``--mm-ipc-gpu-memory-gb``).
+    """
+    if not place.with_engine:
         return
-    multimodal = None if engine is None else engine.model_config.multimodal_config
-    reserved = 0.0 if multimodal is None else multimodal.mm_ipc_gpu_memory_gb
+    need, device = need.for_clients(place.clients), torch.device(place.device)
     card = torch.cuda.get_device_properties(device).total_memory
     try:
-        warning = reserve(need, processes=sharing, card=card, operator_gib=reserved).warning
+        warning = reserve(need, processes=place.processes, card=card, operator_gib=reserved).warning
     except TowerError as error:
         warning = str(error)
     if warning:
         logger.warning(warning)
-    share = reserved * GIB / sharing if reserved else need.total
+    share = reserved * GIB / place.processes if reserved else need.total
     torch.cuda.set_per_process_memory_fraction(allocator_fraction(share, card), device)

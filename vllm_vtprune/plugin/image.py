@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from torch import Tensor
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.budget import fixed_count
-from vllm_vtprune.encoder import Encoded
+from vllm_vtprune.encoder import Encoded, PlannedImage
 from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plan import PruningPlan
@@ -23,7 +22,6 @@ from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.plugin.selection import Selection
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport
-from vllm_vtprune.sequence import sequence, sequence_length
 from vllm_vtprune.text import TextFallback, read_prompt
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ class ImageJob:
     url: str = ""
     uuid: str | None = None
     index: int = 0
-    encoding: Future[Encoded] | None = None
+    encoding: Future[Encoded[Any]] | None = None
     early_key: tuple[str, int] | None = None
     data: Any = None
     feature_key: str = ""
@@ -91,33 +89,34 @@ class ImageJob:
         tokenizer = processor.info.get_tokenizer()
         self.noun_ids = tuple(token for noun in self.nouns for token in noun_ids(noun, tokenizer))
 
-    def plan(self, processor: PruningProcessor, features: VisualFeatures) -> tuple[PruningPlan, Tensor]:
-        """Plan the image and set `report`.
-
-        Args:
-            processor: the model's processor.
-            features: the image's N visual tokens.
-
-        Returns:
-            The plan, and (T, d) the embeddings to prefill, in the model's dtype.
+    def plan(self, processor: PruningProcessor, encoded: Encoded[Any]) -> PlannedImage:
+        """Plan the encoded image and set `report`.
 
         Raises:
             PolicyError: the features lack what the policy needs, or pruning would change the attention mask.
+            EncoderUnavailable: the process that holds the features has ended.
         """
-        plan = processor.runtime.plan(features, self.policy, self.noun_ids, self.feature_key)
-        _require_same_mask(processor, self.policy, features.num_tokens, len(plan.kept))
-        embeds = sequence(features, plan).to(processor.model_config.dtype)
+        planned = processor.runtime.encoder.plan_image(encoded, self.policy, self.noun_ids, self.feature_key)
+        self.describe(processor, planned)
+        return planned
+
+    def describe(self, processor: PruningProcessor, planned: PlannedImage) -> None:
+        """Set `report`.
+
+        Raises:
+            PolicyError: pruning would change the attention mask.
+        """
+        _require_same_mask(processor, self.policy, planned.tokens, len(planned.kept))
         self.report = ImageReport.of(
             self.policy,
-            sequence_length(features),
-            len(embeds),
-            energy=plan.energy,
+            planned.length,
+            len(planned.embeds),
+            energy=planned.energy,
             nouns=self.nouns,
             text_fallback=self.text_fallback,
             placement="api",
             placement_reason=self.placement_reason,
         )
-        return plan, embeds
 
     def leave_to_engine(self, processor: PruningProcessor, image: PreparedImage) -> MultiModalKwargsItem:
         """Attach to vLLM's item of the image what the engine needs to select its tokens, and set `report`.
@@ -206,15 +205,15 @@ def warm_up(processor: PruningProcessor) -> None:
 
 
 def encode_image(processor: PruningProcessor, image: Any) -> VisualFeatures:
-    """Encode one image."""
+    """Encode one image in this process."""
     key = feature_key(processor, image)
-    return processor.runtime.encoder.submit(key, preprocess(processor, image)).result().features
+    return processor.runtime.local.submit(key, preprocess(processor, image)).result().features
 
 
 def plan_image(
     processor: PruningProcessor, image: Any, policy: PruningPolicy, query: str
 ) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
-    """Plan one image under a policy that selects tokens, as a request would.
+    """Plan one image in this process under a policy that selects tokens, as a request would.
 
     Args:
         processor: the model's processor.
@@ -231,7 +230,8 @@ def plan_image(
     job = ImageJob(policy.resolve(processor.family), query)
     if job.policy.conditions_on_text:
         job.read_text(processor)
-    features = encode_image(processor, image)
-    plan, _ = job.plan(processor, features)
+    encoder, features = processor.runtime.local, encode_image(processor, image)
+    plan = encoder.plan(features, job.policy, job.noun_ids)
+    job.describe(processor, encoder.planned(features, plan))
     assert job.report is not None
     return job.report, plan, features

@@ -173,11 +173,10 @@ class PromptJobs:
         forwards = {image.forward for _, image in encoded if image.forward is not None}
         self.report.stages += [StageRun("encode", forward.began, forward.seconds) for forward in forwards]
         for job, image in encoded:
-            plan, embeds = job.plan(self.processor, image.features)
-            self.report.add_timings(plan.timings)
-            kept = plan.kept.cpu()
-            job.item = pruned_item(embeds.cpu(), self.processor.position_fields(image.features, kept))
-            job.item_hash = _hash_of(job.plan_key, sha256(kept.numpy().tobytes()).hexdigest())
+            planned = job.plan(self.processor, image)
+            self.report.add_timings(planned.timings)
+            job.item = pruned_item(planned.embeds, self.processor.position_fields(planned))
+            job.item_hash = _hash_of(job.plan_key, sha256(planned.kept.numpy().tobytes()).hexdigest())
             assert job.report is not None
             runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
 

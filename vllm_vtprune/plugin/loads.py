@@ -40,11 +40,12 @@ class LoadNotes:
 
     Args:
         model: model that the engine started with; separates engines of the same process.
+        from_start: whether `latest` also gives loads from before this object was made.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, from_start: bool = False) -> None:
         self._file = Path(f"{notes_prefix()}-{sha256(model.encode()).hexdigest()[:16]}")
-        self._read_bytes = self._size()
+        self._read_bytes = 0 if from_start else self._size()
 
     def add(self, load: Load) -> None:
         """Append a load."""
@@ -52,7 +53,7 @@ class LoadNotes:
             file.write(json.dumps(asdict(load)) + "\n")
 
     def latest(self) -> Load | None:
-        """The last load since the previous call, or since this object was made; None if there was none."""
+        """The last load since the previous call, or since this object was made or the start; None if there was none."""
         size = self._size()
         if size == self._read_bytes:
             return None

@@ -37,9 +37,12 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune import envs
-from vllm_vtprune.features import Box, Layout, VisualFeatures
+from vllm_vtprune.devices import EncoderPlace
+from vllm_vtprune.encoder import PlannedImage
+from vllm_vtprune.features import Box, Layout
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.gpu import place_of
 from vllm_vtprune.plugin.image import BLANK, NO_OPTIONS, only_image, size_of
 from vllm_vtprune.plugin.items import KEPT_EMBEDS, KEPT_PROMPT
 from vllm_vtprune.plugin.jobs import PromptJobs
@@ -91,12 +94,13 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         super().__init__(info, dummy_inputs)
         self.model_config = info.ctx.model_config
         self.engine: VllmConfig | None = None  # set by a server; vLLM passes processors only the model's config
+        self.encoder_place: EncoderPlace | None = None  # set in an encoder process, which has no engine
         if PRUNING_KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise ValueError(
                 "mm_processor_kwargs.pruning: set for the whole engine; expected in each prompt, "
                 "or as --pruning-default of `vtprune serve`"
             )
-        self._weights = EngineWeights(self.model_config.model)
+        self.weights = EngineWeights(self.model_config.model)
         self.runtime = PruningRuntime(self._load_tower, self.family, compat.model_name(self.model_config))
 
     @classmethod
@@ -118,9 +122,10 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         from vllm_vtprune.plugin import vision  # not needed in engine processes
 
         config = copy(self.model_config)
-        if self._weights.load.model != config.model:
-            config.model, config.revision = self._weights.load.model, None
-        return vision.load(self.family, config, largest=self.max_image_tokens(), engine=self.engine)
+        if self.weights.load.model != config.model:
+            config.model, config.revision = self.weights.load.model, None
+        place = self.encoder_place or place_of(self.engine)
+        return vision.load(self.family, config, largest=self.max_image_tokens(), place=place)
 
     @property
     def encoder_facts(self) -> EncoderFacts:
@@ -135,16 +140,11 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     # Overridden by families
 
-    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Fields of a pruned image that depend on which tokens are kept, besides its embeddings.
-
-        Args:
-            features: the image's N visual tokens.
-            kept: (k,) int64 indices of the kept tokens, on the CPU.
-        """
-        if features.prompt is None:
+    def position_fields(self, image: PlannedImage) -> Mapping[str, torch.Tensor]:
+        """Fields of a pruned image that depend on which tokens are kept, besides its embeddings."""
+        if image.prompt is None:
             return {}
-        placeholder = self.prune_placeholder(Placeholder(self.image_token_id, features.prompt), kept)
+        placeholder = self.prune_placeholder(Placeholder(self.image_token_id, image.prompt), image.kept)
         return {KEPT_PROMPT: torch.tensor(placeholder.ids)}
 
     def prune_placeholder(self, placeholder: Placeholder, kept: torch.Tensor) -> Placeholder:
@@ -240,7 +240,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         stock = replace(inputs, hf_processor_mm_kwargs=without_pruning(inputs.hf_processor_mm_kwargs))
         if has_images and any(policy.enabled for policy in pruning.policies):
             selects_here = any(policy.selects and self.place(policy)[0] == "api" for policy in pruning.policies)
-            self._weights.follow(self.runtime, selects=selects_here)
+            self.weights.follow(self.runtime, selects=selects_here)
             jobs = PromptJobs.prepare(self, stock, pruning)
             result = super().apply(jobs.inputs_with_jobs(), timing_ctx)
             result[REPORT_KEY] = jobs.finish(result["mm_placeholders"])

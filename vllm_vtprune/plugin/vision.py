@@ -41,7 +41,7 @@ from vllm.multimodal.utils import group_and_batch_mm_items
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_vtprune import envs
-from vllm_vtprune.devices import device_for
+from vllm_vtprune.devices import EncoderPlace, device_for
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import Family
@@ -68,7 +68,11 @@ class EncoderFacts:
 
     @classmethod
     def of(cls, model_config: ModelConfig, engine: VllmConfig | None) -> EncoderFacts:
-        """Facts about a model's encoder; arguments as for `load`.
+        """Facts about a model's encoder.
+
+        Args:
+            model_config: vLLM's config of the model.
+            engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
 
         Raises:
             TowerError: the device is not on vLLM's platform or unknown.
@@ -225,21 +229,22 @@ def _init_single_process_group() -> None:
         raise TowerError("this process holds only a tensor-parallel part of the model; expected an API process")
 
 
-def load(family: Family, model_config: ModelConfig, *, largest: int, engine: VllmConfig | None) -> Encoder:
-    """Load a model's vision encoder on this process's device, with the weights that the engine loads.
+def load(family: Family, model_config: ModelConfig, *, largest: int, place: EncoderPlace) -> Encoder:
+    """Load a model's vision encoder in this process, with the weights that the engine loads.
 
     Args:
         family: the model's family.
         model_config: vLLM's config of the model.
         largest: visual tokens of the largest image that the image processor makes.
-        engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
+        place: where this process encodes.
 
     Raises:
-        TowerError: weights are missing or do not fit, or the device is not on vLLM's platform or unknown.
+        TowerError: weights are missing or do not fit.
     """
-    device = EncoderFacts.of(model_config, engine).device
+    device = torch.device(place.device)
     if device.type == "cuda":
-        limit_memory(device, footprint_of(model_config, family, largest), engine)
+        reserved = model_config.get_multimodal_config().mm_ipc_gpu_memory_gb
+        limit_memory(place, footprint_of(model_config, family, largest), reserved)
     encoder = Encoder(family, model_config, device)
     logger.info(
         "Vision encoder loaded: %s weights, %s, %.0f MiB on %s",

@@ -37,10 +37,15 @@ class WeightsNotInCheckpoint(GracefulHTTPError):
 
 
 class EngineWeights:
-    """The engine's current weights, as its API process knows them; ``model`` is what the engine started with."""
+    """The engine's current weights, as a process that encodes for it knows them.
 
-    def __init__(self, model: str) -> None:
-        self._notes = LoadNotes(model)
+    Args:
+        model: what the engine started with.
+        from_start: see `LoadNotes`.
+    """
+
+    def __init__(self, model: str, *, from_start: bool = False) -> None:
+        self._notes = LoadNotes(model, from_start=from_start)
         self.load = Load(model, from_checkpoint=True)
 
     def follow(self, runtime: PruningRuntime, *, selects: bool) -> None:
@@ -55,7 +60,7 @@ class EngineWeights:
         """
         load = self._notes.latest()
         if load is not None:
-            logger.info("The engine loaded %s: the vision encoder of the API process will be reloaded", load.model)
+            logger.info("The engine loaded %s: the vision encoder will be reloaded", load.model)
             self.load = load
             runtime.renew()
         if selects and not self.load.from_checkpoint:

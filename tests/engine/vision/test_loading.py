@@ -73,7 +73,7 @@ def test_a_part_of_the_attention_that_is_missing(checkpoint: Path) -> None:
 def test_another_device_than_vllm_s_is_refused(model_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda:0")
     with pytest.raises(TowerError, match=r"on the CPU, not on cuda:0; set VTPRUNE_DEVICE to auto"):
-        _ = MULTIMODAL_REGISTRY.create_processor(model_config).runtime.tower
+        _ = MULTIMODAL_REGISTRY.create_processor(model_config).runtime.local.tower
 
 
 def test_several_layers_side_by_side_in_llava(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.encoder import PlannedImage
+from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.family import DynamicResolution
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.limits import VIDEO_OPTIONS
@@ -32,11 +33,11 @@ class GridProcessor(DynamicResolution, PruningProcessor):
     (``keep_on_cpu``).
     """
 
-    def position_fields(self, features: VisualFeatures, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        assert features.grid is not None
+    def position_fields(self, image: PlannedImage) -> Mapping[str, torch.Tensor]:
+        assert image.grid is not None
         merge = merge_size(self.info.get_hf_config())
-        grid = torch.tensor([1, *(merge * side for side in features.grid)])
-        return {"image_grid_thw": grid, KEPT_POSITIONS: kept}
+        grid = torch.tensor([1, *(merge * side for side in image.grid)])
+        return {"image_grid_thw": grid, KEPT_POSITIONS: image.kept}
 
     def raster_layout(self, item: Mapping[str, Any], connector_rows: torch.Tensor | None = None) -> Layout:
         """The layout of an image whose tokens form one grid; ``connector_rows`` as in `Layout`."""

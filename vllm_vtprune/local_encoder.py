@@ -1,0 +1,194 @@
+"""The vision encoder of this process, with its feature cache: an `ImageEncoder`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from vllm_vtprune import envs, metrics
+from vllm_vtprune.cache import FeatureCache
+from vllm_vtprune.encoder import BatchingEncoder, Encoded, PlannedImage
+from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.plan import PruningPlan, plan_tokens
+from vllm_vtprune.policy import EnergyBudget, FamilyDefaults, PruningPolicy
+from vllm_vtprune.sequence import sequence, sequence_length
+from vllm_vtprune.tower import VisionTower
+
+HOST = torch.device("cpu")
+"""Device of the feature cache: the engine uses the GPU's memory, and copying back is fast compared to encoding."""
+
+ON_DEVICE_BYTES = 256 * 1024**2
+"""Most bytes of recent features that also stay on the GPU, so that planning need not copy them back."""
+
+ENCODE_BATCH = 8
+"""Most images per run of the encoder: bounds its memory."""
+
+WARM_UP_TOKENS, WARM_UP_KEPT = 1152, 128
+"""Token counts that exercise every spectrum solver and several panels of picks."""
+
+
+@dataclass(eq=False)
+class LazyTower:
+    """A vision encoder that is loaded on first use, because not every process that could encode does."""
+
+    load: Callable[[], VisionTower]
+    loaded: VisionTower | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self) -> VisionTower:
+        with self._lock:
+            if self.loaded is None:
+                self.loaded = self.load()
+            return self.loaded
+
+    def drop(self) -> None:
+        with self._lock:
+            self.loaded = None
+
+
+class LocalEncoder(BatchingEncoder):
+    """Encodes images in this process and plans which of their tokens to keep; see `ImageEncoder`.
+
+    Args:
+        tower: the vision encoder.
+        family: defaults of the model family.
+        model_name: label of the metrics.
+    """
+
+    def __init__(self, tower: LazyTower, family: FamilyDefaults, model_name: str) -> None:
+        self._lazy_tower, self._family, self._model_name = tower, family, model_name
+        self._on_device = FeatureCache(ON_DEVICE_BYTES)
+        super().__init__(
+            self._run,
+            FeatureCache(int(envs.feature_cache_gb() * 1024**3)),
+            to_cache=partial(_to_host, on_device=self._on_device),
+            max_batch=ENCODE_BATCH,
+            on_batch=self._count_batch,
+        )
+
+    def renewed(self) -> LocalEncoder:
+        """An encoder without results, whose weights are loaded on next use.
+
+        Encodings in progress reach only the requests that already wait for them.
+        """
+        self._lazy_tower.drop()
+        self._count_bytes(0)
+        return LocalEncoder(self._lazy_tower, self._family, self._model_name)
+
+    def forget_images(self) -> None:
+        self.cache.clear()
+        self._on_device.clear()
+        self._count_bytes(0)
+
+    @property
+    def tower(self) -> VisionTower:
+        """The vision encoder; loads it on first use."""
+        return self._lazy_tower.get()
+
+    @property
+    def num_parameters(self) -> int | None:
+        tower = self._lazy_tower.loaded
+        return None if tower is None else tower.num_parameters
+
+    def warm_up(self, image: PreparedImage) -> None:
+        """Load the encoder; plan a blank image, then random features.
+
+        Keeps model loading and the initialisation of PyTorch out of the first request. Random features,
+        because the tokens of a blank image may be equal, and then little is computed.
+
+        Args:
+            image: a blank image.
+        """
+        [features] = self._run([image])
+        generator = torch.Generator().manual_seed(0)
+        encoder, embeds = (
+            torch.randn(WARM_UP_TOKENS, rows.shape[1], generator=generator).to(rows)
+            for rows in (features.encoder, features.embeds)
+        )
+        budget = {"type": "energy", "min_tokens": WARM_UP_KEPT, "max_tokens": WARM_UP_KEPT}
+        policy = PruningPolicy.parse({"budget": budget})
+        self.plan(features, policy, ())
+        self.plan(VisualFeatures(encoder, embeds), policy, ())  # the path without CLS attention
+
+    def plan(
+        self, features: VisualFeatures, policy: PruningPolicy, noun_ids: Sequence[int], key: str | None = None
+    ) -> PruningPlan:
+        """Plan one image; arguments as of `plan_image`, with the image's N visual tokens."""
+        tower = self.tower
+        on_device = None if key is None else self._on_device.get(key)
+        if policy.selects and (policy.chosen.runs_on == "device" or isinstance(policy.budget, EnergyBudget)):
+            features = on_device or features.to(tower.device)
+        with cpu_threads(HOST):  # with a GPU, too: most methods run on the CPU
+            text_embeds = tower.token_rows(noun_ids) if noun_ids else None
+            return plan_tokens(features, policy, text_embeds, family=self._family)
+
+    def plan_image(
+        self,
+        encoded: Encoded[VisualFeatures],
+        policy: PruningPolicy,
+        noun_ids: Sequence[int],
+        key: str | None = None,
+    ) -> PlannedImage:
+        return self.planned(encoded.features, self.plan(encoded.features, policy, noun_ids, key))
+
+    def planned(self, features: VisualFeatures, plan: PruningPlan) -> PlannedImage:
+        """What a request needs of a plan of these features."""
+        return PlannedImage(
+            plan.kept.cpu(),
+            sequence(features, plan).to(HOST, self.tower.dtype),
+            features.num_tokens,
+            sequence_length(features),
+            plan.energy,
+            plan.timings,
+            features.grid,
+            features.prompt,
+        )
+
+    def _run(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
+        tower = self.tower
+        with cpu_threads(tower.device):
+            return tower.encode(images)
+
+    def _count_batch(self, size: int) -> None:
+        metrics.ENCODE_BATCH_SIZE.labels(self._model_name).observe(size)
+        metrics.FEATURE_CACHE_MISSES.labels(self._model_name).inc(size)
+        self._count_bytes(self.cache.nbytes)
+
+    def _count_bytes(self, nbytes: int) -> None:
+        metrics.FEATURE_CACHE_BYTES.labels(self._model_name).set(nbytes)
+
+
+def _to_host(key: str, features: VisualFeatures, *, on_device: FeatureCache) -> VisualFeatures:
+    """A copy on the CPU for the feature cache; also puts GPU features into ``on_device``."""
+    device = features.embeds.device
+    if device == HOST:
+        return features
+    copied = features.to(HOST, non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    on_device.put(key, features)
+    return copied
+
+
+class cpu_threads:
+    """Within this context, CPU kernels of the calling thread use `envs.tower_threads` threads.
+
+    vLLM processes multimodal input with one thread by default, which suits image decoding but not a vision encoder. No
+    effect for other devices.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._threads = envs.tower_threads() if device.type == "cpu" else None
+
+    def __enter__(self) -> None:
+        if self._threads is not None:
+            self._previous = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._previous)

@@ -1,0 +1,131 @@
+"""What API processes and a vision encoder process send each other.
+
+A ticket stands for the features that one request asked for. The encoder process holds them until the API process
+releases the ticket or disconnects; releasing an image that is not encoded yet cancels its encoding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+from torch import Tensor
+from vllm.multimodal.inputs import MultiModalKwargsItem
+
+from vllm_vtprune.options import shown
+from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.tower import TowerError
+
+ERRORS: dict[str, type[Exception]] = {"tower": TowerError, "value": ValueError, "type": TypeError}
+"""Errors that keep their type; others become a RuntimeError."""
+
+
+class Find(msgspec.Struct, tag=True):
+    """Give the ticket to an image that is cached or in progress; answered by `Found`."""
+
+    id: int
+    ticket: int
+    key: str
+
+
+class Submit(msgspec.Struct, tag=True):
+    """Encode an image for the ticket ``id``; ``layout`` is from `Layout.dump`. Answered by `Encoded`."""
+
+    id: int
+    key: str
+    item: MultiModalKwargsItem
+    layout: dict[str, Any]
+
+
+class Release(msgspec.Struct, tag=True):
+    """The ticket ``id`` is not needed any more. Not answered."""
+
+    id: int
+
+
+class Plan(msgspec.Struct, tag=True):
+    """Plan the image of a ticket; ``policy`` is from `PruningPolicy.dump`. Answered by `Planned`."""
+
+    id: int
+    ticket: int
+    policy: dict[str, Any]
+    noun_ids: tuple[int, ...]
+
+
+class WarmUp(msgspec.Struct, tag=True):
+    """Load the encoder. Answered by `Done`."""
+
+    id: int
+
+
+class ForgetImages(msgspec.Struct, tag=True):
+    """Empty the feature cache. Answered by `Done`."""
+
+    id: int
+
+
+Request: TypeAlias = Find | Submit | Release | Plan | WarmUp | ForgetImages
+
+
+class Found(msgspec.Struct, tag=True):
+    """Whether the image is cached or in progress; if so, `Encoded` follows for its ticket."""
+
+    id: int
+    found: bool
+
+
+class Encoded(msgspec.Struct, tag=True):
+    """The features of a ticket are ready; ``began`` and ``seconds`` as of `Forward`, None if they were cached."""
+
+    id: int
+    fresh: bool
+    began: int | None
+    seconds: float
+
+
+class Planned(msgspec.Struct, tag=True):
+    """A plan; fields as of `PlannedImage`."""
+
+    id: int
+    kept: Tensor
+    embeds: Tensor
+    tokens: int
+    length: int
+    energy: float | None
+    timings: dict[str, float]
+    grid: tuple[int, int] | None
+    prompt: tuple[int, ...] | None
+
+
+class Done(msgspec.Struct, tag=True):
+    """The answer without a value."""
+
+    id: int
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The error in the place of an answer. ``values`` are the arguments of a `PolicyError`, else the message."""
+
+    id: int
+    kind: str
+    values: list[Any]
+
+    @classmethod
+    def of(cls, id: int, error: BaseException) -> Failed:
+        if isinstance(error, PolicyError):
+            problem = error.problem or f"{shown(error.value)} is not accepted"
+            return cls(id, "policy", [error.param, None, error.accepted, problem])
+        kind = next((kind for kind, known in ERRORS.items() if isinstance(error, known)), "")
+        return cls(id, kind, [str(error) or type(error).__name__])
+
+    def error(self) -> Exception:
+        return PolicyError(*self.values) if self.kind == "policy" else ERRORS.get(self.kind, RuntimeError)(*self.values)
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """Parameter count of the encoder; None: not loaded. Sent on connection and on every change."""
+
+    parameters: int | None
+
+
+Reply: TypeAlias = Found | Encoded | Planned | Done | Failed | Loaded
