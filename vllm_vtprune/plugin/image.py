@@ -42,6 +42,7 @@ class ImageJob:
         policy: the image's policy, with the family's defaults if the model can be pruned.
         text: conditioning text; empty if the policy uses none.
         url, uuid: as the client sent them.
+        detail: see `ImageReport`.
         encoding: future of the features.
         early_key: feature key and runtime generation of an early encoding.
         data: the decoded image; None if the client sent only a uuid.
@@ -64,6 +65,7 @@ class ImageJob:
     text: str = ""
     url: str = ""
     uuid: str | None = None
+    detail: str | None = None
     encoding: Future[Encoded] | None = None
     early_key: tuple[str, int] | None = None
     data: Any = None
@@ -143,6 +145,7 @@ class ImageJob:
     def report_of(self, kept: int) -> ImageReport:
         """The image's report; ``kept`` counts its tokens in the prompt."""
         report = self.report or ImageReport.of(self.policy, self.unpruned_tokens or kept, kept)
+        report = replace(report, detail=self.detail)
         return report.as_cached() if self.policy.enabled and not self.processed else report
 
 
