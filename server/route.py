@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from vllm.entrypoints.anthropic.api_router import translate_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_vtprune_server.validation import explain
 
@@ -25,6 +28,27 @@ class PruningRoute(APIRoute):
                 answer = explain(error)
                 if answer is None:
                     raise
-                return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+                return self.refusal(answer)
 
         return handle_readably
+
+    def refusal(self, answer: ErrorResponse) -> JSONResponse:
+        """The response with an error."""
+        return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+
+
+class MessagesRoute(PruningRoute):
+    """A route whose errors have Anthropic's shape."""
+
+    def refusal(self, answer: ErrorResponse) -> JSONResponse:
+        return anthropic_error(answer)
+
+
+def anthropic_error(answer: ErrorResponse) -> JSONResponse:
+    """The response with an error in Anthropic's shape, plus the path of the field."""
+    response = translate_error_response(answer)
+    if answer.error.param is None:
+        return response
+    content = json.loads(response.body)
+    content["error"]["param"] = answer.error.param
+    return JSONResponse(content, status_code=response.status_code)

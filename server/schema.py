@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import GetJsonSchemaHandler
 
-BESIDE_IMAGE = "Policy of this image; replaces the policy of the request. Read by /v1/chat/completions only."
+BESIDE_IMAGE = "Policy of this image; replaces the policy of the request. Refused by routes that do not prune."
 
 
-def describe(schema: Any, handler: GetJsonSchemaHandler, *, image_keys: Collection[str]) -> None:
-    """Complete the schema of a request with ``pruning`` and ``messages``, in place.
+def describe(
+    schema: Any, handler: GetJsonSchemaHandler, *, field: str, is_image: Callable[[Mapping[str, Any]], bool]
+) -> None:
+    """Complete the schema of a request with ``pruning``, in place.
 
     Args:
         schema: pydantic's schema.
         handler: resolves its references.
-        image_keys: keys of images in content parts.
+        field: the field that holds content parts.
+        is_image: whether a schema is that of a content part with an image.
     """
     fields = handler.resolve_ref_schema(schema)["properties"]
     for part in _parts(fields["pruning"], handler):
@@ -25,8 +28,8 @@ def describe(schema: Any, handler: GetJsonSchemaHandler, *, image_keys: Collecti
             model = handler.resolve_ref_schema(other)
             model["required"] = sorted({tag, *model.get("required", [])})
     beside = {**fields["pruning"], "description": BESIDE_IMAGE}
-    for part in _parts(fields["messages"], handler):
-        if not set(image_keys).isdisjoint(part.get("properties", {})):
+    for part in _parts(fields[field], handler):
+        if is_image(part):
             part["properties"]["pruning"] = beside
 
 

@@ -153,7 +153,7 @@ def test_it_is_counted_before_the_client_has_the_end(script: list[Any], sent: in
     assert Run(*script).sent_when_counted == sent
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/ping", "/v1/chat/completions/batch", "/v1/pruning"])
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/ping", "/v1/messages/count_tokens", "/v1/pruning"])
 def test_other_routes_pass_untouched(path: str, lines: list[logging.LogRecord]) -> None:
     run = Run(*whole(400, error(400)), path=path)
     assert (run.outcomes, run.trace, len(run.sent), lines) == ([], None, 2, [])
