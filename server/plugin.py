@@ -97,7 +97,7 @@ async def create_chat_completion(request: PruningChatCompletionRequest, raw_requ
     dependencies=[Depends(validate_json_request)],
     responses=_responses(ErrorResponse, 400, 404, 500, 501, stream=False),
 )
-async def create_batch_chat_completion(request: PruningBatchRequest, raw_request: Request) -> Any:
+async def create_batch(request: PruningBatchRequest, raw_request: Request) -> Any:
     """Batches of chat completions as vLLM serves them, with `pruning` in requests and in each choice."""
     return await _answered(request, raw_request, stock_chat.create_batch_chat_completion)
 
@@ -139,7 +139,7 @@ async def _create_message(request: PruningMessagesRequest, raw_request: Request)
     response_model=PruningTokenCount,
     responses=_responses(AnthropicErrorResponse, 400, 404, 500, stream=False),
 )
-async def count_tokens(request: PruningCountTokensRequest, raw_request: Request) -> Any:
+async def count_message_tokens(request: PruningCountTokensRequest, raw_request: Request) -> Any:
     """The tokens that a message would take, with the images pruned as in `/v1/messages`."""
     return await _answered(request, raw_request, _count_tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import GetJsonSchemaHandler
@@ -45,6 +46,7 @@ def _parts(schema: Any, handler: GetJsonSchemaHandler) -> Iterator[dict[str, Any
             reference = part.get("$ref")
             if isinstance(reference, str) and reference not in seen:
                 seen.add(reference)
-                waiting.append(handler.resolve_ref_schema(part))
+                with suppress(LookupError):  # not made yet: part of a recursive model
+                    waiting.append(handler.resolve_ref_schema(part))
             yield part
             waiting += list(part.values())
