@@ -62,6 +62,17 @@ def refuse_misspelt(body: Mapping[str, Any], known: Collection[str]) -> None:
             _refuse_inside("extra_body", value, "it beside messages: extra_body is an argument of the openai client")
 
 
+def refuse_in_options(options: object) -> None:
+    """Reject a policy among a request's ``mm_processor_kwargs``.
+
+    Raises:
+        InvalidField: names the field.
+    """
+    if isinstance(options, Mapping) and FIELD in options:
+        param = f"mm_processor_kwargs.{FIELD}"
+        raise InvalidField(f"{param}: misplaced policy; expected it in the field {FIELD}.", parameter=param)
+
+
 def refuse_misplaced(
     path: str,
     message: Mapping[str, Any],

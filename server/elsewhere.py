@@ -17,7 +17,6 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from vllm_vtprune_server.content import URL_KEYS, resembles_pruning
 from vllm_vtprune_server.outcome import ROUTE, path_of
-from vllm_vtprune_server.route import anthropic_error
 from vllm_vtprune_server.trace import Refusal
 
 KEY = "pruning"
@@ -118,7 +117,4 @@ def _refusal(route: str, param: str) -> JSONResponse:
     message = f"{param}: {route} does not prune; expected a request to {ROUTE}, or no policy."
     error = ErrorInfo(message=message, type="BadRequestError", param=param, code=400)
     Refusal(route, error.code, error.type, param).log()
-    answer = ErrorResponse(error=error)
-    if route.startswith("/v1/messages"):
-        return anthropic_error(answer)
-    return JSONResponse(answer.model_dump(), status_code=error.code)
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=error.code)

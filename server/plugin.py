@@ -52,6 +52,7 @@ from vllm_vtprune_server.protocol import PruningBatchRequest, PruningChatComplet
 from vllm_vtprune_server.rendering import PruningRenderer
 from vllm_vtprune_server.responses import PruningResponsesRequest, PruningServingResponses
 from vllm_vtprune_server.route import MessagesRoute, PruningRoute, anthropic_error
+from vllm_vtprune_server.schema import describe_document
 from vllm_vtprune_server.sender_cache import resend_unsent_images
 from vllm_vtprune_server.serving import Prunes, PruningServingBatch, PruningServingChat
 from vllm_vtprune_server.shutdown import fail_unfinished_requests, watch_shutdown
@@ -198,6 +199,14 @@ async def reset_encoder_cache(raw_request: Request) -> Response:
     return await stock_resets.reset_encoder_cache(raw_request)
 
 
+REQUESTS: tuple[type[PruningRequest], ...] = (
+    PruningChatCompletionRequest,
+    PruningBatchRequest,
+    PruningResponsesRequest,
+    PruningMessagesRequest,
+    PruningCountTokensRequest,
+)
+
 HANDLERS: dict[str, type[Prunes]] = {
     "openai_serving_chat": PruningServingChat,
     "openai_serving_chat_batch": PruningServingBatch,
@@ -218,6 +227,7 @@ class ServerPlugin:
         app.add_middleware(MisplacedPolicyMiddleware, routes=json_routes(app) - PRUNING)
         app.include_router(router)
         app.include_router(messages_router)
+        describe_document(app, REQUESTS)
         if any(getattr(route, "path", None) == "/reset_mm_cache" for route in app.routes):
             app.include_router(resets)
 

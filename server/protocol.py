@@ -9,15 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     BaseModel,
     Field,
-    GetJsonSchemaHandler,
     PrivateAttr,
     SkipValidation,
     ValidationError,
     model_validator,
 )
 from pydantic.functional_validators import ModelWrapValidatorHandler
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 
 from vllm_vtprune.policy import PruningPolicy
@@ -25,6 +22,7 @@ from vllm_vtprune_server.content import (
     check_parts,
     check_tool_calls,
     normalised,
+    refuse_in_options,
     refuse_misplaced,
     refuse_misspelt,
     validate_lists,
@@ -84,6 +82,7 @@ class PruningRequest(BaseModel):
         conversations: list[Conversation] = []
         if isinstance(data, Mapping):
             refuse_misspelt(data, cls.model_fields)
+            refuse_in_options(data.get("mm_processor_kwargs"))
             written = data.get("pruning")
             data, conversations = cls.read({key: value for key, value in data.items() if key != "pruning"})
             for conversation in conversations:
@@ -125,10 +124,9 @@ class PruningRequest(BaseModel):
         return not set(IMAGE_KEYS).isdisjoint(part.get("properties", {}))
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        schema = handler(core_schema)
-        if cls is not PruningRequest:
-            describe(schema, handler, field=cls.parts_field, is_image=cls.is_image)
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        schema = super().model_json_schema(*args, **kwargs)
+        describe(schema, schema["$defs"], field=cls.parts_field, is_image=cls.is_image)
         return schema
 
     @property

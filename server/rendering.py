@@ -68,13 +68,17 @@ class PruningRenderer(OnlineRenderer):
         Raises:
             InvalidField: names the client's field, its value and what is accepted.
         """
-        self._refuse_client_kwargs(request)
+        client_kwargs = getattr(request, "mm_processor_kwargs", None)
+        validate_request_mm_kwargs(
+            mm_processor_kwargs=client_kwargs,
+            media_io_kwargs=getattr(request, "media_io_kwargs", None),
+            trust_request_mm_kwargs=self.trust_client_mm_kwargs,
+        )
         if not isinstance(request, PruningRequest):
             return await super().preprocess_chat(request, messages, *args, **kwargs)
         conversation, trace = request.conversation, request.trace
         messages = [listed(message) for message in messages]
         images = conversation.images_in(messages)
-        client_kwargs = getattr(request, "mm_processor_kwargs", None)
         try:
             pruning, presets = self._read_pruning(conversation, images)
             conversation.store(messages, images, pruning.policies, presets)
@@ -110,19 +114,6 @@ class PruningRenderer(OnlineRenderer):
         trace.add(conversation.report)
         record_stages(conversation.report)
         return rendered
-
-    def _refuse_client_kwargs(self, request: Any) -> None:
-        kwargs = getattr(request, "mm_processor_kwargs", None)
-        if kwargs and PRUNING_KEY in kwargs:
-            raise InvalidField(
-                f"mm_processor_kwargs.{PRUNING_KEY}: misplaced policy; expected it in the field {PRUNING_KEY}.",
-                parameter=f"mm_processor_kwargs.{PRUNING_KEY}",
-            )
-        validate_request_mm_kwargs(
-            mm_processor_kwargs=kwargs,
-            media_io_kwargs=getattr(request, "media_io_kwargs", None),
-            trust_request_mm_kwargs=self.trust_client_mm_kwargs,
-        )
 
     def _read_pruning(
         self, conversation: Conversation, images: Sequence[ImagePart]

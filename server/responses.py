@@ -66,6 +66,8 @@ def _read_item(path: str, item: Any, conversation: Conversation) -> Any:
     for index, part in enumerate(parts_of(item, key)):
         if get(part, "type") == INPUT_IMAGE:
             _check_image(f"{path}.{key}.{index}", part, item)
+    if item.get("role") == "assistant" and isinstance(item.get("content"), list):
+        _check_answer(path, item["content"])
     text = text_of(item, key)
     if item.get("role") == "user" and text:
         conversation.last_turn = text
@@ -73,6 +75,14 @@ def _read_item(path: str, item: Any, conversation: Conversation) -> Any:
     parts = [part if get(part, "type") == INPUT_IMAGE else {} for part in parts_of(item, key)]
     conversation.images = [*conversation.images, *images_of(f"{path}.{key}", parts, message_text)]
     return without_pruning(item, key)
+
+
+def _check_answer(path: str, parts: list[Any]) -> None:
+    """Reject an answer of the assistant without a text first, where vLLM 0.32.0 would fail with status 500."""
+    if not parts:
+        raise not_accepted(f"{path}.content", parts, "a string, or a list that begins with a text")
+    if isinstance(parts[0], Mapping) and not isinstance(parts[0].get("text"), str):
+        raise not_accepted(f"{path}.content.0.text", parts[0].get("text", MISSING), "a string")
 
 
 def _check_image(path: str, part: Mapping[str, Any], item: Mapping[str, Any]) -> None:

@@ -61,6 +61,9 @@ def image_block(url: str, **fields: Any) -> Body:
 
 def chat_user(text: str, *images: Body) -> Body:
     parts = [image_part(**image) for image in images]
+    for part in parts:
+        if "detail" in part:
+            part["image_url"]["detail"] = part.pop("detail")
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
