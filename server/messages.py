@@ -12,17 +12,16 @@ from pydantic import Field
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
     AnthropicCountTokensResponse,
-    AnthropicError,
     AnthropicMessagesRequest,
     AnthropicMessagesResponse,
-    AnthropicStreamEvent,
 )
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
 from vllm_vtprune_server.content import invalid_detail, refuse_misplaced, refuse_misplaced_in_parts
 from vllm_vtprune_server.conversation import Conversation, ImagePart, get, parts_of, text_of
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest, PruningRequest
+from vllm_vtprune_server.route import anthropic_error
 from vllm_vtprune_server.serving import PrunesChat
 from vllm_vtprune_server.stream import read_event, write_event
 from vllm_vtprune_server.validation import bounded, check_messages, not_accepted
@@ -193,10 +192,9 @@ class PruningServingMessages(PrunesChat, AnthropicServingMessages):
         async for event in super().message_stream_converter(until_error()):
             yield event
         for failure in failures:
-            info = json.loads(failure.removeprefix("data:"))["error"]
-            error = AnthropicError(type=str(info.get("type")), message=str(info.get("message")))
-            said = AnthropicStreamEvent(type="error", error=error).model_dump(exclude_unset=True)
-            yield write_event("error", {**said, "error": {**said["error"], "code": info.get("code")}})
+            error = ErrorInfo(**json.loads(failure.removeprefix("data:"))["error"])
+            said = json.loads(bytes(anthropic_error(ErrorResponse(error=error)).body))
+            yield write_event("error", {**said, "error": {**said["error"], "code": error.code}})
 
 
 async def _reported(events: AsyncGenerator[str, None], request: PruningRequest) -> AsyncGenerator[str, None]:

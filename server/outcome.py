@@ -37,7 +37,9 @@ MAX_ERROR = 64 * 1024
 
 # Line breaks inside JSON strings are escaped, so generated text cannot begin a line.
 _ERROR_EVENT = re.compile(rb'^(?:event: error\ndata: (?=\{)|data: (?=\{"error":))(.*)$', re.MULTILINE)
-_DONE_EVENT = re.compile(rb"^data: \[DONE\]|^event: (?:response\.completed|message_stop|error)$", re.MULTILINE)
+_DONE_EVENT = re.compile(
+    rb"^data: \[DONE\]|^event: (?:response\.(?:completed|incomplete)|message_stop|error)$", re.MULTILINE
+)
 
 
 class Answer:

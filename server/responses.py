@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request
@@ -142,13 +143,14 @@ def _output_of(context: Any) -> RequestOutput | None:
     return output if isinstance(output, RequestOutput) else None
 
 
-async def _ended(events: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+async def _ended(events: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
     """Forward a stream; if it fails, end it with an error event, where vLLM closes the connection."""
     number = 0
     try:
-        async for event in events:
-            number = getattr(event, "sequence_number", number) + 1
-            yield event
+        async with aclosing(events):
+            async for event in events:
+                number = getattr(event, "sequence_number", number) + 1
+                yield event
     except Exception as error:
         info = bounded(create_error_response(error)).error
         yield ResponseErrorEvent(

@@ -49,6 +49,6 @@ def anthropic_error(answer: ErrorResponse) -> JSONResponse:
     response = translate_error_response(answer)
     if answer.error.param is None:
         return response
-    content = json.loads(response.body)
+    content = json.loads(bytes(response.body))
     content["error"]["param"] = answer.error.param
     return JSONResponse(content, status_code=response.status_code)
