@@ -20,6 +20,7 @@ from vllm.entrypoints.openai.models.api_router import router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.plugins import load_general_plugins
 from vllm.renderers import renderer_from_config
@@ -117,6 +118,7 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
     }
     for name, handler in HANDLERS.items():
         setattr(app.state, name, handler.take_over(stock[name], renderer))
+    init_exception_handler(app)
     app.include_router(router)
     app.include_router(messages_router)
     app.include_router(models_router)
