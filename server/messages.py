@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -99,10 +99,10 @@ def _read_message(path: str, message: Mapping[str, Any], conversation: Conversat
         if get(block, "type") == "tool_result":
             inside = parts_of(block)
             refuse_misplaced_in_parts(f"{at}.content", inside, _source_key, BESIDE)
-            results += _images(f"{at}.content", inside, text)
+            results += _images(f"{at}.content", enumerate(inside), text)
             read.append({**block, "content": [_without_own(part) for part in inside]} if inside else block)
         else:
-            images += _images(at.rpartition(".")[0], {index: block}, text)
+            images += _images(f"{path}.content", [(index, block)], text)
             read.append(_without_own(block))
     if role == "user":
         conversation.images = [*conversation.images, *results, *images]
@@ -111,36 +111,28 @@ def _read_message(path: str, message: Mapping[str, Any], conversation: Conversat
     return {**message, "content": read}
 
 
-def _images(path: str, blocks: Mapping[int, Any] | list[Any], text: str) -> list[ImagePart]:
-    """The images of blocks; those without a source, which vLLM ignores, are refused."""
-    images = []
-    for index, block in blocks.items() if isinstance(blocks, Mapping) else enumerate(blocks):
+def _images(path: str, blocks: Iterable[tuple[int, Any]], text: str) -> Iterator[ImagePart]:
+    """The images of numbered blocks.
+
+    Raises:
+        InvalidField: an image has no source that vLLM reads, or an unknown ``detail``.
+    """
+    for index, block in blocks:
         if _source_key(block) is None:
             continue
-        at = f"{path}.{index}"
-        source = block.get(SOURCE)
-        key = "url" if get(source, "type") == "url" else "data"
-        kinds = ("url", "base64", None)
-        media_type = get(source, "media_type")
-        if (
-            get(source, "type") not in kinds
-            or not isinstance(get(source, key), str)
-            or not (media_type is None or isinstance(media_type, str))
-        ):
+        at, source = f"{path}.{index}", block.get(SOURCE)
+        if not _is_source(source):
             raise not_accepted(f"{at}.{SOURCE}", source, ACCEPTED)
         for name, value, accepted in invalid_detail(block):
             raise not_accepted(f"{at}.{name}", value, accepted)
-        images.append(
-            ImagePart(
-                at,
-                message_text=text,
-                pruning=block.get("pruning"),
-                detail=block.get("detail"),
-                key=SOURCE,
-                value=source,
-            )
-        )
-    return images
+        pruning, detail = block.get("pruning"), block.get("detail")
+        yield ImagePart(at, message_text=text, pruning=pruning, detail=detail, key=SOURCE, value=source)
+
+
+def _is_source(source: Any) -> bool:
+    kind, media_type = get(source, "type"), get(source, "media_type")
+    data = get(source, "url" if kind == "url" else "data")
+    return kind in ("url", "base64", None) and isinstance(data, str) and isinstance(media_type, str | None)
 
 
 def _without_own(block: Any) -> Any:
