@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: vLLM's own chat completions, plus the ``pruning`` field and its report."""
+"""The OpenAI-compatible server: vLLM's own routes for conversations, plus the ``pruning`` field and its report."""

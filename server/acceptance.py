@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,17 +15,16 @@ from vllm.renderers import BaseRenderer
 from vllm.tokenizers import TokenizerLike
 
 from vllm_vtprune.plugin.limits import check_options
+from vllm_vtprune_server.conversation import EARLIER, STORED, ImagePart, MediaPart
 from vllm_vtprune_server.embeddings import EmbeddingRules
-from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.validation import InvalidField
 
 EMBEDS_KEY = "image_embeds"
 MODALITIES = {"video_url": "video", "audio_url": "audio", "input_audio": "audio"}
 NOUNS = {"image": "images", "video": "videos", "audio": "audio clips"}
-TEXTS = ("messages", "tools", "documents", "chat_template_kwargs")
-"""Request fields whose texts enter the prompt."""
-
-NOT_TEXT = frozenset({"image_url", "image_pil", EMBEDS_KEY, *MODALITIES, "video_embeds", "audio_embeds", "uuid"})
+NOT_TEXT = frozenset(
+    {"image_url", "image_pil", EMBEDS_KEY, *MODALITIES, "video_embeds", "audio_embeds", "uuid", "source", STORED}
+)
 """Keys of a content part that hold no text."""
 
 TOKEN_SETTING = re.compile(r"(?:image|img|video|vision|audio|boi|eoi)(?:_\w+)?_token_(?:id|index)")
@@ -54,20 +53,32 @@ class Acceptance:
         if info is not None and info.ctx.get_mm_config().enable_mm_embeds:
             self._embeddings = EmbeddingRules(renderer.model_config, info.data_parser)
 
-    async def check(self, request: PruningChatCompletionRequest) -> None:
-        """Check counts, texts, options and embeddings.
+    async def check(
+        self,
+        images: Sequence[ImagePart],
+        other_media: Sequence[MediaPart],
+        texts: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Check counts, texts, options and embeddings of a conversation.
+
+        Args:
+            images: all images of the prompt.
+            other_media: its videos and audio.
+            texts: the values whose texts enter the prompt, by path.
+            options: the client's options of the image processor.
 
         Raises:
             InvalidField: names the field, its value and what is accepted.
             VLLMValidationError: the same for an option of the image processor.
         """
         if self._options is not None:
-            check_options(self._options, request.mm_processor_kwargs or {})
-        media = [("image", image.field) for image in request.images]
-        media += [(MODALITIES[part.param.rpartition(".")[2]], part.param) for part in request.other_media]
+            check_options(self._options, options)
+        media = [("image", image.field) for image in images]
+        media += [(MODALITIES[part.param.rpartition(".")[2]], part.param) for part in other_media]
         self._check_counts(media)
-        self._check_texts(request.body, {modality for modality, _ in media})
-        for image in request.images:
+        self._check_texts(texts, {modality for modality, _ in media})
+        for image in images:
             if image.key == EMBEDS_KEY:
                 await self._check_embeddings(image.field, image.value, named=image.uuid is not None)
 
@@ -86,15 +97,16 @@ class Acceptance:
                 problem, accepted = f"this model accepts no {NOUNS[modality]}", "a request without them"
             raise InvalidField(f"{field}: {problem}; expected {accepted}.", parameter=field)
 
-    def _check_texts(self, body: Mapping[str, Any], modalities: Collection[str]) -> None:
+    def _check_texts(self, values: Mapping[str, Any], modalities: Collection[str]) -> None:
         """Reject a text with a placeholder token in a request with media: vLLM would insert a medium there."""
         if not modalities:
             return
         tokens = [*self._tokens, *(self._placeholders[name] for name in modalities if name in self._placeholders)]
-        for name in TEXTS:
-            for path, text in _texts(name, body.get(name)):
+        for name, value in values.items():
+            for place, text in _texts(name, value):
                 for token in tokens:
                     if token in text:
+                        path = EARLIER if name == EARLIER else place
                         raise InvalidField(
                             f"{path}: {token!r} is a placeholder token of this model; expected text without it in a "
                             "request with images, videos or audio.",

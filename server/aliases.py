@@ -20,7 +20,7 @@ class UnknownPreset(LookupError):
 class AliasedModels(OpenAIModelRegistry):
     """A server's models and their aliases.
 
-    Chat completions resolve aliases before they look up a model. Every other endpoint would serve the model unpruned,
+    Routes that prune resolve aliases before they look up a model. Every other endpoint would serve the model unpruned,
     so there an alias is an error.
 
     Args:

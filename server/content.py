@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
 from openai.types.chat import ChatCompletionMessageToolCallUnionParam
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_vtprune_server.validation import MISSING, InvalidField, explain_validation, not_accepted
+from vllm_vtprune.presets import DETAILS
+from vllm_vtprune_server.validation import MISSING, InvalidField, Path, explain_validation, nested, not_accepted
 
 FIELD = "pruning"
 URL_KEYS = ("image_url", "video_url", "audio_url")
@@ -29,7 +30,6 @@ TEXT_KEYS = {
 EMBEDDINGS = {**{key: key for key in ("image_embeds", "video_embeds", "audio_embeds")}, "prompt_embeds": "data"}
 """Type of an embeddings part -> the key of its data."""
 
-DETAILS = ("auto", "low", "high")
 WORD = re.compile(r"[A-Za-z][a-z]*")
 LEAST_SIMILARITY = 0.85  # difflib's ratio; two swapped letters give 0.86
 
@@ -62,29 +62,65 @@ def refuse_misspelt(body: Mapping[str, Any], known: Collection[str]) -> None:
             _refuse_inside("extra_body", value, "it beside messages: extra_body is an argument of the openai client")
 
 
-def refuse_misplaced(index: int, message: Mapping[str, Any], image_keys: Sequence[str | None]) -> None:
-    """Reject a misspelt or misplaced ``pruning`` in a message.
-
-    Args:
-        index: index of the message.
-        message: the message.
-        image_keys: for each content part, the key of its image; None if it holds none.
+def refuse_in_options(options: object) -> None:
+    """Reject a policy among a request's ``mm_processor_kwargs``.
 
     Raises:
         InvalidField: names the field.
     """
-    beside = "it beside image_url, in a content part that holds an image, or at the top level of the request"
-    _refuse_inside(f"messages.{index}", message, beside)
-    content = message.get("content")
-    for number, part in enumerate(content if isinstance(content, list) else ()):
+    if isinstance(options, Mapping) and FIELD in options:
+        param = f"mm_processor_kwargs.{FIELD}"
+        raise InvalidField(f"{param}: misplaced policy; expected it in the field {FIELD}.", parameter=param)
+
+
+def refuse_misplaced(
+    path: str,
+    message: Mapping[str, Any],
+    image_key: Callable[[Any], str | None],
+    *,
+    content: str = "content",
+    beside: str = "image_url",
+) -> None:
+    """Reject a misspelt or misplaced ``pruning`` in a message.
+
+    Args:
+        path: path of the message.
+        message: the message.
+        image_key: the key of the image in a content part; None if it holds none.
+        content: key of the content parts.
+        beside: usual key of images, for the error.
+
+    Raises:
+        InvalidField: names the field.
+    """
+    accepted = f"it beside {beside}, in a content part that holds an image"
+    _refuse_inside(path, message, f"{accepted}, or at the top level of the request")
+    refuse_misplaced_in_parts(f"{path}.{content}", message.get(content), image_key, accepted)
+
+
+def refuse_misplaced_in_parts(
+    parent: str, parts: object, image_key: Callable[[Any], str | None], accepted: str
+) -> None:
+    """`refuse_misplaced` for a list of content parts.
+
+    Args:
+        parent: path of the list.
+        parts: the list; anything else has no parts.
+        image_key: the key of the image in a content part; None if it holds none.
+        accepted: where a policy may stand.
+
+    Raises:
+        InvalidField: names the field.
+    """
+    for number, part in enumerate(parts if isinstance(parts, list) else ()):
         if not isinstance(part, Mapping):
             continue
-        path = f"messages.{index}.content.{number}"
-        key = image_keys[number]
+        path = f"{parent}.{number}"
+        key = image_key(part)
         if key is None and part.get(FIELD) is None:
             part = {name: value for name, value in part.items() if name != FIELD}
         if key is None:
-            _refuse_inside(path, part, "it beside image_url, in a content part that holds an image")
+            _refuse_inside(path, part, accepted)
             continue
         for name in part:
             if name != FIELD and resembles_pruning(name):
@@ -126,11 +162,11 @@ def _normalised_part(part: Any) -> Any:
     return {**part, "type": kind, kind: {"url": value} if isinstance(value, str) else value}
 
 
-def check_parts(index: int, message: Mapping[str, Any]) -> None:
+def check_parts(parent: str, message: Mapping[str, Any]) -> None:
     """Reject content parts that vLLM would reject without a path.
 
     Args:
-        index: index of the message.
+        parent: path of the message.
         message: the normalised message.
 
     Raises:
@@ -138,7 +174,7 @@ def check_parts(index: int, message: Mapping[str, Any]) -> None:
     """
     content = message.get("content")
     for number, part in enumerate(content if isinstance(content, list) else ()):
-        path = f"messages.{index}.content.{number}"
+        path = f"{parent}.content.{number}"
         if not isinstance(part, Mapping):
             raise not_accepted(path, part, "an object with a type")
         for key, value, accepted in _invalid_keys(part):
@@ -181,47 +217,53 @@ def _invalid_url(key: str, value: object, *, named: bool) -> Iterator[tuple[str,
     url = value.get("url", MISSING)
     if not isinstance(url, str) and not (url is None and named):
         yield f"{key}.url", url, "a string"
-    detail = value.get("detail", "auto")
-    if key == "image_url" and detail not in DETAILS:
-        yield f"{key}.detail", detail, f"one of {', '.join(DETAILS)} (without effect)"
+    if key == "image_url":
+        yield from invalid_detail(value, f"{key}.detail")
+
+
+def invalid_detail(image: Mapping[str, Any], path: str = "detail") -> Iterator[tuple[str, object, str]]:
+    """Path, value and accepted values of the ``detail`` in an object, if that is none of OpenAI's."""
+    detail = image.get("detail", "auto")
+    if not isinstance(detail, str) or detail not in DETAILS:
+        yield path, detail, f"one of {', '.join(DETAILS)}"
 
 
 TOOL_CALLS = TypeAdapter(list[ChatCompletionMessageToolCallUnionParam])
 
 
-def check_tool_calls(index: int, message: Mapping[str, Any]) -> None:
+def check_tool_calls(at: Path, message: Mapping[str, Any]) -> None:
     """Reject tool calls that vLLM rejects without a path.
 
     Args:
-        index: index of the message.
+        at: path of the message.
         message: the message.
 
     Raises:
         InvalidField: names the field, its value and what is accepted.
     """
     calls = message.get("tool_calls")
-    path = f"messages.{index}.tool_calls"
     if calls is not None and not isinstance(calls, list):
-        raise not_accepted(path, calls, "a list of calls")
+        raise not_accepted(".".join(map(str, (*at, "tool_calls"))), calls, "a list of calls")
     try:
         TOOL_CALLS.validate_python(calls or [])
     except ValidationError as invalid:
-        raise _located(invalid, ("messages", index, "tool_calls"), {"messages": [{}] * index + [message]}) from None
+        raise _located(invalid, (*at, "tool_calls"), nested(at, message)) from None
 
 
-def _located(invalid: ValidationError, at: tuple[str | int, ...], body: Mapping[str, Any]) -> InvalidField:
+def _located(invalid: ValidationError, at: Path, body: object) -> InvalidField:
     """The error of a part of a body that was validated separately, with its path ``at``."""
     message, param = explain_validation([{**error, "loc": (*at, *error["loc"])} for error in invalid.errors()], body)
     return InvalidField(message, parameter=param or ".".join(map(str, at)))
 
 
-def validate_lists(messages: list[Any], body: Mapping[str, Any]) -> None:
+def validate_lists(messages: list[Any], body: Mapping[str, Any], at: Path = ("messages",)) -> None:
     """Validate the lazily validated lists of messages now, so that errors get a path.
 
     Args:
         messages: the request's messages. Pydantic validates some of their lists while they are iterated; these are
             replaced by lists.
         body: the validated body.
+        at: path of the messages.
 
     Raises:
         InvalidField: names the field, its value and what is accepted.
@@ -233,4 +275,4 @@ def validate_lists(messages: list[Any], body: Mapping[str, Any]) -> None:
             try:
                 message[key] = list(value)
             except ValidationError as invalid:
-                raise _located(invalid, ("messages", index, key), body) from None
+                raise _located(invalid, (*at, index, key), body) from None

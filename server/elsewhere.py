@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.entrypoints.anthropic.api_router import translate_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
@@ -82,7 +81,7 @@ async def _messages_of_body(receive: Receive) -> list[Message]:
 def misplaced_policy(body: bytes) -> str | None:
     """Path of the first policy in a JSON body; None if there is none. ``null`` is no policy.
 
-    Searches the fields where ``/v1/chat/completions`` reads policies, and ``mm_processor_kwargs``; not tool schemas,
+    Searches the fields where the routes that prune read policies, and ``mm_processor_kwargs``; not tool schemas,
     which may use any name.
     """
     try:
@@ -118,7 +117,4 @@ def _refusal(route: str, param: str) -> JSONResponse:
     message = f"{param}: {route} does not prune; expected a request to {ROUTE}, or no policy."
     error = ErrorInfo(message=message, type="BadRequestError", param=param, code=400)
     Refusal(route, error.code, error.type, param).log()
-    answer = ErrorResponse(error=error)
-    if route.startswith("/v1/messages"):
-        return translate_error_response(answer)
-    return JSONResponse(answer.model_dump(), status_code=error.code)
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=error.code)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from vllm_vtprune.plugin.compat import placeholder_is_missing
 from vllm_vtprune.plugin.limits import ImageRejected, missing_image
+from vllm_vtprune_server.conversation import ImagePart, MediaPart
 from vllm_vtprune_server.problem import MediaProblem, data_url
-from vllm_vtprune_server.protocol import ImagePart, MediaPart, PruningChatCompletionRequest
 from vllm_vtprune_server.validation import InvalidField
 
 
@@ -56,17 +56,26 @@ def explain_image_error(images: Sequence[ImagePart], error: Exception) -> Invali
     return None
 
 
-def explain_truncation(request: PruningChatCompletionRequest, error: Exception) -> InvalidField | None:
-    """The error of ``truncate_prompt_tokens`` if it cuts a placeholder off; vLLM would answer with status 500."""
-    limit = request.truncate_prompt_tokens
-    media = request.images or request.other_media
-    if limit is None or not media or not placeholder_is_missing(error):
+TRUNCATIONS = {"truncate_prompt_tokens": "at least the tokens of the prompt, or null", "truncation": '"disabled"'}
+"""Field of a request that cuts its prompt -> what does not."""
+
+
+def explain_truncation(request: object, media: Sequence[object], error: Exception) -> InvalidField | None:
+    """The error of a field that cuts a placeholder off; vLLM would answer with status 500.
+
+    Args:
+        request: the request.
+        media: its images, videos and audio.
+        error: the rendering error.
+    """
+    if not media or not placeholder_is_missing(error):
         return None
-    return InvalidField(
-        f"truncate_prompt_tokens: {limit} would cut off an image, a video or audio; expected at least the "
-        "tokens of the prompt, or null.",
-        parameter="truncate_prompt_tokens",
-    )
+    for name, accepted in TRUNCATIONS.items():
+        value = getattr(request, name, None)
+        if value not in (None, "disabled"):
+            problem = f"{value} would cut off an image, a video or audio"
+            return InvalidField(f"{name}: {problem}; expected {accepted}.", parameter=name)
+    return None
 
 
 def explain_media_error(media: Sequence[MediaPart], error: Exception) -> InvalidField | None:

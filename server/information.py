@@ -57,13 +57,16 @@ class Versions(BaseModel):
 
 
 class PruningInformation(BaseModel):
-    """What the ``pruning`` field of a request to ``/v1/chat/completions`` may contain."""
+    """What the ``pruning`` field of a request may contain."""
 
     object: Literal["pruning"] = "pruning"
     models: list[str] = Field(description="Names under which the model is served.")
     default: dict[str, Any] = Field(description="Policy of requests that set none.")
     default_preset: str | None = Field(description="Preset of the default; null if the default is not a preset.")
     presets: dict[str, dict[str, Any]] = Field(description="Policy of each preset.")
+    detail: dict[str, dict[str, Any]] | None = Field(
+        description="Policy of each detail of an image; null if the server does not follow detail (--pruning-detail)."
+    )
     aliases: dict[str, str] = Field(description="Preset of each model alias NAME@PRESET.")
     methods: list[Method]
     family: str | None = Field(description="Model family; null if the model is served unpruned.")
@@ -100,6 +103,9 @@ def pruning_information(
         default=policies.default.dump(),
         default_preset=policies.default_preset,
         presets={name: policy.dump() for name, policy in policies.available.items()},
+        detail=None
+        if policies.detail is None
+        else {name: policies.parse(value).dump() for name, value in policies.detail.items()},
         aliases=aliases,
         family=None if family is None else family.name,
         untuned=family is not None and not family.tuned,

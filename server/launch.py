@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.plugin.version import require_tested_vllm
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
-from vllm_vtprune.presets import PresetsError, read_presets
+from vllm_vtprune.presets import PresetsError, PresetsFile, read_presets
 from vllm_vtprune_checkpoints import embedded_checkpoint
 from vllm_vtprune_server.policies import Policies, fixed_counts
 
@@ -95,7 +95,10 @@ def serve(argv: list[str]) -> None:
         os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     try:
         policies = Policies.of(
-            args.pruning_default, args.pruning_presets, fixed_counts=fixed_counts(args.kv_transfer_config)
+            args.pruning_default,
+            args.pruning_presets,
+            fixed_counts=fixed_counts(args.kv_transfer_config),
+            follows_detail=args.pruning_detail,
         )
     except PolicyError as error:
         serve_parser.error(str(error))
@@ -149,6 +152,13 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "A name of a built-in preset replaces that preset.",
     )
     group.add_argument(
+        "--pruning-detail",
+        action="store_true",
+        help="Let OpenAI's detail of an image choose its policy: low (fast), high (quality), original (off); auto "
+        "leaves the choice to the request and --pruning-default. A table [detail] in the file of --pruning-presets "
+        "replaces these. Without the option, detail has no effect.",
+    )
+    group.add_argument(
         "--pruning-placement",
         choices=("auto", "api", "engine"),
         default=argparse.SUPPRESS,
@@ -180,7 +190,12 @@ def check_early(argv: list[str]) -> None:
     if "pruning_placement" in args:
         os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     try:
-        Policies.of(args.pruning_default, args.pruning_presets, fixed_counts=fixed_counts())
+        Policies.of(
+            args.pruning_default,
+            args.pruning_presets,
+            fixed_counts=fixed_counts(),
+            follows_detail=args.pruning_detail,
+        )
     except (PolicyError, ValueError) as error:
         parser.error(str(error))
     if not args.no_port and args.port:
@@ -217,7 +232,7 @@ def policy_argument(text: str) -> object:
         return text
 
 
-def presets_argument(text: str) -> dict[str, PruningPolicy]:
+def presets_argument(text: str) -> PresetsFile:
     """Read a file of presets.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Determine the outcome of a chat completion from the response that was sent.
+"""Determine the outcome of a request that is pruned from the response that was sent.
 
 Covers every source of a response: our route, vLLM's handler, its API key check, an operator's middleware. The outcome
 follows from status, error event, and whether the client disconnected.
@@ -21,6 +21,14 @@ from vllm_vtprune_server.trace import Refusal, Trace
 from vllm_vtprune_server.tracing import start_request_span
 
 ROUTE = "/v1/chat/completions"
+BATCH_ROUTE = "/v1/chat/completions/batch"
+RESPONSES_ROUTE = "/v1/responses"
+MESSAGES_ROUTE = "/v1/messages"
+COUNT_ROUTE = "/v1/messages/count_tokens"
+ANSWERING = frozenset({ROUTE, BATCH_ROUTE, RESPONSES_ROUTE, MESSAGES_ROUTE})
+"""Routes that prune and answer; their requests are counted."""
+PRUNING = ANSWERING | {COUNT_ROUTE}
+"""Routes that prune."""
 TRACE = "vtprune_trace"
 """Key of the `Trace` in a request's state."""
 
@@ -28,19 +36,25 @@ MAX_ERROR = 64 * 1024
 """Most bytes of an error that are parsed."""
 
 # Line breaks inside JSON strings are escaped, so generated text cannot begin a line.
-_ERROR_EVENT = re.compile(rb'^data: (\{"error":.*)$', re.MULTILINE)
-_DONE_EVENT = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
+_ERROR_EVENT = re.compile(rb'^(?:event: error\ndata: (?=\{)|data: (?=\{"error":))(.*)$', re.MULTILINE)
+_DONE_EVENT = re.compile(
+    rb"^data: \[DONE\]|^event: (?:response\.(?:completed|incomplete)|message_stop|error)$", re.MULTILINE
+)
 
 
 class Answer:
     """The state of one response while it is sent.
+
+    Args:
+        route: path of its route.
 
     Attributes:
         abandoned: the client disconnected before it was complete.
         complete: its outcome can no longer change.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, route: str) -> None:
+        self.route = route
         self.abandoned = False
         self.complete = False
         self._status = 0
@@ -83,7 +97,7 @@ class Answer:
             return None
         code, error = self._code(), self._read_error()
         kind, param = error.get("type") or responses.get(code, ""), error.get("param")
-        return Refusal(ROUTE, code, str(kind), None if param is None else str(param))
+        return Refusal(self.route, code, str(kind), None if param is None else str(param))
 
     def _code(self) -> int:
         code = self._read_error().get("code") if self._is_stream else None
@@ -91,14 +105,15 @@ class Answer:
 
     def _read_error(self) -> dict[str, Any]:
         try:
-            error = json.loads(self._error)["error"]
-        except (ValueError, KeyError, TypeError):
+            body = json.loads(self._error)
+            error = body.get("error", body)
+        except (ValueError, AttributeError):
             return {}
         return error if isinstance(error, dict) else {}
 
 
 class OutcomeMiddleware:
-    """Pure ASGI middleware: gives each chat completion a `Trace` and finishes it with the outcome.
+    """Pure ASGI middleware: gives each request to be pruned and answered a `Trace`, finished with the outcome.
 
     Args:
         app: the next app.
@@ -110,15 +125,16 @@ class OutcomeMiddleware:
         self.model_name = model_name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) != ROUTE:
+        route = path_of(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
+        if route not in ANSWERING:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id")
+        request_id = None if route == RESPONSES_ROUTE else headers.get("x-request-id")
         trace = Trace(request_id=None if request_id is None else f"chatcmpl-{request_id}")
         scope.setdefault("state", {})[TRACE] = trace
         start_request_span(trace, headers)
-        answer = Answer()
+        answer = Answer(route)
 
         async def watched_receive() -> Message:
             message = await receive()

@@ -1,20 +1,24 @@
-"""The `vllm.endpoint_plugins` entry point: replaces vLLM's chat completions by ours."""
+"""The `vllm.endpoint_plugins` entry point: replaces vLLM's routes for conversations by ours."""
 
 from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
 
 import vllm
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.openai.chat_completion import api_router as stock
+from vllm.entrypoints.anthropic.protocol import AnthropicErrorResponse
+from vllm.entrypoints.openai.chat_completion import api_router as stock_chat
+from vllm.entrypoints.openai.responses import api_router as stock_responses
 from vllm.entrypoints.serve.dev.cache import api_router as stock_resets
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse, ModelCard
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 from vllm.logger import init_logger
 
 from vllm_vtprune import __version__, metrics
@@ -28,46 +32,128 @@ from vllm_vtprune_server import media  # noqa: F401  (registers the media connec
 from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes
 from vllm_vtprune_server.information import PruningInformation, pruning_information
-from vllm_vtprune_server.outcome import ROUTE, TRACE, OutcomeMiddleware
+from vllm_vtprune_server.messages import (
+    PruningCountTokensRequest,
+    PruningMessagesRequest,
+    PruningServingMessages,
+    PruningTokenCount,
+)
+from vllm_vtprune_server.outcome import (
+    BATCH_ROUTE,
+    COUNT_ROUTE,
+    MESSAGES_ROUTE,
+    PRUNING,
+    RESPONSES_ROUTE,
+    ROUTE,
+    TRACE,
+    OutcomeMiddleware,
+)
 from vllm_vtprune_server.policies import Policies, fixed_counts
-from vllm_vtprune_server.protocol import PruningChatCompletionRequest
-from vllm_vtprune_server.route import PruningRoute
+from vllm_vtprune_server.protocol import PruningBatchRequest, PruningChatCompletionRequest, PruningRequest
+from vllm_vtprune_server.rendering import PruningRenderer
+from vllm_vtprune_server.responses import PruningResponsesRequest, PruningServingResponses
+from vllm_vtprune_server.route import MessagesRoute, PruningRoute, anthropic_error
+from vllm_vtprune_server.schema import describe_document
 from vllm_vtprune_server.sender_cache import resend_unsent_images
-from vllm_vtprune_server.serving import PruningServingChat
+from vllm_vtprune_server.serving import Prunes, PruningServingBatch, PruningServingChat
 from vllm_vtprune_server.shutdown import fail_unfinished_requests, watch_shutdown
-from vllm_vtprune_server.trace import HEADER
+from vllm_vtprune_server.trace import HEADER, Trace
 
 logger = init_logger("vllm.vtprune")
 
+Route: TypeAlias = Callable[[Any, Request], Awaitable[Any]]
+
 router = APIRouter(route_class=PruningRoute)
+messages_router = APIRouter(route_class=MessagesRoute)
+
+
+def _responses(error: type[BaseModel], *statuses: int, stream: bool = True) -> dict[int | str, dict[str, Any]]:
+    """What a route that prunes may answer."""
+    header = {
+        "description": "Method, preset, images, visual and kept tokens. Sent before the first token.",
+        "schema": {"type": "string", "example": "method=resprune, images=2, visual=1152, kept=214"},
+    }
+    content: dict[str, Any] = {"content": {"text/event-stream": {}}} if stream else {}
+    return {200: {"headers": {HEADER: header}, **content}, **{status: {"model": error} for status in statuses}}
+
+
+async def _answered(request: PruningRequest, raw_request: Request, route: Route) -> Any:
+    """The answer of a route of vLLM, with the header."""
+    request.trace = getattr(raw_request.state, TRACE, None) or Trace()
+    response = await route(request, raw_request)
+    if isinstance(response, Response) and response.status_code == 200 and request.trace.report is not None:
+        response.headers[HEADER] = request.trace.header()
+    return response
 
 
 @router.post(
-    "/v1/chat/completions",
-    dependencies=[Depends(validate_json_request)],
-    responses={
-        200: {
-            "content": {"text/event-stream": {}},
-            "headers": {
-                HEADER: {
-                    "description": "Method, preset, images, visual and kept tokens. Sent before the first token.",
-                    "schema": {"type": "string", "example": "method=resprune, images=2, visual=1152, kept=214"},
-                }
-            },
-        },
-        400: {"model": ErrorResponse},
-        404: {"model": ErrorResponse},
-        500: {"model": ErrorResponse},
-        501: {"model": ErrorResponse},
-    },
+    ROUTE, dependencies=[Depends(validate_json_request)], responses=_responses(ErrorResponse, 400, 404, 500, 501)
 )
 async def create_chat_completion(request: PruningChatCompletionRequest, raw_request: Request) -> Any:
     """Chat completions as vLLM serves them, with the `pruning` field in requests and responses."""
-    request.trace = getattr(raw_request.state, TRACE)
-    response = await stock.create_chat_completion(request, raw_request)
-    if isinstance(response, Response) and request.trace.report is not None:
-        response.headers[HEADER] = request.trace.header()
-    return response
+    return await _answered(request, raw_request, stock_chat.create_chat_completion)
+
+
+@router.post(
+    BATCH_ROUTE,
+    dependencies=[Depends(validate_json_request)],
+    responses=_responses(ErrorResponse, 400, 404, 500, 501, stream=False),
+)
+async def create_batch(request: PruningBatchRequest, raw_request: Request) -> Any:
+    """Batches of chat completions as vLLM serves them, with `pruning` in requests and in each choice."""
+    return await _answered(request, raw_request, stock_chat.create_batch_chat_completion)
+
+
+@router.post(
+    RESPONSES_ROUTE, dependencies=[Depends(validate_json_request)], responses=_responses(ErrorResponse, 400, 404, 500)
+)
+async def create_response(request: PruningResponsesRequest, raw_request: Request) -> Any:
+    """Responses as vLLM serves them, with the `pruning` field in requests and responses."""
+    return await _answered(request, raw_request, stock_responses.create_responses)
+
+
+@messages_router.post(
+    MESSAGES_ROUTE,
+    dependencies=[Depends(validate_json_request)],
+    responses=_responses(AnthropicErrorResponse, 400, 404, 500),
+)
+async def create_message(request: PruningMessagesRequest, raw_request: Request) -> Any:
+    """Anthropic's messages as vLLM serves them, with the `pruning` field in requests and responses."""
+    return await _answered(request, raw_request, _create_message)
+
+
+@with_cancellation
+@load_aware_call
+async def _create_message(request: PruningMessagesRequest, raw_request: Request) -> Response:
+    """vLLM's route, which logs a traceback for each error of a client."""
+    serving: PruningServingMessages = raw_request.app.state.anthropic_serving_messages
+    response = await serving.create_messages(request, raw_request)
+    if isinstance(response, ErrorResponse):
+        return anthropic_error(response)
+    if isinstance(response, BaseModel):
+        return JSONResponse(response.model_dump(exclude_none=True))
+    return StreamingResponse(response, media_type="text/event-stream")
+
+
+@messages_router.post(
+    COUNT_ROUTE,
+    dependencies=[Depends(validate_json_request)],
+    response_model=PruningTokenCount,
+    responses=_responses(AnthropicErrorResponse, 400, 404, 500, stream=False),
+)
+async def count_message_tokens(request: PruningCountTokensRequest, raw_request: Request) -> Any:
+    """The tokens that a message would take, with the images pruned as in `/v1/messages`."""
+    return await _answered(request, raw_request, _count_tokens)
+
+
+@with_cancellation
+@load_aware_call
+async def _count_tokens(request: PruningCountTokensRequest, raw_request: Request) -> Response:
+    serving: PruningServingMessages = raw_request.app.state.anthropic_serving_messages
+    response = await serving.count_tokens(request, raw_request)
+    if isinstance(response, ErrorResponse):
+        return anthropic_error(response)
+    return JSONResponse(response.model_dump(exclude_none=True))
 
 
 @router.get("/v1/models/{name:path}", response_model=ModelCard, responses={404: {"model": ErrorResponse}})
@@ -87,10 +173,10 @@ async def show_pruning(raw_request: Request) -> PruningInformation:
     """Methods, presets, default, vision encoder and versions: what the `pruning` field of a request may contain."""
     state = raw_request.app.state
     registry: AliasedModels = state.openai_serving_models.registry
-    serving: PruningServingChat = state.openai_serving_chat
+    renderer: PruningRenderer = state.openai_serving_chat.online_renderer
     return pruning_information(
-        serving.policies,
-        serving.processor,
+        renderer.policies,
+        renderer.processor,
         models=[model.name for model in registry.base_model_paths],
         aliases={alias: preset for alias, (_, preset) in registry.aliases.items()},
     )
@@ -103,15 +189,32 @@ resets = APIRouter()
 @resets.post("/reset_mm_cache")
 async def reset_mm_cache(raw_request: Request) -> Response:
     """Empty vLLM's caches of processed images, and the feature cache."""
-    await asyncio.to_thread(raw_request.app.state.openai_serving_chat.runtime.forget_images)
+    await asyncio.to_thread(raw_request.app.state.openai_serving_chat.online_renderer.runtime.forget_images)
     return await stock_resets.reset_mm_cache(raw_request)
 
 
 @resets.post("/reset_encoder_cache")
 async def reset_encoder_cache(raw_request: Request) -> Response:
     """Empty the engine's cache of encoded images, and the feature cache."""
-    await asyncio.to_thread(raw_request.app.state.openai_serving_chat.runtime.forget_images)
+    await asyncio.to_thread(raw_request.app.state.openai_serving_chat.online_renderer.runtime.forget_images)
     return await stock_resets.reset_encoder_cache(raw_request)
+
+
+REQUESTS: tuple[type[PruningRequest], ...] = (
+    PruningChatCompletionRequest,
+    PruningBatchRequest,
+    PruningResponsesRequest,
+    PruningMessagesRequest,
+    PruningCountTokensRequest,
+)
+
+HANDLERS: dict[str, type[Prunes]] = {
+    "openai_serving_chat": PruningServingChat,
+    "openai_serving_chat_batch": PruningServingBatch,
+    "openai_serving_responses": PruningServingResponses,
+    "anthropic_serving_messages": PruningServingMessages,
+}
+"""Attribute of the app's state -> our handler in the place of vLLM's."""
 
 
 class ServerPlugin:
@@ -122,8 +225,10 @@ class ServerPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         self._app = app
-        app.add_middleware(MisplacedPolicyMiddleware, routes=json_routes(app) - {ROUTE})
+        app.add_middleware(MisplacedPolicyMiddleware, routes=json_routes(app) - PRUNING)
         app.include_router(router)
+        app.include_router(messages_router)
+        describe_document(app, REQUESTS)
         if any(getattr(route, "path", None) == "/reset_mm_cache" for route in app.routes):
             app.include_router(resets)
 
@@ -148,6 +253,7 @@ class ServerPlugin:
             getattr(args, "pruning_default", None),
             getattr(args, "pruning_presets", None),
             fixed_counts=fixed_counts(engine_client.vllm_config.kv_transfer_config),
+            follows_detail=getattr(args, "pruning_detail", False),
         )
         if processor is not None:
             processor.engine = engine_client.vllm_config
@@ -184,13 +290,11 @@ class ServerPlugin:
         metrics.BUILD_INFO.labels(runtime.model_name, *versions, *encoder_labels, text_pipeline_name()).set(1)
         models = state.openai_serving_models
         replace_registry(models, AliasedModels(models, policies.available))
-        state.openai_serving_chat = PruningServingChat.take_over(
-            state.openai_serving_chat,
-            processor=processor,
-            runtime=runtime,
-            policies=policies,
-            trust_request_mm_kwargs=args.trust_request_mm_kwargs,
+        renderer = PruningRenderer.take_over(
+            state.online_renderer, processor=processor, runtime=runtime, policies=policies
         )
+        for name, handler in HANDLERS.items():
+            setattr(state, name, handler.take_over(getattr(state, name), renderer))
         # Built once, as vLLM has done: in a second stack, what counts HTTP requests finds its metrics taken.
         stack = self._app.middleware_stack or self._app.build_middleware_stack()
         self._app.middleware_stack = OutcomeMiddleware(stack, runtime.model_name)

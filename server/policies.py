@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_vtprune import envs
 from vllm_vtprune.policy import EnergyBudget, MethodBudget, PolicyError, PruningPolicy
-from vllm_vtprune.presets import builtin_presets
+from vllm_vtprune.presets import DETAIL_DEFAULTS, builtin_presets
 from vllm_vtprune.report import Placement
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_vtprune.plugin.processor import PruningProcessor
 
 DEFAULT_PARAM = "--pruning-default"
+DETAIL_PARAM = "--pruning-detail"
 
 
 def fixed_counts(kv_transfer_config: KVTransferConfig | None = None) -> str:
@@ -44,6 +45,7 @@ class Policies:
         default_preset: preset name of the default; None if the default is not a preset.
         fixed_counts: the engine option that requires token counts independent of features; empty if there is none.
         chosen: the default and the operator's own presets, by option or name; built-in presets do not count.
+        detail: policies by OpenAI's ``detail`` of an image: a preset's name, a policy, or false; None: without effect.
     """
 
     presets: Mapping[str, PruningPolicy]
@@ -51,6 +53,7 @@ class Policies:
     default_preset: str | None
     fixed_counts: str = ""
     chosen: Mapping[str, PruningPolicy] = field(default_factory=dict)
+    detail: Mapping[str, object] | None = None
 
     @classmethod
     def of(
@@ -59,23 +62,43 @@ class Policies:
         presets: Mapping[str, PruningPolicy] | None = None,
         *,
         fixed_counts: str = "",
+        follows_detail: bool = False,
     ) -> Policies:
         """Combine built-in presets and the operator's, which take precedence.
 
         Args:
             default: a policy in any form that a request may use; None for no pruning.
-            presets: the operator's presets.
+            presets: the operator's presets, maybe with a table of ``detail``.
             fixed_counts: see the attribute.
+            follows_detail: whether ``detail`` chooses policies.
 
         Raises:
-            PolicyError: the default is not a valid policy, or conflicts with `fixed_counts`.
+            PolicyError: the default is not a valid policy, or it or a policy of ``detail`` conflicts with
+                `fixed_counts`.
         """
         all_presets = builtin_presets() | dict(presets or {})
         policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=all_presets)
         chosen = {DEFAULT_PARAM: policy, **(presets or {})}
-        policies = cls(all_presets, policy, default if isinstance(default, str) else None, fixed_counts, chosen)
+        detail = {**DETAIL_DEFAULTS, **getattr(presets, "detail", {})} if follows_detail else None
+        parsed = {
+            f"{DETAIL_PARAM} {name}": PruningPolicy.parse(value, param=f"{DETAIL_PARAM} {name}", presets=all_presets)
+            for name, value in (detail or {}).items()
+        }
+        preset = default if isinstance(default, str) else None
+        policies = cls(all_presets, policy, preset, fixed_counts, chosen | parsed, detail)
         policies._refuse_counts(policy, DEFAULT_PARAM, default)
+        for param, choice in parsed.items():
+            policies._refuse_counts(choice, param, choice.dump())
         return policies
+
+    def by_detail(self, detail: str | None) -> object:
+        """The policy that a ``detail`` other than ``auto`` chooses; None if it chooses none."""
+        return None if detail in (None, "auto") else (self.detail or {}).get(str(detail))
+
+    @property
+    def by_auto_detail(self) -> object:
+        """The policy of images without a ``detail`` or with ``auto`` where the request sets none; None: the default."""
+        return (self.detail or {}).get("auto")
 
     def placements(self, processor: PruningProcessor) -> set[Placement]:
         """Where the default and the operator's own presets select tokens; empty if they select none.

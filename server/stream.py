@@ -48,3 +48,15 @@ def _completed(event: str, complete: Callable[[dict[str, Any]], None]) -> str:
     data = json.loads(event.removeprefix("data:"))
     complete(data)
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def read_event(event: str) -> tuple[str, dict[str, Any]]:
+    """Name and data of a server-sent event that has both."""
+    name, _, data = event.partition("\n")
+    fields: dict[str, Any] = json.loads(data.removeprefix("data:"))
+    return name.removeprefix("event:").strip(), fields
+
+
+def write_event(name: str, data: dict[str, Any]) -> str:
+    """The inverse of `read_event`."""
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -51,9 +51,9 @@ class Refusal:
     def reason(self) -> metrics.RefusalReason | None:
         """``policy`` or ``image`` if one of them was refused; None for other errors."""
         keys = (self.param or "").split(".")
-        if "pruning" in keys:
+        if keys[-1] == "detail" or "pruning" in keys:
             return "policy"
-        return "image" if any(key.startswith("image_") for key in keys) else None
+        return "image" if any(key.startswith("image_") or key == "source" for key in keys) else None
 
     def log(self, request_id: str | None = None, why: str | None = None) -> None:
         """Log one line, without client text except names of fields.
@@ -113,11 +113,16 @@ class Trace:
     started: float = field(default_factory=time.time)
     ttft: float | None = None
     span: Span = INVALID_SPAN
+    _labels: set[str] = field(default_factory=set)
     _finished: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """The report in the response."""
-        report = self.report or RequestReport()
+    def add(self, report: RequestReport) -> None:
+        """Add the report of one of the request's conversations."""
+        self.report = report if self.report is None else self.report.joined(report)
+
+    def to_json(self, report: RequestReport | None = None) -> dict[str, Any]:
+        """The report in the response; ``report``: of one conversation, None: of all."""
+        report = report or self.report or RequestReport()
         return report.to_json(self.policy, preset=self.preset, ttft=self.ttft, total=time.time() - self.started)
 
     def header(self) -> str:
@@ -139,10 +144,10 @@ class Trace:
         """Set `preset_label`.
 
         Args:
-            labels: preset labels of the images' policies.
+            labels: preset labels of the policies of a conversation's images.
         """
-        unique = set(labels)
-        self.preset_label = unique.pop() if len(unique) == 1 else metrics.MIXED
+        self._labels |= set(labels)
+        self.preset_label = metrics.MIXED if len(self._labels) > 1 else next(iter(self._labels))
 
     def finish(self, outcome: metrics.Outcome, model_name: str, refusal: Refusal | None = None) -> None:
         """Count and log the outcome and end the span, once; later calls do nothing.

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of chat completions, through vLLM's tracer provider (``--otlp-traces-endpoint``).
+"""OpenTelemetry spans of requests, through vLLM's tracer provider (``--otlp-traces-endpoint``).
 
 One span per request, child of the caller's ``traceparent``; its children are one span per run of a stage, and vLLM's
 ``llm_request``. No-ops without tracing.

@@ -95,7 +95,7 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
 
     if body is None:
         first = details[0]
-        body, details = _nested(first["loc"], first.get("input")), [first]
+        body, details = nested(first["loc"], first.get("input")), [first]
     paths = [_path(error, body) for error in details]
     path = _most_telling(details, paths)
     accepted = dict.fromkeys(_expectation(error) for error, at in zip(details, paths, strict=True) if at == path)
@@ -123,34 +123,38 @@ def _most_telling(details: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -
     return path
 
 
-def _nested(keys: Sequence[str | int], value: object) -> object:
+def nested(keys: Sequence[str | int], value: object) -> object:
+    """An object with a value at the end of a path of keys."""
     for key in reversed(keys):
         value = {key: value}
     return value
 
 
-def check_messages(data: object) -> None:
+def check_messages(messages: object, path: str = "messages") -> None:
     """Reject messages of a shape on which validation itself would fail.
+
+    Args:
+        messages: the messages.
+        path: their path.
 
     Raises:
         InvalidField: names the field, its value and what is accepted.
     """
-    messages = data.get("messages", []) if isinstance(data, Mapping) else []
     if not isinstance(messages, list):
-        raise not_accepted("messages", messages, "a list of messages")
+        raise not_accepted(path, messages, "a list of messages")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise not_accepted(f"messages.{index}", message, "an object with a role and content")
+            raise not_accepted(f"{path}.{index}", message, "an object with a role and content")
         content = message.get("content")
         if isinstance(content, Mapping) or not (content is None or isinstance(content, Iterable)):
-            raise not_accepted(f"messages.{index}.content", content, "a string or a list of content parts")
-        texts = [(f"messages.{index}.content", content)]
+            raise not_accepted(f"{path}.{index}.content", content, "a string or a list of content parts")
+        texts = [(f"{path}.{index}.content", content)]
         if isinstance(content, list):
             parts = [(number, part) for number, part in enumerate(content) if isinstance(part, Mapping)]
-            texts = [(f"messages.{index}.content.{number}.text", part.get("text")) for number, part in parts]
-        for path, text in texts:
+            texts = [(f"{path}.{index}.content.{number}.text", part.get("text")) for number, part in parts]
+        for place, text in texts:
             if isinstance(text, str) and not _encodes(text):
-                raise not_accepted(path, text, "text without lone surrogates")
+                raise not_accepted(place, text, "text without lone surrogates")
 
 
 def wrong_field(model: type[BaseModel], data: object) -> InvalidField:

@@ -23,7 +23,7 @@ NO_PRESET, CUSTOM, MIXED, INVALID = "none", "custom", "mixed", "invalid"
 
 REQUESTS = Counter(
     "vtprune:requests",
-    "Chat completions that ended, by outcome and preset.",
+    "Requests that ended, by outcome and preset.",
     ["model_name", "outcome", "preset"],
 )
 REQUESTS_WAITING = Gauge(

@@ -59,6 +59,11 @@ _OWNERS = {name: method for method in METHODS.values() for name in method.model_
 _OWNERS["seed"] = _OWNERS.pop("seed")  # listed last in errors
 
 
+def policy_fields() -> frozenset[str]:
+    """Names of the fields of all policies."""
+    return frozenset(_OWNERS)
+
+
 class PruningPolicy(RootModel[AnyMethod]):
     """How many visual tokens to keep and which: a method with its parameters and a budget. Default: resprune."""
 

@@ -8,6 +8,12 @@ TOML, or JSON if the file's name ends in ``.json``; each entry is a policy as in
     [page]
     method = "adaptprune"
     budget = {type = "energy", threshold = 0.998, min_tokens = 192}
+
+The entry ``detail`` is a table of policies for OpenAI's ``detail`` of images, unless it has fields of a policy:
+
+    [detail]
+    low = "thumbnail"
+    high = {budget = {type = "tokens", keep = 400}}
 """
 
 from __future__ import annotations
@@ -17,11 +23,28 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
+from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy, policy_fields
 
 PRESET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 """Valid preset names; they appear in model names (``NAME@PRESET``) and a response header."""
+
+
+DETAIL = "detail"
+DETAIL_DEFAULTS: Mapping[str, object] = MappingProxyType({"low": "fast", "high": "quality", "original": "off"})
+"""Preset of each ``detail``; ``auto`` has none: the policy of the request, or the server's default."""
+DETAILS = ("low", "high", "auto", "original")
+
+
+class PresetsFile(dict[str, PruningPolicy]):
+    """The presets of a file, by name, in the file's order.
+
+    Attributes:
+        detail: the file's policies by ``detail``: a preset's name, a policy, or false.
+    """
+
+    detail: Mapping[str, object] = MappingProxyType({})
 
 
 class PresetsError(ValueError):
@@ -33,14 +56,20 @@ def builtin_presets() -> dict[str, PruningPolicy]:
     return {name: PruningPolicy.parse(name) for name in BUILTIN_PRESETS}
 
 
-def read_presets(path: Path) -> dict[str, PruningPolicy]:
-    """The presets of a file, by name, in the file's order.
+def read_presets(path: Path) -> PresetsFile:
+    """The presets of a file, and its table of ``detail``.
 
     Raises:
         PresetsError: the file cannot be read or is not a mapping of names to policies.
     """
-    presets = {}
-    for name, value in _read(path).items():
+    presets = PresetsFile()
+    content = dict(_read(path))
+    table = content.get(DETAIL)
+    if isinstance(table, Mapping) and table and not table.keys() & policy_fields():
+        del content[DETAIL]
+    else:
+        table = {}
+    for name, value in content.items():
         if not PRESET_NAME.fullmatch(name):
             accepted = "a letter, then at most 63 letters, digits and any of _ . -"
             raise PresetsError(f"{path}: {json.dumps(name)[:80]} is not a name for a preset; expected {accepted}.")
@@ -52,6 +81,14 @@ def read_presets(path: Path) -> dict[str, PruningPolicy]:
             presets[name] = PruningPolicy.parse(value, param=name)
         except PolicyError as error:
             raise PresetsError(f"{path}: {error}") from error
+    for name, value in table.items():
+        if name not in DETAILS:
+            raise PresetsError(f"{path}: {DETAIL}.{name[:80]}: unknown key; expected one of {', '.join(DETAILS)}.")
+        try:
+            PruningPolicy.parse(value, param=f"{DETAIL}.{name}", presets=builtin_presets() | presets)
+        except PolicyError as error:
+            raise PresetsError(f"{path}: {error}") from error
+    presets.detail = table
     return presets
 
 

@@ -37,6 +37,7 @@ class ImageReport:
             policy applies.
         placement: where its tokens were selected; None if none were.
         placement_reason: why not in the engine, where the server would select; None if it did, or need not.
+        detail: OpenAI's ``detail`` of the image, if that chose its policy.
     """
 
     method: str
@@ -49,6 +50,7 @@ class ImageReport:
     bypass_reason: BypassReason | None = None
     placement: Placement | None = None
     placement_reason: str | None = None
+    detail: str | None = None
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class ImageReport:
             "bypass_reason": self.bypass_reason,
             "placement": self.placement,
             "placement_reason": self.placement_reason,
+            "detail": self.detail,
         }
 
 
@@ -150,6 +153,15 @@ class RequestReport:
         """Tokens of all images that entered prefill."""
         return sum(image.kept_tokens for image in self.images)
 
+    def joined(self, other: RequestReport) -> RequestReport:
+        """The report of two prompts of one request."""
+        return RequestReport(
+            [*self.images, *other.images],
+            self.text_pipeline or other.text_pipeline,
+            self.untuned or other.untuned,
+            [*self.stages, *other.stages],
+        )
+
     def add_timings(self, timings: Mapping[str, float]) -> None:
         """Append stages that have just run in sequence; ``timings``: seconds by stage, in order."""
         ended = time.time_ns()
@@ -215,6 +227,7 @@ def unpruned_media(
     placeholders: Mapping[str, Sequence[Any]],
     policy: PruningPolicy,
     reason: BypassReason = "unsupported_modality",
+    details: Sequence[str | None] = (),
 ) -> list[ImageReport]:
     """`in_prompt_order` for an unpruned prompt.
 
@@ -223,12 +236,17 @@ def unpruned_media(
         placeholders: vLLM's placeholder ranges, by modality.
         policy: the request's policy; applies to every image if the model splits or joins the client's images.
         reason: bypass reason of all media.
+        details: the ``detail`` that chose the policy of each image; empty: none did.
     """
     counts = [place.get_num_embeds() for place in placeholders.get("image", ())]
-    policies = policies if len(policies) == len(counts) else [policy] * len(counts)
-    images = [_bypassed(count, image_policy, reason) for count, image_policy in zip(counts, policies, strict=True)]
+    if len(policies) != len(counts):
+        policies, details = [policy] * len(counts), ()
+    images = [
+        _bypassed(count, image_policy, reason, detail)
+        for count, image_policy, detail in zip(counts, policies, details or [None] * len(counts), strict=True)
+    ]
     return in_prompt_order(images, placeholders, policy, reason)
 
 
-def _bypassed(count: int, policy: PruningPolicy, reason: BypassReason) -> ImageReport:
-    return ImageReport.of(policy, count, count, reason)
+def _bypassed(count: int, policy: PruningPolicy, reason: BypassReason, detail: str | None = None) -> ImageReport:
+    return ImageReport.of(policy, count, count, reason, detail=detail)

@@ -305,7 +305,7 @@ def trouble() -> list[Plot]:
             stacked=True,
         ),
         lines(
-            "Chat completions",
+            "Outcomes",
             "By outcome; `refused`: 4xx, `failed`: 5xx (both also within a stream), `aborted`: the client left. "
             "Metric: `vtprune:requests_total`",
             "requests/s",

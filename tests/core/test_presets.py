@@ -45,6 +45,28 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
     assert list(read_presets(written(tmp_path, TOML))) == list(AS_JSON), "in the file's order"
 
 
+DETAIL = """
+[detail]
+low = "thumbnail"
+high = {budget = {type = "tokens", keep = 400}}
+original = false
+"""
+
+
+def test_a_table_of_detail_is_no_preset(tmp_path: Path) -> None:
+    presets = read_presets(written(tmp_path, TOML + DETAIL))
+    assert list(presets) == list(AS_JSON)
+    high = {"budget": {"type": "tokens", "keep": 400}}
+    assert presets.detail == {"low": "thumbnail", "high": high, "original": False}
+    assert pickle.loads(pickle.dumps(presets)).detail == presets.detail
+
+
+def test_a_preset_may_be_called_detail(tmp_path: Path) -> None:
+    for text in ("[detail]\n", "[detail]\nbudget = {type = 'tokens', keep = 5}\n"):
+        presets = read_presets(written(tmp_path, text))
+        assert (list(presets), presets.detail) == (["detail"], {})
+
+
 def test_an_empty_file_has_none(tmp_path: Path) -> None:
     assert read_presets(written(tmp_path, "")) == {}
     assert read_presets(written(tmp_path, "{}", "presets.json")) == {}
@@ -74,6 +96,13 @@ def test_the_package_s_presets_are_policies() -> None:
         ("p.toml", "['a@b']\nmethod = 'none'", '"a@b" is not a name for a preset; expected a letter, then'),
         ("p.toml", "['']\nmethod = 'none'", '"" is not a name for a preset'),
         ("p.toml", "['two words']\nmethod = 'none'", '"two words" is not a name for a preset'),
+        ("p.toml", "[detail]\nlo = 'fast'", "detail.lo: unknown key; expected one of low, high, auto, original."),
+        (
+            "p.toml",
+            "[detail]\nlow = 'fst'",
+            'detail.low: "fst" is not accepted; expected an object, false, or a preset: ',
+        ),
+        ("p.toml", "[detail]\nlow = {alpha = -1}", "detail.low.alpha: -1 is not accepted"),
         ("p.json", "[]", "expected an object with a policy for each name."),
         ("p.json", '{"a": ', "is not valid JSON: "),
         ("p.toml", "[a", "is not valid TOML: "),

@@ -46,11 +46,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--limit-mm-per-prompt", '{"image": 3}'),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         "--enable-mm-embeds",
+        "--pruning-detail",
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    with running_server(options, log=log, environment={"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1"}) as url:
+    environment = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    with running_server(options, log=log, environment=environment) as url:
         yield Server(url, log)
 
 

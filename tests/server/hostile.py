@@ -5,7 +5,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,23 @@ from PIL import Image
 from tests.support.chat import url_of, url_of_bytes, user
 
 COUNT = 108
+WORDS = {"messages": "input", "max_tokens": "max_output_tokens"}
+"""Fields of chat completions -> of responses."""
+
 TOKENS = {"budget": {"type": "tokens", "keep": 40}}
 PICTURE = Image.fromarray(np.random.default_rng(2024).integers(0, 256, (40, 40, 3), dtype=np.uint8))
 URL = url_of(PICTURE)
 
 
-def bodies(model: str) -> dict[str, bytes]:
+def bodies(model: str, path: str = "/v1/chat/completions") -> dict[str, bytes]:
     """Name -> body, each complete but for what is wrong with it.
 
     Args:
         model: the name under which the server knows its model.
+        path: the route whose words the bodies use.
     """
     base = {"model": model, "max_tokens": 3, "temperature": 0}
+    translate = TRANSLATIONS.get(path, lambda body: body)
     named: dict[str, bytes] = {}
     for name, body in (
         *_policies(),
@@ -33,12 +38,91 @@ def bodies(model: str) -> dict[str, bytes]:
         *_images(),
         *_messages(),
         *_parameters(),
-        *_bytes(json.dumps({**base, "messages": [user("Where?", URL)], "pruning": TOKENS})),
+        *_bytes(json.dumps(translate({**base, "messages": [user("Where?", URL)], "pruning": TOKENS}))),
     ):
         assert name not in named, name
-        named[name] = body if isinstance(body, bytes) else json.dumps({**base, **body}).encode()
+        named[name] = body if isinstance(body, bytes) else json.dumps(translate({**base, **body})).encode()
     assert len(named) == COUNT, len(named)
     return named
+
+
+def as_batch(body: dict[str, Any]) -> dict[str, Any]:
+    """The body of a batch with one conversation."""
+    return {**body, "messages": [body["messages"]]} if "messages" in body else body
+
+
+def as_response(body: dict[str, Any]) -> dict[str, Any]:
+    """The body for the Responses API."""
+    return {
+        WORDS.get(key, key): [_item(one) for one in value] if key == "messages" else value
+        for key, value in body.items()
+    }
+
+
+def as_message(body: dict[str, Any]) -> dict[str, Any]:
+    """The body for the Messages API."""
+    return {key: [_blocks(one) for one in value] if key == "messages" else value for key, value in body.items()}
+
+
+TRANSLATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "/v1/chat/completions/batch": as_batch,
+    "/v1/responses": as_response,
+    "/v1/messages": as_message,
+    "/v1/messages/count_tokens": as_message,
+}
+
+
+def _item(message: Any) -> Any:
+    if isinstance(message, dict) and message.get("role") == "tool":
+        output = _parts_of(message, _response_part)["content"]
+        return {"type": "function_call_output", "call_id": message["tool_call_id"], "output": output}
+    return _parts_of(message, _response_part)
+
+
+def _response_part(part: dict[str, Any]) -> dict[str, Any]:
+    if part.get("type") == "text":
+        return {**part, "type": "input_text"}
+    url = part.get("image_url")
+    if part.get("type") == "image_url":
+        return {
+            **part,
+            "type": "input_image",
+            "image_url": url["url"] if isinstance(url, dict) and len(url) == 1 else url,
+        }
+    return part
+
+
+def _blocks(message: Any) -> Any:
+    message = _parts_of(message, _block)
+    if isinstance(message, dict) and message.get("role") == "tool":
+        result = {"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": message["content"]}
+        return {"role": "user", "content": [result]}
+    return message
+
+
+def _block(part: dict[str, Any]) -> dict[str, Any]:
+    if part.get("type") != "image_url":
+        return part
+    others = {key: value for key, value in part.items() if key not in ("type", "image_url")}
+    value = part["image_url"]
+    url = value.get("url") if isinstance(value, dict) else value
+    inside = {key: inner for key, inner in value.items() if key != "url"} if isinstance(value, dict) else {}
+    if not isinstance(url, str):
+        return {"type": "image", "source": value, **others}
+    kind, found, data = url.partition(";base64,")
+    source = (
+        {"type": "base64", "media_type": kind.removeprefix("data:"), "data": data}
+        if found
+        else {"type": "url", "url": url}
+    )
+    return {"type": "image", "source": {**source, **inside}, **others}
+
+
+def _parts_of(message: Any, translate: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [translate(part) if isinstance(part, dict) else part for part in content]}
 
 
 def _asked(**fields: Any) -> dict[str, Any]:

@@ -12,12 +12,23 @@ pytestmark = pytest.mark.engine
 MAX_REFUSAL = 2048  # bytes
 
 
-def test_every_hostile_body_is_answered_and_the_server_goes_on(server: Server) -> None:
+ANSWERS = {
+    "/v1/chat/completions": "choices",
+    "/v1/chat/completions/batch": "choices",
+    "/v1/responses": "output",
+    "/v1/messages": "content",
+    "/v1/messages/count_tokens": "input_tokens",
+}
+"""Route -> the field of its answers."""
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+def test_every_hostile_body_is_answered_and_the_server_goes_on(server: Server, path: str) -> None:
     wrong = []
-    for name, body in bodies(server.model).items():
-        answer = server.post(body)
+    for name, body in bodies(server.model, path).items():
+        answer = server.post(body, path)
         if answer.status_code == 200:
-            assert answer.json()["choices"], name
+            assert answer.json()[ANSWERS[path]], name
         elif answer.status_code not in (400, 404):
             wrong.append(f"{name}: status {answer.status_code}: {answer.text[:300]}")
         elif len(answer.content) > MAX_REFUSAL or leaks(answer.text) or "body." in answer.text:

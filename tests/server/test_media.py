@@ -113,11 +113,11 @@ def test_a_medium_that_is_refused_is_named_by_the_path_of_its_field(
     modality = "image" if "image_url" in content else "video" if "video_url" in content else "audio"
     with pytest.raises(MediaRejected) as refused:
         getattr(GuardedConnector(), f"fetch_{modality}")(url)
-    explained = explain_image_error(request.images, refused.value) or explain_media_error(
-        request.other_media, refused.value
+    explained = explain_image_error(request.conversation.images, refused.value) or explain_media_error(
+        request.conversation.other_media, refused.value
     )
     assert isinstance(explained, InvalidField)
     assert explained.parameter == param
     assert str(explained).startswith(f"{param}: '{url}' ")
     assert explain_media_error([], refused.value) is None
-    assert explain_media_error(request.other_media, ValueError(url)) is None
+    assert explain_media_error(request.conversation.other_media, ValueError(url)) is None

@@ -230,7 +230,7 @@ def test_the_schema_describes_the_field_beside_an_image(server: Server) -> None:
     schemas = server.get("/openapi.json").json()["components"]["schemas"]
     beside = schemas["ChatCompletionContentPartImageParam"]["properties"]["pruning"]
     assert {"$ref": "#/components/schemas/PruningPolicy"} in beside["anyOf"]
-    assert "/v1/chat/completions only" in beside["description"]
+    assert "replaces the policy of the request" in beside["description"]
     assert "image_url" in schemas["ChatCompletionContentPartImageParam"]["properties"]
     assert "pruning" not in schemas["ChatCompletionContentPartTextParam"]["properties"]
 

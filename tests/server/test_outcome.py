@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from starlette.types import Message, Receive, Scope, Send
 
 from vllm_vtprune import metrics
-from vllm_vtprune_server.outcome import ROUTE, TRACE, OutcomeMiddleware
+from vllm_vtprune_server.outcome import ANSWERING, ROUTE, TRACE, OutcomeMiddleware
 from vllm_vtprune_server.trace import Trace, logger
 
 _names = count()
@@ -107,6 +107,13 @@ def lines() -> Iterator[list[logging.LogRecord]]:
     logger.setLevel(level)
 
 
+def named(name: str, **data: Any) -> str:
+    return f"event: {name}\ndata: {json.dumps({**data, 'type': name}, separators=(',', ':'))}\n\n"
+
+
+DELTA = named("response.output_text.delta", delta="event: response.completed\nevent: error\ndata: {}")
+BROKEN = 'event: error\ndata: {"type":"error","error":{"type":"api_error","message":"no","code":%d}}\n\n'
+
 ANSWERS: dict[str, tuple[list[Any], str]] = {
     "an answer": (whole(200, {"choices": []}), "finished"),
     "a refusal": (whole(400, error(400)), "refused"),
@@ -128,6 +135,14 @@ ANSWERS: dict[str, tuple[list[Any], str]] = {
         [begin(200, "text/event-stream", content_encoding="gzip"), part("\x1f"), part("", last=True)],
         "finished",
     ),
+    "a response": (stream(DELTA, named("response.completed", response={})), "finished"),
+    "a response that is cut off": (stream(DELTA, named("response.incomplete", response={})), "finished"),
+    "a response without its end": (stream(DELTA), "failed"),
+    "a response that fails": (stream(DELTA, named("error", code="InternalServerError", message="no")), "failed"),
+    "a message": (stream(named("content_block_delta"), named("message_stop"), ended=False), "finished"),
+    "a message without its end": (stream(named("content_block_delta")), "failed"),
+    "a message that fails": (stream(named("content_block_delta"), BROKEN % 500), "failed"),
+    "a message that is refused late": (stream(named("message_start"), BROKEN % 400), "refused"),
     "left before the answer": ([LEFT, *whole(200)], "aborted"),
     "left, and told that the body is broken": ([LEFT, *whole(400, error(400))], "aborted"),
     "left, and the handler was cancelled": ([LEFT, asyncio.CancelledError()], "aborted"),
@@ -153,7 +168,15 @@ def test_it_is_counted_before_the_client_has_the_end(script: list[Any], sent: in
     assert Run(*script).sent_when_counted == sent
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/ping", "/v1/chat/completions/batch", "/v1/pruning"])
+@pytest.mark.parametrize("path", sorted(ANSWERING))
+def test_every_route_that_answers_is_counted(path: str, lines: list[logging.LogRecord]) -> None:
+    assert Run(*whole(200), path=path).outcomes == ["finished"]
+    assert Run(*whole(400, error(400)), path=path).outcomes == ["refused"]
+    [line] = lines
+    assert f"to {path} refused" in line.getMessage()
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/ping", "/v1/messages/count_tokens", "/v1/pruning"])
 def test_other_routes_pass_untouched(path: str, lines: list[logging.LogRecord]) -> None:
     run = Run(*whole(400, error(400)), path=path)
     assert (run.outcomes, run.trace, len(run.sent), lines) == ([], None, 2, [])

@@ -13,27 +13,51 @@ from tests.support.chat import Server, fresh_url, kept, leaks, user
 
 pytestmark = pytest.mark.engine
 
-PATHS = r"^/v1/(chat/completions|pruning)$"
-CASES = 2000 if os.environ.get("VTPRUNE_VERIFY") else 60
+ROUTES = {
+    "/v1/chat/completions": (2000, 60),
+    "/v1/chat/completions/batch": (500, 20),
+    "/v1/responses": (1000, 40),
+    "/v1/messages": (1000, 40),
+    "/v1/messages/count_tokens": (500, 20),
+}
+"""Route -> cases in `make verify`, and otherwise."""
 MAX_REFUSAL = 2048  # bytes
 # A schema knows no cost: these are valid up to minutes of generation for one case.
-CAPS = {"max_tokens": 4, "max_completion_tokens": 4, "n": 2, "min_tokens": 2, "top_logprobs": 5, "prompt_logprobs": 2}
+LIMITS = {"/v1/responses": "max_output_tokens"}
+CAPS = {
+    "max_tokens": 4,
+    "max_output_tokens": 4,
+    "max_completion_tokens": 4,
+    "n": 2,
+    "min_tokens": 2,
+    "top_logprobs": 5,
+    "prompt_logprobs": 2,
+}
 
 
 @pytest.mark.timeout(3600)
-def test_what_the_schema_allows_is_answered_and_what_it_forbids_refused(server: Server, record_property: Any) -> None:
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").include(path_regex=PATHS)
-    operations = {operation.label: operation for operation in (found.ok() for found in schema.get_all_operations())}
-    assert set(operations) == {"POST /v1/chat/completions", "GET /v1/pruning"}
+@pytest.mark.parametrize("path", ROUTES)
+def test_what_the_schema_allows_is_answered_and_what_it_forbids_refused(
+    server: Server, path: str, record_property: Any
+) -> None:
+    cases = ROUTES[path][0 if os.environ.get("VTPRUNE_VERIFY") else 1]
     statuses: dict[int, int] = {}
     for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
-        check(operations["POST /v1/chat/completions"].as_strategy(generation_mode=mode), CASES // 2, server, statuses)
-    # nothing can be sent to the other one that its schema forbids
-    check(operations["GET /v1/pruning"].as_strategy(generation_mode=GenerationMode.POSITIVE), 1, server, statuses)
-    assert sum(statuses.values()) >= CASES
+        check(operation(server, "POST", path).as_strategy(generation_mode=mode), cases // 2, server, statuses)
+    assert sum(statuses.values()) >= cases
     record_property("cases", sum(statuses.values()))
     record_property("statuses", dict(sorted(statuses.items())))
     assert kept(server.ask(messages=[user("Where is the dog?", fresh_url())], pruning="fast")) == [64]
+
+
+def test_what_has_no_body_is_answered(server: Server) -> None:
+    check(operation(server, "GET", "/v1/pruning").as_strategy(generation_mode=GenerationMode.POSITIVE), 1, server, {})
+
+
+def operation(server: Server, method: str, path: str) -> Any:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").include(path=path, method=method)
+    [found] = [found.ok() for found in schema.get_all_operations()]
+    return found
 
 
 def check(cases: Any, examples: int, server: Server, statuses: dict[int, int]) -> None:
@@ -48,7 +72,7 @@ def check(cases: Any, examples: int, server: Server, statuses: dict[int, int]) -
     @given(case=cases)
     def run(case: Any) -> None:
         if isinstance(case.body, dict):
-            case.body = affordable(case.body, server.model)
+            case.body = affordable(case.body, server.model, LIMITS.get(case.operation.path, "max_tokens"))
         response = case.call(base_url=server.url, timeout=120)
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
         assert response.status_code < 500, response.text
@@ -64,7 +88,7 @@ def check(cases: Any, examples: int, server: Server, statuses: dict[int, int]) -
     run()
 
 
-def affordable(body: dict[str, Any], model: str) -> dict[str, Any]:
+def affordable(body: dict[str, Any], model: str, limit: str) -> dict[str, Any]:
     """The same body, for the model that is served, without what would generate for long."""
     capped = {key: min(body[key], cap) for key, cap in CAPS.items() if isinstance(body.get(key), int)}
-    return {**body, "max_tokens": 4, **capped, "model": model, "use_beam_search": False}
+    return {**body, limit: 4, **capped, "model": model, "use_beam_search": False, "background": False}

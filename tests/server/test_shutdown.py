@@ -9,7 +9,7 @@ import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from vllm_vtprune_server import shutdown
-from vllm_vtprune_server.serving import _watch
+from vllm_vtprune_server.serving import watch
 from vllm_vtprune_server.shutdown import ServerStopping, failed_by_shutdown
 from vllm_vtprune_server.trace import Trace
 
@@ -33,7 +33,7 @@ def watched(*finish_reasons: str | None) -> list[RequestOutput]:
         yield result
 
     async def collect() -> list[RequestOutput]:
-        return [result async for result in _watch(results(), Trace(), stream=True)]
+        return [result async for result in watch(results(), Trace(), lambda result: result, stream=True)]
 
     return asyncio.run(collect())
 

@@ -118,8 +118,7 @@ def refusal(body: Any) -> tuple[str, str | None]:
         ),
         (
             said({"type": "image_url", "image_url": {"url": "data:", "detail": "best"}}),
-            "messages.0.content.0.image_url.detail: 'best' is not accepted; expected one of auto, low, high "
-            "(without effect).",
+            "messages.0.content.0.image_url.detail: 'best' is not accepted; expected one of low, high, auto, original.",
         ),
         (
             said({"type": "input_audio", "input_audio": "AAAA"}),
@@ -176,7 +175,7 @@ def test_a_part_that_is_validated_later_is_told_by_its_own_name() -> None:
 )
 def test_an_image_has_one_reading_in_whichever_form(part: dict[str, Any]) -> None:
     request = PruningChatCompletionRequest.model_validate(said({**part, "pruning": "fast"}))
-    [image] = request.images
+    [image] = request.conversation.images
     assert (image.field, image.url, image.pruning) == ("messages.0.content.0.image_url", "data:,x", "fast")
     [taken] = request.messages[0]["content"]
     assert (taken["type"], taken["image_url"]["url"]) == ("image_url", "data:,x")
@@ -188,7 +187,9 @@ def test_the_types_of_content_parts_are_vllm_s() -> None:
 
 def test_a_video_in_a_string_is_read_like_one_in_an_object() -> None:
     request = PruningChatCompletionRequest.model_validate(said({"type": "video_url", "video_url": "data:,x"}))
-    assert [(part.param, part.url) for part in request.other_media] == [("messages.0.content.0.video_url", "data:,x")]
+    assert [(part.param, part.url) for part in request.conversation.other_media] == [
+        ("messages.0.content.0.video_url", "data:,x")
+    ]
     assert request.messages[0]["content"] == [{"type": "video_url", "video_url": {"url": "data:,x"}}]
 
 
@@ -295,6 +296,8 @@ def test_a_mistake_of_the_server_is_not_explained_away() -> None:
 def test_the_text_of_a_message_is_read_once_for_all_its_images() -> None:
     """Else the time for a message of many images grows with the square of their number."""
     parts = [{"type": "text", "text": "Where?"}, *({"type": "image_url", "image_url": {"url": "data:"}} for _ in "ab")]
-    images = PruningChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": parts}]}).images
+    images = PruningChatCompletionRequest.model_validate(
+        {"messages": [{"role": "user", "content": parts}]}
+    ).conversation.images
     assert [image.message_text for image in images] == ["Where?", "Where?"]
     assert images[0].message_text is images[1].message_text

@@ -13,10 +13,14 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.models.api_router import router as models_router
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.plugins import load_general_plugins
 from vllm.renderers import renderer_from_config
@@ -27,9 +31,9 @@ from vllm_vtprune.plugin.unpruned import runtime_without_tower
 from vllm_vtprune_server import media
 from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.outcome import OutcomeMiddleware
-from vllm_vtprune_server.plugin import router
+from vllm_vtprune_server.plugin import HANDLERS, messages_router, router
 from vllm_vtprune_server.policies import Policies, fixed_counts
-from vllm_vtprune_server.serving import PruningServingChat
+from vllm_vtprune_server.rendering import PruningRenderer
 
 NAME = "model"
 
@@ -40,8 +44,8 @@ class Endpoint:
 
     client: TestClient
 
-    def post(self, body: dict[str, Any]) -> httpx.Response:
-        return self.client.post("/v1/chat/completions", json={"model": NAME, "max_tokens": 1, **body})
+    def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> httpx.Response:
+        return self.client.post(path, json={"model": NAME, "max_tokens": 1, **body})
 
     def error(self, body: dict[str, Any]) -> dict[str, Any]:
         """The error of a request that has to be refused."""
@@ -88,9 +92,10 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
         "chat_template": None,
         "chat_template_content_format": "auto",
     }
-    online_renderer = OnlineRenderer(engine.model_config, engine.renderer, **settings)
+    online_renderer = OnlineRenderer(
+        engine.model_config, engine.renderer, **settings, trust_request_mm_kwargs=trust_request_mm_kwargs
+    )
     models = OpenAIServingModels(engine, [BaseModelPath(name, name) for name in names])
-    stock = OpenAIServingChat(engine, models, "assistant", online_renderer=online_renderer, **settings)
     processor = engine.renderer.mm_processor
     policies = Policies.of({"budget": {"type": "tokens", "keep": 8}}, None, fixed_counts=fixed_counts())
     models.registry = AliasedModels(models, policies.available)
@@ -98,14 +103,24 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
     app = FastAPI()
     app.state.args = Namespace(log_error_stack=False)
     app.state.openai_serving_models = models
-    app.state.openai_serving_chat = PruningServingChat.take_over(
-        stock,
+    renderer = PruningRenderer.take_over(
+        online_renderer,
         processor=processor if isinstance(processor, PruningProcessor) else None,
         runtime=processor.runtime if hasattr(processor, "runtime") else runtime_without_tower(engine.model_config),
         policies=policies,
-        trust_request_mm_kwargs=trust_request_mm_kwargs,
     )
+    chat: Any = {"response_role": "assistant", "online_renderer": online_renderer, **settings}
+    stock = {
+        "openai_serving_chat": OpenAIServingChat(engine, models, **chat),
+        "openai_serving_chat_batch": OpenAIServingChatBatch(engine, models, **chat),
+        "openai_serving_responses": OpenAIServingResponses(engine, models, online_renderer, **settings),
+        "anthropic_serving_messages": AnthropicServingMessages(engine, models, **chat),
+    }
+    for name, handler in HANDLERS.items():
+        setattr(app.state, name, handler.take_over(stock[name], renderer))
+    init_exception_handler(app)
     app.include_router(router)
+    app.include_router(messages_router)
     app.include_router(models_router)
     app.add_middleware(OutcomeMiddleware, model_name=NAME)
     return app

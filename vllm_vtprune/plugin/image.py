@@ -41,6 +41,7 @@ class ImageJob:
         text: conditioning text; empty if the policy uses none.
         url, uuid: as the client sent them.
         index: index among the images of the prompt.
+        detail: see `ImageReport`.
         encoding: future of the features.
         early_key: feature key and runtime generation of an early encoding.
         data: the decoded image; None if the client sent only a uuid.
@@ -64,6 +65,7 @@ class ImageJob:
     url: str = ""
     uuid: str | None = None
     index: int = 0
+    detail: str | None = None
     encoding: Future[Encoded[Any]] | None = None
     early_key: tuple[str, int] | None = None
     data: Any = None
@@ -144,6 +146,7 @@ class ImageJob:
     def report_of(self, kept: int) -> ImageReport:
         """The image's report; ``kept`` counts its tokens in the prompt."""
         report = self.report or ImageReport.of(self.policy, self.unpruned_tokens or kept, kept)
+        report = replace(report, detail=self.detail)
         return report.as_cached() if self.policy.enabled and not self.processed else report
 
 

@@ -246,7 +246,9 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             result[REPORT_KEY] = jobs.finish(result["mm_placeholders"])
         else:
             result = super().apply(stock, timing_ctx)
-            images = unpruned_media(pruning.policies, result["mm_placeholders"], pruning.policy)
+            images = unpruned_media(
+                pruning.policies, result["mm_placeholders"], pruning.policy, details=pruning.details
+            )
             result[REPORT_KEY] = RequestReport(images, untuned=not self.family.tuned)
         return result
 

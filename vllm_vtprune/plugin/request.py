@@ -22,7 +22,7 @@ PRUNING_KEY = "pruning"
 REPORT_KEY = "pruning"
 """Key of the `RequestReport` in the processor's output."""
 PARAM = f"mm_processor_kwargs.{PRUNING_KEY}"
-SERVER_FIELD = "the policy in the request's own pruning field, which /v1/chat/completions takes"
+SERVER_FIELD = "the policy in the request's own pruning field, on a route that prunes"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class PromptPruning:
     def policies(self) -> list[PruningPolicy]:
         """The policy of each image."""
         return [image.policy for image in self.images]
+
+    @property
+    def details(self) -> list[str | None]:
+        """The ``detail`` that chose the policy of each image."""
+        return [image.detail for image in self.images]
 
     @classmethod
     def of(

@@ -32,7 +32,9 @@ class UnprunedProcessor(BaseMultiModalProcessor[Any]):
         pruning = PromptPruning.of(inputs, from_client=self.runtime.clients_write_prompts, prompt_text=str, family=None)
         stock = replace(inputs, hf_processor_mm_kwargs=without_pruning(inputs.hf_processor_mm_kwargs))
         result = super().apply(stock, timing_ctx)
-        images = unpruned_media(pruning.policies, result["mm_placeholders"], pruning.policy, "unsupported_model")
+        images = unpruned_media(
+            pruning.policies, result["mm_placeholders"], pruning.policy, "unsupported_model", pruning.details
+        )
         result[REPORT_KEY] = RequestReport(images)
         return result
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
-from copy import copy
 from typing import Any, TypeVar
 
 import aiohttp
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm import AsyncEngineArgs, connections
 from vllm.connections import HTTPConnection
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
@@ -27,8 +29,12 @@ require(MediaConnector, "_load_data_url")
 require(HTTPConnection, "_headers")
 require(connections, "_async_read_response_bytes", "_async_retry")
 require(OutputProcessor, "propagate_error")
+require(OnlineRenderer, "preprocess_chat")
+require(AnthropicServingMessages, "to_chat_completion_request", "message_stream_converter")
+require(OpenAIServingResponses, "responses_full_generator", "responses_stream_generator")
+require(OpenAIServingChatBatch, "render_batch_chat_request", "chat_completion_full_generator_batch")
 
-Handler = TypeVar("Handler", bound=BaseServing)
+Replacement = TypeVar("Replacement")
 Fetch = TypeVar("Fetch", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
@@ -113,27 +119,29 @@ def known_images(cache: LruKeyReplicatedSenderCache) -> Mapping[str, object]:
 # --- Handlers ---------------------------------------------------------------------------------------------------------
 
 
-def take_over(handler: type[Handler], stock: BaseServing) -> Handler:
-    """An instance of our handler class with the state of vLLM's handler. Do not use ``stock`` afterwards.
+def take_over(replacement: type[Replacement], stock: Any) -> Replacement:
+    """An instance of our subclass with the state of vLLM's handler or renderer. Do not use a handler afterwards.
 
-    vLLM 0.32.0 builds its handler from two dozen options (entrypoints/openai/generate/api_router.py) and accepts no
-    other class. Remove when it does.
+    vLLM 0.32.0 builds them from two dozen options (entrypoints/generate/api_router.py) and accepts no other class.
+    Remove when it does.
     """
-    replacement = object.__new__(handler)
-    vars(replacement).update(vars(stock))
-    return replacement
+    made = object.__new__(replacement)
+    vars(made).update(vars(stock))
+    return made
 
 
-def accept_mm_kwargs(renderer: OnlineRenderer) -> OnlineRenderer:
-    """A copy of a renderer that forwards every request's ``mm_processor_kwargs``.
+def accept_mm_kwargs(renderer: OnlineRenderer) -> bool:
+    """Make a renderer forward every request's ``mm_processor_kwargs``.
 
     vLLM 0.32.0 forwards or rejects them for the whole server (renderers/online_renderer.py); without this, no policy
     would reach the processor. Remove when a handler can add its own arguments.
+
+    Returns:
+        Whether the renderer forwarded those of clients.
     """
-    private(renderer, "trust_request_mm_kwargs")
-    renderer = copy(renderer)
+    forwarded: bool = private(renderer, "trust_request_mm_kwargs")
     renderer.trust_request_mm_kwargs = True
-    return renderer
+    return forwarded
 
 
 def replace_registry(models: OpenAIServingModels, registry: OpenAIModelRegistry) -> None:
