@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.text import TextFallback
 
@@ -37,6 +38,7 @@ class ImageReport:
             policy applies.
         placement: where its tokens were selected; None if none were.
         placement_reason: why not in the engine, where the server would select; None if it did, or need not.
+        kept: which tokens entered prefill; None unless the request asked for them and tokens were selected.
     """
 
     method: str
@@ -49,6 +51,7 @@ class ImageReport:
     bypass_reason: BypassReason | None = None
     placement: Placement | None = None
     placement_reason: str | None = None
+    kept: KeptTokens | None = None
 
     @classmethod
     def of(
@@ -82,6 +85,7 @@ class ImageReport:
             "bypass_reason": self.bypass_reason,
             "placement": self.placement,
             "placement_reason": self.placement_reason,
+            "kept": None if self.kept is None else self.kept.to_json(),
         }
 
 
