@@ -8,6 +8,22 @@ from typing import Any
 from pydantic import GetJsonSchemaHandler
 
 BESIDE_IMAGE = "Policy of this image; replaces the policy of the request. Read by /v1/chat/completions only."
+KEPT = {
+    "type": "boolean",
+    "default": False,
+    "description": "Report which tokens were kept; they are then selected in the API process. Beside nothing else, it "
+    "leaves the policy to the request or the server.",
+}
+PRESET = {
+    "type": "object",
+    "title": "Preset",
+    "properties": {
+        "preset": {"type": "string", "description": "Name of a preset, in place of a policy."},
+        "return_kept": KEPT,
+    },
+    "required": ["preset"],
+    "additionalProperties": False,
+}
 
 
 def describe(schema: Any, handler: GetJsonSchemaHandler, *, image_keys: Collection[str]) -> None:
@@ -24,6 +40,9 @@ def describe(schema: Any, handler: GetJsonSchemaHandler, *, image_keys: Collecti
         for other in part["oneOf"][1:] if tag else []:  # a missing tag means the first model
             model = handler.resolve_ref_schema(other)
             model["required"] = sorted({tag, *model.get("required", [])})
+        for method in part["oneOf"] if tag else []:
+            handler.resolve_ref_schema(method)["properties"]["return_kept"] = KEPT
+    fields["pruning"]["anyOf"].insert(1, PRESET)
     beside = {**fields["pruning"], "description": BESIDE_IMAGE}
     for part in _parts(fields["messages"], handler):
         if not set(image_keys).isdisjoint(part.get("properties", {})):

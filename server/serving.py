@@ -47,6 +47,8 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
     policies: Policies
     acceptance: Acceptance
     trust_request_mm_kwargs: bool
+    returns_kept = False
+    """Whether every report holds the kept positions."""
 
     @classmethod
     def take_over(
@@ -83,7 +85,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         if not isinstance(request, PruningChatCompletionRequest):
             return await super().create_chat_completion(request, raw_request)
         try:
-            self._resolve_alias(request)
+            self.resolve_alias(request)
         except UnknownPreset as error:
             request.trace.unknown_preset = True
             return self.create_error_response(
@@ -97,7 +99,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             return response
         return with_last_event_completed(response, partial(_complete_event, trace=request.trace))
 
-    def _resolve_alias(self, request: PruningChatCompletionRequest) -> None:
+    def resolve_alias(self, request: PruningChatCompletionRequest) -> None:
         """Replace an alias by its model's name, and record its preset."""
         registry: AliasedModels = self.models.registry
         resolved = registry.resolve(request.model)
@@ -160,29 +162,36 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
         Raises:
             PolicyError: names the client's field.
         """
-        value = trace.alias_preset if request.pruning is None else request.pruning
-        trace.policy = self._policy(value, "pruning")
+        value, return_kept = self.policies.split(request.pruning)
+        return_kept |= self.returns_kept
+        value = trace.alias_preset if value is None else value
+        trace.policy = self._policy(value, "pruning", return_kept)
         trace.preset = value if isinstance(value, str) else self.policies.default_preset if value is None else None
         request_label = _preset_label(trace.policy, trace.preset)
         images, labels = [], []
         for image in request.images:
-            policy, label = trace.policy, request_label
+            policy, label, kept = trace.policy, request_label, return_kept
             if image.pruning is not None:
-                policy = self._policy(image.pruning, f"{image.param}.pruning")
-                label = _preset_label(policy, image.pruning if isinstance(image.pruning, str) else None)
-            images.append(ImageJob(policy, request.text_for(image, policy), image.url or "", image.uuid))
+                param = f"{image.param}.pruning"
+                own, of_image = self.policies.split(image.pruning, param=param)
+                kept |= of_image
+                policy = self._policy(value if own is None else own, param, kept)
+                if own is not None:
+                    label = _preset_label(policy, own if isinstance(own, str) else None)
+            text = request.text_for(image, policy)
+            images.append(ImageJob(policy, text, image.url or "", image.uuid, return_kept=kept))
             labels.append(label)
         trace.note_preset(labels or [request_label])
         return PromptPruning(trace.policy, tuple(images))
 
-    def _policy(self, value: object, param: str) -> PruningPolicy:
+    def _policy(self, value: object, param: str, return_kept: bool) -> PruningPolicy:
         """Parse a policy, and resolve it if the model can be pruned."""
         policy = self.policies.parse(value, param=param)
         if self.processor is None:
             return policy
         resolved = policy.resolve(self.processor.family, param=param)
-        if resolved.selects:
-            self.processor.place(resolved, param=param)  # refuses what this server does not select
+        if resolved.selects:  # refuses what this server does not select
+            self.processor.place(resolved, return_kept=return_kept, param=param)
         return resolved
 
     def _report(self, engine_input: dict[str, Any], pruning: PromptPruning) -> RequestReport:
