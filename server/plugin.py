@@ -28,6 +28,7 @@ from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes
 from vllm_vtprune_server.information import PruningInformation, pruning_information
 from vllm_vtprune_server.outcome import ROUTE, TRACE, OutcomeMiddleware
+from vllm_vtprune_server.plan import router as plan_router
 from vllm_vtprune_server.policies import Policies, fixed_counts
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.route import PruningRoute
@@ -39,6 +40,7 @@ from vllm_vtprune_server.trace import HEADER
 logger = init_logger("vllm.vtprune")
 
 router = APIRouter(route_class=PruningRoute)
+router.include_router(plan_router)
 
 
 @router.post(
