@@ -14,6 +14,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from vllm_vtprune_server.aliases import UnknownPreset
+from vllm_vtprune_server.examples import PLAN
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.route import PruningRoute
 from vllm_vtprune_server.serving import PruningServingChat
@@ -33,8 +34,12 @@ class PruningPlan(BaseModel):
 @router.post(
     "/v1/pruning/plan",
     dependencies=[Depends(validate_json_request)],
-    response_model=PruningPlan,
-    responses={400: {"model": ErrorResponse}, 404: {"model": ErrorResponse}},
+    response_model=None,  # a client that has hung up gets none
+    responses={
+        200: {"model": PruningPlan, "content": {"application/json": {"example": PLAN}}},
+        400: {"model": ErrorResponse},
+        404: {"model": ErrorResponse},
+    },
 )
 @with_cancellation
 async def plan(request: PruningChatCompletionRequest, raw_request: Request) -> Any:

@@ -26,9 +26,11 @@ from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_server import media  # noqa: F401  (registers the media connector)
 from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes
+from vllm_vtprune_server.examples import CHAT_COMPLETION
 from vllm_vtprune_server.information import PruningInformation, pruning_information
 from vllm_vtprune_server.outcome import ROUTE, TRACE, OutcomeMiddleware
 from vllm_vtprune_server.plan import router as plan_router
+from vllm_vtprune_server.playground import router as playground_router
 from vllm_vtprune_server.policies import Policies, fixed_counts
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.route import PruningRoute
@@ -48,7 +50,7 @@ router.include_router(plan_router)
     dependencies=[Depends(validate_json_request)],
     responses={
         200: {
-            "content": {"text/event-stream": {}},
+            "content": {"application/json": {"example": CHAT_COMPLETION}, "text/event-stream": {}},
             "headers": {
                 HEADER: {
                     "description": "Method, preset, images, visual and kept tokens. Sent before the first token.",
@@ -123,6 +125,7 @@ class ServerPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         self._app = app
+        app.title, app.version = "vLLM with vllm-vtprune", __version__
         app.add_middleware(MisplacedPolicyMiddleware, routes=json_routes(app) - {ROUTE})
         app.include_router(router)
         if any(getattr(route, "path", None) == "/reset_mm_cache" for route in app.routes):
@@ -189,6 +192,9 @@ class ServerPlugin:
         # Built once, as vLLM has done: in a second stack, what counts HTTP requests finds its metrics taken.
         stack = self._app.middleware_stack or self._app.build_middleware_stack()
         self._app.middleware_stack = OutcomeMiddleware(stack, runtime.model_name)
+        if getattr(args, "pruning_playground", False):
+            self._app.include_router(playground_router)
+            logger.info("The playground is at /")
         resend_unsent_images(engine_client)
         watch_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

@@ -46,6 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--limit-mm-per-prompt", '{"image": 3}'),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         "--enable-mm-embeds",
+        "--pruning-playground",
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]

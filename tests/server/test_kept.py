@@ -279,3 +279,21 @@ def test_a_plan_refuses_what_a_chat_completion_does(server: Server, body: Body, 
     assert [response.status_code for response in refused] == [400, 400]
     assert refused[0].json() == refused[1].json()
     assert refused[0].json()["error"]["param"].startswith(param)
+
+
+def keys(value: object) -> object:
+    """The names in an answer, and whether a value is a list."""
+    if isinstance(value, dict):
+        return {key: keys(inner) for key, inner in value.items()}
+    return [keys(value[0])] if isinstance(value, list) and value else None
+
+
+def test_the_examples_in_the_schema_are_answers(server: Server) -> None:
+    paths = server.get("/openapi.json").json()["paths"]
+    body: Body = {"messages": [user("Where is the bus?", fresh_url())], "pruning": "fast"}
+    for path in ("/v1/chat/completions", "/v1/pruning/plan"):
+        example = paths[path]["post"]["responses"]["200"]["content"]["application/json"]["example"]
+        answer = server.post(body, path).json()
+        assert keys(example["pruning"]) == keys(answer["pruning"])
+        assert example.keys() <= answer.keys()
+        assert PruningPolicy.parse({"budget": example["pruning"]["budget"]}) == PruningPolicy.parse("fast")

@@ -160,8 +160,9 @@ def test_a_default_whose_count_depends_on_features_is_refused_beside_kv_transfer
 
 
 def test_the_embedded_model_is_served_in_float32_on_a_cpu() -> None:
-    assert launch._with_model([])[1:] == ["--served-model-name", "vtprune-demo", "--dtype", "float32"]
-    assert launch._with_model(["--dtype=bfloat16"])[1:] == ["--served-model-name", "vtprune-demo", "--dtype=bfloat16"]
+    named, page = ["--served-model-name", "vtprune-demo"], "--pruning-playground"
+    assert launch._with_model([])[1:] == [*named, "--dtype", "float32", page]
+    assert launch._with_model(["--dtype=bfloat16"])[1:] == [*named, page, "--dtype=bfloat16"]
     assert launch._with_model(["some/model"]) == ["some/model"]
 
 
