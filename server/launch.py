@@ -92,8 +92,8 @@ def serve(argv: list[str]) -> None:
     args = parser.parse_args(["serve", *_with_model(argv)])
     if "pruning_placement" in args:  # maybe from a config file
         os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
-    if args.enable_offline_docs is None:  # the files that vLLM brings do not know a root path
-        args.enable_offline_docs = not (args.disable_fastapi_docs or args.root_path)
+    if args.enable_offline_docs is None:
+        args.enable_offline_docs = docs_work_offline(args)
     try:
         policies = Policies.of(
             args.pruning_default, args.pruning_presets, fixed_counts=fixed_counts(args.kv_transfer_config)
@@ -191,6 +191,11 @@ def check_early(argv: list[str]) -> None:
         parser.error(str(error))
     if not args.no_port and args.port:
         refuse_used_port(args.host, args.port)
+
+
+def docs_work_offline(args: argparse.Namespace) -> bool:
+    """Whether ``/docs`` can use the files that vLLM brings: they know no root path."""
+    return not (args.disable_fastapi_docs or args.root_path)
 
 
 def refuse_used_port(host: str, port: int) -> None:

@@ -166,6 +166,14 @@ def test_the_embedded_model_is_served_in_float32_on_a_cpu() -> None:
     assert launch._with_model(["some/model"]) == ["some/model"]
 
 
+@pytest.mark.parametrize(
+    ("disabled", "root_path", "offline"), [(False, "", True), (True, "", False), (False, "/a", False)]
+)
+def test_docs_need_no_other_server_where_that_can_be(disabled: bool, root_path: str, offline: bool) -> None:
+    args = argparse.Namespace(disable_fastapi_docs=disabled, root_path=root_path)
+    assert launch.docs_work_offline(args) == offline
+
+
 @pytest.mark.parametrize("other", ["--grpc", "VLLM_USE_RUST_FRONTEND"])
 def test_a_front_end_without_our_routes_is_refused(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launch.refuse_other_front_ends(argparse.Namespace(grpc=False))
