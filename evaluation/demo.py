@@ -83,6 +83,7 @@ def demo(argv: list[str]) -> None:
     if weights == "random":
         print(RANDOM_WEIGHTS)
     print(f"{subject}\n{table(result)}")
+    print("To try your own pictures, run `vtprune serve` and open http://localhost:8000/")
 
 
 @dataclass(frozen=True)

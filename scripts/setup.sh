@@ -73,24 +73,59 @@ repair_for_cpu() {
     "$venv/bin/python" scripts/torchvision_cpu.py >>"$log"
 }
 
-# The tests of deploy/ run Prometheus. Debian's package, unpacked: installed, it would be a service of this machine.
+# Debian packages as files below the folder $1: installed, Prometheus would be a service of this machine.
+unpack() {
+    local folder=$1 scratch file status=0
+    shift
+    scratch=$(mktemp -d)
+    (
+        cd "$scratch" && apt-get download "$@" &&
+            for file in *.deb; do dpkg-deb --extract "$file" "$folder" || exit 1; done
+    ) >>"$log" 2>&1 || status=1
+    rm -rf "$scratch"
+    return $status
+}
+
+# The tests of deploy/ run Prometheus.
 fetch_prometheus() {
     if command -v promtool >/dev/null && command -v prometheus >/dev/null || [ -x "$venv/bin/promtool" ]; then
         return
     fi
     local scratch
     scratch=$(mktemp -d)
-    if (
-        cd "$scratch"
-        apt-get download prometheus || { apt-get update && apt-get download prometheus; }
-        dpkg-deb --extract prometheus_*.deb .
-    ) >"$log" 2>&1; then
+    if unpack "$scratch" prometheus; then
         cp "$scratch/usr/bin/prometheus" "$scratch/usr/bin/promtool" "$venv/bin/"
     else
         echo "setup: apt-get did not give Prometheus (see $log); until prometheus and promtool are on the PATH," \
             "the tests in tests/deploy will fail" >&2
     fi
     rm -rf "$scratch"
+}
+
+# A package and those that it needs and this machine lacks.
+lacking() {
+    apt-get -s install --no-install-recommends "$1" 2>>"$log" | sed -n 's/^Inst \([^ ]*\) .*/\1/p'
+}
+
+# The test of the playground runs Chromium.
+fetch_chromium() {
+    if command -v chromium >/dev/null || command -v chromium-headless-shell >/dev/null || [ -x "$venv/bin/chromium" ]; then
+        return
+    fi
+    local root packages
+    root=$(cd "$venv" && pwd)/chromium
+    if packages=$(lacking chromium-headless-shell) && unpack "$root" $packages; then
+        {
+            echo '#!/bin/sh'
+            echo "export LD_LIBRARY_PATH=$(find "$root" -name '*.so*' -printf '%h\n' | sort -u | paste -sd:)"
+            echo "exec $root/usr/lib/chromium/chromium-headless-shell \"\$@\""
+        } >"$venv/bin/chromium"
+        chmod +x "$venv/bin/chromium"
+    else
+        rm -rf "$root"
+        echo "setup: apt-get did not give Chromium (see $log); until chromium is on the PATH," \
+            "tests/server/test_playground.py will fail" >&2
+    fi
 }
 
 found=$(cat "$stamp" 2>/dev/null || true)
@@ -117,6 +152,10 @@ fi
     echo "setup: vLLM is installed but does not import" >&2
     exit 1
 }
-[ "$tools" = none ] || fetch_prometheus
+if [ "$tools" != none ]; then
+    lacking prometheus >/dev/null || apt-get update >>"$log" 2>&1 || true
+    fetch_prometheus
+    fetch_chromium
+fi
 echo "$wanted" >"$stamp"
 echo "setup: done in $((SECONDS - started)) s"

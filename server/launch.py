@@ -88,11 +88,13 @@ def serve(argv: list[str]) -> None:
     serve_parser.description = "Serve a vision-language model whose visual tokens are pruned before prefill."
     serve_parser.epilog = EXAMPLES
     add_pruning_options(serve_parser)
-    serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT)
+    serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT, enable_offline_docs=None)
     memory.mark_defaults(serve_parser)
     args = parser.parse_args(["serve", *_with_model(argv)])
     if "pruning_placement" in args:  # maybe from a config file
         os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
+    if args.enable_offline_docs is None:
+        args.enable_offline_docs = docs_work_offline(args)
     try:
         policies = Policies.of(
             args.pruning_default,
@@ -167,6 +169,12 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "tokens or as a ratio; other policies are refused, and API processes hold no vision encoder. api: in the API "
         "process. auto (default): in the engine where it can follow the policy. Also VTPRUNE_PLACEMENT.",
     )
+    group.add_argument(
+        "--pruning-playground",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Serve a page at / that shows two policies side by side: kept tokens, answers and times.",
+    )
 
 
 def check_early(argv: list[str]) -> None:
@@ -200,6 +208,11 @@ def check_early(argv: list[str]) -> None:
         parser.error(str(error))
     if not args.no_port and args.port:
         refuse_used_port(args.host, args.port)
+
+
+def docs_work_offline(args: argparse.Namespace) -> bool:
+    """Whether ``/docs`` can use the files that vLLM brings: they know no root path."""
+    return not (args.disable_fastapi_docs or args.root_path)
 
 
 def refuse_used_port(host: str, port: int) -> None:
@@ -294,9 +307,9 @@ def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
 
 
 def _with_model(argv: list[str]) -> list[str]:
-    """Add the embedded checkpoint if the arguments name no model.
+    """Add the embedded checkpoint and the playground if the arguments name no model.
 
-    On CPUs it runs in float32, because bfloat16 is many times slower on CPUs without native support.
+    On CPUs the model runs in float32, because bfloat16 is many times slower on CPUs without native support.
     """
     options = {argument.split("=", 1)[0] for argument in argv if argument.startswith("-")}
     if argv and (not argv[0].startswith("-") or options & {"--model", "--config", "-h", "--help"}):
@@ -306,4 +319,4 @@ def _with_model(argv: list[str]) -> list[str]:
     named = options & {"--served-model-name", "--served_model_name"}
     name = [] if named else ["--served-model-name", EMBEDDED_NAME]
     dtype = ["--dtype", "float32"] if current_platform.is_cpu() and "--dtype" not in options else []
-    return [str(embedded_checkpoint()), *name, *dtype, *argv]
+    return [str(embedded_checkpoint()), *name, *dtype, "--pruning-playground", *argv]

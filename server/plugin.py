@@ -31,6 +31,7 @@ from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_server import media  # noqa: F401  (registers the media connector)
 from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes
+from vllm_vtprune_server.examples import CHAT_COMPLETION
 from vllm_vtprune_server.information import PruningInformation, pruning_information
 from vllm_vtprune_server.messages import (
     PruningCountTokensRequest,
@@ -48,6 +49,8 @@ from vllm_vtprune_server.outcome import (
     TRACE,
     OutcomeMiddleware,
 )
+from vllm_vtprune_server.plan import router as plan_router
+from vllm_vtprune_server.playground import router as playground_router
 from vllm_vtprune_server.policies import Policies, fixed_counts
 from vllm_vtprune_server.protocol import PruningBatchRequest, PruningChatCompletionRequest, PruningRequest
 from vllm_vtprune_server.rendering import PruningRenderer
@@ -64,17 +67,22 @@ logger = init_logger("vllm.vtprune")
 Route: TypeAlias = Callable[[Any, Request], Awaitable[Any]]
 
 router = APIRouter(route_class=PruningRoute)
+router.include_router(plan_router)
 messages_router = APIRouter(route_class=MessagesRoute)
 
 
-def _responses(error: type[BaseModel], *statuses: int, stream: bool = True) -> dict[int | str, dict[str, Any]]:
+def _responses(
+    error: type[BaseModel], *statuses: int, stream: bool = True, example: object = None
+) -> dict[int | str, dict[str, Any]]:
     """What a route that prunes may answer."""
     header = {
         "description": "Method, preset, images, visual and kept tokens. Sent before the first token.",
         "schema": {"type": "string", "example": "method=resprune, images=2, visual=1152, kept=214"},
     }
-    content: dict[str, Any] = {"content": {"text/event-stream": {}}} if stream else {}
-    return {200: {"headers": {HEADER: header}, **content}, **{status: {"model": error} for status in statuses}}
+    content: dict[str, Any] = {"text/event-stream": {}} if stream else {}
+    if example is not None:
+        content["application/json"] = {"example": example}
+    return {200: {"headers": {HEADER: header}, "content": content}, **{status: {"model": error} for status in statuses}}
 
 
 async def _answered(request: PruningRequest, raw_request: Request, route: Route) -> Any:
@@ -87,7 +95,9 @@ async def _answered(request: PruningRequest, raw_request: Request, route: Route)
 
 
 @router.post(
-    ROUTE, dependencies=[Depends(validate_json_request)], responses=_responses(ErrorResponse, 400, 404, 500, 501)
+    ROUTE,
+    dependencies=[Depends(validate_json_request)],
+    responses=_responses(ErrorResponse, 400, 404, 500, 501, example=CHAT_COMPLETION),
 )
 async def create_chat_completion(request: PruningChatCompletionRequest, raw_request: Request) -> Any:
     """Chat completions as vLLM serves them, with the `pruning` field in requests and responses."""
@@ -225,6 +235,7 @@ class ServerPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         self._app = app
+        app.title, app.version = "vLLM with vllm-vtprune", __version__
         app.add_middleware(MisplacedPolicyMiddleware, routes=json_routes(app) - PRUNING)
         app.include_router(router)
         app.include_router(messages_router)
@@ -298,6 +309,9 @@ class ServerPlugin:
         # Built once, as vLLM has done: in a second stack, what counts HTTP requests finds its metrics taken.
         stack = self._app.middleware_stack or self._app.build_middleware_stack()
         self._app.middleware_stack = OutcomeMiddleware(stack, runtime.model_name)
+        if getattr(args, "pruning_playground", False):
+            self._app.include_router(playground_router)
+            logger.info("The playground is at /")
         resend_unsent_images(engine_client)
         watch_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_vtprune import envs
-from vllm_vtprune.policy import EnergyBudget, MethodBudget, PolicyError, PruningPolicy
+from vllm_vtprune.options import refuse_unknown
+from vllm_vtprune.policy import POLICY_FIELDS, EnergyBudget, MethodBudget, PolicyError, PruningPolicy
 from vllm_vtprune.presets import DETAIL_DEFAULTS, builtin_presets
 from vllm_vtprune.report import Placement
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PARAM = "--pruning-default"
 DETAIL_PARAM = "--pruning-detail"
+PRESET, RETURN_KEPT = "preset", "return_kept"
 
 
 def fixed_counts(kv_transfer_config: KVTransferConfig | None = None) -> str:
@@ -112,6 +114,39 @@ class Policies:
         resolved = {name: policy.resolve(processor.family, param=name) for name, policy in self.chosen.items()}
         selecting = {name: policy for name, policy in resolved.items() if policy.selects and self._accepts(policy)}
         return {processor.place(policy, param=name)[0] for name, policy in selecting.items()}
+
+    def split(self, value: object, *, param: str = "pruning") -> tuple[object, bool]:
+        """Separate the policy in a request's field from what an object may hold beside it.
+
+        Args:
+            value: a policy as for `parse`; an object may hold ``return_kept``, and ``preset`` in place of a policy.
+            param: name of the field.
+
+        Returns:
+            What `parse` reads, None for an object of ``return_kept`` alone; and ``return_kept``.
+
+        Raises:
+            PolicyError: names the first problem.
+        """
+        if not isinstance(value, Mapping) or value.keys().isdisjoint((PRESET, RETURN_KEPT)):
+            return value, False
+        try:
+            refuse_unknown(value, [*POLICY_FIELDS, PRESET, RETURN_KEPT])
+        except PolicyError as error:
+            raise error.under(param) from None
+        policy = dict(value)
+        return_kept, preset = policy.pop(RETURN_KEPT, False), policy.pop(PRESET, None)
+        if not isinstance(return_kept, bool):
+            raise PolicyError(f"{param}.{RETURN_KEPT}", return_kept, "true or false")
+        if preset is None:
+            return policy or None, return_kept
+        if not isinstance(preset, str) or preset not in self.presets:
+            raise PolicyError(f"{param}.{PRESET}", preset, "one of " + ", ".join(self.presets))
+        if policy:
+            name, item = next(iter(policy.items()))
+            problem = f"{name} given beside a preset, which is a whole policy"
+            raise PolicyError(f"{param}.{name}", item, f"{RETURN_KEPT} alone beside {PRESET}", problem)
+        return preset, return_kept
 
     def parse(self, value: object, *, param: str = "pruning") -> PruningPolicy:
         """Parse a request's policy; None means the server's default.

@@ -37,6 +37,7 @@ class PruningRenderer(OnlineRenderer):
         policies: presets and default.
         acceptance: what the served model accepts.
         trust_client_mm_kwargs: whether clients may send ``mm_processor_kwargs``.
+        returns_kept: whether every report says which tokens were kept.
     """
 
     processor: PruningProcessor | None
@@ -44,6 +45,7 @@ class PruningRenderer(OnlineRenderer):
     policies: Policies
     acceptance: Acceptance
     trust_client_mm_kwargs: bool
+    returns_kept = False
 
     @classmethod
     def take_over(
@@ -127,51 +129,58 @@ class PruningRenderer(OnlineRenderer):
             PolicyError: names the client's field.
         """
         trace = conversation.trace
-        value = trace.alias_preset if conversation.pruning is None else conversation.pruning
-        trace.policy = self._policy(value, "pruning")
+        value, return_kept = self.policies.split(conversation.pruning)
+        return_kept |= self.returns_kept
+        value = trace.alias_preset if value is None else value
+        trace.policy = self._policy(value, "pruning", return_kept)
         trace.preset = self._preset(value)
         jobs, presets, labels = [], [], []
         for image in images:
-            policy, preset, detail = self._policy_of(image, value, trace.policy)
+            own, kept = self.policies.split(image.pruning, param=f"{image.param}.pruning")
+            kept |= return_kept
+            policy, preset, detail = self._policy_of(image, own, value, kept)
             text = conversation.text_for(image, policy)
-            jobs.append(ImageJob(policy, text, image.url or "", image.uuid, detail=detail))
+            jobs.append(ImageJob(policy, text, image.url or "", image.uuid, detail=detail, return_kept=kept))
             presets.append(preset)
             labels.append(_preset_label(policy, preset))
         trace.note_preset(labels or [_preset_label(trace.policy, trace.preset)])
         return PromptPruning(trace.policy, tuple(jobs)), presets
 
     def _policy_of(
-        self, image: ImagePart, of_request: object, default: PruningPolicy
+        self, image: ImagePart, own: object, of_request: object, return_kept: bool
     ) -> tuple[PruningPolicy, str | None, str | None]:
         """The policy of an image, its preset name, and the ``detail`` that chose it.
 
         Args:
             image: the image.
+            own: its own policy, as it is written; None if there is none.
             of_request: the policy of the request or of its model alias, as it is written; None if there is none.
-            default: the same, parsed; the server's default if there is none.
+            return_kept: whether the report says which tokens were kept.
         """
-        if image.pruning is not None:
-            policy = self._policy(image.pruning, f"{image.param}.pruning")
-            return policy, image.preset or self._preset(image.pruning), None
+        if own is not None:
+            policy = self._policy(own, f"{image.param}.pruning", return_kept)
+            return policy, image.preset or self._preset(own), None
         chosen = self.policies.by_detail(image.detail)
         if chosen is None and of_request is None:
             chosen = self.policies.by_auto_detail
         if chosen is None:
-            return default, self._preset(of_request), None
-        return self._policy(chosen, f"{image.param}.detail"), self._preset(chosen), image.detail or "auto"
+            param = "pruning" if image.pruning is None else f"{image.param}.pruning"
+            return self._policy(of_request, param, return_kept), self._preset(of_request), None
+        policy = self._policy(chosen, f"{image.param}.detail", return_kept)
+        return policy, self._preset(chosen), image.detail or "auto"
 
     def _preset(self, value: object) -> str | None:
         """The preset name of a policy as it is written."""
         return value if isinstance(value, str) else self.policies.default_preset if value is None else None
 
-    def _policy(self, value: object, param: str) -> PruningPolicy:
+    def _policy(self, value: object, param: str, return_kept: bool) -> PruningPolicy:
         """Parse a policy, and resolve it if the model can be pruned."""
         policy = self.policies.parse(value, param=param)
         if self.processor is None:
             return policy
         resolved = policy.resolve(self.processor.family, param=param)
-        if resolved.selects:
-            self.processor.place(resolved, param=param)  # refuses what this server does not select
+        if resolved.selects:  # refuses what this server does not select
+            self.processor.place(resolved, return_kept=return_kept, param=param)
         return resolved
 
     def _report(self, engine_input: dict[str, Any], pruning: PromptPruning) -> RequestReport:

@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     from vllm_vtprune_server.protocol import PruningRequest
 
 BESIDE_IMAGE = "Policy of this image; replaces the policy of the request. Refused by routes that do not prune."
+KEPT = {
+    "type": "boolean",
+    "default": False,
+    "description": "Report which tokens were kept; they are then selected in the API process. Beside nothing else, it "
+    "leaves the policy to the request or the server.",
+}
+PRESET = {
+    "type": "object",
+    "title": "Preset",
+    "properties": {
+        "preset": {"type": "string", "description": "Name of a preset, in place of a policy."},
+        "return_kept": KEPT,
+    },
+    "required": ["preset"],
+    "additionalProperties": False,
+}
 
 
 def describe(
@@ -34,6 +50,9 @@ def describe(
         for other in part["oneOf"][1:] if tag else []:  # a missing tag means the first model
             model = definitions[_name(other)]
             model["required"] = sorted({tag, *model.get("required", [])})
+        for method in part["oneOf"] if tag else []:
+            definitions[_name(method)]["properties"]["return_kept"] = KEPT
+    fields["pruning"]["anyOf"].insert(1, PRESET)
     beside = {**fields["pruning"], "description": BESIDE_IMAGE}
     for part in _parts(fields[field], definitions):
         if is_image(part):

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 import vllm_vtprune
 from tests.support.forked import run_cli
+from vllm_vtprune_server.playground import PAGE
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "https://example.org/owner/name"
@@ -36,6 +37,13 @@ def test_every_package_is_installed_and_none_under_a_common_name() -> None:
     found = {file.parent.relative_to(ROOT) for folder in names for file in (ROOT / folder).rglob("__init__.py")}
     assert {".".join([names[path.parts[0]], *path.parts[1:]]) for path in found} == set(setuptools["packages"])
     assert all(package.startswith("vllm_vtprune") for package in setuptools["packages"])
+
+
+def test_the_page_is_installed() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    [pattern] = setuptools["package-data"]["vllm_vtprune_server"]
+    server = ROOT / setuptools["package-dir"]["vllm_vtprune_server"]
+    assert {file.name for file in server.glob(pattern)} == {file.name for file in PAGE.iterdir()}
 
 
 @pytest.mark.parametrize("command", ["serve", "demo", "inspect", "eval", "calibrate"])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.policy import PruningPolicy
 
 F = TypeVar("F")
@@ -62,6 +63,7 @@ class PlannedImage:
         tokens: visual tokens of the image.
         length: embeddings of the unpruned image: its tokens and newlines.
         energy, timings: see `PruningPlan`.
+        places: where the kept tokens lie, in what reaches the encoder.
         grid, prompt: see `VisualFeatures`.
     """
 
@@ -71,6 +73,7 @@ class PlannedImage:
     length: int
     energy: float | None
     timings: dict[str, float]
+    places: KeptTokens
     grid: tuple[int, int] | None = None
     prompt: tuple[int, ...] | None = None
 

@@ -13,6 +13,7 @@ from vllm_vtprune import envs, metrics
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.encoder import BatchingEncoder, Encoded, PlannedImage
 from vllm_vtprune.features import PreparedImage, VisualFeatures
+from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.policy import EnergyBudget, FamilyDefaults, PruningPolicy
 from vllm_vtprune.sequence import sequence, sequence_length
@@ -144,6 +145,7 @@ class LocalEncoder(BatchingEncoder):
             sequence_length(features),
             plan.energy,
             plan.timings,
+            KeptTokens.of(features, plan.kept),
             features.grid,
             features.prompt,
         )

@@ -34,8 +34,9 @@ from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.selectors.resprune import ResPrune
 
 __all__ = [
-    "BUILTIN_PRESETS", "LLAVA", "MAX_QUERY_CHARS", "MAX_TOKENS", "NONE", "OFF", "Budget", "EnergyBudget",
-    "FamilyDefaults", "MethodBudget", "PolicyError", "PruningPolicy", "RatioBudget", "TextOptions", "TokensBudget",
+    "BUILTIN_PRESETS", "LLAVA", "MAX_QUERY_CHARS", "MAX_TOKENS", "NONE", "OFF", "POLICY_FIELDS", "Budget",
+    "EnergyBudget", "FamilyDefaults", "MethodBudget", "PolicyError", "PruningPolicy", "RatioBudget", "TextOptions",
+    "TokensBudget",
 ]  # fmt: skip
 
 NONE = "none"  # the method that keeps every token
@@ -57,6 +58,8 @@ else:
 
 _OWNERS = {name: method for method in METHODS.values() for name in method.model_fields}  # field -> a method that has it
 _OWNERS["seed"] = _OWNERS.pop("seed")  # listed last in errors
+POLICY_FIELDS = tuple(_OWNERS)
+"""The fields of all methods."""
 
 
 def policy_fields() -> frozenset[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.text import TextFallback
 
@@ -38,6 +39,7 @@ class ImageReport:
         placement: where its tokens were selected; None if none were.
         placement_reason: why not in the engine, where the server would select; None if it did, or need not.
         detail: OpenAI's ``detail`` of the image, if that chose its policy.
+        kept: which tokens entered prefill; None unless the request asked for them and tokens were selected.
     """
 
     method: str
@@ -51,6 +53,7 @@ class ImageReport:
     placement: Placement | None = None
     placement_reason: str | None = None
     detail: str | None = None
+    kept: KeptTokens | None = None
 
     @classmethod
     def of(
@@ -85,6 +88,7 @@ class ImageReport:
             "placement": self.placement,
             "placement_reason": self.placement_reason,
             "detail": self.detail,
+            "kept": None if self.kept is None else self.kept.to_json(),
         }
 
 

@@ -47,6 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         "--enable-mm-embeds",
         "--pruning-detail",
+        "--pruning-playground",
         "--enforce-eager",
         "--enable-prompt-tokens-details",
     ]

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.engine
 REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "untuned", "images", "timings_ms"}
 IMAGE_KEYS = {
     *("method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"),
-    *("placement", "placement_reason", "detail"),
+    *("placement", "placement_reason", "detail", "kept"),
 }
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
@@ -201,6 +201,7 @@ def test_the_report_is_complete(server: Server, default_keep: int) -> None:
         "placement": "engine",
         "placement_reason": None,
         "detail": None,
+        "kept": None,
     }
     assert list(report["timings_ms"]) == [*STAGES, "ttft", "total"]
 

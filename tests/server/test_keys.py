@@ -29,4 +29,4 @@ def test_every_route_of_ours_wants_the_key(method: str, path: str) -> None:
 
 
 def test_they_are_all_looked_at() -> None:
-    assert {("POST", "/v1/chat/completions"), ("GET", "/v1/pruning")} <= {*ROUTES}
+    assert {("POST", "/v1/chat/completions"), ("POST", "/v1/pruning/plan"), ("GET", "/v1/pruning")} <= {*ROUTES}

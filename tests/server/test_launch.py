@@ -160,9 +160,18 @@ def test_a_default_whose_count_depends_on_features_is_refused_beside_kv_transfer
 
 
 def test_the_embedded_model_is_served_in_float32_on_a_cpu() -> None:
-    assert launch._with_model([])[1:] == ["--served-model-name", "vtprune-demo", "--dtype", "float32"]
-    assert launch._with_model(["--dtype=bfloat16"])[1:] == ["--served-model-name", "vtprune-demo", "--dtype=bfloat16"]
+    named, page = ["--served-model-name", "vtprune-demo"], "--pruning-playground"
+    assert launch._with_model([])[1:] == [*named, "--dtype", "float32", page]
+    assert launch._with_model(["--dtype=bfloat16"])[1:] == [*named, page, "--dtype=bfloat16"]
     assert launch._with_model(["some/model"]) == ["some/model"]
+
+
+@pytest.mark.parametrize(
+    ("disabled", "root_path", "offline"), [(False, "", True), (True, "", False), (False, "/a", False)]
+)
+def test_docs_need_no_other_server_where_that_can_be(disabled: bool, root_path: str, offline: bool) -> None:
+    args = argparse.Namespace(disable_fastapi_docs=disabled, root_path=root_path)
+    assert launch.docs_work_offline(args) == offline
 
 
 @pytest.mark.parametrize("other", ["--grpc", "VLLM_USE_RUST_FRONTEND"])

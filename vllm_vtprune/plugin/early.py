@@ -80,7 +80,7 @@ class EarlyEncoding:
         key = feature_key(processor, media, image.uuid, self._hf_kwargs, media_io_kwargs)
         if not runtime.is_first_request(key, image.policy, image.text):
             return
-        in_engine = processor.place(image.policy)[0] == "engine"
+        in_engine = processor.place(image.policy, return_kept=image.return_kept)[0] == "engine"
         encoding = None if in_engine else runtime.encoder.find(key)
         prepared = runtime.prepared.get(key)
         if encoding is None and prepared is None:

@@ -15,6 +15,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded, PlannedImage
 from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
+from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin.placement import watched_inputs
@@ -57,6 +58,7 @@ class ImageJob:
         in_engine: whether the engine selects the image's tokens.
         prepared: the preprocessed image, if the engine selects its tokens and the image is cached.
         placement_reason: see `ImageReport`.
+        return_kept: whether the report says which tokens were kept.
         report: report of a planned image, from this request or an earlier one.
     """
 
@@ -82,6 +84,7 @@ class ImageJob:
     in_engine: bool = False
     prepared: PreparedImage | None = None
     placement_reason: str | None = None
+    return_kept: bool = False
     report: ImageReport | None = None
 
     def read_text(self, processor: PruningProcessor) -> None:
@@ -225,7 +228,7 @@ def plan_image(
         query: the conditioning text.
 
     Returns:
-        Report, plan, and features.
+        Report with the kept positions, plan, and features.
 
     Raises:
         PolicyError: the family lacks what the policy needs.
@@ -237,4 +240,5 @@ def plan_image(
     plan = encoder.plan(features, job.policy, job.noun_ids)
     job.describe(processor, encoder.planned(features, plan))
     assert job.report is not None
-    return job.report, plan, features
+    kept = KeptTokens.of(features, plan.kept, processor.view(*size_of(image)))
+    return replace(job.report, kept=kept), plan, features

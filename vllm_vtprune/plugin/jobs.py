@@ -105,7 +105,7 @@ class PromptJobs:
             job.read_text(self.processor)
             self.report.text_pipeline = text_pipeline_name()
             self.report.add_timings({"text": time.perf_counter() - started})
-        placement, job.placement_reason = self.processor.place(job.policy)
+        placement, job.placement_reason = self.processor.place(job.policy, return_kept=job.return_kept)
         if placement == "api" or not self._leave_to_engine(job):
             self._start(job)
 
@@ -134,10 +134,13 @@ class PromptJobs:
         return True
 
     def _start(self, job: ImageJob) -> None:
-        """Submit an image to the encoder; if vLLM's cache holds its pruned item, take that hash and report instead."""
+        """Submit an image to the encoder; if vLLM's cache holds its pruned item, take that hash and report instead.
+
+        The table of reports holds no positions, so an image whose report needs them is planned again.
+        """
         runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
         job.plan_key = _hash_of(runtime.generation, job.item_hash, job.policy.selection_digest(), job.noun_ids)
-        planned = runtime.planned.get(job.plan_key)
+        planned = None if job.return_kept else runtime.planned.get(job.plan_key)
         if planned is not None and cache is not None and cache.is_cached([planned[0]])[0]:
             job.item_hash, report = planned
             job.report = replace(
@@ -179,6 +182,9 @@ class PromptJobs:
             job.item_hash = _hash_of(job.plan_key, sha256(planned.kept.numpy().tobytes()).hexdigest())
             assert job.report is not None
             runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
+            if job.return_kept:
+                view = None if job.data is None else self.processor.view(*size_of(job.data))
+                job.report = replace(job.report, kept=replace(planned.places, view=view))
 
     # 3. Called by vLLM's hooks while it processes the prompt
 

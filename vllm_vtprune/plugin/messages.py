@@ -12,6 +12,7 @@ import msgspec
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
+from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.options import shown
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.tower import TowerError
@@ -93,6 +94,7 @@ class Planned(msgspec.Struct, tag=True):
     length: int
     energy: float | None
     timings: dict[str, float]
+    places: KeptTokens
     grid: tuple[int, int] | None
     prompt: tuple[int, ...] | None
 

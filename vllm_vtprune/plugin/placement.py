@@ -64,12 +64,15 @@ class EnginePlacement:
             choice = "engine"
         return cls(choice, no_positions, no_hooks)
 
-    def place(self, policy: PruningPolicy, family: Family, *, param: str = "pruning") -> tuple[Placement, str | None]:
+    def place(
+        self, policy: PruningPolicy, family: Family, *, return_kept: bool = False, param: str = "pruning"
+    ) -> tuple[Placement, str | None]:
         """Where a policy selects tokens, and why not in the engine where it might be expected there.
 
         Args:
             policy: one that selects tokens, with the family's defaults filled in.
             family: of the model.
+            return_kept: whether the report says which tokens were kept.
             param: path of the policy, for the error.
 
         Raises:
@@ -77,16 +80,20 @@ class EnginePlacement:
         """
         if self.choice == "api":
             return "api", None
-        field, reason = self._obstacle(policy, family)
+        field, reason = self._obstacle(policy, family, return_kept)
         if not reason:
             return "engine", None
         if self.choice == "auto":
             return "api", reason
-        value = policy.budget.type if field == "budget.type" else policy.method
-        accepted = '"tokens" or "ratio"' if field == "budget.type" else "a policy that the engine can follow"
-        raise PolicyError(f"{param}.{field}", value, accepted, f"{reason}, and this server selects in its engine only")
+        accepted = {"budget.type": '"tokens" or "ratio"', "return_kept": "false"}
+        raise PolicyError(
+            f"{param}.{field}",
+            policy.budget.type if field == "budget.type" else policy.method,
+            accepted.get(field, "a policy that the engine can follow"),
+            f"{reason}, and this server selects in its engine only",
+        )
 
-    def _obstacle(self, policy: PruningPolicy, family: Family) -> tuple[str, str]:
+    def _obstacle(self, policy: PruningPolicy, family: Family, return_kept: bool) -> tuple[str, str]:
         """The field to blame, and the reason; two empty strings where nothing is in the way."""
         kind = policy.budget.type
         if not isinstance(policy.budget, TokensBudget | RatioBudget):
@@ -100,6 +107,8 @@ class EnginePlacement:
         watched = watched_inputs(policy, family)
         if watched and self.no_hooks:
             return "method", f"method {policy.method} reads {', '.join(sorted(watched))}, and {self.no_hooks}"
+        if return_kept:
+            return "return_kept", "return_kept asks for positions, which the engine does not report"
         return "", ""
 
 

@@ -114,9 +114,11 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         choice: Any = envs.placement()
         return EnginePlacement.of(choice, self.model_config, self.engine)
 
-    def place(self, policy: PruningPolicy, *, param: str = PARAM) -> tuple[Placement, str | None]:
+    def place(
+        self, policy: PruningPolicy, *, return_kept: bool = False, param: str = PARAM
+    ) -> tuple[Placement, str | None]:
         """Where a policy that selects tokens does so, and why not in the engine; see `EnginePlacement.place`."""
-        return self.engine_placement.place(policy, self.family, param=param)
+        return self.engine_placement.place(policy, self.family, return_kept=return_kept, param=param)
 
     def _load_tower(self) -> VisionTower:
         from vllm_vtprune.plugin import vision  # not needed in engine processes
@@ -239,7 +241,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         )
         stock = replace(inputs, hf_processor_mm_kwargs=without_pruning(inputs.hf_processor_mm_kwargs))
         if has_images and any(policy.enabled for policy in pruning.policies):
-            selects_here = any(policy.selects and self.place(policy)[0] == "api" for policy in pruning.policies)
+            selecting = (image for image in pruning.images if image.policy.selects)
+            selects_here = any(self.place(i.policy, return_kept=i.return_kept)[0] == "api" for i in selecting)
             self.weights.follow(self.runtime, selects=selects_here)
             jobs = PromptJobs.prepare(self, stock, pruning)
             result = super().apply(jobs.inputs_with_jobs(), timing_ctx)
