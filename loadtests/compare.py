@@ -28,11 +28,12 @@ import httpx
 
 from loadtests.drive import KINDS, DriveFailed, drive
 from loadtests.options import add_slo_arguments, count, p99_limits
-from loadtests.ratios import paired_ratio
-from loadtests.records import Record
-from loadtests.report import table, table_rows, write_report
-from loadtests.results import broken, percentile, result, samples, span
+from loadtests.report import table_rows, write_report
 from loadtests.servers import MODEL, STOCK, Arm, servers
+from vllm_vtprune_evaluation.load.page import table
+from vllm_vtprune_evaluation.load.ratios import paired_ratio
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.results import broken, percentile, result, samples, span
 from vllm_vtprune_server.process import ServerFailed
 
 ARMS = ("stock", "off", "balanced")

@@ -32,11 +32,12 @@ import yaml
 from PIL import Image, ImageChops
 
 from deploy.grafana.plot import Prometheus, answers, plot
-from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
 from loadtests.options import count, positive
-from loadtests.report import table, table_rows
-from loadtests.results import broken, result
+from loadtests.report import table_rows
+from vllm_vtprune_evaluation.load.client import served_model
+from vllm_vtprune_evaluation.load.page import table
+from vllm_vtprune_evaluation.load.results import broken, result
 from vllm_vtprune_server.process import ServerFailed, free_port, running_server, stop
 
 CONFIGURATION = Path(__file__).parent.parent / "deploy" / "prometheus" / "prometheus.yml"

@@ -26,12 +26,13 @@ from threading import Event, Thread
 
 import psutil
 
-from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
 from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
-from loadtests.records import Record
-from loadtests.report import table, table_rows, write_report
-from loadtests.results import PUNCTUAL, broken, result, span
+from loadtests.report import table_rows, write_report
+from vllm_vtprune_evaluation.load.client import served_model
+from vllm_vtprune_evaluation.load.page import table
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.results import PUNCTUAL, broken, result, span
 from vllm_vtprune_server.process import ServerFailed, running_server
 
 OPTIONS = (
