@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, write_page, written
+from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, table, write_page, written
 from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import METRICS, samples
 
@@ -100,6 +100,11 @@ def write_report(
             Section("Plots", plots=plots(records)),
         ],
     )
+
+
+def results_text(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results of runs as a table for a terminal."""
+    return table(("", *results), [(label, *values) for label, values in table_rows(results)])
 
 
 def table_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

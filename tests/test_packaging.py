@@ -34,7 +34,7 @@ def test_every_package_is_installed_and_none_under_a_common_name() -> None:
     assert all(package.startswith("vllm_vtprune") for package in setuptools["packages"])
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "inspect", "eval", "calibrate"])
+@pytest.mark.parametrize("command", ["serve", "demo", "inspect", "eval", "calibrate", "bench"])
 def test_commands_run_beside_modules_of_the_user_s(command: str, tmp_path: Path) -> None:
     for name in ("server", "evaluation"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('of a user')\n")

@@ -18,6 +18,7 @@ commands:
   inspect IMAGE [options]   draw which visual tokens of an image a policy keeps
   eval [options]            compare the accuracy of methods on scenes with known answers
   calibrate [options]       find a preset for your own images
+  bench [MODEL] [options]   what presets do to the speed and the answers of your model
 
 example:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced

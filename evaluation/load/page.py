@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +54,15 @@ def write_page(path: Path, title: str, sections: Sequence[Section], alerts: Sequ
     path.write_text(template.render(title=title, sections=sections, alerts=alerts), encoding="utf-8")
 
 
-def table(rows: Sequence[tuple[str, Sequence[str]]], headings: Sequence[str]) -> str:
-    """Rows as aligned text."""
-    lines = [("", headings), *rows]
-    first = max(len(label) for label, _ in lines)
-    width = max(len(value) for _, values in lines for value in values) + 2
-    return "\n".join(label.ljust(first) + "".join(value.rjust(width) for value in values) for label, values in lines)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A table as text, its first ``texts`` columns aligned to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
+        [cell.ljust(width) if index < texts else cell.rjust(width) for index, (cell, width) in enumerate(columns)]
+        for columns in (zip(line, widths, strict=True) for line in lines)
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def written(value: float | None, style: str) -> str:
