@@ -19,7 +19,18 @@ from vllm_vtprune_evaluation.load.ratios import PairedRatio
 from vllm_vtprune_evaluation.load.results import samples
 
 SPEED_HEAD = ("clients", "arm", "p50 ms", "p99 ms", "to off", "req/s", "to off", "tok/s")
-QUALITY_HEAD = ("arm", "tokens", "kept", "share", "same answers", "first word", "similar", "right", "plan")
+QUALITY_HEAD = (
+    "arm",
+    "tokens",
+    "kept",
+    "share",
+    "same answers",
+    "first word",
+    "similar",
+    "right",
+    "selected by",
+    "plan",
+)
 SHOWN = 12  # questions in the HTML file
 THUMBNAIL = (144, 112)  # pixels
 WIDTH = 100  # columns of a terminal
@@ -32,8 +43,9 @@ SPEED_NOTE = (
 QUALITY_NOTE = (
     "Visual tokens of an image and how many were kept, on average. Greedy answers beside the unpruned ones: the same "
     "(95 % interval), the same first word, similarity of the words (1: equal). The row off is the unpruned model "
-    "asked a second time: what it says is what the others could reach. Plan: share of the server's time to first token "
-    "spent on reading the text, the budget and the selection; a dash where the engine selects."
+    "asked a second time: what it says is what the others could reach. Selected by: the API process or the engine. "
+    "Plan: share of the server's time to first token spent on reading the text, the budget and the selection; a dash "
+    "where the engine selects."
 )
 
 
@@ -70,6 +82,7 @@ def quality_rows(qualities: Sequence[Quality]) -> list[list[str]]:
             f"{quality.first_word:.0%}",
             f"{quality.similarity:.2f}",
             written(quality.right, ".0%"),
+            quality.placement or "-",
             written(quality.plan_share, ".1%"),
         ]
         for quality in qualities

@@ -61,6 +61,7 @@ class Quality:
         first_word: share with the same first word.
         similarity: mean similarity of the words, from 0 to 1 (difflib).
         right: share of right answers; None if they are not known.
+        placement: the process that selected tokens; None if nobody did.
         plan_share: share of the server's time to first token spent on the plan, median over new pictures at the fewest
             clients; None if the server did not measure it, as it does not where the engine selects.
     """
@@ -75,6 +76,7 @@ class Quality:
     first_word: float
     similarity: float
     right: float | None
+    placement: str | None
     plan_share: float | None
 
 
@@ -131,6 +133,7 @@ def qualities(measured: Measured, subjects: Sequence[Subject]) -> list[Quality]:
         pairs = [(mine.text, text) for mine, text in zip(compared, unpruned, strict=False) if mine.error is None]
         same = sum(plain(mine) == plain(text) for mine, text in pairs)
         interval = binomtest(same, len(pairs)).proportion_ci(method="wilson") if pairs else (0.0, 1.0)
+        placed = Counter(placement for image in images if (placement := image.get("placement")))
         known = [subject.answer for subject in subjects if subject.answer]
         right = [plain(r.text) == plain(s.answer) for r, s in zip(records, subjects, strict=False) if s.answer]
         shares = [share for block in timed for record in block if (share := plan_share(record)) is not None]
@@ -146,6 +149,7 @@ def qualities(measured: Measured, subjects: Sequence[Subject]) -> list[Quality]:
                 fmean(_first(mine) == _first(text) for mine, text in pairs) if pairs else 0.0,
                 fmean(similarity(mine, text) for mine, text in pairs) if pairs else 0.0,
                 fmean(right) if known else None,
+                placed.most_common(1)[0][0] if placed else None,
                 median(shares) if shares else None,
             )
         )

@@ -76,6 +76,14 @@ def test_every_timed_picture_is_new_to_the_server_and_the_same_for_all_arms(tmp_
     assert len({Image.open(io.BytesIO(file)).tobytes() for file in sent}) == 1
 
 
+def test_seconds_decide_how_many_rounds_there_is_time_for(tmp_path: Path) -> None:
+    with fake_chat(reply) as fake:
+        bench(["--url", fake.url, "--presets", "fast", "--concurrency", "1", "--seconds", "1", "--out", str(tmp_path)])
+    levels = json.loads((tmp_path / "results.json").read_text())["levels"]
+    assert len(levels) == 4
+    assert all(4 <= level["requests"] <= 12 for level in levels), "a round takes more than 0.12 s"
+
+
 def test_a_policy_is_named_by_its_method_and_budget(tmp_path: Path) -> None:
     policy = {"method": "divprune", "budget": {"type": "tokens", "keep": 64}}
     with fake_chat(lambda body: reply({**body, "pruning": "fast" if body["pruning"] else False})) as fake:
