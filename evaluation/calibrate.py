@@ -248,7 +248,7 @@ class Found:
         kept += f"{self.whole:.1f} tokens on average and retains "
         if self.checked is None:
             return f"{kept}{self.trial.retained} on the pictures that it was chosen by; none were held out."
-        return f"{kept}{self.checked} on held-out pictures."
+        return f"{kept}{self.checked} on held-out pictures (n = {self.checked.counted})."
 
     def preset(self, name: str, model: str) -> str:
         """The presets file."""
@@ -295,9 +295,7 @@ class Search:
         self._held_out = held_out
         self._known = known
         self._shares: list[float] = []  # at which methods are compared
-        self._compared: dict[
-            str, tuple[int, list[float]]
-        ] = {}  # method -> questions, and what it retains at each share
+        self._compared: dict[str, tuple[int, list[float]]] = {}  # method -> questions, and its share retained at each
 
     def run(self, tried: Sequence[Candidate], *, tokens: int | None, retain: float | None) -> Found:
         """Find a policy: the one that retains most with ``tokens``, or the fewest tokens that retain ``retain``.
