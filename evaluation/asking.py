@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAIError
-from tqdm import tqdm
 
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm
 from vllm_vtprune_evaluation.options import weights_digest
 from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 ANSWER_TOKENS = 12
@@ -24,7 +25,14 @@ class Unasked(Exception):
     """The server's answer to a question cannot be used; the message gives the reason."""
 
 
-def ask_all(url: str, model: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
+def ask_all(
+    url: str,
+    model: str,
+    pictures: Sequence[Picture],
+    arms: Sequence[Arm],
+    answers: Answers,
+    progress: Callable[[int], object] | None = None,
+) -> None:
     """Ask every question of every picture under every arm, except those in ``answers``.
 
     Proceeds by batches of pictures, so all arms have nearly the same pictures at any time.
@@ -35,19 +43,30 @@ def ask_all(url: str, model: str, pictures: Sequence[Picture], arms: Sequence[Ar
         pictures: the pictures.
         arms: the arms.
         answers: gets the answers.
+        progress: called with numbers of questions that are answered; None: shown.
 
     Raises:
         Unasked: the server serves another model, returns no report, or a request failed after retries.
     """
+    total = len(arms) * sum(len(picture.questions) for picture in pictures)
     try:
-        asyncio.run(_ask_all(url, model, pictures, arms, answers))
+        with ExitStack() as stack:
+            if progress is None:
+                progress = stack.enter_context(Progress(desc="answered", total=total, unit="questions")).update
+            asyncio.run(_ask_all(url, model, pictures, arms, answers, progress))
     except* (Unasked, OpenAIError) as failures:
         first = failures.exceptions[0]
         raise Unasked(f"{url}: {first}") from first
 
 
-async def _ask_all(url: str, expected: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers) -> None:
-    total = len(arms) * sum(len(picture.questions) for picture in pictures)
+async def _ask_all(
+    url: str,
+    expected: str,
+    pictures: Sequence[Picture],
+    arms: Sequence[Arm],
+    answers: Answers,
+    progress: Callable[[int], object],
+) -> None:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", timeout=600) as client:
         card = (await client.models.list()).data[0]
         root = str((card.model_extra or {}).get("root") or card.id)
@@ -55,22 +74,21 @@ async def _ask_all(url: str, expected: str, pictures: Sequence[Picture], arms: S
             raise Unasked(f"it serves {root}, and not {expected}: name it with --model")
         model = card.id
         slots = asyncio.Semaphore(IN_FLIGHT)
-        with tqdm(total=total, unit="question", disable=None) as progress:
 
-            async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
-                async with slots:
-                    if not answers.has(arm, picture.name(index)):
-                        answers.add(arm, await _ask(client, model, arm, picture, index, image))
-                    progress.update()
+        async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
+            async with slots:
+                if not answers.has(arm, picture.name(index)):
+                    answers.add(arm, await _ask(client, model, arm, picture, index, image))
+                progress(1)
 
-            for start in range(0, len(pictures), BATCH):
-                batch = pictures[start : start + BATCH]
-                images = {picture.label: data_url(picture.paint()) for picture in batch}
-                async with asyncio.TaskGroup() as tasks:
-                    for arm in arms:
-                        for picture in batch:
-                            for index in range(len(picture.questions)):
-                                tasks.create_task(ask(arm, picture, index, images[picture.label]))
+        for start in range(0, len(pictures), BATCH):
+            batch = pictures[start : start + BATCH]
+            images = {picture.label: data_url(picture.paint()) for picture in batch}
+            async with asyncio.TaskGroup() as tasks:
+                for arm in arms:
+                    for picture in batch:
+                        for index in range(len(picture.questions)):
+                            tasks.create_task(ask(arm, picture, index, images[picture.label]))
 
 
 async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, image: str) -> Answer:

@@ -1,21 +1,26 @@
-"""`vtprune calibrate`: find a preset for your images, from a mean token count or a retained accuracy."""
+"""`vtprune calibrate`: find a preset for your images: the method, its parameters and the budget."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import PRESET_NAME
-from vllm_vtprune.selectors.registry import SELECTORS
+from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune_evaluation.answers import Answer, Answers, AnswersError, subject
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
 from vllm_vtprune_evaluation.asking import Unasked, ask_all
 from vllm_vtprune_evaluation.inspection import InspectionFailed
+from vllm_vtprune_evaluation.load.page import table
+from vllm_vtprune_evaluation.offline import SERVED_AS, OfflineFailed, Workers, check_model
 from vllm_vtprune_evaluation.options import (
     add_model_arguments,
     count,
@@ -25,21 +30,35 @@ from vllm_vtprune_evaluation.options import (
     served,
     shown,
 )
-from vllm_vtprune_evaluation.questions import Picture, SampleError, pictures, plain, read_sample
-from vllm_vtprune_evaluation.report import aligned, markdown
+from vllm_vtprune_evaluation.progress import Progress, quiet
+from vllm_vtprune_evaluation.questions import Picture, SampleError, pictures, read_sample
+from vllm_vtprune_evaluation.search import (
+    METHODS_TO_TRY,
+    Candidate,
+    Retained,
+    Trial,
+    candidates,
+    halve,
+    ladder,
+    retained,
+    sizes,
+    survivors,
+)
 from vllm_vtprune_evaluation.spectra import Sample, sample_pictures
 from vllm_vtprune_evaluation.thresholds import mean_kept, threshold_for
 from vllm_vtprune_server.process import ServerFailed
 
 LARGEST = 0.9999  # largest threshold; above it, rounding decides
 SHARES = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)  # keep ratios to try
-SCENE_QUESTIONS = 300
+COMPARED_AT = (1 / 4, 1 / 16)  # of them, those at which methods are compared
+FLOOR = 1 / 2  # of the mean, that an energy budget keeps of every picture
+HELD_OUT = 3  # every third picture, which the search does not see
+SCENE_QUESTIONS = 450
 ANSWERS = "answers.jsonl"  # below --work
-METHODS_OF_ANY_SIZE = [name for name, method in SELECTORS.items() if not method.capped]
 
 EXAMPLE = """examples:
-  vtprune calibrate --tokens 128 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml
   vtprune calibrate --retain 0.99 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml
+  vtprune calibrate --tokens 128 --model llava-hf/llava-1.5-7b-hf --sample questions.jsonl --out presets.toml
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-presets presets.toml --pruning-default calibrated
 
 a line of questions.jsonl, whose answer may be left out:
@@ -47,19 +66,12 @@ a line of questions.jsonl, whose answer may be left out:
 """
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The result of one energy threshold.
+Ask = Callable[[Sequence[Picture], Sequence[Arm], Callable[[int], object]], None]
+"""Has pictures' questions answered under arms, and tells how many are."""
 
-    Attributes:
-        threshold: energy threshold.
-        mean_tokens: mean kept tokens per picture.
-        retained: right answers relative to the unpruned model, or share of unchanged answers; None: not measured.
-    """
 
-    threshold: float
-    mean_tokens: float
-    retained: float | None = None
+class NoPreset(Exception):
+    """No preset can be found; the message gives the reason."""
 
 
 def calibrate(argv: list[str]) -> None:
@@ -69,89 +81,57 @@ def calibrate(argv: list[str]) -> None:
         argv: the command line after ``vtprune calibrate``.
 
     Raises:
-        SystemExit: 2 for invalid options; 1 if the sample, the server or a request fails, or no trial reaches the
+        SystemExit: 2 for invalid options; 1 if the sample, the server or a request fails, or nothing reaches the
             target; 130 when interrupted.
     """
     args = _parse(argv)
+    quiet()
     try:
-        model = args.model or embedded_model()
-        sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
-        encoded = sample_pictures(model, sample, dtype_of(args))
-        if args.tokens is not None:
-            trials = [_trial(encoded, args.tokens)]
-        else:
-            trials = _run_trials(args, model, sample, encoded)
-        chosen = choose(trials, args.retain)
-        if args.retain is not None:
-            print(aligned(_table(trials, chosen)), flush=True)
-            print(f"Answers: {shown(args.work / ANSWERS)}", file=sys.stderr)
-        if chosen is None:
-            sys.exit(f"vtprune calibrate: nothing that was tried retains {args.retain:g}; the largest budget is above.")
-        args.out.write_text(_preset(args, model, sample, chosen))
+        _calibrate(args)
     except KeyboardInterrupt:
         interrupted()
-    except (SampleError, InspectionFailed, ServerFailed, AnswersError, Unasked, PolicyError, _NoThreshold) as error:
+    except (
+        SampleError, InspectionFailed, ServerFailed, AnswersError, Unasked, OfflineFailed, PolicyError, NoPreset,
+    ) as error:  # fmt: skip
         sys.exit(f"vtprune calibrate: {error}")
-    print(f"{args.out}: preset {args.name} keeps {chosen.mean_tokens:.1f} tokens on average over questions.")
-
-
-def choose(trials: Sequence[Trial], retain: float | None) -> Trial | None:
-    """The last trial before the first one that retains too little; None if there is none.
-
-    Args:
-        trials: trials, most tokens first.
-        retain: required share; None: no requirement.
-    """
-    chosen = None
-    for trial in trials:
-        if retain is not None and trial.retained is not None and trial.retained < retain:
-            break
-        chosen = trial
-    return chosen
-
-
-def retained(answers: Sequence[Answer], unpruned: Sequence[Answer], *, known: bool) -> float:
-    """The retained share of the unpruned model's accuracy.
-
-    Args:
-        answers: answers to the sample's questions.
-        unpruned: the unpruned model's answers, in the same order.
-        known: whether the right answers are known; else the share of unchanged answers counts.
-    """
-    if known:
-        return sum(answer.right for answer in answers) / max(1, sum(answer.right for answer in unpruned))
-    same = [plain(answer.text) == plain(other.text) for answer, other in zip(answers, unpruned, strict=True)]
-    return sum(same) / len(same)
-
-
-class _NoThreshold(Exception):
-    pass
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vtprune calibrate",
-        description="Find the energy threshold that keeps a number of tokens on average, or the smallest budget that "
-        "retains a share of the model's accuracy, on a sample of pictures; write it as a preset.",
+        description="Find the method, its parameters and the budget that keep most of a model's answers, on a sample\n"
+        "of your pictures; check them on the part of the sample that the search did not see; write a preset.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="answer without a server, many times faster (float32, all cores; LLaVA-1.5 only); the default for the "
+        "demo model",
+    )
+    parser.add_argument(
         "--sample", type=Path, metavar="FILE", help="sample of your pictures, as JSON lines (default: generated scenes)"
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
-        "--tokens", type=count, metavar="K", help="tokens to keep on average over questions; needs no server"
-    )
-    target.add_argument(
         "--retain",
         type=_share,
         metavar="SHARE",
-        help="share of the unpruned model's right answers to retain; without answers: share of unchanged answers",
+        help="find the fewest tokens that retain this share of the unpruned model's right answers; without answers: of "
+        "answers that stay the same",
     )
-    parser.add_argument(
-        "--method", choices=METHODS_OF_ANY_SIZE, default="resprune", help="method (default: %(default)s)"
+    target.add_argument("--tokens", type=count, metavar="K", help="find what retains most with K tokens on average")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--methods",
+        type=_methods,
+        metavar="A,B",
+        help=f'methods to try: "all", or any of {", ".join(METHODS)} (default: the best of each kind)',
+    )
+    which.add_argument(
+        "--method", choices=list(METHODS), help="only this method with its default parameters; finds the budget"
     )
     parser.add_argument("--name", type=_name, default="calibrated", help="name of the preset (default: %(default)s)")
     parser.add_argument(
@@ -167,6 +147,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(
             f"--out: {args.out} is not accepted; expected a file that does not exist yet, in a folder that does"
         )
+    if args.offline and args.url:
+        parser.error("--offline: cannot be combined with --url")
+    args.offline = args.offline or not (args.model or args.url)
     return args
 
 
@@ -188,71 +171,282 @@ def _name(text: str) -> str:
     return text
 
 
-def _trial(encoded: Sample, tokens: float) -> Trial:
-    threshold = threshold_for(encoded.pictures, tokens)
-    if threshold is None:
-        most = mean_kept(encoded.pictures, 1.0)
-        raise _NoThreshold(f"no energy threshold keeps {tokens:g} tokens on average; at most it is {most:.1f} here")
-    return Trial(threshold, mean_kept(encoded.pictures, threshold))
+def _methods(text: str) -> list[str]:
+    names = list(METHODS) if text == "all" else list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not accepted; expected any of {', '.join(METHODS)}")
+    return names
 
 
-def _run_trials(args: argparse.Namespace, model: str, sample: Sequence[Picture], encoded: Sample) -> list[Trial]:
-    """Evaluate every reachable budget of `SHARES`, or the largest reachable one before them."""
+def _calibrate(args: argparse.Namespace) -> None:
+    model = args.model or embedded_model()
+    if args.offline:
+        check_model(model)
+    sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
     has_answer = {bool(question.answer) for picture in sample for question in picture.questions}
     if len(has_answer) > 1:
         raise SampleError("some questions have an answer and others have none; expected all or none")
-    known = has_answer == {True}
-    largest = mean_kept(encoded.pictures, LARGEST)
-    budgets = [share * encoded.mean_tokens for share in SHARES]
-    if budgets[0] > largest:
-        print(f"Energy budgets keep at most {largest:.1f} tokens on average here.", file=sys.stderr)
-    trials = [Trial(LARGEST, largest)] if budgets[0] > largest else []
-    trials += [_trial(encoded, tokens) for tokens in budgets if tokens <= largest]
-    arms = [Arm(f"{trial.mean_tokens:.1f}", _policy(args, trial), args.method, adaptive=True) for trial in trials]
-    PruningPolicy.parse(arms[0].policy)
+    dtype = "float32" if args.offline else dtype_of(args)
+    held_out = sample[HELD_OUT - 1 :: HELD_OUT]
+    searched = [picture for index, picture in enumerate(sample, 1) if index % HELD_OUT]
+    encoded = sample_pictures(model, searched, dtype)
+    if args.tokens and args.tokens >= encoded.mean_tokens:
+        raise NoPreset(f"--tokens: {args.tokens} given; expected fewer than the {encoded.mean_tokens:.1f} of a picture")
+    if args.method:
+        tried = [Candidate(args.method, {"method": args.method})]
+    else:
+        tried = candidates(args.methods or METHODS_TO_TRY, encoded.family)
+    if not tried:
+        raise NoPreset("--methods: none given that this model can run with any number of tokens")
     args.work.mkdir(parents=True, exist_ok=True)
-    dtype = dtype_of(args)
-    depends_on = subject(model, args.url or dtype, sample)
-    with Answers(args.work / ANSWERS, depends_on) as answers, served(args.url, model, dtype) as url:
-        ask_all(url, model, sample, [UNPRUNED, *arms], answers)
-        names = [picture.name(index) for picture in sample for index in range(len(picture.questions))]
-        unpruned = [answers.of(UNPRUNED)[name] for name in names]
-        return [
-            Trial(
-                trial.threshold,
-                trial.mean_tokens,
-                retained([answers.of(arm)[name] for name in names], unpruned, known=known),
+    depends_on = subject(model, SERVED_AS if args.offline else args.url or dtype, sample)
+    with (
+        Answers(args.work / ANSWERS, depends_on) as answers,
+        _asking(args, model, dtype, answers) as ask,
+    ):
+        found = Search(ask, answers, encoded, searched, held_out, known=has_answer == {True}).run(
+            tried, tokens=args.tokens, retain=args.retain
+        )
+    args.out.write_text(found.preset(args.name, model))
+    print(f"{args.out}: {found.sentence(args.name)}")
+    print(f"Answers: {shown(args.work / ANSWERS)}", file=sys.stderr)
+
+
+@contextmanager
+def _asking(args: argparse.Namespace, model: str, dtype: str, answers: Answers) -> Iterator[Ask]:
+    """A way to ask, for the context: offline, or a server."""
+    if args.offline:
+        with Workers(model) as workers:
+            yield lambda asked, arms, progress: workers.answer(asked, arms, answers, progress)
+        return
+    with served(args.url, model, dtype) as url:
+        yield lambda asked, arms, progress: ask_all(url, model, asked, arms, answers, progress)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A policy, and what it keeps.
+
+    Attributes:
+        candidate: the method.
+        trial: its budget.
+        whole: visual tokens of a picture that is not pruned, on average over questions.
+        checked: what it retains on the held-out pictures; None: none are held out.
+    """
+
+    candidate: Candidate
+    trial: Trial
+    whole: float
+    checked: Retained | None
+
+    def sentence(self, name: str) -> str:
+        """What the preset keeps."""
+        kept = (
+            f"preset {name} ({self.candidate.name}, {_shown(self.trial.budget)}) keeps {self.trial.mean_tokens:.1f} of "
+        )
+        kept += f"{self.whole:.1f} tokens on average and retains "
+        if self.checked is None:
+            return f"{kept}{self.trial.retained} on the pictures that it was chosen by; none were held out."
+        return f"{kept}{self.checked} on held-out pictures (n = {self.checked.counted})."
+
+    def preset(self, name: str, model: str) -> str:
+        """The presets file."""
+        policy = self.candidate.policy(self.trial.budget)
+        PruningPolicy.parse(policy)
+        budget = ", ".join(f"{key} = {json.dumps(value)}" for key, value in self.trial.budget.items())
+        fields = [f"{key} = {json.dumps(value)}" for key, value in self.candidate.fields.items()]
+        about = f"# vtprune calibrate, {model}: {self.sentence(name)}"
+        return "\n".join([about, f"[{json.dumps(name)}]", *fields, f"budget = {{{budget}}}", ""])
+
+
+def _shown(budget: Mapping[str, Any]) -> str:
+    if budget["type"] == "ratio":
+        return f"ratio {budget['keep']:.4g}"
+    return f"energy {budget['threshold']:.6g}, at least {budget['min_tokens']}"
+
+
+class Search:
+    """The search of a policy on a sample.
+
+    Args:
+        ask: has questions answered.
+        answers: holds the answers.
+        encoded: the searched pictures, as the encoder sees them.
+        searched: pictures to choose by.
+        held_out: pictures to check the choice on.
+        known: whether the right answers are known.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        answers: Answers,
+        encoded: Sample,
+        searched: Sequence[Picture],
+        held_out: Sequence[Picture],
+        *,
+        known: bool,
+    ) -> None:
+        self._ask = ask
+        self._answers = answers
+        self._encoded = encoded
+        self._searched = searched
+        self._held_out = held_out
+        self._known = known
+        self._shares: list[float] = []  # at which methods are compared
+        self._compared: dict[str, tuple[int, list[float]]] = {}  # method -> questions, and its share retained at each
+
+    def run(self, tried: Sequence[Candidate], *, tokens: int | None, retain: float | None) -> Found:
+        """Find a policy: the one that retains most with ``tokens``, or the fewest tokens that retain ``retain``.
+
+        Raises:
+            NoPreset: the unpruned model has nothing to retain, or nothing retains enough.
+        """
+        whole = self._encoded.mean_tokens
+        shares = [tokens / whole] if tokens else list(SHARES)
+        rungs = sizes(len(self._searched)) if len(tried) > 1 else []
+        self._shares = shares if tokens else list(COMPARED_AT)
+        with Progress(desc="unpruned", total=self._total(tried, rungs, len(shares)), unit="answers") as progress:
+            self._progress = progress
+            self._answered([UNPRUNED], [*self._searched, *self._held_out])
+            self._something_to_retain()
+            best = tried[0]
+            if rungs:
+                best, *_ = halve(tried, rungs, lambda left, size: self._compare(left, size, rungs))
+            trials = self._trials(best, shares, retain)
+            chosen, checked = self._check(best, ladder(trials, retain), retain)
+        self._print(best, trials, chosen)
+        if chosen is None:
+            where = "held-out pictures" if checked else "the searched pictures"
+            raise NoPreset(f"nothing that was tried retains {retain:g} on {where}; the budgets are above")
+        return Found(best, chosen, whole, checked)
+
+    def _trials(self, candidate: Candidate, shares: Sequence[float], retain: float | None) -> list[Trial]:
+        """Ratios from the largest on, until one retains too little; from the last that does not, energy budgets."""
+        trials = self._down(candidate, [{"type": "ratio", "keep": share} for share in shares], retain)
+        enough = [trial.budget["keep"] for trial in trials if retain is None or trial.retained.share >= retain]
+        if enough and not METHODS[candidate.method].preprocesses:
+            energies = (self._energy(share) for share in shares if share <= enough[-1])
+            trials += self._down(candidate, list(filter(None, energies)), retain)
+        self._progress.total = self._progress.n + _questions(self._held_out)
+        return trials
+
+    def _down(self, candidate: Candidate, budgets: Sequence[Mapping[str, Any]], retain: float | None) -> list[Trial]:
+        """Budgets, from the largest on until one retains too little."""
+        trials: list[Trial] = []
+        for budget in budgets:
+            self._progress.set_description_str(f"budget {_shown(budget)}")
+            arm = _arm(candidate, budget)
+            self._answered([arm], self._searched)
+            tokens = fmean(answer.tokens for answer in self._of(arm, self._searched))
+            trials.append(Trial(budget["type"], budget, tokens, self._retained(arm, self._searched)))
+            if retain is not None and trials[-1].retained.share < retain:
+                break
+        return trials
+
+    def _energy(self, share: float) -> Mapping[str, Any] | None:
+        """An energy budget that keeps a share of the tokens on average; None if the features' rank is too low."""
+        mean = share * self._encoded.mean_tokens
+        least = max(1, int(mean * FLOOR))
+        threshold = threshold_for(self._encoded.pictures, mean, least)
+        if threshold is not None and threshold <= LARGEST:
+            return {"type": "energy", "threshold": threshold, "min_tokens": least}
+        most = mean_kept(self._encoded.pictures, LARGEST, least)
+        self._progress.write(
+            f"An energy budget keeps at most {most:.1f} tokens on average here (the features' rank); for {mean:.1f}, "
+            f"take a ratio of {share:.4g}.",
+            sys.stderr,
+        )
+        return None
+
+    def _total(self, tried: Sequence[Candidate], rungs: Sequence[int], shares: int) -> int:
+        """Answers to ask for, at most if the first choice holds."""
+        total = _questions(self._searched) * (1 + 2 * shares) + 2 * _questions(self._held_out)
+        for left, size, before in zip(survivors(len(tried), len(rungs)), rungs, [0, *rungs], strict=False):
+            total += left * len(self._shares) * _questions(self._searched[before:size])
+        return total
+
+    def _answered(self, arms: Sequence[Arm], asked: Sequence[Picture]) -> None:
+        self._ask(asked, arms, self._progress.update)
+
+    def _retained(self, arm: Arm, asked: Sequence[Picture]) -> Retained:
+        return retained(self._of(arm, asked), self._of(UNPRUNED, asked), known=self._known)
+
+    def _of(self, arm: Arm, asked: Sequence[Picture]) -> list[Answer]:
+        answers = self._answers.of(arm)
+        return [answers[picture.name(index)] for picture in asked for index in range(len(picture.questions))]
+
+    def _something_to_retain(self) -> None:
+        if not self._known:
+            return
+        for asked in filter(None, (self._searched, self._held_out)):
+            answers = self._of(UNPRUNED, asked)
+            right = sum(answer.right for answer in answers)
+            if not right:
+                held = " held-out" if asked is self._held_out else ""
+                raise NoPreset(
+                    f"the unpruned model answers 0 of {len(answers)}{held} questions right, so there is nothing to "
+                    f"retain; expected answers as the model words them, such as {json.dumps(answers[0].text.strip())}"
+                )
+
+    def _compare(self, left: Sequence[Candidate], size: int, rungs: Sequence[int]) -> list[float]:
+        """What candidates retain on the first pictures, as the mean over budgets."""
+        number = rungs.index(size)
+        self._progress.set_description_str(f"{len(left)} methods, {number + 1} of {len(rungs)}")
+        arms = [[_arm(candidate, {"type": "ratio", "keep": share}) for share in self._shares] for candidate in left]
+        before = rungs[number - 1] if number else 0
+        self._answered([arm for of in arms for arm in of], self._searched[before:size])
+        for candidate, of in zip(left, arms, strict=True):
+            shares = [self._retained(arm, self._searched[:size]).share for arm in of]
+            self._compared[candidate.name] = (_questions(self._searched[:size]), shares)
+        return [fmean(self._compared[candidate.name][1]) for candidate in left]
+
+    def _check(
+        self, candidate: Candidate, trials: Sequence[Trial], retain: float | None
+    ) -> tuple[Trial | None, Retained | None]:
+        """The first trial that retains enough on the held-out pictures too; None if none does."""
+        checked = None
+        for trial in trials:
+            if not self._held_out:
+                return trial, None
+            self._progress.set_description_str("held-out pictures")
+            arm = _arm(candidate, trial.budget)
+            self._answered([arm], self._held_out)
+            checked = self._retained(arm, self._held_out)
+            if retain is None or checked.share >= retain:
+                return trial, checked
+            self._progress.write(
+                f"{_shown(trial.budget)} retains {checked} on the held-out pictures; trying the next larger budget.",
+                sys.stderr,
             )
-            for trial, arm in zip(trials, arms, strict=True)
+        return None, checked
+
+    def _print(self, candidate: Candidate, trials: Sequence[Trial], chosen: Trial | None) -> None:
+        """The methods, the longest in the race first, and the budgets of the best one."""
+        if self._compared:
+            ranked = sorted(self._compared.items(), key=lambda item: (-item[1][0], -fmean(item[1][1])))
+            tokens = [f"{share * self._encoded.mean_tokens:.0f}" for share in self._shares]
+            rows = [
+                [name, str(questions), *(f"{100 * share:.1f} %" for share in shares)]
+                for name, (questions, shares) in ranked
+            ]
+            print(table(["method", "questions", *(f"retained at {count}" for count in tokens)], rows), end="\n\n")
+        rows = [
+            [
+                _shown(trial.budget),
+                f"{trial.mean_tokens:.1f}",
+                str(trial.retained),
+                "chosen" if trial is chosen else "",
+            ]
+            for trial in trials
         ]
+        print(table([f"budget of {candidate.name}", "mean tokens", "retained, 95 % interval", ""], rows), end="\n\n")
 
 
-def _policy(args: argparse.Namespace, trial: Trial) -> dict[str, object]:
-    return {"method": args.method, "budget": {"type": "energy", "threshold": trial.threshold, "min_tokens": 1}}
+def _arm(candidate: Candidate, budget: Mapping[str, Any]) -> Arm:
+    return Arm(candidate.name, candidate.policy(budget), candidate.method)
 
 
-def _table(trials: Sequence[Trial], chosen: Trial | None) -> str:
-    rows = [
-        [
-            "chosen" if trial is chosen else "",
-            f"{trial.mean_tokens:.1f}",
-            f"{trial.threshold:.6f}",
-            "-" if trial.retained is None else f"{100 * trial.retained:.1f} %",
-        ]
-        for trial in trials
-    ]
-    return markdown(["", "mean tokens", "threshold", "retained"], rows)
-
-
-def _preset(args: argparse.Namespace, model: str, sample: Sequence[Picture], chosen: Trial) -> str:
-    """The presets file."""
-    questions = sum(len(picture.questions) for picture in sample)
-    summary = f"{len(sample)} pictures, {chosen.mean_tokens:.1f} tokens on average over questions"
-    if chosen.retained is not None:
-        summary += f", {questions} questions, {100 * chosen.retained:.1f} % retained"
-    return (
-        f"# vtprune calibrate, {model}: {summary}\n"
-        f"[{json.dumps(args.name)}]\n"
-        f"method = {json.dumps(args.method)}\n"
-        f'budget = {{type = "energy", threshold = {chosen.threshold!r}, min_tokens = 1}}\n'
-    )
+def _questions(asked: Sequence[Picture]) -> int:
+    return sum(len(picture.questions) for picture in asked)

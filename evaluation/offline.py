@@ -10,15 +10,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from tokenizers.decoders import DecodeStream
-from tqdm import tqdm
 
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures
@@ -34,6 +34,7 @@ from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm.driver import InLLM, check_kind
 from vllm_vtprune_evaluation.inspection import InspectionFailed, features_of, pruning_processor
 from vllm_vtprune_evaluation.merged import load_merged, merged_features
+from vllm_vtprune_evaluation.progress import Progress, quiet
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
@@ -68,8 +69,6 @@ def answer_offline(
 ) -> None:
     """Answer every question of every picture under every arm, except those in ``answers``.
 
-    One worker process per core, each with its own copy of the model.
-
     Args:
         model: a LLaVA-1.5: a directory, or a name on the hub.
         pictures: the pictures.
@@ -80,40 +79,91 @@ def answer_offline(
     Raises:
         OfflineFailed: a worker cannot load or prune the model, or ended.
     """
-    tasks = [(picture, pending) for picture in pictures if (pending := _pending(picture, arms, answers))]
     total = len(arms) * sum(len(picture.questions) for picture in pictures)
-    unanswered = sum(len(questions) for _, pending in tasks for _, questions in pending)
-    workers: dict[Connection, Any] = {}
-    queue = iter(tasks)
-    try:
-        for _ in range(min(os.cpu_count() or 1, len(tasks))):
-            parent_end, worker_end = CONTEXT.Pipe()
-            workers[parent_end] = CONTEXT.Process(target=_work, args=(worker_end, model, arms, merged), daemon=True)
-            workers[parent_end].start()
-            worker_end.close()  # so that the connection ends with the process
-        with tqdm(total=total, initial=total - unanswered, unit="question", disable=None) as progress:
-            while workers:
-                for connection in wait(list(workers)):
-                    assert isinstance(connection, Connection)
-                    process = workers[connection]
-                    try:
-                        message = connection.recv()
-                    except EOFError:
-                        process.join()
-                        raise OfflineFailed(f"a process that answers ended with status {process.exitcode}") from None
-                    if isinstance(message, str):
-                        raise OfflineFailed(message)
-                    for arm, answer in message or ():
-                        answers.add(arms[arm], answer)
-                    progress.update(len(message or ()))
-                    if message is None:
-                        task = next(queue, None)
-                        connection.send(task)
-                        if task is None:
-                            workers.pop(connection).join()
-    finally:
-        for process in workers.values():
+    with Workers(model, merged) as workers, Progress(desc="answered", total=total, unit="questions") as progress:
+        workers.answer(pictures, arms, answers, progress.update)
+
+
+class Workers:
+    """Processes that answer questions, each with its own copy of the model; they start with the first question.
+
+    Args:
+        model, merged: see `answer_offline`.
+        most: processes; None: one per core.
+    """
+
+    def __init__(self, model: str, merged: Path | None = None, most: int | None = None) -> None:
+        self._model = model
+        self._merged = merged
+        self._most = most or os.cpu_count() or 1
+        self._processes: dict[Connection, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._processes.values():
             process.kill()  # all its answers have arrived
+
+    def answer(
+        self, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers, progress: Callable[[int], object]
+    ) -> None:
+        """Answer every question of every picture under every arm, except those in ``answers``.
+
+        Args:
+            pictures: the pictures.
+            arms: the arms.
+            answers: gets the answers.
+            progress: called with numbers of questions that are answered.
+
+        Raises:
+            OfflineFailed: a worker cannot load or prune the model, or ended.
+        """
+        tasks = [(picture, arms, pending) for picture in pictures if (pending := _pending(picture, arms, answers))]
+        unanswered = sum(len(questions) for _, _, pending in tasks for _, questions in pending)
+        progress(len(arms) * sum(len(picture.questions) for picture in pictures) - unanswered)
+        while len(self._processes) < min(self._most, len(tasks)):
+            self._start()
+        queue = iter(tasks)
+        busy = []
+        for connection, task in zip(self._processes, queue, strict=False):
+            self._send(connection, task)
+            busy.append(connection)
+        while busy:
+            for ready in wait(busy):
+                connection = next(other for other in busy if other is ready)
+                message = self._received(connection)
+                if message is not None:
+                    for arm, answer in message:
+                        answers.add(arms[arm], answer)
+                    progress(len(message))
+                elif (next_task := next(queue, None)) is not None:
+                    self._send(connection, next_task)
+                else:
+                    busy.remove(connection)
+
+    def _start(self) -> None:
+        parent_end, worker_end = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_work, args=(worker_end, self._model, self._merged), daemon=True)
+        process.start()
+        self._processes[parent_end] = process
+        worker_end.close()  # so that the connection ends with the process
+
+    def _send(self, connection: Connection, task: object) -> None:
+        with suppress(BrokenPipeError):  # the worker has ended, as `_received` says
+            connection.send(task)
+
+    def _received(self, connection: Connection) -> ArmAnswers | None:
+        """A batch of answers, or None at the end of a task."""
+        try:
+            message: ArmAnswers | str | None = connection.recv()
+        except EOFError:
+            process = self._processes[connection]
+            process.join()
+            raise OfflineFailed(f"a process that answers ended with status {process.exitcode}") from None
+        if isinstance(message, str):
+            raise OfflineFailed(message)
+        return message
 
 
 def _pending(picture: Picture, arms: Sequence[Arm], answers: Answers) -> Pending:
@@ -125,17 +175,16 @@ def _pending(picture: Picture, arms: Sequence[Arm], answers: Answers) -> Pending
     return pending
 
 
-def _work(connection: Connection, model: str, arms: Sequence[Arm], merged: Path | None) -> None:
-    """Answer the tasks that arrive until None does. Sends answers, None when idle, a string for an error."""
+def _work(connection: Connection, model: str, merged: Path | None) -> None:
+    """Answer tasks. Sends answers, None at the end of a task, a string for an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["VTPRUNE_TOWER_THREADS"] = "1"  # one core per worker
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    quiet()
     torch.set_num_threads(1)
     try:
         offline = Offline(model, merged)
-        connection.send(None)
-        while (task := connection.recv()) is not None:
-            picture, pending = task
+        while True:
+            picture, arms, pending = connection.recv()
             for batch in offline.answers(picture, arms, pending):
                 connection.send(batch)
             connection.send(None)

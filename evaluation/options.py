@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,6 +83,7 @@ def embedded_model() -> str:
     return str(TRAINED)
 
 
+@cache
 def weights_digest(model: str) -> str:
     """A digest of the weights if the model is a directory, else its name."""
     files = sorted(Path(model).glob("*.safetensors"))

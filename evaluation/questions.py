@@ -10,8 +10,6 @@ from pathlib import Path
 from PIL import Image
 
 from vllm_vtprune_evaluation.scenes import Question, Scene, Split, ask, make_scene, paint
-from vllm_vtprune_server.images import ImageIntake
-from vllm_vtprune_server.problem import MediaProblem
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ def read_image(file: Path) -> Image.Image:
         OSError: the file cannot be read.
         MediaProblem: the server would reject it.
     """
+    from vllm_vtprune_server.images import ImageIntake  # imports vLLM, which takes seconds
+
     return ImageIntake().load_bytes(file.read_bytes()).media
 
 
@@ -81,6 +81,8 @@ def read_sample(file: Path) -> list[Picture]:
     Raises:
         SampleError: the file cannot be read or is empty, or a line is invalid or names no readable image.
     """
+    from vllm_vtprune_server.problem import MediaProblem
+
     asked: dict[str, list[Question]] = {}
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

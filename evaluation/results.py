@@ -180,7 +180,7 @@ def results(
     """
     names = _asked_of_all([answers for _, answers in arms], unpruned, kinds)
     base = np.array([unpruned[name].right for name in names], dtype=float)
-    draws = _draws(names)
+    draws = picture_draws(names)
     out = []
     for arm, answers in arms:
         asked = [answers[name] for name in names]
@@ -226,7 +226,7 @@ def differences(
     """
     names = _asked_of_all([answers for _, answers in arms], unpruned, kinds)
     right = {arm.name: np.array([answers[name].right for name in names], dtype=float) for arm, answers in arms}
-    draws = _draws(names)
+    draws = picture_draws(names)
     out = []
     for first, second in pairs:
         gained = right[first.arm] - right[second.arm]
@@ -240,7 +240,7 @@ def _asked_of_all(answered: Iterable[ByQuestion], unpruned: ByQuestion, kinds: S
     return sorted(name for name in common if kinds is None or unpruned[name].kind in kinds)
 
 
-def _draws(names: Sequence[str]) -> NDArray[np.float64]:
+def picture_draws(names: Sequence[str]) -> NDArray[np.float64]:
     """(RESAMPLES, number of questions): how often each question is drawn when pictures are drawn with replacement.
 
     Questions about one picture share its difficulties, so they are drawn together.

@@ -28,11 +28,11 @@ import httpx
 
 from loadtests.drive import KINDS, DriveFailed, drive
 from loadtests.options import add_slo_arguments, count, p99_limits
-from loadtests.ratios import paired_ratio
-from loadtests.records import Record
-from loadtests.report import table, table_rows, write_report
-from loadtests.results import broken, percentile, result, samples, span
+from loadtests.report import results_text, write_report
 from loadtests.servers import MODEL, STOCK, Arm, servers
+from vllm_vtprune_evaluation.load.ratios import paired_ratio
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.results import broken, percentile, result, samples, span
 from vllm_vtprune_server.process import ServerFailed
 
 ARMS = ("stock", "off", "balanced")
@@ -180,7 +180,7 @@ def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, users: i
         ],
     )
     print(f"users: {users}")
-    print(table(table_rows(results), list(results)))
+    print(results_text(results))
     for name, text in ratios.items():
         print(f"{name}: {text}")
     for arm, seconds in spent.items():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtests.records import Record, load_records
+from vllm_vtprune_evaluation.load.records import Record, load_records
 
 KINDS = ("Conversations", "FreshImages", "ImageSizes", "PolicyMix", "PromptLengths", "RepeatedImages")
 """The user classes of the locustfile."""

@@ -24,13 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loadtests.client import connect
-from loadtests.machine import machine
-from loadtests.records import Record
 from loadtests.servers import server
 from loadtests.ttft import ask_about, seconds
 from loadtests.workload import picture
 from vllm_vtprune_checkpoints import write_checkpoint
+from vllm_vtprune_evaluation.load.client import connect
+from vllm_vtprune_evaluation.load.machine import machine
+from vllm_vtprune_evaluation.load.records import Record
 
 OPTIONS = tuple("--max-num-seqs 1 --no-enable-prefix-caching --skip-mm-profiling".split())
 TIMEOUT = 1200  # seconds

@@ -9,8 +9,8 @@ it is sent late, but its times count from when it was due. So ``--users`` limits
 large. Requests due or in flight at the end count as failed. The same ``--seed`` gives the same pictures, questions and
 schedule. At the end, ``--out`` holds
 
-- ``requests.jsonl``: the measurements of each request (`loadtests.records`),
-- ``result.json``: the results under the names of ``vllm bench serve`` (`loadtests.results`),
+- ``requests.jsonl``: the measurements of each request (`vllm_vtprune_evaluation.load.records`),
+- ``result.json``: the results under the names of ``vllm bench serve`` (`vllm_vtprune_evaluation.load.results`),
 - ``report.html``: tables and plots.
 
 Locust's exit status is 1 if a request failed, an objective (``--slo-...``) was missed or ``--pruning`` had no effect,
@@ -36,13 +36,13 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import STATE_CLEANUP, LocalRunner
 
-from loadtests.client import ServerMissing, ask, connect, served_model, wall_clock
 from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
 from loadtests.pace import ARRIVALS, Pulse, Schedule, moments
-from loadtests.records import Record, save_records
 from loadtests.report import write_report
-from loadtests.results import broken, result
 from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, Message, message, picture, question
+from vllm_vtprune_evaluation.load.client import ServerMissing, ask, connect, served_model, wall_clock
+from vllm_vtprune_evaluation.load.records import Record, save_records
+from vllm_vtprune_evaluation.load.results import broken, result
 
 log = logging.getLogger("loadtests")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes a line for every request

@@ -32,11 +32,11 @@ import yaml
 from PIL import Image, ImageChops
 
 from deploy.grafana.plot import Prometheus, answers, plot
-from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
 from loadtests.options import count, positive
-from loadtests.report import table, table_rows
-from loadtests.results import broken, result
+from loadtests.report import results_text
+from vllm_vtprune_evaluation.load.client import served_model
+from vllm_vtprune_evaluation.load.results import broken, result
 from vllm_vtprune_server.process import ServerFailed, free_port, running_server, stop
 
 CONFIGURATION = Path(__file__).parent.parent / "deploy" / "prometheus" / "prometheus.yml"
@@ -92,7 +92,7 @@ def main() -> None:
     except (ServerFailed, PrometheusFailed, DriveFailed) as error:
         sys.exit(f"loadtests: {error}")
     plot(panels, out / "dashboard.png")
-    print(table(table_rows({LABEL: result(records, model=model, label=LABEL, users=options.users)}), [LABEL]))
+    print(results_text({LABEL: result(records, model=model, label=LABEL, users=options.users)}))
     print(f"alerts that fire: {names(alerts, 'firing')}; that will if it goes on like this: {names(alerts, 'pending')}")
     print(f"panels without data: {', '.join(panel.title for panel, series in panels if not series) or 'none'}")
     complaint = screenshot(out / "report.html", out / "report.png")

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from loadtests.results import METRICS
+from vllm_vtprune_evaluation.load.results import METRICS
 
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 

@@ -37,11 +37,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, normalize, rms_norm, scaled_dot_product_attention, silu
 
-from loadtests.machine import machine
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import spectrum
 from vllm_vtprune.selectors import SELECTORS
 from vllm_vtprune.selectors.resprune import ALPHA
+from vllm_vtprune_evaluation.load.machine import machine
 
 THRESHOLD = 0.99
 SHAPES = {  # (tokens, encoder's width, language model's width): kept

@@ -1,21 +1,17 @@
-"""The HTML report: one self-contained file."""
+"""The HTML report of load tests."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from loadtests.records import Record
-from loadtests.results import METRICS, samples
+from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, table, write_page, written
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.results import METRICS, samples
 
 ROWS: tuple[tuple[str, str, str], ...] = (
     ("completed", "requests that succeeded", ".0f"),
@@ -49,6 +45,15 @@ KIND_COLUMNS = (
 )
 
 
+DEFINITIONS = (
+    "TTFT: from when the request was due, connecting included, to the first chunk with content; it is due when it is "
+    "sent, or, at a constant rate, when the schedule says. ITL: the gaps between chunks with content, of all requests "
+    "together. E2E: to the last chunk with a choice. TPOT: (E2E - TTFT) / (output tokens - 1). While the client was "
+    "busy otherwise, it saw no chunk: a TTFT or a gap may be so much too long. Percentiles are of the raw samples of "
+    "requests that succeeded; a dash is what was not measured."
+)
+
+
 def write_report(
     path: Path,
     results: Mapping[str, Mapping[str, Any]],
@@ -59,30 +64,47 @@ def write_report(
 
     Args:
         path: the HTML file.
-        results: run -> result of `loadtests.results.result`.
+        results: run -> result of `vllm_vtprune_evaluation.load.results.result`.
         records: run -> its records.
         notes: paragraphs about the measurement.
     """
-    template = Environment(loader=PackageLoader("loadtests", "."), autoescape=True).get_template("report.html.jinja")
-    path.write_text(
-        template.render(
-            runs=list(results),
-            notes=notes,
-            rows=table_rows(results),
-            kind_columns=[heading for _, heading, _ in KIND_COLUMNS],
-            kinds=[
-                (run, kind, [written(values[key], style) for key, _, style in KIND_COLUMNS])
-                for run, result in results.items()
-                for kind, values in result["vtprune"]["kinds"].items()
-            ],
-            errors=[
-                (run, error, count)
-                for run, result in results.items()
-                for error, count in result["vtprune"]["errors"].items()
-            ],
-            plots=[Markup(svg) for svg in plots(records)],
-        )
+    kinds = [
+        (run, kind, *(written(values[key], style) for key, _, style in KIND_COLUMNS))
+        for run, result in results.items()
+        for kind, values in result["vtprune"]["kinds"].items()
+    ]
+    errors = [
+        (run, error, str(count))
+        for run, result in results.items()
+        for error, count in result["vtprune"]["errors"].items()
+    ]
+    write_page(
+        path,
+        "Load test",
+        [
+            Section(before=notes),
+            Section(
+                "Results",
+                head=("", *results),
+                rows=[(label, *values) for label, values in table_rows(results)],
+                after=[DEFINITIONS],
+            ),
+            *([Section("Failures", head=("run", "error", "requests"), rows=errors, texts=2)] if errors else []),
+            Section(
+                "Kinds of request",
+                head=("run", "kind", *(heading for _, heading, _ in KIND_COLUMNS)),
+                rows=kinds,
+                texts=2,
+                grouped=True,
+            ),
+            Section("Plots", plots=plots(records)),
+        ],
     )
+
+
+def results_text(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results of runs as a table for a terminal."""
+    return table(("", *results), [(label, *values) for label, values in table_rows(results)])
 
 
 def table_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -92,42 +114,21 @@ def table_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list
     return [(label, values) for label, values in rows if any(value != "-" for value in values)]
 
 
-def table(rows: Sequence[tuple[str, Sequence[str]]], headings: Sequence[str]) -> str:
-    """Rows as aligned text."""
-    lines = [("", headings), *rows]
-    first = max(len(label) for label, _ in lines)
-    width = max(len(value) for _, values in lines for value in values) + 2
-    return "\n".join(label.ljust(first) + "".join(value.rjust(width) for value in values) for label, values in lines)
-
-
-def written(value: float | None, style: str) -> str:
-    """A number for a table; a dash for what was not measured."""
-    return "-" if value is None else format(value, style)
-
-
-def plots(records: Mapping[str, Sequence[Record]]) -> list[str]:
+def plots(records: Mapping[str, Sequence[Record]]) -> list[Markup]:
     """The plots as SVG elements: distributions of TTFT, ITL and E2E, requests over time, TTFT by keep ratio."""
     measured = {run: samples(run_records) for run, run_records in records.items()}
     drawn = [
-        distribution(title, {run: run_samples[metric] for run, run_samples in measured.items()})
+        distribution(
+            f"{title}: share of {'gaps' if title == 'ITL' else 'requests'} within",
+            {run: run_samples[metric] for run, run_samples in measured.items()},
+        )
         for metric, title in zip(METRICS, ("TTFT", "TPOT", "ITL", "E2E"), strict=True)
         if metric != "tpot"
     ]
     return [*drawn, over_time(records), by_keep_ratio(records)]
 
 
-def distribution(title: str, milliseconds: Mapping[str, Sequence[float]]) -> str:
-    """Empirical distribution functions, one line per run."""
-    figure, axes = empty(f"{title}: share of {'gaps' if title == 'ITL' else 'requests'} within")
-    for run, values in milliseconds.items():
-        if values:
-            axes.ecdf(np.asarray(values), label=run)
-    axes.set_xlabel("ms")
-    axes.set_ylim(0, 1.02)
-    return svg(figure, axes)
-
-
-def over_time(records: Mapping[str, Sequence[Record]], seconds: float = 5) -> str:
+def over_time(records: Mapping[str, Sequence[Record]], seconds: float = 5) -> Markup:
     """Requests that ended per second, in windows of about ``seconds``."""
     figure, axes = empty("Requests ended per second")
     starts = [record.started for run_records in records.values() for record in run_records]
@@ -141,7 +142,7 @@ def over_time(records: Mapping[str, Sequence[Record]], seconds: float = 5) -> st
     return svg(figure, axes)
 
 
-def by_keep_ratio(records: Mapping[str, Sequence[Record]]) -> str:
+def by_keep_ratio(records: Mapping[str, Sequence[Record]]) -> Markup:
     """TTFT of each request against its keep ratio (1 without a report)."""
     figure, axes = empty("TTFT by share of visual tokens kept")
     for run, run_records in records.items():
@@ -157,25 +158,3 @@ def by_keep_ratio(records: Mapping[str, Sequence[Record]]) -> str:
     axes.set_xlim(0, 1.05)
     axes.set_ylim(bottom=0)
     return svg(figure, axes)
-
-
-def empty(title: str) -> tuple[Figure, Axes]:
-    """An empty figure."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def svg(figure: Figure, axes: Axes) -> str:
-    """The figure as an SVG element."""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
-    else:
-        axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]  # without the XML header

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vtprune_server.process import running_server
+from vllm_vtprune_server.process import STOCK_COMMAND, running_server
 
 MODEL = "model"
 OPTIONS = (
@@ -17,7 +17,6 @@ OPTIONS = (
 )  # fmt: skip
 """Options of every compared server: random weights, one model name."""
 STOCK = "stock"
-STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
 
 
 @dataclass(frozen=True)

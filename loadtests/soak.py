@@ -26,12 +26,12 @@ from threading import Event, Thread
 
 import psutil
 
-from loadtests.client import served_model
 from loadtests.drive import DriveFailed, drive
 from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
-from loadtests.records import Record
-from loadtests.report import table, table_rows, write_report
-from loadtests.results import PUNCTUAL, broken, result, span
+from loadtests.report import results_text, write_report
+from vllm_vtprune_evaluation.load.client import served_model
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.results import PUNCTUAL, broken, result, span
 from vllm_vtprune_server.process import ServerFailed, running_server
 
 OPTIONS = (
@@ -198,7 +198,7 @@ def conclude(
     rate = f"{punctual:.1%} of the requests were sent within {1000 * PUNCTUAL:.0f} ms after they were due"
     (options.out / "result.json").write_text(json.dumps(summed, indent=1) + "\n")
     write_report(options.out / "report.html", {LABEL: summed}, {LABEL: records}, notes=[rate, *memory])
-    print("\n".join([table(table_rows({LABEL: summed}), [LABEL]), rate, *memory]))
+    print("\n".join([results_text({LABEL: summed}), rate, *memory]))
     complaints = broken(records, p99_limits(options), policy(options.pruning))
     if punctual < IN_TIME:
         complaints.append(f"only {rate}: the server, or the number of users, does not keep this pace")

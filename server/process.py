@@ -17,10 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 START_TIMEOUT = 900.0  # seconds; large models load slowly
 STOP_TIMEOUT = 60.0
+STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
+"""Of `running_server`: stock vLLM, with ``VLLM_PLUGINS`` empty in its environment; the model is its option --model."""
+QUIET = 4.0  # seconds between two lines of progress that is not on a terminal
 
 
 class ServerFailed(RuntimeError):
@@ -83,15 +86,12 @@ def running_server(
 
 
 @contextmanager
-def announced_server(
-    name: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None
-) -> Iterator[str]:
-    """`running_server` with progress on stderr; on a terminal, the line counts the seconds.
+def announced_server(name: str, arguments: Sequence[str], **options: Any) -> Iterator[str]:
+    """`running_server` with progress on stderr: on a terminal a line that counts the seconds, else a line now and then.
 
     Args:
         name: display name of the model.
-        arguments: see `running_server`.
-        environment: see `running_server`.
+        arguments, options: see `running_server`.
 
     Raises:
         ServerFailed: the server did not start.
@@ -100,22 +100,31 @@ def announced_server(
     is_terminal = sys.stderr.isatty()
     width = shutil.get_terminal_size().columns - len(" 9999 s")  # a wrapped line could not be overwritten
 
+    due = QUIET
+
     def show_seconds(seconds: float) -> None:
+        nonlocal due
         if is_terminal:
             print(f"\r{line[:width]} {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+        elif seconds >= due:
+            print(f"{line} {seconds:.0f} s", file=sys.stderr, flush=True)
+            due = seconds + QUIET
 
     print(line[:width] if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
     with ExitStack() as stack:
         try:
-            url = stack.enter_context(running_server(arguments, environment=environment, on_wait=show_seconds))
+            url = stack.enter_context(running_server(arguments, on_wait=show_seconds, **options))
         finally:
             if is_terminal:
                 print(file=sys.stderr)
+        end = ""
         try:
             yield url
         except KeyboardInterrupt:
-            print("\nStopping the server ...", file=sys.stderr, flush=True)  # takes seconds
+            end = "\n"
             raise
+        finally:
+            print(f"{end}Stopping the server ...", file=sys.stderr, flush=True)  # takes seconds
 
 
 @contextmanager

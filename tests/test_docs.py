@@ -95,6 +95,7 @@ def test_every_variable_is_described_with_its_default() -> None:
         ("inspect", "python.md", "| option | default | meaning"),
         ("eval", "evaluation.md", "| option | default | meaning"),
         ("calibrate", "evaluation.md", "| option | default | meaning"),
+        ("bench", "bench.md", "| option | default | meaning"),
     ],
 )
 def test_every_option_of_a_command_is_described(command: str, page: str, head: str) -> None:

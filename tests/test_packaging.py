@@ -46,7 +46,7 @@ def test_the_page_is_installed() -> None:
     assert {file.name for file in server.glob(pattern)} == {file.name for file in PAGE.iterdir()}
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "inspect", "eval", "calibrate"])
+@pytest.mark.parametrize("command", ["serve", "demo", "inspect", "eval", "calibrate", "bench"])
 def test_commands_run_beside_modules_of_the_user_s(command: str, tmp_path: Path) -> None:
     for name in ("server", "evaluation"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('of a user')\n")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 
 from vllm_vtprune import __version__
 from vllm_vtprune.plugin.version import UntestedVllmError
 
 GROUP = "vtprune.commands"
+QUIET = 3.0  # seconds
 DESCRIPTION = """Serve vision-language models with fewer visual tokens.
 
 commands:
@@ -18,6 +23,7 @@ commands:
   inspect IMAGE [options]   draw which visual tokens of an image a policy keeps
   eval [options]            compare the accuracy of methods on scenes with known answers
   calibrate [options]       find a preset for your own images
+  bench [MODEL] [options]   what presets do to the speed and the answers of your model
 
 example:
   vtprune serve llava-hf/llava-1.5-7b-hf --pruning-default balanced
@@ -39,9 +45,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=sorted(commands.names), metavar="COMMAND", help="see above")
     command = parser.parse_args(arguments[:1]).command
     try:
-        commands[command].load()(arguments[1:])
+        with loading(command):
+            run = commands[command].load()
+        run(arguments[1:])
     except UntestedVllmError as error:
         sys.exit(f"vtprune {command}: {error}")
+
+
+@contextmanager
+def loading(command: str) -> Iterator[None]:
+    """Say every few seconds that a command is still being imported: vLLM and torch may take ten and more."""
+    loaded = threading.Event()
+
+    def say() -> None:
+        started = time.monotonic()
+        while not loaded.wait(QUIET):
+            print(f"vtprune {command}: loading ... {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        loaded.set()
 
 
 if __name__ == "__main__":

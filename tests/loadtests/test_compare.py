@@ -12,9 +12,9 @@ import pytest
 
 from loadtests.compare import ARMS, Turns, conclude, ratios_to_stock
 from loadtests.options import add_slo_arguments
-from loadtests.records import Record
 from loadtests.servers import Arm
 from tests.support.fake_chat import report
+from vllm_vtprune_evaluation.load.records import Record
 
 STOCK, OFF, PRUNED = ARMS
 ROOT = Path(__file__).parent.parent.parent

@@ -15,8 +15,8 @@ import pytest
 
 from loadtests.drive import KINDS, DriveFailed, drive
 from loadtests.pace import ARRIVALS, Arrivals, moments
-from loadtests.records import load_records
 from tests.support.fake_chat import DONE, ROLE, Reply, event, fake_chat, report, token, usage
+from vllm_vtprune_evaluation.load.records import load_records
 
 ROOT = Path(__file__).parent.parent.parent
 Body = dict[str, Any]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from loadtests.records import Record
 from loadtests.report import plots, table_rows, write_report
-from loadtests.results import result
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.results import result
 
 
 def one(start: float, ttft: float | None = 0.2, **fields: Any) -> Record:

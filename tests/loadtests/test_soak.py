@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from loadtests.options import add_slo_arguments
-from loadtests.records import Record
 from loadtests.soak import TOLERANCE, Memory, Process, conclude
 from tests.support.fake_chat import report
+from vllm_vtprune_evaluation.load.records import Record
 
 ROOT = Path(__file__).parent.parent.parent
 FLAT = Process("api", [80.0, 99.0, 100.0, 102.0])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from loadtests import families, ttft
-from loadtests.client import connect
 from tests.support.fake_chat import DONE, Reply, event, fake_chat, report, token, usage
+from vllm_vtprune_evaluation.load.client import connect
 
 
 def reply(body: dict[str, Any]) -> Reply:

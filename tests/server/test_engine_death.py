@@ -16,9 +16,9 @@ import httpx
 import psutil
 import pytest
 
-from loadtests.client import ask, connect
-from loadtests.records import Record
 from tests.support.chat import DONE, ENDLESS, Body, Server, data_of, fresh_url, kept, random_model, user
+from vllm_vtprune_evaluation.load.client import ask, connect
+from vllm_vtprune_evaluation.load.records import Record
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 

@@ -1,4 +1,4 @@
-"""`vtprune demo`, `eval` and `calibrate` from end to end, on a model that knows nothing."""
+"""`vtprune demo`, `eval`, `calibrate` and `bench` from end to end, on a model that knows nothing."""
 
 import json
 from contextlib import nullcontext
@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.chat import VISUAL_TOKENS, Server, user
 from tests.support.forked import context
-from vllm_vtprune.policy import EnergyBudget
 from vllm_vtprune.presets import read_presets
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
+from vllm_vtprune_evaluation.bench.command import bench
 from vllm_vtprune_evaluation.calibrate import calibrate
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.demo import POLICY, demo
@@ -182,32 +182,57 @@ def test_a_preset_is_written_that_the_server_reads(
     options = ["--url", server.url, "--model", str(tiny_checkpoint()), "--sample", str(tmp_path / "sample.jsonl")]
     options += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "presets.toml"), "--name", "mine"]
 
-    calibrate([*options, "--tokens", "48"])
-    assert "preset mine keeps 48.0 tokens" in capsys.readouterr().out
+    calibrate([*options, "--tokens", "48", "--methods", "divprune,leverage"])
+    out = capsys.readouterr().out
+    assert "keeps 48.0 of 576.0 tokens on average and retains" in out
+    assert "none were held out" in out, "of one picture"
     policy = read_presets(tmp_path / "presets.toml")["mine"]
-    assert isinstance(policy.budget, EnergyBudget)
     message = user("Who is this?", data_url(photograph()))
     report = server.ask(messages=[message], pruning=policy.dump())["pruning"]
-    assert report["images"][0]["kept_tokens"] == 48
+    assert (report["images"][0]["method"], report["images"][0]["kept_tokens"]) == (policy.method, 48)
 
     options[options.index(str(tmp_path / "presets.toml"))] = str(tmp_path / "more.toml")
-    with pytest.raises(SystemExit, match="nothing that was tried retains 1"):
-        calibrate([*options, "--retain", "1"])
-    shown = capsys.readouterr().out
-    assert "| mean tokens | threshold | retained |" in shown
+    with pytest.raises(SystemExit, match="nothing that was tried retains 1 on the searched pictures"):
+        calibrate([*options, "--retain", "1", "--method", "random"])
+    assert "budget of random  mean tokens  retained, 95 % interval" in capsys.readouterr().out
 
 
 @pytest.mark.verify
 @pytest.mark.timeout(900)
-def test_the_smallest_budget_that_retains_enough_is_found(
+def test_a_calibrated_preset_keeps_on_other_questions_what_it_promised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the model that comes with the package, which knows something."""
-    monkeypatch.setattr("vllm_vtprune_evaluation.calibrate.SCENE_QUESTIONS", 60)
-    calibrate(["--retain", "0.6", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "presets.toml")])
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    shares = [float(line[4].strip(" %")) for line in lines]
-    chosen = [line[1].strip() for line in lines].index("chosen")
-    assert min(shares[: chosen + 1]) >= 60
-    assert chosen == len(shares) - 1 or shares[chosen + 1] < 60
-    assert isinstance(read_presets(tmp_path / "presets.toml")["calibrated"].budget, EnergyBudget)
+    """On the model that comes with the package, which knows something; the questions are of the test split."""
+    calibrate(["--retain", "0.95", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "presets.toml")])
+    capsys.readouterr()
+    preset = read_presets(tmp_path / "presets.toml")["calibrated"].dump()
+    monkeypatch.setattr("vllm_vtprune_evaluation.arms.BUILTIN_PRESETS", {"fast": preset})
+    evaluate(
+        ["--offline", "--questions", "400", "--methods", "none", "--presets", "fast", "--json", "--out", str(tmp_path)]
+    )
+    _, calibrated = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert calibrated["mean_tokens"] < 300
+    assert calibrated["retained"] >= 0.95 - 0.03, "within the interval of so many questions"
+
+
+def test_a_running_server_is_benchmarked(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--url",
+        server.url,
+        "--concurrency",
+        "1",
+        "4",
+        "--requests",
+        "4",
+        "--pictures",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
+    bench([*options, "--presets", "balanced", "thumbnail", "--size", "320x240", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "thumbnail keeps 4% of the visual tokens" in out
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {arm["arm"]: arm["kept_tokens"] for arm in found["arms"]} == {"off": 576, "balanced": 128, "thumbnail": 24}
+    assert [level["requests"] for level in found["levels"]] == [4] * 3 + [4] * 3 + [32] * 3
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loadtests.records import Record, load_records, save_records
-from loadtests.results import (
+from vllm_vtprune_evaluation.load.records import Record, load_records, save_records
+from vllm_vtprune_evaluation.load.results import (
     broken,
     is_good,
     kinds,

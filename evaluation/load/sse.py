@@ -1,6 +1,6 @@
 """Build a record from the events of a streamed chat completion and their arrival times.
 
-Times are defined in `loadtests.records`.
+Times are defined in `vllm_vtprune_evaluation.load.records`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from loadtests.records import Record
+from vllm_vtprune_evaluation.load.records import Record
 
 DONE = "[DONE]"
 

@@ -13,8 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from loadtests.pace import Arrivals
-from loadtests.records import Record
+from vllm_vtprune_evaluation.load.records import Record
 
 Metric = Literal["ttft", "tpot", "itl", "e2el"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -66,7 +65,7 @@ def result(
     label: str,
     users: int,
     rate: float | None = None,
-    arrivals: Arrivals | None = None,
+    arrivals: str | None = None,
     goodput: Limits | None = None,
     duration: float | None = None,
 ) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def result(
     }
 
 
-def pacing(records: Sequence[Record], rate: float | None, arrivals: Arrivals | None) -> dict[str, Any]:
+def pacing(records: Sequence[Record], rate: float | None, arrivals: str | None) -> dict[str, Any]:
     """How well the client kept its schedule; lags and stalls in milliseconds.
 
     At a constant rate: `achieved_rate`, requests sent per second between the first due time and the last sending;

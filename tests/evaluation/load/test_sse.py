@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from loadtests.client import ask, connect
-from loadtests.records import Record
-from loadtests.sse import StreamReader
 from tests.support.chat import data_of
 from tests.support.fake_chat import DONE, ROLE, Reply, event, fake_chat, report, token, usage
+from vllm_vtprune_evaluation.load.client import ask, connect
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.sse import StreamReader
 
 ERROR = event({"error": {"message": "the engine died", "type": "InternalServerError", "code": 500}})
 STREAM = (ROLE, token("na"), token("ïve "), token("猫🐈"), token(None, "length"), usage(100, 5), DONE)

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 from httpx_sse import EventSource
 
-from loadtests.records import Record
-from loadtests.sse import StreamReader, error_text
+from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.load.sse import StreamReader, error_text
 
 IDLE = 2.0  # seconds before an idle connection is closed; vLLM's server closes it after 5
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from loadtests.ratios import paired_ratio
+from vllm_vtprune_evaluation.load.ratios import paired_ratio
 
 
 def test_a_constant_ratio_has_no_spread() -> None:
