@@ -169,6 +169,7 @@ class PruningServingChat(compat.PropagatesCurrentSpan, OpenAIServingChat):
             policy, label = trace.policy, request_label
             if image.pruning is not None:
                 policy = self._policy(image.pruning, f"{image.param}.pruning")
+                policy.refuse_request_scope(f"{image.param}.pruning")
                 label = _preset_label(policy, image.pruning if isinstance(image.pruning, str) else None)
             images.append(ImageJob(policy, request.text_for(image, policy), image.url or "", image.uuid))
             labels.append(label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from vllm_vtprune.lazy import Tensor, torch
 
@@ -46,6 +46,18 @@ class Tiles:
         """Index of the tile that shows the whole image; None if there is none or it is unknown."""
         overviews = [i for i, box in enumerate(self.boxes) if box is None]
         return overviews[0] if len(overviews) == 1 else None
+
+
+class Counted(Protocol):
+    """Something with the visual tokens of an image: its layout, its features, or its energies."""
+
+    @property
+    def num_tokens(self) -> int:
+        """``N``."""
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """As of `VisualFeatures`."""
 
 
 @dataclass(frozen=True, eq=False)

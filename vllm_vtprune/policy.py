@@ -90,9 +90,10 @@ class PruningPolicy(RootModel[AnyMethod]):
     @model_validator(mode="after")
     def _check_budget(self) -> PruningPolicy:
         kind = self.budget.type
-        if self.enabled and self.chosen.preprocesses and kind not in ("tokens", "ratio"):
-            problem = f'"{kind}" needs features, but method {self.method} runs before encoding'
-            raise PolicyError("budget.type", kind, "one of tokens, ratio", problem)
+        if self.enabled and self.chosen.preprocesses and self.budget.needs_features:
+            field, value, accepted = self.featureless_budget()
+            problem = f'"{value}" needs features, but method {self.method} runs before encoding'
+            raise PolicyError(f"budget.{field}", value, accepted, problem)
         if kind == "method" and not self.chosen.own_count:
             names = ", ".join(name for name, method in METHODS.items() if method.own_count)
             problem = f'"method" is only for methods with a count of their own ({names}), and {self.method} has none'
@@ -177,6 +178,22 @@ class PruningPolicy(RootModel[AnyMethod]):
     def with_budget(self, budget: Budget) -> PruningPolicy:
         """The same method with another budget."""
         return PruningPolicy(self.chosen.model_copy(update={"budget": budget}))
+
+    def featureless_budget(self) -> tuple[str, str, str]:
+        """Of a budget that needs features: the field to change, its value, and what would need none."""
+        if self.budget.scope == "request":
+            return "scope", "request", '"image"'
+        return "type", self.budget.type, '"tokens" or "ratio"'
+
+    def refuse_request_scope(self, param: str) -> None:
+        """Raise PolicyError if this policy, of a single image, has a budget for all images of a request.
+
+        Args:
+            param: path of the policy.
+        """
+        if self.enabled and self.budget.scope == "request":
+            problem = '"request" divides one budget over the images of a request, and this policy is of one image'
+            raise PolicyError(f"{param}.budget.scope", "request", '"image", or this policy for the request', problem)
 
     def resolve(self, family: FamilyDefaults, *, param: str = "pruning") -> PruningPolicy:
         """Replace every ``null`` and ``auto`` that the method reads by its value.

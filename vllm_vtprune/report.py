@@ -37,6 +37,7 @@ class ImageReport:
             policy applies.
         placement: where its tokens were selected; None if none were.
         placement_reason: why not in the engine, where the server would select; None if it did, or need not.
+        allotted_tokens: the image's part of a budget for all images of the request; None for other budgets.
     """
 
     method: str
@@ -49,6 +50,7 @@ class ImageReport:
     bypass_reason: BypassReason | None = None
     placement: Placement | None = None
     placement_reason: str | None = None
+    allotted_tokens: int | None = None
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class ImageReport:
             "bypass_reason": self.bypass_reason,
             "placement": self.placement,
             "placement_reason": self.placement_reason,
+            "allotted_tokens": self.allotted_tokens,
         }
 
 

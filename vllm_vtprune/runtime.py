@@ -13,6 +13,7 @@ from hashlib import sha256
 import torch
 
 from vllm_vtprune import envs, metrics, text
+from vllm_vtprune.allotment import Energies
 from vllm_vtprune.cache import BoundedTable, FeatureCache
 from vllm_vtprune.encoder import BatchingEncoder, Encoded
 from vllm_vtprune.features import PreparedImage, VisualFeatures
@@ -74,6 +75,8 @@ class PruningRuntime:
         """Feature key -> preprocessed image whose tokens the engine selects, for other policies and texts."""
         self.planned: BoundedTable[str, tuple[str, ImageReport]] = BoundedTable(envs.report_table_size())
         """Hash of image, policy and text -> hash of vLLM's item, and report without nouns (which may be long)."""
+        self.energies: BoundedTable[str, Energies] = BoundedTable(envs.report_table_size())
+        """Feature key -> spectral energies, for budgets that are divided over the images of a request."""
         self._requested: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
 
     def renew(self) -> None:
@@ -92,6 +95,7 @@ class PruningRuntime:
         self.prepared.clear()
         self.encoder.cache.clear()
         self._on_device.clear()
+        self.energies.clear()
         self._requested.clear()
         metrics.FEATURE_CACHE_BYTES.labels(self.model_name).set(0)
 
@@ -178,6 +182,18 @@ class PruningRuntime:
         with cpu_threads(HOST):  # with a GPU, too: most methods run on the CPU
             text_embeds = tower.token_rows(noun_ids) if noun_ids else None
             return plan_tokens(features, policy, text_embeds, family=self.family)
+
+    def measure(self, features: VisualFeatures, key: str) -> Energies:
+        """Measure the spectral energies of an image and remember them.
+
+        Args:
+            features: the image's N visual tokens.
+            key: feature key.
+        """
+        with cpu_threads(HOST):
+            energies = Energies.of(self._on_device.get(key) or features)
+        self.energies.put(key, energies)
+        return energies
 
     def count_stages(self, report: RequestReport) -> None:
         """Observe the durations of a request's stages."""

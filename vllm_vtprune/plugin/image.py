@@ -43,7 +43,7 @@ class ImageJob:
         text: conditioning text; empty if the policy uses none.
         url, uuid: as the client sent them.
         encoding: future of the features.
-        early_key: feature key and runtime generation of an early encoding.
+        early_key: feature key and runtime generation of `encoding`.
         data: the decoded image; None if the client sent only a uuid.
         feature_key: key in the feature cache.
         item_hash: hash of vLLM's item for the image: the stock hash until the image is planned or resized.
@@ -56,6 +56,7 @@ class ImageJob:
         processed: whether the item was missing in vLLM's processor cache.
         in_engine: whether the engine selects the image's tokens.
         prepared: the preprocessed image, if the engine selects its tokens and the image is cached.
+        allotted: tokens allotted to the image by a budget for all images of the request; None for other budgets.
         placement_reason: see `ImageReport`.
         report: report of a planned image, from this request or an earlier one.
     """
@@ -79,6 +80,7 @@ class ImageJob:
     processed: bool = False
     in_engine: bool = False
     prepared: PreparedImage | None = None
+    allotted: int | None = None
     placement_reason: str | None = None
     report: ImageReport | None = None
 
@@ -114,6 +116,7 @@ class ImageJob:
             text_fallback=self.text_fallback,
             placement="api",
             placement_reason=self.placement_reason,
+            allotted_tokens=self.allotted,
         )
         return plan, embeds
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
-from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.features import Counted, VisualFeatures
 from vllm_vtprune.lazy import Tensor
 from vllm_vtprune.options import AnyBudget, EnergyBudget, Strict
 from vllm_vtprune.selectors.merged import Merged
@@ -116,7 +116,7 @@ class Method(Strict):
         return frozenset()
 
     @classmethod
-    def max_keep(cls, features: VisualFeatures | Layout) -> int:
+    def max_keep(cls, features: Counted) -> int:
         """The most tokens that the method can keep."""
         return features.num_tokens
 
