@@ -49,8 +49,8 @@ def test_every_field_of_a_policy_is_described_with_its_default() -> None:
             written = {"budget" if name in EnergyBudget.model_fields else "text": {name: default}}
         assert PruningPolicy.parse(written) == PruningPolicy(), name
 
-
-    shared = {cells[0].strip("`"): json.loads(cells[1].strip("`")) for cells in rows("policy.md", "| field of `tokens`")}
+    table = rows("policy.md", "| field of `tokens`")
+    shared = {cells[0].strip("`"): json.loads(cells[1].strip("`")) for cells in table}
     fields_of_tokens = TokensBudget.model_fields
     assert shared == {name: fields_of_tokens[name].default for name in fields_of_tokens if name not in ("type", "keep")}
 
