@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, Union, get_args
 
@@ -28,7 +29,7 @@ from vllm_vtprune.options import (
     refuse_unknown,
     shown,
 )
-from vllm_vtprune.selectors.method import FamilyDefaults, Input, Method, Needs
+from vllm_vtprune.selectors.method import LOSSLESS, FamilyDefaults, Input, Method, Needs
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.selectors.resprune import ResPrune
 
@@ -86,6 +87,14 @@ class PruningPolicy(RootModel[AnyMethod]):
                     accepted = ", ".join(sorted(policy.root.used - {"method"})) or "nothing else"
                     raise PolicyError(key, parsed, f"{accepted} beside this method", problem)
         return policy
+
+    @model_validator(mode="after")
+    def _check_lossless(self) -> PruningPolicy:
+        for name in LOSSLESS:
+            if self.enabled and self.chosen.preprocesses and getattr(self.chosen, name):
+                problem = f"true given, but method {self.method} resizes the whole image and selects no tokens"
+                raise PolicyError(name, True, "false", problem)
+        return self
 
     @model_validator(mode="after")
     def _check_budget(self) -> PruningPolicy:
@@ -208,6 +217,11 @@ class PruningPolicy(RootModel[AnyMethod]):
         if not self.enabled:
             return self
         method = self.chosen
+        lost = {"grid", "positions"} if method.dedup and family.drops_duplicates else set[Input]()
+        for source in sorted(method.needs & lost):
+            problem = f"true given, but method {self.method} needs {source}, which dedup leaves incomplete"
+            raise PolicyError(f"{param}.dedup", True, "false", problem)
+        family = replace(family, provides=family.provides - lost)
         for source in sorted(method.needs - family.inputs):
             problem = f"method {self.method} needs {source}, which this model does not have"
             supported = [name for name, other in METHODS.items() if family.supports(other)]

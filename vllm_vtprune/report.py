@@ -37,6 +37,9 @@ class ImageReport:
             policy applies.
         placement: where its tokens were selected; None if none were.
         placement_reason: why not in the engine, where the server would select; None if it did, or need not.
+        border_tokens: tokens of borders that were cropped before encoding; None if the policy crops none.
+        duplicate_tokens: tokens dropped as exact duplicates before the budget; None if the policy drops none.
+        lossless_reason: why the image was not cropped, or its duplicates not dropped, although the policy says so.
         allotted_tokens: the image's part of a budget for all images of the request; None for other budgets.
     """
 
@@ -50,6 +53,9 @@ class ImageReport:
     bypass_reason: BypassReason | None = None
     placement: Placement | None = None
     placement_reason: str | None = None
+    border_tokens: int | None = None
+    duplicate_tokens: int | None = None
+    lossless_reason: str | None = None
     allotted_tokens: int | None = None
 
     @classmethod
@@ -84,6 +90,9 @@ class ImageReport:
             "bypass_reason": self.bypass_reason,
             "placement": self.placement,
             "placement_reason": self.placement_reason,
+            "border_tokens": self.border_tokens,
+            "duplicate_tokens": self.duplicate_tokens,
+            "lossless_reason": self.lossless_reason,
             "allotted_tokens": self.allotted_tokens,
         }
 

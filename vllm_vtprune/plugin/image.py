@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded
 from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
+from vllm_vtprune.lossless import without_borders
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plan import PruningPlan
+from vllm_vtprune.plugin.family import DynamicResolution
 from vllm_vtprune.plugin.placement import watched_inputs
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.plugin.selection import Selection
-from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune.policy import OFF, PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport
+from vllm_vtprune.selectors.method import LOSSLESS
 from vllm_vtprune.sequence import sequence, sequence_length
 from vllm_vtprune.text import TextFallback, read_prompt
 
@@ -56,6 +61,7 @@ class ImageJob:
         processed: whether the item was missing in vLLM's processor cache.
         in_engine: whether the engine selects the image's tokens.
         prepared: the preprocessed image, if the engine selects its tokens and the image is cached.
+        lossless_reason: see `ImageReport`.
         allotted: tokens allotted to the image by a budget for all images of the request; None for other budgets.
         placement_reason: see `ImageReport`.
         report: report of a planned image, from this request or an earlier one.
@@ -80,6 +86,7 @@ class ImageJob:
     processed: bool = False
     in_engine: bool = False
     prepared: PreparedImage | None = None
+    lossless_reason: str | None = None
     allotted: int | None = None
     placement_reason: str | None = None
     report: ImageReport | None = None
@@ -107,13 +114,11 @@ class ImageJob:
         plan = processor.runtime.plan(features, self.policy, self.noun_ids, self.feature_key)
         _require_same_mask(processor, self.policy, features.num_tokens, len(plan.kept))
         embeds = sequence(features, plan).to(processor.model_config.dtype)
-        self.report = ImageReport.of(
-            self.policy,
+        self.report = self._report(
+            features,
             sequence_length(features),
             len(embeds),
             energy=plan.energy,
-            nouns=self.nouns,
-            text_fallback=self.text_fallback,
             placement="api",
             placement_reason=self.placement_reason,
             allotted_tokens=self.allotted,
@@ -132,16 +137,29 @@ class ImageJob:
         tokens = layout.num_tokens
         keep = self.count(layout)
         _require_same_mask(processor, self.policy, tokens, keep)
-        self.report = ImageReport.of(
-            self.policy, tokens, keep, nouns=self.nouns, text_fallback=self.text_fallback, placement="engine"
-        )
+        self.report = self._report(layout, tokens, keep, placement="engine")
         return Selection(self.item_hash, self.policy, keep, self.noun_ids, layout).attach(image.item)
 
     def count(self, layout: Layout) -> int:
         """Tokens that a policy with a budget in tokens or as a ratio keeps of an image."""
-        budget = self.policy.budget
+        budget, layout = self.policy.budget, layout.without_duplicates()
         assert isinstance(budget, RatioBudget | TokensBudget)
         return min(fixed_count(budget, layout.num_tokens), self.policy.chosen.max_keep(layout))
+
+    def _report(self, image: VisualFeatures | Layout, tokens: int, kept: int, **measured: Any) -> ImageReport:
+        """The report of an image with so many tokens after its borders were cropped, of which so many are kept."""
+        chosen, distinct = self.policy.chosen, image.distinct
+        return ImageReport.of(
+            self.policy,
+            tokens + image.border_tokens,
+            kept,
+            nouns=self.nouns,
+            text_fallback=self.text_fallback,
+            border_tokens=image.border_tokens if chosen.crop_borders else None,
+            duplicate_tokens=None if distinct is None else image.num_tokens - len(distinct),
+            lossless_reason=self.lossless_reason,
+            **measured,
+        )
 
     def report_of(self, kept: int) -> ImageReport:
         """The image's report; ``kept`` counts its tokens in the prompt."""
@@ -184,21 +202,75 @@ def size_of(image: Any) -> tuple[int, int]:
 
 def feature_key(
     processor: PruningProcessor,
+    policy: PruningPolicy,
     image: Any,
     uuid: str | None = None,
     hf_kwargs: Mapping[str, object] = NO_OPTIONS,
     media_io_kwargs: Mapping[str, Mapping[str, Any]] = NO_OPTIONS,
 ) -> str:
-    """Key of an image in the feature cache: vLLM's hash of the image (or uuid), HF options and decoder options."""
+    """Key of an image in the feature cache: vLLM's hash of the image (or uuid), HF options and decoder options, and the
+    policy's lossless steps."""
     items, uuids = only_image(image), {"image": [uuid]}
     inputs = ProcessorInputs([], items, uuids, hf_processor_mm_kwargs=hf_kwargs, media_io_kwargs=media_io_kwargs)
-    return processor.stock_hashes(inputs)["image"][0]
+    return with_steps(processor.stock_hashes(inputs)["image"][0], lossless_steps(processor, policy)[0])
 
 
-def preprocess(processor: PruningProcessor, image: Any, hf_kwargs: Mapping[str, object] = NO_OPTIONS) -> PreparedImage:
-    """Preprocess an image for the encoder. Thread-safe."""
+def lossless_steps(processor: PruningProcessor, policy: PruningPolicy) -> tuple[tuple[str, ...], str | None]:
+    """The lossless steps of a policy that this model takes, and why it does not take the others; None if it takes all.
+
+    Args:
+        processor: the model's processor.
+        policy: the image's policy.
+    """
+    obstacles = {
+        "crop_borders": "" if isinstance(processor, DynamicResolution) else "this model resizes images to fixed sizes",
+        "dedup": ""
+        if processor.family.drops_duplicates
+        else "this model's visual tokens have no positions of their own",
+    }
+    steps = [name for name in LOSSLESS if policy.selects and getattr(policy.chosen, name)]
+    reasons = [f"{name}: {obstacles[name]}" for name in steps if obstacles[name]]
+    return tuple(name for name in steps if not obstacles[name]), "; ".join(reasons) or None
+
+
+def with_steps(key: str, steps: tuple[str, ...]) -> str:
+    """The hash of an image after these lossless steps."""
+    return sha256(repr((key, steps)).encode()).hexdigest() if steps else key
+
+
+def preprocess(
+    processor: PruningProcessor,
+    image: Any,
+    hf_kwargs: Mapping[str, object] = NO_OPTIONS,
+    policy: PruningPolicy = OFF,
+) -> PreparedImage:
+    """Preprocess an image for the encoder, with the lossless steps of its policy. Thread-safe."""
+    steps, _ = lossless_steps(processor, policy)
+    size = size_of(image)
+    if "crop_borders" in steps:
+        assert isinstance(processor, DynamicResolution)
+        image = without_borders(_pillow_image(image), processor.token_side)
     item = processor.stock_item(image, hf_kwargs)
-    return PreparedImage(item, processor.layout(item, size_of(image), hf_kwargs))
+    layout = processor.layout(item, size_of(image), hf_kwargs)
+    if "crop_borders" in steps:
+        tokens = processor.num_tokens(size, hf_kwargs)
+        layout = replace(layout, border_tokens=max(tokens - layout.num_tokens, 0))
+    if "dedup" in steps:
+        layout = replace(layout, distinct=processor.distinct_tokens(item))
+    return PreparedImage(item, layout)
+
+
+def _pillow_image(image: Any) -> Image.Image:
+    """A Pillow image of what vLLM accepts as an image.
+
+    Raises:
+        PolicyError: it is an array.
+    """
+    if isinstance(image, MediaWithBytes):
+        image = image.media
+    if not isinstance(image, Image.Image):
+        raise PolicyError("pruning.crop_borders", True, "a Pillow image, or false", "the image is an array")
+    return image
 
 
 def warm_up(processor: PruningProcessor) -> None:
@@ -206,10 +278,10 @@ def warm_up(processor: PruningProcessor) -> None:
     processor.runtime.warm_up(preprocess(processor, BLANK))
 
 
-def encode_image(processor: PruningProcessor, image: Any) -> VisualFeatures:
-    """Encode one image."""
-    key = feature_key(processor, image)
-    return processor.runtime.encoder.submit(key, preprocess(processor, image)).result().features
+def encode_image(processor: PruningProcessor, image: Any, policy: PruningPolicy = OFF) -> VisualFeatures:
+    """Encode one image, with the lossless steps of its policy."""
+    key = feature_key(processor, policy, image)
+    return processor.runtime.encoder.submit(key, preprocess(processor, image, policy=policy)).result().features
 
 
 def plan_image(
@@ -232,7 +304,9 @@ def plan_image(
     job = ImageJob(policy.resolve(processor.family), query)
     if job.policy.conditions_on_text:
         job.read_text(processor)
-    features = encode_image(processor, image)
+    _, job.lossless_reason = lossless_steps(processor, job.policy)
+    job.feature_key = feature_key(processor, job.policy, image)
+    features = encode_image(processor, image, job.policy)
     plan, _ = job.plan(processor, features)
     assert job.report is not None
     return job.report, plan, features

@@ -26,7 +26,7 @@ from vllm_vtprune.features import PreparedImage
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import DynamicResolution
-from vllm_vtprune.plugin.image import ImageJob, preprocess, size_of
+from vllm_vtprune.plugin.image import ImageJob, lossless_steps, preprocess, size_of, with_steps
 from vllm_vtprune.plugin.items import pruned_item
 from vllm_vtprune.plugin.limits import DataMissing
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
@@ -79,10 +79,11 @@ class PromptJobs:
         without_synthetic = compat.without_synthetic_uuids(inputs)
         keys = hashes if without_synthetic is inputs else processor.stock_hashes(without_synthetic)
         data = inputs.mm_data_items.get_items("image", ImageProcessorItems).data
-        images = [
-            replace(image, data=data[i], feature_key=keys["image"][i], item_hash=hashes["image"][i])
-            for i, image in enumerate(pruning.images)
-        ]
+        images = []
+        for i, image in enumerate(pruning.images):
+            steps, reason = lossless_steps(processor, image.policy)
+            key, item_hash = (with_steps(by_modality["image"][i], steps) for by_modality in (keys, hashes))
+            images.append(replace(image, data=data[i], feature_key=key, item_hash=item_hash, lossless_reason=reason))
         jobs = cls(processor, inputs, hashes, pruning.policy, images, RequestReport(untuned=not processor.family.tuned))
         try:
             jobs._allot()
@@ -161,12 +162,14 @@ class PromptJobs:
             return False
         job.plan_key = job.item_hash = key
         job.in_engine = True
+        if job.prepared is None and not is_cached and lossless_steps(self.processor, job.policy)[0]:
+            job.prepared = self._preprocess(job)
+            runtime.prepared.put(job.feature_key, job.prepared)
         planned = runtime.planned.get(key)
         if planned is not None:
             job.report = replace(planned[1], nouns=job.nouns, text_fallback=job.text_fallback)
         elif is_cached:
-            image = job.prepared or preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs)
-            job.leave_to_engine(self.processor, image)
+            job.leave_to_engine(self.processor, job.prepared or self._preprocess(job))
         return True
 
     def _start(self, job: ImageJob) -> None:
@@ -195,10 +198,12 @@ class PromptJobs:
         job.early_key = job.feature_key, runtime.generation
         job.encoding = runtime.encoder.find(job.feature_key)
         if job.encoding is None:
-            image = runtime.prepared.get(job.feature_key) or preprocess(
-                self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs
-            )
+            image = runtime.prepared.get(job.feature_key) or self._preprocess(job)
             job.encoding = runtime.encoder.submit(job.feature_key, image)
+
+    def _preprocess(self, job: ImageJob) -> PreparedImage:
+        """Preprocess an image, with the lossless steps of its policy."""
+        return preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs, job.policy)
 
     def _choose_area(self, job: ImageJob) -> None:
         """Choose the area to which an image is resized; an image within the budget stays the stock item."""
