@@ -84,7 +84,7 @@ class Layout:
     embed_rows: Tensor | None = None
     prompt: tuple[int, ...] | None = None
     distinct: tuple[int, ...] | None = None
-    border_tokens: int = 0
+    border_tokens: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -183,7 +183,7 @@ class VisualFeatures:
         prompt: ids of the image's placeholder, `EMBED` for each of the N tokens. None if placeholders of all images
             differ only in N.
         distinct: indices of the tokens that are no exact duplicates, if the policy drops duplicates; else None.
-        border_tokens: further tokens that the image had with the borders that were cropped.
+        border_tokens: further tokens that the image had with the borders that were cropped; None if none are.
 
     Raises:
         ValueError: shapes or types contradict each other; the message names the field.
@@ -200,7 +200,7 @@ class VisualFeatures:
     newline: Tensor | None = None
     prompt: tuple[int, ...] | None = None
     distinct: tuple[int, ...] | None = None
-    border_tokens: int = 0
+    border_tokens: int | None = None
 
     def __post_init__(self) -> None:
         n = self.embeds.shape[0] if self.embeds.ndim else 0

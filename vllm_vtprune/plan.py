@@ -91,10 +91,12 @@ def plan_tokens(
         k, energy = token_budget(policy.budget, features, seed=method.seed, most=most)
     k = min(k, most)
     budgeted = perf_counter()
-    selection = method.select(inputs, k, text_embeds)
+    n = features.num_tokens
+    keeps_distinct = distinct is not None and k == n  # asked for nothing but dedup, of up to 10,000s of tokens
+    selection = torch.arange(n) if keeps_distinct else method.select(inputs, k, text_embeds)
     order = (selection.order if isinstance(selection, Merged) else selection).to(features.embeds.device)
     kept, ranks = order.sort()
-    if isinstance(selection, Merged) and k < features.num_tokens:
+    if isinstance(selection, Merged) and k < n:
         embeds = selection.embeds.to(order.device)[ranks]
     else:
         embeds = features.embeds[kept]  # if every token is kept, nothing is merged

@@ -56,7 +56,8 @@ else:
     AnyMethod = Annotated[Union[(*METHODS.values(), NoPruning)], Field(discriminator="method")]
 
 _OWNERS = {name: method for method in METHODS.values() for name in method.model_fields}  # field -> a method that has it
-_OWNERS["seed"] = _OWNERS.pop("seed")  # listed last in errors
+for _name in ("seed", *LOSSLESS):
+    _OWNERS[_name] = _OWNERS.pop(_name)  # listed last in errors
 
 
 class PruningPolicy(RootModel[AnyMethod]):

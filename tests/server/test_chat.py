@@ -35,7 +35,7 @@ pytestmark = pytest.mark.engine
 REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "untuned", "images", "timings_ms"}
 IMAGE_KEYS = {
     *("method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"),
-    *("placement", "placement_reason", "allotted_tokens"),
+    *("placement", "placement_reason", "border_tokens", "duplicate_tokens", "lossless_reason", "allotted_tokens"),
 }
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
@@ -200,6 +200,9 @@ def test_the_report_is_complete(server: Server, default_keep: int) -> None:
         "bypass_reason": None,
         "placement": "engine",
         "placement_reason": None,
+        "border_tokens": None,
+        "duplicate_tokens": None,
+        "lossless_reason": None,
         "allotted_tokens": None,
     }
     assert list(report["timings_ms"]) == [*STAGES, "ttft", "total"]

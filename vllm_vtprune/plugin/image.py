@@ -148,14 +148,14 @@ class ImageJob:
 
     def _report(self, image: VisualFeatures | Layout, tokens: int, kept: int, **measured: Any) -> ImageReport:
         """The report of an image with so many tokens after its borders were cropped, of which so many are kept."""
-        chosen, distinct = self.policy.chosen, image.distinct
+        distinct = image.distinct
         return ImageReport.of(
             self.policy,
-            tokens + image.border_tokens,
+            tokens + (image.border_tokens or 0),
             kept,
             nouns=self.nouns,
             text_fallback=self.text_fallback,
-            border_tokens=image.border_tokens if chosen.crop_borders else None,
+            border_tokens=image.border_tokens,
             duplicate_tokens=None if distinct is None else image.num_tokens - len(distinct),
             lossless_reason=self.lossless_reason,
             **measured,
