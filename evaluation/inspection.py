@@ -132,9 +132,12 @@ def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPo
     Raises:
         PolicyError: the model's family lacks what the policy needs.
     """
+    from vllm_vtprune.plugin.image import after_crop
+
     report, plan, features = plan_of(processor, picture, policy, query)
-    view = processor.view(picture.height, picture.width)
-    return Inspection(report.to_json(), draw_kept(picture.convert("RGB"), features, plan.kept, view))
+    seen = after_crop(processor, policy, picture.convert("RGB"))
+    view = processor.view(seen.height, seen.width)
+    return Inspection(report.to_json(), draw_kept(seen, features, plan.kept, view))
 
 
 def pruning_processor(model: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PruningProcessor:

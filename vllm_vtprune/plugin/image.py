@@ -247,12 +247,11 @@ def preprocess(
     """Preprocess an image for the encoder, with the lossless steps of its policy. Thread-safe."""
     steps, _ = lossless_steps(processor, policy)
     size = size_of(image)
-    if "crop_borders" in steps:
-        assert isinstance(processor, DynamicResolution)
-        image = without_borders(_pillow_image(image), processor.token_side)
+    image = after_crop(processor, policy, image)
     item = processor.stock_item(image, hf_kwargs)
     layout = processor.layout(item, size_of(image), hf_kwargs)
     if "crop_borders" in steps:
+        assert isinstance(processor, DynamicResolution)
         tokens = processor.num_tokens(size, hf_kwargs)
         layout = replace(layout, border_tokens=max(tokens - layout.num_tokens, 0))
     if "dedup" in steps:
@@ -260,17 +259,19 @@ def preprocess(
     return PreparedImage(item, layout)
 
 
-def _pillow_image(image: Any) -> Image.Image:
-    """A Pillow image of what vLLM accepts as an image.
+def after_crop(processor: PruningProcessor, policy: PruningPolicy, image: Any) -> Any:
+    """The image without its borders if its policy crops them and the model takes images of any size; else the image.
 
     Raises:
-        PolicyError: it is an array.
+        PolicyError: the image is an array.
     """
-    if isinstance(image, MediaWithBytes):
-        image = image.media
-    if not isinstance(image, Image.Image):
+    if "crop_borders" not in lossless_steps(processor, policy)[0]:
+        return image
+    assert isinstance(processor, DynamicResolution)
+    picture = image.media if isinstance(image, MediaWithBytes) else image
+    if not isinstance(picture, Image.Image):
         raise PolicyError("pruning.crop_borders", True, "a Pillow image, or false", "the image is an array")
-    return image
+    return without_borders(picture, processor.token_side)
 
 
 def warm_up(processor: PruningProcessor) -> None:
