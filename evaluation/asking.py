@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAIError
-from tqdm import tqdm
 
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm
 from vllm_vtprune_evaluation.options import weights_digest
 from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 ANSWER_TOKENS = 12
@@ -55,7 +55,7 @@ async def _ask_all(url: str, expected: str, pictures: Sequence[Picture], arms: S
             raise Unasked(f"it serves {root}, and not {expected}: name it with --model")
         model = card.id
         slots = asyncio.Semaphore(IN_FLIGHT)
-        with tqdm(total=total, unit="question", disable=None) as progress:
+        with Progress(desc="answered", total=total, unit="questions") as progress:
 
             async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
                 async with slots:

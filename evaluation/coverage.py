@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.registry import SELECTORS
 from vllm_vtprune_evaluation.arms import Arm, grid
 from vllm_vtprune_evaluation.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune_evaluation.options import count, embedded_model
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, pictures
 from vllm_vtprune_evaluation.report import markdown
 from vllm_vtprune_evaluation.scenes import Question, Scene, patches_of
@@ -70,7 +70,7 @@ def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict
     processor = pruning_processor(embedded_model(), "float32")
     arms: list[Arm] = grid(methods, [keep], {}, features_of(processor, asked[0].paint()))
     coverages: dict[str, list[Coverage]] = defaultdict(list)
-    for picture in tqdm(asked, unit="picture", disable=None):
+    for picture in Progress(asked, desc="encoded", unit="pictures"):
         assert isinstance(picture.source, Scene)
         image = picture.paint()
         for arm in arms:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune_evaluation.answers import Answers, subject
@@ -34,6 +33,7 @@ from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, fixed
 from vllm_vtprune_evaluation.inspection import features_of, pruning_processor
 from vllm_vtprune_evaluation.offline import SERVED_AS, answer_offline
 from vllm_vtprune_evaluation.options import count, embedded_model, make_folder
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, picture_of, pictures
 from vllm_vtprune_evaluation.report import markdown
 from vllm_vtprune_evaluation.thresholds import Measured, threshold_for
@@ -82,7 +82,8 @@ def features(model: str, asked: Sequence[Picture]) -> list[Tensor]:
     """The encoder's features ``(N, d_v)`` of each picture."""
     processor = pruning_processor(model, "float32")
     return [
-        features_of(processor, picture.paint()).encoder.float() for picture in tqdm(asked, unit="picture", disable=None)
+        features_of(processor, picture.paint()).encoder.float()
+        for picture in Progress(asked, desc="encoded", unit="pictures")
     ]
 
 

@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 
 import torch
 from tokenizers.decoders import DecodeStream
-from tqdm import tqdm
 
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures
@@ -34,6 +33,7 @@ from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm.driver import InLLM, check_kind
 from vllm_vtprune_evaluation.inspection import InspectionFailed, features_of, pruning_processor
 from vllm_vtprune_evaluation.merged import load_merged, merged_features
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
@@ -91,7 +91,7 @@ def answer_offline(
             workers[parent_end] = CONTEXT.Process(target=_work, args=(worker_end, model, arms, merged), daemon=True)
             workers[parent_end].start()
             worker_end.close()  # so that the connection ends with the process
-        with tqdm(total=total, initial=total - unanswered, unit="question", disable=None) as progress:
+        with Progress(desc="answered", total=total, initial=total - unanswered, unit="questions") as progress:
             while workers:
                 for connection in wait(list(workers)):
                     assert isinstance(connection, Connection)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm, energy
@@ -14,6 +12,7 @@ from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.in_llm import VTW, AdaptPrune, Budget, FastV, InLLM, Pruning, PyramidDrop
 from vllm_vtprune_evaluation.in_llm.pyramiddrop import least_mean, quarters
 from vllm_vtprune_evaluation.inspection import InspectionFailed
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
 Pairs = Sequence[tuple[Arm, Pruning | None]]
@@ -85,7 +84,7 @@ def answer_all(model: InLLM, pictures: Sequence[Picture], pairs: Pairs, answers:
         model: from `reference_model`.
     """
     total = len(pairs) * sum(len(picture.questions) for picture in pictures)
-    with tqdm(total=total, unit="question", disable=None) as progress:
+    with Progress(desc="answered", total=total, unit="questions") as progress:
         for picture in pictures:
             image = picture.paint()
             for arm, pruning in pairs:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import FamilyDefaults
 from vllm_vtprune_evaluation.inspection import features_of, pruning_processor
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture
 from vllm_vtprune_evaluation.thresholds import Measured
 
@@ -51,7 +51,7 @@ def sample_pictures(model: str, pictures: Sequence[Picture], dtype: str) -> Samp
     processor = pruning_processor(model, dtype)
     first: VisualFeatures | None = None
     measured = []
-    for picture in tqdm(pictures, unit="picture", disable=None):
+    for picture in Progress(pictures, desc="encoded", unit="pictures"):
         features = features_of(processor, picture.paint())
         first = first or features
         rows = features.encoder if features.overview is None else features.encoder[features.overview]

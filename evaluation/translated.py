@@ -16,14 +16,13 @@ import re
 from collections.abc import Mapping
 from statistics import fmean
 
-from tqdm import tqdm
-
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.text import read_prompt
 from vllm_vtprune_evaluation.arms import Arm, fixed
 from vllm_vtprune_evaluation.offline import Offline
 from vllm_vtprune_evaluation.options import count, embedded_model
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import pictures
 from vllm_vtprune_evaluation.report import markdown
 
@@ -109,7 +108,7 @@ def main() -> None:
     ]
     right: list[dict[str, bool]] = [{} for _ in arms]
     model = Translated(embedded_model())
-    for picture in tqdm(list(pictures("validation", args.questions)), unit="picture", disable=None):
+    for picture in Progress(list(pictures("validation", args.questions)), desc="encoded", unit="pictures"):
         pending = [(number, range(len(picture.questions))) for number in range(len(arms))]
         for batch in model.answers(picture, arms, pending):
             for number, answer in batch:

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 START_TIMEOUT = 900.0  # seconds; large models load slowly
 STOP_TIMEOUT = 60.0
+QUIET = 4.0  # seconds between two lines of progress that is not on a terminal
 
 
 class ServerFailed(RuntimeError):
@@ -86,7 +87,7 @@ def running_server(
 def announced_server(
     name: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """`running_server` with progress on stderr; on a terminal, the line counts the seconds.
+    """`running_server` with progress on stderr: on a terminal a line that counts the seconds, else a line now and then.
 
     Args:
         name: display name of the model.
@@ -100,9 +101,15 @@ def announced_server(
     is_terminal = sys.stderr.isatty()
     width = shutil.get_terminal_size().columns - len(" 9999 s")  # a wrapped line could not be overwritten
 
+    due = QUIET
+
     def show_seconds(seconds: float) -> None:
+        nonlocal due
         if is_terminal:
             print(f"\r{line[:width]} {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+        elif seconds >= due:
+            print(f"{line} {seconds:.0f} s", file=sys.stderr, flush=True)
+            due = seconds + QUIET
 
     print(line[:width] if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
     with ExitStack() as stack:
@@ -111,11 +118,14 @@ def announced_server(
         finally:
             if is_terminal:
                 print(file=sys.stderr)
+        end = ""
         try:
             yield url
         except KeyboardInterrupt:
-            print("\nStopping the server ...", file=sys.stderr, flush=True)  # takes seconds
+            end = "\n"
             raise
+        finally:
+            print(f"{end}Stopping the server ...", file=sys.stderr, flush=True)  # takes seconds
 
 
 @contextmanager
