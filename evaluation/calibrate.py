@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_vtprune.plugin.inspection import InspectionFailed
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import PRESET_NAME
 from vllm_vtprune.selectors.registry import SELECTORS
 from vllm_vtprune_evaluation.answers import Answer, Answers, AnswersError, subject
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
 from vllm_vtprune_evaluation.asking import Unasked, ask_all
-from vllm_vtprune_evaluation.inspection import InspectionFailed
 from vllm_vtprune_evaluation.options import (
     add_model_arguments,
     count,

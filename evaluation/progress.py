@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from typing import Any, TextIO
@@ -13,6 +14,15 @@ from vllm_vtprune_server.process import QUIET
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}, {elapsed}, {remaining} left"
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left"
 WAITING = "{desc} ... {elapsed}"
+
+
+def quiet() -> None:
+    """Have vLLM's and transformers' loggers say errors only: their lines would stand between those of progress."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    set_verbosity_error()
+    disable_progress_bar()
 
 
 class Lines:
