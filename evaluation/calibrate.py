@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vllm_vtprune.plugin.inspection import InspectionFailed
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import PRESET_NAME
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune_evaluation.answers import Answer, Answers, AnswersError, subject
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
 from vllm_vtprune_evaluation.asking import Unasked, ask_all
-from vllm_vtprune_evaluation.inspection import InspectionFailed
 from vllm_vtprune_evaluation.load.page import table
 from vllm_vtprune_evaluation.offline import SERVED_AS, OfflineFailed, Workers, check_model
 from vllm_vtprune_evaluation.options import (

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vllm_vtprune.plugin.inspection import InspectionFailed
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune_evaluation import arms as ways
@@ -21,7 +22,6 @@ from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
 from vllm_vtprune_evaluation.asking import Unasked, ask_all
 from vllm_vtprune_evaluation.gallery import draw_gallery
 from vllm_vtprune_evaluation.in_llm import InLLM, Pruning
-from vllm_vtprune_evaluation.inspection import InspectionFailed
 from vllm_vtprune_evaluation.offline import SERVED_AS, OfflineFailed, answer_offline, check_model
 from vllm_vtprune_evaluation.options import (
     add_model_arguments,

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_vtprune.plugin.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.registry import SELECTORS
 from vllm_vtprune_evaluation.arms import Arm, grid
-from vllm_vtprune_evaluation.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune_evaluation.options import count, embedded_model
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, pictures

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_vtprune.budget import exact_spectrum
+from vllm_vtprune.plugin.inspection import features_of, pruning_processor
 from vllm_vtprune_evaluation.answers import Answers, subject
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, fixed
-from vllm_vtprune_evaluation.inspection import features_of, pruning_processor
 from vllm_vtprune_evaluation.offline import SERVED_AS, answer_offline
 from vllm_vtprune_evaluation.options import count, embedded_model, make_folder
 from vllm_vtprune_evaluation.progress import Progress

@@ -8,10 +8,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+from vllm_vtprune.plugin.inspection import examine, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
-from vllm_vtprune_evaluation.inspection import examine, pruning_processor
 from vllm_vtprune_evaluation.questions import Picture
 from vllm_vtprune_evaluation.report import BLUE, VERMILLION, save
 from vllm_vtprune_evaluation.results import DEFAULT_METHOD
@@ -79,7 +79,7 @@ def gallery_figure(
         for axes, arm in zip(row[1:], arms, strict=True):
             inspection = examine(processor, image, PruningPolicy.parse(arm.policy_for(picture.label)), question.text)
             axes.imshow(inspection.drawn)
-            kept = f"{inspection.image['kept_tokens']} of {inspection.image['visual_tokens']} tokens"
+            kept = f"{inspection.report.kept_tokens} of {inspection.report.visual_tokens} tokens"
             axes.set_title(f"{arm.name}\n{kept}", fontsize=TEXT_SIZE)
             _answer(axes, answers.of(arm)[name])
         for axes in row:

@@ -4,48 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-from vllm_vtprune.overlay import draw_kept, with_caption
+from vllm_vtprune.overlay import enlarged, side_by_side, with_caption
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
+from vllm_vtprune.report import ImageReport
 from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
-
-if TYPE_CHECKING:
-    from vllm.multimodal.media import MediaWithBytes
-
-    from vllm_vtprune.features import VisualFeatures
-    from vllm_vtprune.plan import PruningPlan
-    from vllm_vtprune.plugin.processor import PruningProcessor
-    from vllm_vtprune.report import ImageReport
+from vllm_vtprune_evaluation.progress import Progress, quiet
 
 POLICY = "balanced"
+FILE = Path("kept.png")
 
 EXAMPLE = """example:
-  vtprune inspect street.jpg --query "What colour is the bus?" --model llava-hf/llava-1.5-7b-hf --out kept.png
+  vtprune inspect street.jpg --query "What colour is the bus?" --model llava-hf/llava-1.5-7b-hf
+  vtprune inspect page.png --pruning balanced fast '{"method": "adaptprune"}' --out three.png
 """
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The result of a policy for one image.
-
-    Attributes:
-        image: the image's report, as in a server's response.
-        drawn: the image with dropped parts faded.
-    """
-
-    image: dict[str, Any]
-    drawn: Image.Image
-
-
-class InspectionFailed(Exception):
-    """The image or the model cannot be inspected; the message gives the reason."""
 
 
 def inspect(argv: list[str]) -> None:
@@ -59,7 +39,8 @@ def inspect(argv: list[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="vtprune inspect",
-        description="Draw which visual tokens of an image a policy keeps. Loads the vision encoder, no engine.",
+        description="Draw an image and, beside it, which of its visual tokens policies keep. Dropped tokens fade; what "
+        "the model never sees is hatched. Loads the vision encoder, no engine.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,9 +48,10 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("--query", default="", help="question that guides the selection (default: none)")
     parser.add_argument(
         "--pruning",
-        default=POLICY,
+        default=[POLICY],
         metavar="POLICY",
-        help=f"a preset ({', '.join(builtin_presets())}) or a policy as JSON (default: %(default)s)",
+        nargs="+",
+        help=f"presets ({', '.join(builtin_presets())}) or policies as JSON, drawn side by side (default: {POLICY})",
     )
     parser.add_argument("--model", help="directory of a model, or name on the hub")
     parser.add_argument(
@@ -81,117 +63,96 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to write, such as kept.png")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.add_argument(
+        "--out", type=Path, default=FILE, metavar="FILE", help="image to write, .png or .jpg (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the reports as one JSON object on the last line")
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in Image.registered_extensions():
         parser.error(f"--out: {args.out} names no format; expected a name that ends in .png or .jpg")
+    if not os.access(args.out if args.out.exists() else args.out.parent, os.W_OK) or args.out.is_dir():
+        parser.error(f"--out: {args.out} cannot be written; expected a file in an existing folder")
     try:
-        policy = PruningPolicy.parse(_json_or_name(args.pruning), param="--pruning", presets=builtin_presets())
+        policies = [_policy(text) for text in args.pruning]
     except PolicyError as error:
         parser.error(str(error))
-    if not policy.enabled:
-        parser.error(f"--pruning: {args.pruning} keeps every token; expected a policy that prunes")
-    if not policy.selects:
-        parser.error(
-            f"--pruning: method {policy.method} resizes the image and selects no tokens; expected a policy that "
-            "selects tokens"
-        )
+    weights = weights_of(args.model, args.family)
+    model = args.model or str(embedded_checkpoint(args.family))
+    trust = args.trust_remote_code or (args.model is None and args.family in WITH_CODE)
     try:
-        with Image.open(args.image) as picture:
-            picture.load()
-        processor = pruning_processor(
-            args.model or str(embedded_checkpoint(args.family)),
-            trust_remote_code=args.trust_remote_code or (args.model is None and args.family in WITH_CODE),
-        )
-        inspection = examine(processor, picture, policy, args.query)
-        weights = weights_of(args.model, args.family)
-        random = weights == "random"
-        (with_caption(inspection.drawn, "Random weights") if random else inspection.drawn).save(args.out)
-    except (OSError, PolicyError, InspectionFailed) as error:
+        with Image.open(args.image) as opened:
+            picture = opened.convert("RGB")
+        reports, figure = _draw(picture, args.query, dict(zip(args.pruning, policies, strict=True)), model, trust)
+        if weights == "random":
+            figure = with_caption(figure, RANDOM_WEIGHTS)
+        figure.save(args.out)
+    except (OSError, PolicyError) as error:
         sys.exit(f"vtprune inspect: {error}")
-    image = inspection.image
     if args.json:
-        print(json.dumps({"weights": weights, **image}))
+        images = [report.to_json() for report in reports]
+        print(json.dumps({"weights": weights, "images": images}))
         return
-    if random:
+    if weights == "random":
         print(RANDOM_WEIGHTS)
-    about = f", looking at {', '.join(image['nouns'])}" if image["nouns"] else ""
-    print(f"{image['method']} keeps {image['kept_tokens']} of {image['visual_tokens']} tokens{about}: {args.out}")
+    for name, report in zip(args.pruning, reports, strict=True):
+        print(f"{name}: {_kept(report)}{_looking_at(report)}")
+    print(f"Drawn in {args.out}")
 
 
-def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPolicy, query: str) -> Inspection:
-    """Select the tokens of one image as the server would, and draw them.
-
-    Args:
-        processor: the model's processor.
-        picture: the image.
-        policy: a policy that selects tokens.
-        query: the conditioning text, if the policy uses it.
+def _policy(text: str) -> PruningPolicy:
+    """A policy that can be drawn.
 
     Raises:
-        PolicyError: the model's family lacks what the policy needs.
+        PolicyError: it is invalid, or selects no tokens.
     """
-    report, plan, features = plan_of(processor, picture, policy, query)
-    view = processor.view(picture.height, picture.width)
-    return Inspection(report.to_json(), draw_kept(picture.convert("RGB"), features, plan.kept, view))
+    policy = PruningPolicy.parse(_json_or_name(text), param="--pruning", presets=builtin_presets())
+    if not policy.enabled:
+        raise PolicyError("--pruning", text, "a policy that prunes", f"{text} keeps every token")
+    if not policy.selects:
+        problem = f"method {policy.method} resizes the image and selects no tokens"
+        raise PolicyError("--pruning", text, "a policy that selects tokens", problem)
+    return policy
 
 
-def pruning_processor(model: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PruningProcessor:
-    """A model's pruning processor, without an engine.
-
-    Args:
-        model: a directory, or a name on the hub.
-        dtype: dtype of the vision encoder; "auto": the model's own.
-        trust_remote_code: whether to run code from the model's repository.
+def _draw(
+    picture: Image.Image, query: str, policies: dict[str, PruningPolicy], model: str, trust_remote_code: bool
+) -> tuple[Sequence[ImageReport], Image.Image]:
+    """The reports of policies by name, and the figure: the picture, and what each policy keeps of it.
 
     Raises:
-        InspectionFailed: the model cannot be read, or its architecture cannot be pruned.
+        SystemExit: the model cannot be inspected.
     """
-    from vllm import AsyncEngineArgs
-    from vllm.multimodal import MULTIMODAL_REGISTRY
+    with Progress(desc="Loading the vision encoder"):
+        from vllm_vtprune.plugin.inspection import InspectionFailed, examine, features_of, pruning_processor
 
-    from vllm_vtprune.plugin.processor import PruningProcessor
-    from vllm_vtprune.plugin.register import register
-
-    register()
-    try:
-        config = AsyncEngineArgs(model=model, dtype=dtype, trust_remote_code=trust_remote_code).create_model_config()
-        processor = MULTIMODAL_REGISTRY.create_processor(config)
-    except (OSError, ValueError) as error:
-        raise InspectionFailed(f"{model}: {error}") from error
-    if not isinstance(processor, PruningProcessor):
-        raise InspectionFailed(f"{model} is of an architecture, or has a vision encoder, that cannot be pruned")
-    return processor
-
-
-def plan_of(
-    processor: PruningProcessor, picture: Image.Image, policy: PruningPolicy, query: str
-) -> tuple[ImageReport, PruningPlan, VisualFeatures]:
-    """Report, plan and features of one image, as on the server.
-
-    Raises:
-        PolicyError: the model's family lacks what the policy needs.
-    """
-    from vllm_vtprune.plugin.image import plan_image
-
-    return plan_image(processor, _media(picture.convert("RGB")), policy, query)
+        quiet()
+        try:
+            processor = pruning_processor(model, trust_remote_code=trust_remote_code)
+            features_of(processor, picture)
+        except InspectionFailed as error:
+            sys.exit(f"vtprune inspect: {error}")
+    reports, panels = [], [with_caption(enlarged(picture), *_title(query))]
+    for name, policy in Progress(policies.items(), desc="Selecting tokens", total=len(policies), unit="policies"):
+        inspection = examine(processor, picture, policy, query)
+        reports.append(inspection.report)
+        lines = f"{name}: {_kept(inspection.report)}", _looking_at(inspection.report).removeprefix(", ")
+        panels.append(with_caption(enlarged(inspection.drawn), *lines))
+    return reports, side_by_side(panels)
 
 
-def features_of(processor: PruningProcessor, picture: Image.Image) -> VisualFeatures:
-    """Features of an image."""
-    from vllm_vtprune.plugin.image import encode_image
-
-    return encode_image(processor, _media(picture.convert("RGB")))
+def _title(query: str) -> tuple[str, str]:
+    return ("The image", query)
 
 
-def _media(picture: Image.Image) -> MediaWithBytes[Image.Image]:
-    from vllm.multimodal.media import MediaWithBytes
-
-    return MediaWithBytes(picture, repr(picture.size).encode() + picture.tobytes())  # the bytes that vLLM hashes
+def _kept(report: ImageReport) -> str:
+    return f"{report.method} keeps {report.kept_tokens} of {report.visual_tokens} tokens"
 
 
-def _json_or_name(text: str) -> object:
+def _looking_at(report: ImageReport) -> str:
+    return f", looking at {', '.join(report.nouns)}" if report.nouns else ""
+
+
+def _json_or_name(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -23,6 +23,7 @@ from tokenizers.decoders import DecodeStream
 from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
+from vllm_vtprune.plugin.inspection import InspectionFailed, features_of, pruning_processor
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.policy import EnergyBudget, PruningPolicy, TokensBudget
 from vllm_vtprune.sequence import sequence
@@ -32,7 +33,6 @@ from vllm_vtprune_evaluation.arms import Arm
 from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm.driver import InLLM, check_kind
-from vllm_vtprune_evaluation.inspection import InspectionFailed, features_of, pruning_processor
 from vllm_vtprune_evaluation.merged import load_merged, merged_features
 from vllm_vtprune_evaluation.progress import Progress, quiet
 from vllm_vtprune_evaluation.questions import Picture, is_right

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vllm_vtprune.plugin.inspection import InspectionFailed
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm, energy
 from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.in_llm import VTW, AdaptPrune, Budget, FastV, InLLM, Pruning, PyramidDrop
 from vllm_vtprune_evaluation.in_llm.pyramiddrop import least_mean, quarters
-from vllm_vtprune_evaluation.inspection import InspectionFailed
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, is_right
 

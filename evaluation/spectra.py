@@ -9,8 +9,8 @@ import numpy as np
 
 from vllm_vtprune.budget import exact_spectrum
 from vllm_vtprune.features import VisualFeatures
+from vllm_vtprune.plugin.inspection import features_of, pruning_processor
 from vllm_vtprune.policy import FamilyDefaults
-from vllm_vtprune_evaluation.inspection import features_of, pruning_processor
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture
 from vllm_vtprune_evaluation.thresholds import Measured

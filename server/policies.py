@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_vtprune import envs
 from vllm_vtprune.options import refuse_unknown
-from vllm_vtprune.policy import POLICY_FIELDS, EnergyBudget, MethodBudget, PolicyError, PruningPolicy
+from vllm_vtprune.policy import POLICY_FIELDS, PolicyError, PruningPolicy
 from vllm_vtprune.presets import DETAIL_DEFAULTS, builtin_presets
 from vllm_vtprune.report import Placement
 
@@ -161,13 +161,14 @@ class Policies:
     def _refuse_counts(self, policy: PruningPolicy, param: str, value: object) -> None:
         """Raise PolicyError for a feature-dependent token count under `fixed_counts`."""
         if not self._accepts(policy):
-            kind = policy.budget.type
-            problem = f'a budget of the type "{kind}" depends on features and cannot be used with {self.fixed_counts}'
-            raise PolicyError(param, value, 'a budget of the type "tokens" or "ratio"', problem)
+            field, kind, accepted = policy.featureless_budget()
+            problem = (
+                f'a budget of the {field} "{kind}" depends on features and cannot be used with {self.fixed_counts}'
+            )
+            raise PolicyError(param, value, f"a budget of the {field} {accepted}", problem)
 
     def _accepts(self, policy: PruningPolicy) -> bool:
-        depends_on_features = policy.enabled and isinstance(policy.budget, EnergyBudget | MethodBudget)
-        return not (self.fixed_counts and depends_on_features)
+        return not (self.fixed_counts and policy.enabled and policy.budget.needs_features)
 
     @property
     def available(self) -> dict[str, PruningPolicy]:

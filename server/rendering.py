@@ -159,6 +159,8 @@ class PruningRenderer(OnlineRenderer):
         """
         if own is not None:
             policy = self._policy(own, f"{image.param}.pruning", return_kept)
+            if image.key:  # not of an earlier turn, whose request had it
+                policy.refuse_request_scope(f"{image.param}.pruning")
             return policy, image.preset or self._preset(own), None
         chosen = self.policies.by_detail(image.detail)
         if chosen is None and of_request is None:
@@ -167,6 +169,7 @@ class PruningRenderer(OnlineRenderer):
             param = "pruning" if image.pruning is None else f"{image.param}.pruning"
             return self._policy(of_request, param, return_kept), self._preset(of_request), None
         policy = self._policy(chosen, f"{image.param}.detail", return_kept)
+        policy.refuse_request_scope(f"{image.param}.detail")
         return policy, self._preset(chosen), image.detail or "auto"
 
     def _preset(self, value: object) -> str | None:

@@ -12,7 +12,7 @@ import yaml
 from vllm_vtprune import envs, metrics
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.plugin import version
-from vllm_vtprune.policy import BUILTIN_PRESETS, EnergyBudget, PruningPolicy, TextOptions
+from vllm_vtprune.policy import BUILTIN_PRESETS, EnergyBudget, PruningPolicy, TextOptions, TokensBudget
 from vllm_vtprune.selectors import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +49,11 @@ def test_every_field_of_a_policy_is_described_with_its_default() -> None:
         else:
             written = {"budget" if name in EnergyBudget.model_fields else "text": {name: default}}
         assert PruningPolicy.parse(written) == PruningPolicy(), name
+
+    table = rows("policy.md", "| field of `tokens`")
+    shared = {cells[0].strip("`"): json.loads(cells[1].strip("`")) for cells in table}
+    fields_of_tokens = TokensBudget.model_fields
+    assert shared == {name: fields_of_tokens[name].default for name in fields_of_tokens if name not in ("type", "keep")}
 
 
 def test_every_kind_of_budget_is_described() -> None:

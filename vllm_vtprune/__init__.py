@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_vtprune.features import VisualFeatures
     from vllm_vtprune.plan import PruningPlan, plan_tokens
+    from vllm_vtprune.plugin.inspection import Inspection, Reports, inspect
     from vllm_vtprune.policy import PruningPolicy
 
 __version__ = "0.1.0"
-__all__ = ["PruningPlan", "PruningPolicy", "VisualFeatures", "__version__", "plan_tokens"]
+__all__ = [
+    "Inspection", "PruningPlan", "PruningPolicy", "Reports", "VisualFeatures", "__version__", "inspect", "plan_tokens",
+]  # fmt: skip
 
-_HOME = {"PruningPolicy": "policy", "VisualFeatures": "features", "PruningPlan": "plan", "plan_tokens": "plan"}
+_HOME = {
+    "PruningPolicy": "policy",
+    "VisualFeatures": "features",
+    "PruningPlan": "plan",
+    "plan_tokens": "plan",
+    "Inspection": "plugin.inspection",
+    "Reports": "plugin.inspection",
+    "inspect": "plugin.inspection",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from vllm_vtprune.allotment import Energies
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.kept import KeptTokens
@@ -64,7 +65,8 @@ class PlannedImage:
         length: embeddings of the unpruned image: its tokens and newlines.
         energy, timings: see `PruningPlan`.
         places: where the kept tokens lie, in what reaches the encoder.
-        grid, prompt: see `VisualFeatures`.
+        grid, prompt, border_tokens: see `VisualFeatures`.
+        duplicate_tokens: tokens dropped as exact duplicates; None if the policy drops none.
     """
 
     kept: Tensor
@@ -76,6 +78,8 @@ class PlannedImage:
     places: KeptTokens
     grid: tuple[int, int] | None = None
     prompt: tuple[int, ...] | None = None
+    border_tokens: int | None = None
+    duplicate_tokens: int | None = None
 
 
 class ImageEncoder(Protocol[F]):
@@ -105,6 +109,14 @@ class ImageEncoder(Protocol[F]):
             encoded: from `find` or `submit`.
             policy: a resolved policy.
             noun_ids: token ids of the nouns to condition on; empty for the text-agnostic form.
+            key: feature key, to reuse features that are still on the GPU.
+        """
+
+    def measure(self, encoded: Encoded[F], key: str) -> Energies:
+        """Measure the spectral energies of an encoded image.
+
+        Args:
+            encoded: from `find` or `submit`.
             key: feature key, to reuse features that are still on the GPU.
         """
 

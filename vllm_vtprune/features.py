@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from vllm_vtprune.lazy import Tensor, torch
 
@@ -48,6 +48,18 @@ class Tiles:
         return overviews[0] if len(overviews) == 1 else None
 
 
+class Counted(Protocol):
+    """Something with the visual tokens of an image: its layout, its features, or its energies."""
+
+    @property
+    def num_tokens(self) -> int:
+        """``N``."""
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """As of `VisualFeatures`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The layout of an image's N visual tokens, in the order in which the language model reads them.
@@ -61,7 +73,7 @@ class Layout:
             ``tiles.canvas`` after the connector; ``connector_rows`` then indexes this canvas. Else None.
         embed_rows: ``(N,)`` int64 index of each token's row in the model's embeddings of the image; other rows are
             newlines. None if all rows are tokens.
-        prompt: see `VisualFeatures`.
+        prompt, distinct, border_tokens: see `VisualFeatures`.
     """
 
     patches: int
@@ -71,6 +83,8 @@ class Layout:
     connector_canvas: tuple[int, int] | None = None
     embed_rows: Tensor | None = None
     prompt: tuple[int, ...] | None = None
+    distinct: tuple[int, ...] | None = None
+    border_tokens: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +100,10 @@ class Layout:
     def grids(self) -> tuple[tuple[int, int], ...]:
         """As of `VisualFeatures`."""
         return planes_of(self.grid, self.tiles)
+
+    def without_duplicates(self) -> Layout:
+        """The layout of the tokens of ``distinct``, whose positions do not matter; the same object without those."""
+        return self if self.distinct is None else replace(self, grid=(1, len(self.distinct)), tiles=None, distinct=None)
 
     def dump(self) -> dict[str, Any]:
         """The layout as JSON values; `load` reads it back."""
@@ -164,6 +182,8 @@ class VisualFeatures:
         keys: ``(N, d_k)`` keys of the same encoder layer, mean over heads, for methods that merge by them.
         prompt: ids of the image's placeholder, `EMBED` for each of the N tokens. None if placeholders of all images
             differ only in N.
+        distinct: indices of the tokens that are no exact duplicates, if the policy drops duplicates; else None.
+        border_tokens: further tokens that the image had with the borders that were cropped; None if none are.
 
     Raises:
         ValueError: shapes or types contradict each other; the message names the field.
@@ -179,6 +199,8 @@ class VisualFeatures:
     deepstack: Tensor | None = None
     newline: Tensor | None = None
     prompt: tuple[int, ...] | None = None
+    distinct: tuple[int, ...] | None = None
+    border_tokens: int | None = None
 
     def __post_init__(self) -> None:
         n = self.embeds.shape[0] if self.embeds.ndim else 0
@@ -244,6 +266,14 @@ class VisualFeatures:
         if self.tiles is None or self.tiles.overview is None or len(self.tiles.grids) == 1:
             return None
         return (self.tiles.ids == self.tiles.overview).nonzero()[:, 0]
+
+    def without_duplicates(self) -> VisualFeatures:
+        """The tokens of ``distinct``, without positions; the same object if there are no duplicates to drop."""
+        if self.distinct is None or len(self.distinct) == self.num_tokens:
+            return self
+        indices = torch.tensor(self.distinct, device=self.embeds.device)
+        taken = {name: tensor[indices] for name, tensor in self._tensors().items()}
+        return replace(self, grid=None, tiles=None, prompt=None, distinct=None, **taken)  # type: ignore[arg-type]
 
     def planes(self) -> list[tuple[Tensor, tuple[int, int]]]:
         """For each of ``grids``: token indices ``(H * W,)`` in raster order, and ``(H, W)``.

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from vllm_vtprune import envs, metrics
+from vllm_vtprune.allotment import Energies
 from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.encoder import BatchingEncoder, Encoded, PlannedImage
 from vllm_vtprune.features import PreparedImage, VisualFeatures
@@ -148,7 +149,13 @@ class LocalEncoder(BatchingEncoder):
             KeptTokens.of(features, plan.kept),
             features.grid,
             features.prompt,
+            features.border_tokens,
+            None if features.distinct is None else features.num_tokens - len(features.distinct),
         )
+
+    def measure(self, encoded: Encoded[VisualFeatures], key: str) -> Energies:
+        with cpu_threads(HOST):
+            return Energies.of(self._on_device.get(key) or encoded.features)
 
     def _run(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         tower = self.tower

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -15,7 +15,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from typing_extensions import TypeAliasType
@@ -92,8 +94,14 @@ def read(model: type[Model], value: object) -> Model:
     raise problem
 
 
+Scope: TypeAlias = Literal["image", "request"]
+
+
 class EnergyBudget(Strict):
     """As many tokens as the image's spectral energy asks for (E-AdaPrune), from min_tokens to max_tokens."""
+
+    scope: ClassVar[Scope] = "image"
+    needs_features: ClassVar[bool] = True
 
     type: Literal["energy"] = "energy"
     threshold: float = Field(default=0.99, gt=0, le=1, description="Share of the spectral energy to keep.")
@@ -118,14 +126,47 @@ class EnergyBudget(Strict):
         return self
 
 
-class RatioBudget(Strict):
+class _FixedBudget(Strict):
+    """A budget for each image, or one for all images of a request, divided by their spectral energy."""
+
+    scope: Scope = Field(
+        default="image",
+        description="image: keep applies to each image. request: keep applies to all images of the request together, "
+        "and their spectral energy divides it.",
+    )
+    min_tokens: int = Field(
+        default=16, ge=1, le=MAX_TOKENS, description="scope request: keep at least this many of each image."
+    )
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the count depends on the images' features."""
+        return self.scope == "request"
+
+    @model_validator(mode="after")
+    def _min_only_for_requests(self) -> Self:
+        default = type(self).model_fields["min_tokens"].default
+        if self.scope == "image" and self.min_tokens != default:
+            problem = f'{self.min_tokens} given, but only a budget of scope "request" uses min_tokens'
+            raise PolicyError("min_tokens", self.min_tokens, 'scope "request" beside it', problem)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if self.scope == "image":
+            del fields["scope"], fields["min_tokens"]
+        return fields
+
+
+class RatioBudget(_FixedBudget):
     """A fixed share of the image's tokens, rounded half up, at least 1."""
 
     type: Literal["ratio"] = "ratio"
     keep: float = Field(gt=0, le=1, description="Share of the image's tokens to keep.")
 
 
-class TokensBudget(Strict):
+class TokensBudget(_FixedBudget):
     """A fixed number of tokens, or all of them where the image has fewer."""
 
     type: Literal["tokens"] = "tokens"
@@ -134,6 +175,9 @@ class TokensBudget(Strict):
 
 class MethodBudget(Strict):
     """The count that the method finds by itself."""
+
+    scope: ClassVar[Scope] = "image"
+    needs_features: ClassVar[bool] = True
 
     type: Literal["method"] = "method"
 

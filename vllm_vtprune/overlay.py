@@ -1,8 +1,11 @@
-"""Draw which tokens of an image are kept: dropped parts fade."""
+"""Draw which tokens of an image are kept: dropped parts fade, and what the model never saw is hatched."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -11,11 +14,15 @@ from vllm_vtprune.features import Box, VisualFeatures
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 FADED = 0.8  # share of white in a dropped part
 GAP = 8  # pixels between two panels
-CAPTION = 20  # height of a caption with its margins, in pixels
+CAPTION = 20  # height of a line of a caption with its margins, in pixels
+CELL = 6  # pixels: smallest side of a token whose outline is drawn
+OUTLINE, HATCH = 205, 150  # grey
+HATCH_STEP = 12  # pixels between two lines of the hatching
+LEAST_SIDE = 384  # pixels: smaller pictures are enlarged in a figure
 
 
 def draw_kept(image: Image.Image, features: VisualFeatures, kept: Tensor, view: Box = WHOLE) -> Image.Image:
-    """Fade the parts of an image whose tokens are dropped.
+    """Fade the parts of an image whose tokens are dropped, outline those tokens, and hatch what reaches no encoder.
 
     An image of several tiles is drawn twice, side by side: the tiles, then the overview.
 
@@ -23,7 +30,7 @@ def draw_kept(image: Image.Image, features: VisualFeatures, kept: Tensor, view: 
         image: the image, of any size.
         features: its visual tokens.
         kept: (k,) indices of the kept tokens.
-        view: the part of the image that reaches the encoder; the remainder fades, too.
+        view: the part of the image that reaches the encoder.
 
     Raises:
         ValueError: the tokens have no known positions.
@@ -32,28 +39,67 @@ def draw_kept(image: Image.Image, features: VisualFeatures, kept: Tensor, view: 
         raise ValueError("the tokens of this image have no known positions, so they cannot be drawn")
     is_kept = np.zeros(features.num_tokens, dtype=np.uint8)
     is_kept[kept.cpu().numpy()] = 255
-    panels: dict[bool, Image.Image] = {}  # key: whether it shows the overview
+    picture = image.convert("RGB")
+    faded = Image.blend(ImageOps.grayscale(picture).convert("RGB"), Image.new("RGB", image.size, "white"), FADED)
+    masks: dict[bool, Image.Image] = {}  # key: whether it shows the overview
+    backgrounds: dict[bool, Image.Image] = {}
     for (positions, (rows, columns)), box in zip(features.planes(), features.boxes, strict=True):
-        mask = panels.setdefault(box is None, Image.new("L", image.size, 0))
-        left, top, right, bottom = _pixels(_within(view, box or WHOLE), image.size)
+        mask = masks.setdefault(box is None, Image.new("L", image.size, 0))
+        background = backgrounds.setdefault(box is None, _hatched(faded))
+        left, top, right, bottom = edges = _pixels(_within(view, box or WHOLE), image.size)
         if right > left and bottom > top:
             cells = Image.fromarray(is_kept[positions.cpu().numpy()].reshape(rows, columns))
             mask.paste(cells.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
-    picture = image.convert("RGB")
-    faded = Image.blend(ImageOps.grayscale(picture).convert("RGB"), Image.new("RGB", image.size, "white"), FADED)
-    drawn = [Image.composite(picture, faded, mask) for _, mask in sorted(panels.items())]
-    sheet = Image.new("RGB", (sum(panel.width for panel in drawn) + GAP * (len(drawn) - 1), image.height), "white")
-    for number, panel in enumerate(drawn):
-        sheet.paste(panel, (number * (image.width + GAP), 0))
+            background.paste(_outlined(faded.crop(edges), rows, columns), (left, top))
+    drawn = [Image.composite(picture, backgrounds[overview], mask) for overview, mask in sorted(masks.items())]
+    return side_by_side(drawn)
+
+
+def _hatched(faded: Image.Image) -> Image.Image:
+    """A faded image with diagonal lines."""
+    pixels = np.array(faded)
+    rows, columns = np.indices(pixels.shape[:2])
+    pixels[(rows + columns) % HATCH_STEP < 2] = HATCH
+    return Image.fromarray(pixels)
+
+
+def _outlined(faded: Image.Image, rows: int, columns: int) -> Image.Image:
+    """A faded image with the outlines of its cells, unless they are too small."""
+    if faded.width < CELL * columns or faded.height < CELL * rows:
+        return faded
+    pixels: NDArray[np.uint8] = np.array(faded)
+    for row in range(1, rows):
+        pixels[row * faded.height // rows] = OUTLINE
+    for column in range(1, columns):
+        pixels[:, column * faded.width // columns] = OUTLINE
+    return Image.fromarray(pixels)
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row, on white."""
+    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
+    sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + GAP
     return sheet
 
 
-def with_caption(picture: Image.Image, caption: str) -> Image.Image:
-    """Add a line of text below a picture, cut off at its width."""
-    sheet = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
+def enlarged(image: Image.Image) -> Image.Image:
+    """The image, a whole number of times larger if it is small."""
+    times = -(-LEAST_SIDE // max(image.size))
+    return image if times <= 1 else image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
+def with_caption(picture: Image.Image, *lines: str) -> Image.Image:
+    """Add lines of text below a picture, cut off at its width."""
+    sheet = Image.new("RGB", (picture.width, picture.height + CAPTION * len(lines)), "white")
     sheet.paste(picture, (0, 0))
     font = ImageFont.load_default(CAPTION - 6)
-    ImageDraw.Draw(sheet).text((3, picture.height + CAPTION // 2), caption, "black", font, anchor="lm")
+    for number, line in enumerate(lines):
+        y = picture.height + CAPTION * number + CAPTION // 2
+        ImageDraw.Draw(sheet).text((3, y), line, "black", font, anchor="lm")
     return sheet
 
 

@@ -61,14 +61,18 @@ def plan_tokens(
         PolicyError: the features lack what the policy needs, or the method selects no tokens (`resize`).
         ValueError: features or text are not finite, or their shapes do not match.
     """
-    n = features.num_tokens
     if not policy.enabled:
-        all_tokens = torch.arange(n, device=features.embeds.device)
-        return PruningPlan(all_tokens, all_tokens, n, None, features.embeds, {"budget": 0.0, "select": 0.0})
+        all_tokens = torch.arange(features.num_tokens, device=features.embeds.device)
+        return PruningPlan(
+            all_tokens, all_tokens, features.num_tokens, None, features.embeds, {"budget": 0.0, "select": 0.0}
+        )
     if not policy.selects:
         problem = f"method {policy.method} resizes the image before encoding and selects no tokens"
         raise PolicyError("pruning.method", policy.method, "one of " + ", ".join(SELECTORS), problem)
-    policy = policy.resolve(replace(family, provides=_provided(features)))
+    distinct = features.distinct if policy.chosen.dedup else None
+    if distinct is not None:
+        features = features.without_duplicates()
+    policy = policy.resolve(replace(family, provides=_provided(features), drops_duplicates=False))
     method = policy.chosen
     require_finite("embeds", features.embeds)
     for name in ("encoder", "cls_attention", "overview_attention", "keys"):
@@ -87,7 +91,9 @@ def plan_tokens(
         k, energy = token_budget(policy.budget, features, seed=method.seed, most=most)
     k = min(k, most)
     budgeted = perf_counter()
-    selection = method.select(inputs, k, text_embeds)
+    n = features.num_tokens
+    keeps_distinct = distinct is not None and k == n  # asked for nothing but dedup, of up to 10,000s of tokens
+    selection = torch.arange(n) if keeps_distinct else method.select(inputs, k, text_embeds)
     order = (selection.order if isinstance(selection, Merged) else selection).to(features.embeds.device)
     kept, ranks = order.sort()
     if isinstance(selection, Merged) and k < n:
@@ -97,6 +103,9 @@ def plan_tokens(
     if embeds.is_cuda:
         torch.cuda.synchronize(embeds.device)  # so that the timing includes the GPU's work
     timings = {"budget": budgeted - started, "select": perf_counter() - budgeted}
+    if distinct is not None:
+        indices = torch.tensor(distinct, device=kept.device)
+        kept, order = indices[kept], indices[order]
     return PruningPlan(kept, order, k, energy, embeds, timings)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, Union, get_args
 
@@ -29,7 +30,7 @@ from vllm_vtprune.options import (
     shown,
     unknown_value,
 )
-from vllm_vtprune.selectors.method import FamilyDefaults, Input, Method, Needs
+from vllm_vtprune.selectors.method import LOSSLESS, FamilyDefaults, Input, Method, Needs
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune.selectors.resprune import ResPrune
 
@@ -57,14 +58,10 @@ else:
     AnyMethod = Annotated[Union[(*METHODS.values(), NoPruning)], Field(discriminator="method")]
 
 _OWNERS = {name: method for method in METHODS.values() for name in method.model_fields}  # field -> a method that has it
-_OWNERS["seed"] = _OWNERS.pop("seed")  # listed last in errors
+for _name in ("seed", *LOSSLESS):
+    _OWNERS[_name] = _OWNERS.pop(_name)  # listed last in errors
 POLICY_FIELDS = tuple(_OWNERS)
 """The fields of all methods."""
-
-
-def policy_fields() -> frozenset[str]:
-    """Names of the fields of all policies."""
-    return frozenset(_OWNERS)
 
 
 class PruningPolicy(RootModel[AnyMethod]):
@@ -98,11 +95,20 @@ class PruningPolicy(RootModel[AnyMethod]):
         return policy
 
     @model_validator(mode="after")
+    def _check_lossless(self) -> PruningPolicy:
+        for name in LOSSLESS:
+            if self.enabled and self.chosen.preprocesses and getattr(self.chosen, name):
+                problem = f"true given, but method {self.method} resizes the whole image and selects no tokens"
+                raise PolicyError(name, True, "false", problem)
+        return self
+
+    @model_validator(mode="after")
     def _check_budget(self) -> PruningPolicy:
         kind = self.budget.type
-        if self.enabled and self.chosen.preprocesses and kind not in ("tokens", "ratio"):
-            problem = f'"{kind}" needs features, but method {self.method} runs before encoding'
-            raise PolicyError("budget.type", kind, "one of tokens, ratio", problem)
+        if self.enabled and self.chosen.preprocesses and self.budget.needs_features:
+            field, value, accepted = self.featureless_budget()
+            problem = f'"{value}" needs features, but method {self.method} runs before encoding'
+            raise PolicyError(f"budget.{field}", value, accepted, problem)
         if kind == "method" and not self.chosen.own_count:
             names = ", ".join(name for name, method in METHODS.items() if method.own_count)
             problem = f'"method" is only for methods with a count of their own ({names}), and {self.method} has none'
@@ -189,6 +195,22 @@ class PruningPolicy(RootModel[AnyMethod]):
         """The same method with another budget."""
         return PruningPolicy(self.chosen.model_copy(update={"budget": budget}))
 
+    def featureless_budget(self) -> tuple[str, str, str]:
+        """Of a budget that needs features: the field to change, its value, and what would need none."""
+        if self.budget.scope == "request":
+            return "scope", "request", '"image"'
+        return "type", self.budget.type, '"tokens" or "ratio"'
+
+    def refuse_request_scope(self, param: str) -> None:
+        """Raise PolicyError if this policy, of a single image, has a budget for all images of a request.
+
+        Args:
+            param: path of the policy.
+        """
+        if self.enabled and self.budget.scope == "request":
+            problem = '"request" divides one budget over the images of a request, and this policy is of one image'
+            raise PolicyError(f"{param}.budget.scope", "request", '"image", or this policy for the request', problem)
+
     def resolve(self, family: FamilyDefaults, *, param: str = "pruning") -> PruningPolicy:
         """Replace every ``null`` and ``auto`` that the method reads by its value.
 
@@ -202,6 +224,11 @@ class PruningPolicy(RootModel[AnyMethod]):
         if not self.enabled:
             return self
         method = self.chosen
+        lost = {"grid", "positions"} if method.dedup and family.drops_duplicates else set[Input]()
+        for source in sorted(method.needs & lost):
+            problem = f"true given, but method {self.method} needs {source}, which dedup leaves incomplete"
+            raise PolicyError(f"{param}.dedup", True, "false", problem)
+        family = replace(family, provides=family.provides - lost)
         for source in sorted(method.needs - family.inputs):
             problem = f"method {self.method} needs {source}, which this model does not have"
             supported = [name for name, other in METHODS.items() if family.supports(other)]

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy, policy_fields
+from vllm_vtprune.policy import BUILTIN_PRESETS, POLICY_FIELDS, PolicyError, PruningPolicy
 
 PRESET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 """Valid preset names; they appear in model names (``NAME@PRESET``) and a response header."""
@@ -65,7 +65,7 @@ def read_presets(path: Path) -> PresetsFile:
     presets = PresetsFile()
     content = dict(_read(path))
     table = content.get(DETAIL)
-    if isinstance(table, Mapping) and table and not table.keys() & policy_fields():
+    if isinstance(table, Mapping) and table and table.keys().isdisjoint(POLICY_FIELDS):
         del content[DETAIL]
     else:
         table = {}

@@ -40,6 +40,10 @@ class ImageReport:
         placement_reason: why not in the engine, where the server would select; None if it did, or need not.
         detail: OpenAI's ``detail`` of the image, if that chose its policy.
         kept: which tokens entered prefill; None unless the request asked for them and tokens were selected.
+        border_tokens: tokens of borders that were cropped before encoding; None if the policy crops none.
+        duplicate_tokens: tokens dropped as exact duplicates before the budget; None if the policy drops none.
+        lossless_reason: why the image was not cropped, or its duplicates not dropped, although the policy says so.
+        allotted_tokens: the image's part of a budget for all images of the request; None for other budgets.
     """
 
     method: str
@@ -54,6 +58,10 @@ class ImageReport:
     placement_reason: str | None = None
     detail: str | None = None
     kept: KeptTokens | None = None
+    border_tokens: int | None = None
+    duplicate_tokens: int | None = None
+    lossless_reason: str | None = None
+    allotted_tokens: int | None = None
 
     @classmethod
     def of(
@@ -89,6 +97,10 @@ class ImageReport:
             "placement_reason": self.placement_reason,
             "detail": self.detail,
             "kept": None if self.kept is None else self.kept.to_json(),
+            "border_tokens": self.border_tokens,
+            "duplicate_tokens": self.duplicate_tokens,
+            "lossless_reason": self.lossless_reason,
+            "allotted_tokens": self.allotted_tokens,
         }
 
 

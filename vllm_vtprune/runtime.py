@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from vllm_vtprune import envs, metrics, text
+from vllm_vtprune.allotment import Energies
 from vllm_vtprune.cache import BoundedTable
 from vllm_vtprune.encoder import Encoded, ImageEncoder
 from vllm_vtprune.features import PreparedImage
@@ -49,6 +50,8 @@ class PruningRuntime:
         """Feature key -> preprocessed image whose tokens the engine selects, for other policies and texts."""
         self.planned: BoundedTable[str, tuple[str, ImageReport]] = BoundedTable(envs.report_table_size())
         """Hash of image, policy and text -> hash of vLLM's item, and report without nouns (which may be long)."""
+        self.energies: BoundedTable[str, Energies] = BoundedTable(envs.report_table_size())
+        """Feature key -> spectral energies, for budgets that are divided over the images of a request."""
         self._requested: BoundedTable[str, bool] = BoundedTable(envs.report_table_size())
 
     @property
@@ -67,6 +70,7 @@ class PruningRuntime:
         """Empty the caches of features and preprocessed images."""
         self.prepared.clear()
         self.encoder.forget_images()
+        self.energies.clear()
         self._requested.clear()
 
     def warm_up(self, image: PreparedImage) -> None:
@@ -94,6 +98,12 @@ class PruningRuntime:
             return False
         self._requested.put(digest, True)
         return True
+
+    def measure(self, encoded: Encoded[Any], key: str) -> Energies:
+        """Measure the spectral energies of an encoded image, and remember them; ``key``: feature key."""
+        energies = self.encoder.measure(encoded, key)
+        self.energies.put(key, energies)
+        return energies
 
     def count_stages(self, report: RequestReport) -> None:
         """Observe the durations of a request's stages."""

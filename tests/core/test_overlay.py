@@ -7,7 +7,7 @@ from PIL import Image
 
 from vllm_vtprune import VisualFeatures
 from vllm_vtprune.features import Tiles
-from vllm_vtprune.overlay import GAP, draw_kept
+from vllm_vtprune.overlay import GAP, HATCH, OUTLINE, draw_kept
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -38,6 +38,11 @@ def test_what_the_model_does_not_see_fades() -> None:
     expected = np.zeros((40, 80), dtype=bool)
     expected[:, 20:60] = True
     assert (unfaded(everything, image) == expected).all()
+    dropped = draw_kept(image, features(4, grid=(2, 2)), torch.tensor([], dtype=torch.long), (0.0, 0.25, 1.0, 0.75))
+    seen, unseen = np.asarray(dropped)[:, 20:60], np.asarray(dropped)[:, :20]
+    assert (seen == OUTLINE).all(axis=2).any(), "outlines of tokens"
+    assert not (seen == HATCH).all(axis=2).any()
+    assert (unseen == HATCH).all(axis=2).mean() == pytest.approx(2 / 12, abs=0.03), "hatched"
 
 
 def test_tiles_and_overview_are_drawn_side_by_side() -> None:

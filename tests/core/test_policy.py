@@ -30,7 +30,7 @@ DOCUMENTED = json.loads("""
  "text": {"scope": "message", "query": null, "clean": true, "modifiers": true},
  "gate": "auto", "alpha": null, "relevance": "max", "seed_token": "auto", "rank_by": "residual",
  "features": "projected", "importance": "auto", "sigma_d": null, "sigma_s": null, "radius": null, "correction": true,
- "distance": true, "similarity": true, "seed": 0}
+ "distance": true, "similarity": true, "seed": 0, "crop_borders": false, "dedup": false}
 """)
 
 

@@ -30,11 +30,11 @@ from vllm_vtprune import PruningPolicy
 from vllm_vtprune.plugin.early import EarlyEncoding
 from vllm_vtprune.plugin.families.qwen2_5_vl import PrunedQwen2_5_VLProcessor
 from vllm_vtprune.plugin.image import ImageJob
+from vllm_vtprune.plugin.inspection import pruning_processor
 from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.report import ImageReport
 from vllm_vtprune_checkpoints import tiny_checkpoint
-from vllm_vtprune_evaluation.inspection import pruning_processor
 
 pytestmark = pytest.mark.engine
 

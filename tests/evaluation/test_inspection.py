@@ -9,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_vtprune.overlay import CAPTION
+import vllm_vtprune
+from vllm_vtprune.overlay import CAPTION, GAP
+from vllm_vtprune.plugin.inspection import features_of, pruning_processor
+from vllm_vtprune.policy import PolicyError
 from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, tiny_checkpoint
-from vllm_vtprune_evaluation.inspection import features_of, inspect, pruning_processor
+from vllm_vtprune_evaluation.inspection import inspect
 from vllm_vtprune_evaluation.photo import photograph
 
 KEEP = 0.25
@@ -29,39 +32,63 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
     inspect([*map(str, argv), "--json"])
-    report: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return report
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return answer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "kept.png"
-    report = run(
+    answer = run(
         capsys, photo, "--query", "Where is the astronaut?", "--family", family, "--pruning", RATIO, "--out", out
     )
+    [report] = answer["images"]
     assert report["method"] == "resprune"
     assert report["nouns"] == ["astronaut"]
     assert 0 < report["kept_tokens"] < 0.3 * report["visual_tokens"]
     random = family != DEFAULT
-    assert report["weights"] == ("random" if random else "trained")
+    assert answer["weights"] == ("random" if random else "trained")
     with Image.open(out) as drawn:
-        assert drawn.height == 256 + (CAPTION if random else 0)
-        assert drawn.width in (512, 2 * 512 + 8)
+        assert drawn.height == 256 + CAPTION * (3 if random else 2)
+        assert drawn.width in (2 * 512 + GAP, 3 * 512 + 2 * GAP)
         dark = np.asarray(drawn.convert("L").crop((0, 256, drawn.width, drawn.height))) < 128
-        assert dark.any() == random, "a caption below the picture"
+        assert dark.any(), "captions below the pictures"
+
+
+def test_several_policies_stand_side_by_side(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "three.png"
+    inspect([str(photo), "--pruning", "fast", RATIO, "--out", str(out)])
+    first, second, where = capsys.readouterr().out.splitlines()
+    assert first == "fast: resprune keeps 64 of 576 tokens"
+    assert second == f"{RATIO}: resprune keeps 144 of 576 tokens"
+    assert where == f"Drawn in {out}"
+    with Image.open(out) as drawn, Image.open(photo) as before:
+        assert drawn.size == (3 * 512 + 2 * GAP, 256 + 2 * CAPTION)
+        assert (np.asarray(drawn)[:256, :512] == np.asarray(before.convert("RGB"))).all(), "the image comes first"
 
 
 def test_as_much_of_the_picture_stays_as_tokens(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "kept.png"
-    report = run(capsys, photo, "--pruning", RATIO, "--out", out)
+    [report] = run(capsys, photo, "--pruning", RATIO, "--out", out)["images"]
     assert (report["kept_tokens"], report["text_fallback"]) == (144, "no_nouns")
     with Image.open(photo) as before, Image.open(out) as after:
-        same = (np.asarray(before.convert("RGB")) == np.asarray(after)).all(axis=2)
+        drawn = np.asarray(after)[:256, 512 + GAP :]
+        same = (np.asarray(before.convert("RGB")) == drawn).all(axis=2)
     assert same[:, 128:384].mean() == pytest.approx(KEEP, abs=0.02), "the square that the model sees"
     white = (np.asarray(photograph().crop((0, 0, 512, 256))) == 255).all(axis=2)
     assert not (same & ~white)[:, :128].any()
+
+
+def test_from_python(photo: Path) -> None:
+    with Image.open(photo) as picture:
+        inspection = vllm_vtprune.inspect(picture, "Where is the astronaut?", "fast", model=str(tiny_checkpoint()))
+    assert inspection.report.kept_tokens == round(inspection.report.visual_tokens / 9)
+    assert inspection.report.nouns == ("astronaut",)
+    assert inspection.drawn.size == (512, 256)
+    with pytest.raises(PolicyError, match="expected a policy that selects tokens"):
+        vllm_vtprune.inspect(Image.new("RGB", (9, 9)), policy="off", model=str(tiny_checkpoint()))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +99,7 @@ def test_as_much_of_the_picture_stays_as_tokens(
         (["--pruning", '{"alpha": -1}', "--out", "a.png"], 2, "--pruning.alpha"),
         (["--pruning", RESIZE, "--out", "a.png", "--family", "qwen2_5_vl"], 2, "selects no tokens"),
         (["--out", "a.xyz"], 2, "names no format"),
+        (["--out", "/nonexistent/a.png"], 2, "expected a file in an existing folder"),
         (["--pruning", '{"method": "hired"}', "--out", "a.png", "--family", "qwen2_5_vl"], "vtprune inspect:", "hired"),
     ],
 )

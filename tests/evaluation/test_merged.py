@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from tests.support.forked import context
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import plan_tokens
+from vllm_vtprune.plugin.inspection import features_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_checkpoints import TRAINED
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, fixed
 from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.in_llm import InLLM
-from vllm_vtprune_evaluation.inspection import features_of, pruning_processor
 from vllm_vtprune_evaluation.merged import FILE, Merger, by_token, load_merged, merged_features, save_merged
 from vllm_vtprune_evaluation.offline import Offline
 from vllm_vtprune_evaluation.options import weights_digest

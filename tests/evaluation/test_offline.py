@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.support.forked import context
+from vllm_vtprune.plugin.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_checkpoints import TRAINED, tiny_checkpoint
 from vllm_vtprune_checkpoints.writing import random_weight
@@ -21,7 +22,6 @@ from vllm_vtprune_evaluation.asking import ANSWER_TOKENS
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.forward import Asked, answer_greedily
 from vllm_vtprune_evaluation.in_llm import InLLM
-from vllm_vtprune_evaluation.inspection import features_of, plan_of, pruning_processor
 from vllm_vtprune_evaluation.offline import Offline, OfflineFailed, answer_offline
 from vllm_vtprune_evaluation.questions import Picture, is_right, pictures
 from vllm_vtprune_evaluation.scenes import ask, make_scene

@@ -54,8 +54,8 @@ def test_inspect_says_so_above_what_is_kept(
     photograph().save(photo)
     argv = [str(photo), *argv, "--pruning", "balanced", "--out", str(tmp_path / "kept.png")]
     inspect(argv)
-    *above, last = capsys.readouterr().out.splitlines()
-    assert last.startswith("resprune keeps ")
+    *above, kept, _ = capsys.readouterr().out.splitlines()
+    assert kept.startswith("balanced: resprune keeps ")
     assert (above[-1:] == [RANDOM_WEIGHTS]) == (weights == "random")
     if weights is None:
         inspect([*argv, "--json"])

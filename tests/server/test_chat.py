@@ -36,6 +36,7 @@ REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "untuned", "images
 IMAGE_KEYS = {
     *("method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"),
     *("placement", "placement_reason", "detail", "kept"),
+    *("placement", "placement_reason", "border_tokens", "duplicate_tokens", "lossless_reason", "allotted_tokens"),
 }
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
@@ -202,8 +203,30 @@ def test_the_report_is_complete(server: Server, default_keep: int) -> None:
         "placement_reason": None,
         "detail": None,
         "kept": None,
+        "border_tokens": None,
+        "duplicate_tokens": None,
+        "lossless_reason": None,
+        "allotted_tokens": None,
     }
     assert list(report["timings_ms"]) == [*STAGES, "ttft", "total"]
+
+
+def test_one_budget_is_divided_over_the_images(server: Server) -> None:
+    blank = url_of(Image.new("RGB", (64, 64), (3, 7, 11)))
+    pruning: Body = {"budget": {"type": "tokens", "keep": 100, "scope": "request"}}
+    answer = server.ask(messages=[user("Where is the dog?", blank, fresh_url())], pruning=pruning)
+    assert answer["pruning"]["budget"] == {**pruning["budget"], "min_tokens": 16}
+    assert sum(kept(answer)) == 100
+    assert kept(answer)[0] < kept(answer)[1]
+    assert [image["allotted_tokens"] for image in answer["pruning"]["images"]] == kept(answer)
+
+    alone = image_part(fresh_url(), pruning=pruning)
+    refused = server.post({"messages": [user("Where is the dog?", alone)]})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "messages.0.content.0.pruning.budget.scope")
+    one: Body = {"budget": {"type": "tokens", "keep": 1, "scope": "request"}}
+    refused = server.post({"messages": [user("Where?", *[fresh_url()] * 2)], "pruning": one})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning.budget.keep")
 
 
 @pytest.mark.parametrize("options", OPTIONS_OF_STREAMS, ids=["plain", "usage"])

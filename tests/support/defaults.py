@@ -2,5 +2,7 @@
 
 from vllm_vtprune.policy import FamilyDefaults
 
-QWEN = FamilyDefaults(clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"}))
+QWEN = FamilyDefaults(
+    clip_alpha=0.3, provides=frozenset({"grid", "positions", "dynamic_resolution"}), drops_duplicates=True
+)
 TILED = FamilyDefaults(clip_alpha=0.3, provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"}))

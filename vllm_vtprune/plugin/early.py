@@ -77,7 +77,7 @@ class EarlyEncoding:
             image = expected.pop()
         processor, runtime = self._processor, self._processor.runtime
         generation = runtime.generation
-        key = feature_key(processor, media, image.uuid, self._hf_kwargs, media_io_kwargs)
+        key = feature_key(processor, image.policy, media, image.uuid, self._hf_kwargs, media_io_kwargs)
         if not runtime.is_first_request(key, image.policy, image.text):
             return
         in_engine = processor.place(image.policy, return_kept=image.return_kept)[0] == "engine"
@@ -86,7 +86,7 @@ class EarlyEncoding:
         if encoding is None and prepared is None:
             try:
                 with set_default_torch_num_threads():
-                    prepared = preprocess(processor, media, self._hf_kwargs)
+                    prepared = preprocess(processor, media, self._hf_kwargs, image.policy)
             except Exception:  # the processor meets the same error and reports it
                 return
         if image.policy.conditions_on_text:

@@ -17,6 +17,7 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 
+from vllm_vtprune.allotment import Energies
 from vllm_vtprune.encoder import Encoded, Forward, PlannedImage
 from vllm_vtprune.features import PreparedImage
 from vllm_vtprune.plugin import messages
@@ -118,6 +119,12 @@ class EncoderClient:
         self._ask({number: planned}, message, ticket.channel)
         return planned.result()
 
+    def measure(self, encoded: Encoded[Ticket], key: str) -> Energies:
+        ticket, number = encoded.features, next(self._numbers)
+        measured: Future[Energies] = Future()
+        self._ask({number: measured}, messages.Measure(number, ticket.number), ticket.channel)
+        return measured.result()
+
     def warm_up(self, image: PreparedImage) -> None:
         number = next(self._numbers)
         self._ask({number: Future()}, messages.WarmUp(number))[number].result()
@@ -186,8 +193,9 @@ class EncoderClient:
                     forward = None if began is None else Forward(began, seconds)
                     future.set_result(Encoded(Ticket(channel, number), forward, fresh))
                 case messages.Planned():
-                    values = {name: getattr(reply, name) for name in reply.__struct_fields__ if name != "id"}
-                    future.set_result(PlannedImage(**values))
+                    future.set_result(PlannedImage(**_values(reply)))
+                case messages.Measured():
+                    future.set_result(Energies(**_values(reply)))
                 case messages.Done():
                     future.set_result(None)
 
@@ -203,6 +211,10 @@ class EncoderClient:
                 return
             time.sleep(POLL)
         logger.info("Connected to the restarted vision encoder process")
+
+
+def _values(reply: messages.Planned | messages.Measured) -> dict[str, Any]:
+    return {name: getattr(reply, name) for name in reply.__struct_fields__ if name != "id"}
 
 
 def fail(futures: dict[int, Future[Any]]) -> None:

@@ -112,6 +112,8 @@ class _Session:
                         held[1].cancel()
                 case messages.Plan(id=number, ticket=ticket):
                     server.planners.submit(self._plan, request, *self._tickets[ticket])
+                case messages.Measure(ticket=ticket):
+                    server.planners.submit(self._measure, request, *self._tickets[ticket])
                 case messages.WarmUp(id=number):
                     server.planners.submit(self._do, number, server.warm_up)
                 case messages.ForgetImages(id=number):
@@ -144,6 +146,13 @@ class _Session:
             self.channel.send(messages.Planned(plan.id, **vars(planned)))
         except Exception as error:
             self._fail(plan.id, error)
+
+    def _measure(self, measure: messages.Measure, key: str, encoding: Future[Encoded[VisualFeatures]]) -> None:
+        try:
+            energies = self._server.runtime.encoder.measure(encoding.result(), key)
+            self.channel.send(messages.Measured(measure.id, **vars(energies)))
+        except Exception as error:
+            self._fail(measure.id, error)
 
     def _do(self, number: int, task: Callable[[], None]) -> None:
         try:

@@ -45,7 +45,7 @@ def parameters_in_transformers(config: PretrainedConfig) -> int:
     return sum(weights.numel() for name, weights in model.named_parameters() if not in_language_model(name))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family(FamilyDefaults):
     """Models that are pruned in the same way. Callables take the model's HF config.
 
@@ -89,6 +89,11 @@ class Family(FamilyDefaults):
 
 class DynamicResolution(ABC):
     """Mixin for processors whose token count follows the image's size."""
+
+    @property
+    @abstractmethod
+    def token_side(self) -> int:
+        """Side of a visual token, in pixels of the resized image."""
 
     @abstractmethod
     def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:

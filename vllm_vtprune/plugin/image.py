@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded, PlannedImage
-from vllm_vtprune.features import Layout, PreparedImage, VisualFeatures
+from vllm_vtprune.features import Box, Layout, PreparedImage, VisualFeatures
 from vllm_vtprune.kept import KeptTokens
+from vllm_vtprune.lossless import Edges, crop_edges
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plan import PruningPlan
+from vllm_vtprune.plugin.family import DynamicResolution
 from vllm_vtprune.plugin.placement import watched_inputs
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.plugin.selection import Selection
-from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune.policy import OFF, PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport
+from vllm_vtprune.selectors.method import LOSSLESS
 from vllm_vtprune.text import TextFallback, read_prompt
 
 if TYPE_CHECKING:
@@ -44,7 +50,7 @@ class ImageJob:
         index: index among the images of the prompt.
         detail: see `ImageReport`.
         encoding: future of the features.
-        early_key: feature key and runtime generation of an early encoding.
+        early_key: feature key and runtime generation of `encoding`.
         data: the decoded image; None if the client sent only a uuid.
         feature_key: key in the feature cache.
         item_hash: hash of vLLM's item for the image: the stock hash until the image is planned or resized.
@@ -57,6 +63,8 @@ class ImageJob:
         processed: whether the item was missing in vLLM's processor cache.
         in_engine: whether the engine selects the image's tokens.
         prepared: the preprocessed image, if the engine selects its tokens and the image is cached.
+        lossless_reason: see `ImageReport`.
+        allotted: tokens allotted to the image by a budget for all images of the request; None for other budgets.
         placement_reason: see `ImageReport`.
         return_kept: whether the report says which tokens were kept.
         report: report of a planned image, from this request or an earlier one.
@@ -83,6 +91,8 @@ class ImageJob:
     processed: bool = False
     in_engine: bool = False
     prepared: PreparedImage | None = None
+    lossless_reason: str | None = None
+    allotted: int | None = None
     placement_reason: str | None = None
     return_kept: bool = False
     report: ImageReport | None = None
@@ -112,15 +122,15 @@ class ImageJob:
             PolicyError: pruning would change the attention mask.
         """
         _require_same_mask(processor, self.policy, planned.tokens, len(planned.kept))
-        self.report = ImageReport.of(
-            self.policy,
+        self.report = self._report(
             planned.length,
             len(planned.embeds),
+            planned.border_tokens,
+            planned.duplicate_tokens,
             energy=planned.energy,
-            nouns=self.nouns,
-            text_fallback=self.text_fallback,
             placement="api",
             placement_reason=self.placement_reason,
+            allotted_tokens=self.allotted,
         )
 
     def leave_to_engine(self, processor: PruningProcessor, image: PreparedImage) -> MultiModalKwargsItem:
@@ -135,16 +145,31 @@ class ImageJob:
         tokens = layout.num_tokens
         keep = self.count(layout)
         _require_same_mask(processor, self.policy, tokens, keep)
-        self.report = ImageReport.of(
-            self.policy, tokens, keep, nouns=self.nouns, text_fallback=self.text_fallback, placement="engine"
-        )
+        duplicates = None if layout.distinct is None else tokens - len(layout.distinct)
+        self.report = self._report(tokens, keep, layout.border_tokens, duplicates, placement="engine")
         return Selection(self.item_hash, self.policy, keep, self.noun_ids, layout).attach(image.item)
 
     def count(self, layout: Layout) -> int:
         """Tokens that a policy with a budget in tokens or as a ratio keeps of an image."""
-        budget = self.policy.budget
+        budget, layout = self.policy.budget, layout.without_duplicates()
         assert isinstance(budget, RatioBudget | TokensBudget)
         return min(fixed_count(budget, layout.num_tokens), self.policy.chosen.max_keep(layout))
+
+    def _report(
+        self, tokens: int, kept: int, border_tokens: int | None, duplicate_tokens: int | None, **measured: Any
+    ) -> ImageReport:
+        """The report of an image with so many tokens after its borders were cropped, of which so many are kept."""
+        return ImageReport.of(
+            self.policy,
+            tokens + (border_tokens or 0),
+            kept,
+            nouns=self.nouns,
+            text_fallback=self.text_fallback,
+            border_tokens=border_tokens,
+            duplicate_tokens=duplicate_tokens,
+            lossless_reason=self.lossless_reason,
+            **measured,
+        )
 
     def report_of(self, kept: int) -> ImageReport:
         """The image's report; ``kept`` counts its tokens in the prompt."""
@@ -188,21 +213,94 @@ def size_of(image: Any) -> tuple[int, int]:
 
 def feature_key(
     processor: PruningProcessor,
+    policy: PruningPolicy,
     image: Any,
     uuid: str | None = None,
     hf_kwargs: Mapping[str, object] = NO_OPTIONS,
     media_io_kwargs: Mapping[str, Mapping[str, Any]] = NO_OPTIONS,
 ) -> str:
-    """Key of an image in the feature cache: vLLM's hash of the image (or uuid), HF options and decoder options."""
+    """Key of an image in the feature cache: vLLM's hash of the image (or uuid), HF options and decoder options, and the
+    policy's lossless steps."""
     items, uuids = only_image(image), {"image": [uuid]}
     inputs = ProcessorInputs([], items, uuids, hf_processor_mm_kwargs=hf_kwargs, media_io_kwargs=media_io_kwargs)
-    return processor.stock_hashes(inputs)["image"][0]
+    return with_steps(processor.stock_hashes(inputs)["image"][0], lossless_steps(processor, policy)[0])
 
 
-def preprocess(processor: PruningProcessor, image: Any, hf_kwargs: Mapping[str, object] = NO_OPTIONS) -> PreparedImage:
-    """Preprocess an image for the encoder. Thread-safe."""
+def lossless_steps(processor: PruningProcessor, policy: PruningPolicy) -> tuple[tuple[str, ...], str | None]:
+    """The lossless steps of a policy that this model takes, and why it does not take the others; None if it takes all.
+
+    Args:
+        processor: the model's processor.
+        policy: the image's policy.
+    """
+    obstacles = {
+        "crop_borders": "" if isinstance(processor, DynamicResolution) else "this model resizes images to fixed sizes",
+        "dedup": ""
+        if processor.family.drops_duplicates
+        else "this model's visual tokens have no positions of their own",
+    }
+    steps = [name for name in LOSSLESS if policy.selects and getattr(policy.chosen, name)]
+    reasons = [f"{name}: {obstacles[name]}" for name in steps if obstacles[name]]
+    return tuple(name for name in steps if not obstacles[name]), "; ".join(reasons) or None
+
+
+def with_steps(key: str, steps: tuple[str, ...]) -> str:
+    """The hash of an image after these lossless steps."""
+    return sha256(repr((key, steps)).encode()).hexdigest() if steps else key
+
+
+def preprocess(
+    processor: PruningProcessor,
+    image: Any,
+    hf_kwargs: Mapping[str, object] = NO_OPTIONS,
+    policy: PruningPolicy = OFF,
+) -> PreparedImage:
+    """Preprocess an image for the encoder, with the lossless steps of its policy. Thread-safe."""
+    steps, _ = lossless_steps(processor, policy)
+    size = size_of(image)
+    image = after_crop(processor, policy, image)
     item = processor.stock_item(image, hf_kwargs)
-    return PreparedImage(item, processor.layout(item, size_of(image), hf_kwargs))
+    layout = processor.layout(item, size_of(image), hf_kwargs)
+    if "crop_borders" in steps:
+        assert isinstance(processor, DynamicResolution)
+        tokens = processor.num_tokens(size, hf_kwargs)
+        layout = replace(layout, border_tokens=max(tokens - layout.num_tokens, 0))
+    if "dedup" in steps:
+        layout = replace(layout, distinct=processor.distinct_tokens(item))
+    return PreparedImage(item, layout)
+
+
+def crop_of(processor: PruningProcessor, policy: PruningPolicy, image: Any) -> Edges | None:
+    """The part within an image's borders, if its policy crops them and the model takes images of any size.
+
+    Raises:
+        PolicyError: the image is an array.
+    """
+    if "crop_borders" not in lossless_steps(processor, policy)[0]:
+        return None
+    assert isinstance(processor, DynamicResolution)
+    picture = image.media if isinstance(image, MediaWithBytes) else image
+    if not isinstance(picture, Image.Image):
+        raise PolicyError("pruning.crop_borders", True, "a Pillow image, or false", "the image is an array")
+    return crop_edges(np.asarray(picture), processor.token_side)
+
+
+def after_crop(processor: PruningProcessor, policy: PruningPolicy, image: Any) -> Any:
+    """The image without its borders if its policy crops them; see `crop_of`."""
+    edges = crop_of(processor, policy, image)
+    if edges is None:
+        return image
+    return (image.media if isinstance(image, MediaWithBytes) else image).crop(edges)
+
+
+def view_of(processor: PruningProcessor, policy: PruningPolicy, image: Any) -> Box:
+    """The part of an image that reaches the encoder."""
+    height, width = size_of(image)
+    edges = crop_of(processor, policy, image)
+    if edges is None:
+        return processor.view(height, width)
+    left, top, right, bottom = edges
+    return top / height, left / width, bottom / height, right / width
 
 
 def warm_up(processor: PruningProcessor) -> None:
@@ -210,10 +308,10 @@ def warm_up(processor: PruningProcessor) -> None:
     processor.runtime.warm_up(preprocess(processor, BLANK))
 
 
-def encode_image(processor: PruningProcessor, image: Any) -> VisualFeatures:
-    """Encode one image in this process."""
-    key = feature_key(processor, image)
-    return processor.runtime.local.submit(key, preprocess(processor, image)).result().features
+def encode_image(processor: PruningProcessor, image: Any, policy: PruningPolicy = OFF) -> VisualFeatures:
+    """Encode one image in this process, with the lossless steps of its policy."""
+    key = feature_key(processor, policy, image)
+    return processor.runtime.local.submit(key, preprocess(processor, image, policy=policy)).result().features
 
 
 def plan_image(
@@ -236,9 +334,10 @@ def plan_image(
     job = ImageJob(policy.resolve(processor.family), query)
     if job.policy.conditions_on_text:
         job.read_text(processor)
-    encoder, features = processor.runtime.local, encode_image(processor, image)
+    _, job.lossless_reason = lossless_steps(processor, job.policy)
+    encoder, features = processor.runtime.local, encode_image(processor, image, job.policy)
     plan = encoder.plan(features, job.policy, job.noun_ids)
     job.describe(processor, encoder.planned(features, plan))
     assert job.report is not None
-    kept = KeptTokens.of(features, plan.kept, processor.view(*size_of(image)))
+    kept = KeptTokens.of(features, plan.kept, view_of(processor, job.policy, image))
     return replace(job.report, kept=kept), plan, features

@@ -21,14 +21,16 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_vtprune.allotment import Energies, allot
 from vllm_vtprune.features import PreparedImage
+from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import DynamicResolution
-from vllm_vtprune.plugin.image import ImageJob, preprocess, size_of
+from vllm_vtprune.plugin.image import ImageJob, lossless_steps, preprocess, size_of, view_of, with_steps
 from vllm_vtprune.plugin.items import pruned_item
 from vllm_vtprune.plugin.limits import DataMissing
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
-from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import RequestReport, StageRun, in_prompt_order
 from vllm_vtprune.text import text_pipeline_name
 
@@ -77,12 +79,15 @@ class PromptJobs:
         without_synthetic = compat.without_synthetic_uuids(inputs)
         keys = hashes if without_synthetic is inputs else processor.stock_hashes(without_synthetic)
         data = inputs.mm_data_items.get_items("image", ImageProcessorItems).data
-        images = [
-            replace(image, index=i, data=data[i], feature_key=keys["image"][i], item_hash=hashes["image"][i])
-            for i, image in enumerate(pruning.images)
-        ]
+        images = []
+        for i, image in enumerate(pruning.images):
+            steps, reason = lossless_steps(processor, image.policy)
+            key, item_hash = (with_steps(by_modality["image"][i], steps) for by_modality in (keys, hashes))
+            image = replace(image, index=i, data=data[i], feature_key=key, item_hash=item_hash)
+            images.append(replace(image, lossless_reason=reason))
         jobs = cls(processor, inputs, hashes, pruning.policy, images, RequestReport(untuned=not processor.family.tuned))
         try:
+            jobs._allot()
             for job in images:
                 if job.policy.selects:
                     jobs._place(job)
@@ -96,6 +101,42 @@ class PromptJobs:
             raise
         return jobs
 
+    # 0. Divide a budget for all images
+
+    def _allot(self) -> None:
+        """Give each image of a budget of scope "request" its part, as a budget in tokens of its own."""
+        groups: list[list[ImageJob]] = []  # by policy: images of earlier turns keep theirs
+        for job in self.images:
+            if job.policy.enabled and job.policy.budget.scope == "request":
+                group = next((group for group in groups if group[0].policy == job.policy), None)
+                groups.append([job]) if group is None else group.append(job)
+        for group in groups:
+            self._divide(group[0].policy, group)
+
+    def _divide(self, policy: PruningPolicy, jobs: Sequence[ImageJob]) -> None:
+        runtime, budget = self.processor.runtime, policy.budget
+        assert isinstance(budget, RatioBudget | TokensBudget)
+        if isinstance(budget, TokensBudget) and budget.keep < len(jobs):
+            problem = f"{budget.keep} tokens cannot be divided over {len(jobs)} images"
+            raise PolicyError("pruning.budget.keep", budget.keep, f"{len(jobs)} or more", problem)
+        _, reason = self.processor.place(policy)
+        for job in jobs:
+            job.placement_reason = reason
+            if runtime.energies.get(job.feature_key) is None:
+                self._encode(job)
+        images = [runtime.energies.get(job.feature_key) or self._measure(job) for job in jobs]
+        for job, job.allotted in zip(jobs, allot(budget, images, type(policy.chosen)), strict=True):
+            job.policy = policy.with_budget(TokensBudget(keep=job.allotted))
+
+    def _measure(self, job: ImageJob) -> Energies:
+        """Wait for an image's features and measure their energies."""
+        assert job.encoding is not None
+        encoded = job.encoding.result()
+        started = time.perf_counter()
+        energies = self.processor.runtime.measure(encoded, job.feature_key)
+        self.report.add_timings({"budget": time.perf_counter() - started})
+        return energies
+
     # 1. Parse the text and submit images to the encoder; or choose the area to which an image is resized
 
     def _place(self, job: ImageJob) -> None:
@@ -105,9 +146,11 @@ class PromptJobs:
             job.read_text(self.processor)
             self.report.text_pipeline = text_pipeline_name()
             self.report.add_timings({"text": time.perf_counter() - started})
-        placement, job.placement_reason = self.processor.place(job.policy, return_kept=job.return_kept)
-        if placement == "api" or not self._leave_to_engine(job):
-            self._start(job)
+        if job.allotted is None:
+            placement, job.placement_reason = self.processor.place(job.policy, return_kept=job.return_kept)
+            if placement == "engine" and self._leave_to_engine(job):
+                return
+        self._start(job)
 
     def _leave_to_engine(self, job: ImageJob) -> bool:
         """Set the hash and, if the image is cached, the report of an image whose tokens the engine selects.
@@ -125,12 +168,14 @@ class PromptJobs:
             return False
         job.plan_key = job.item_hash = key
         job.in_engine = True
+        if job.prepared is None and not is_cached and lossless_steps(self.processor, job.policy)[0]:
+            job.prepared = self._preprocess(job)
+            runtime.prepared.put(job.feature_key, job.prepared)
         planned = runtime.planned.get(key)
         if planned is not None:
             job.report = replace(planned[1], nouns=job.nouns, text_fallback=job.text_fallback)
         elif is_cached:
-            image = job.prepared or preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs)
-            job.leave_to_engine(self.processor, image)
+            job.leave_to_engine(self.processor, job.prepared or self._preprocess(job))
         return True
 
     def _start(self, job: ImageJob) -> None:
@@ -144,16 +189,30 @@ class PromptJobs:
         if planned is not None and cache is not None and cache.is_cached([planned[0]])[0]:
             job.item_hash, report = planned
             job.report = replace(
-                report, nouns=job.nouns, text_fallback=job.text_fallback, placement_reason=job.placement_reason
+                report,
+                nouns=job.nouns,
+                text_fallback=job.text_fallback,
+                placement_reason=job.placement_reason,
+                allotted_tokens=job.allotted,
             )
             job.encoding = None
-        elif job.early_key != (job.feature_key, runtime.generation):
-            job.encoding = runtime.encoder.find(job.feature_key)
-            if job.encoding is None:
-                image = runtime.prepared.get(job.feature_key) or preprocess(
-                    self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs
-                )
-                job.encoding = runtime.encoder.submit(job.feature_key, image)
+        else:
+            self._encode(job)
+
+    def _encode(self, job: ImageJob) -> None:
+        """Submit an image to the encoder, unless this request has done so."""
+        runtime = self.processor.runtime
+        if job.early_key == (job.feature_key, runtime.generation):
+            return
+        job.early_key = job.feature_key, runtime.generation
+        job.encoding = runtime.encoder.find(job.feature_key)
+        if job.encoding is None:
+            image = runtime.prepared.get(job.feature_key) or self._preprocess(job)
+            job.encoding = runtime.encoder.submit(job.feature_key, image)
+
+    def _preprocess(self, job: ImageJob) -> PreparedImage:
+        """Preprocess an image, with the lossless steps of its policy."""
+        return preprocess(self.processor, _data_of(job), self.inputs.hf_processor_mm_kwargs, job.policy)
 
     def _choose_area(self, job: ImageJob) -> None:
         """Choose the area to which an image is resized; an image within the budget stays the stock item."""
@@ -183,7 +242,7 @@ class PromptJobs:
             assert job.report is not None
             runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
             if job.return_kept:
-                view = None if job.data is None else self.processor.view(*size_of(job.data))
+                view = None if job.data is None else view_of(self.processor, job.policy, job.data)
                 job.report = replace(job.report, kept=replace(planned.places, view=view))
 
     # 3. Called by vLLM's hooks while it processes the prompt

@@ -53,6 +53,13 @@ class Plan(msgspec.Struct, tag=True):
     noun_ids: tuple[int, ...]
 
 
+class Measure(msgspec.Struct, tag=True):
+    """Measure the spectral energies of the image of a ticket. Answered by `Measured`."""
+
+    id: int
+    ticket: int
+
+
 class WarmUp(msgspec.Struct, tag=True):
     """Load the encoder. Answered by `Done`."""
 
@@ -65,7 +72,7 @@ class ForgetImages(msgspec.Struct, tag=True):
     id: int
 
 
-Request: TypeAlias = Find | Submit | Release | Plan | WarmUp | ForgetImages
+Request: TypeAlias = Find | Submit | Release | Plan | Measure | WarmUp | ForgetImages
 
 
 class Found(msgspec.Struct, tag=True):
@@ -97,6 +104,17 @@ class Planned(msgspec.Struct, tag=True):
     places: KeptTokens
     grid: tuple[int, int] | None
     prompt: tuple[int, ...] | None
+    border_tokens: int | None
+    duplicate_tokens: int | None
+
+
+class Measured(msgspec.Struct, tag=True):
+    """Spectral energies; fields as of `Energies`."""
+
+    id: int
+    num_tokens: int
+    grids: tuple[tuple[int, int], ...]
+    energies: Tensor
 
 
 class Done(msgspec.Struct, tag=True):
@@ -130,4 +148,4 @@ class Loaded(msgspec.Struct, tag=True):
     parameters: int | None
 
 
-Reply: TypeAlias = Found | Encoded | Planned | Done | Failed | Loaded
+Reply: TypeAlias = Found | Encoded | Planned | Measured | Done | Failed | Loaded

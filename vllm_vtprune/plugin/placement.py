@@ -13,7 +13,6 @@ from typing import Literal, TypeAlias
 from vllm.config import ModelConfig, VllmConfig
 
 from vllm_vtprune import envs
-from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import Placement
@@ -85,19 +84,19 @@ class EnginePlacement:
             return "engine", None
         if self.choice == "auto":
             return "api", reason
-        accepted = {"budget.type": '"tokens" or "ratio"', "return_kept": "false"}
-        raise PolicyError(
-            f"{param}.{field}",
-            policy.budget.type if field == "budget.type" else policy.method,
-            accepted.get(field, "a policy that the engine can follow"),
-            f"{reason}, and this server selects in its engine only",
-        )
+        value, accepted = policy.method, "a policy that the engine can follow"
+        if field == "return_kept":
+            value, accepted = "true", "false"
+        elif field != "method":
+            _, value, accepted = policy.featureless_budget()
+        raise PolicyError(f"{param}.{field}", value, accepted, f"{reason}, and this server selects in its engine only")
 
     def _obstacle(self, policy: PruningPolicy, family: Family, return_kept: bool) -> tuple[str, str]:
         """The field to blame, and the reason; two empty strings where nothing is in the way."""
-        kind = policy.budget.type
-        if not isinstance(policy.budget, TokensBudget | RatioBudget):
-            return "budget.type", f'budget "{kind}" needs features before scheduling'
+        if policy.budget.scope == "request":
+            return "budget.scope", "a budget for all images of a request needs features before scheduling"
+        if policy.budget.needs_features:
+            return "budget.type", f'budget "{policy.budget.type}" needs features before scheduling'
         if not family.fixed_length:
             return "method", "the length of this model's prompt depends on which tokens are kept"
         if self.no_positions:

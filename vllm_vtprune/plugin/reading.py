@@ -123,6 +123,8 @@ class FeatureReader:
             deepstack=rows[:, self._width :].clone() if rows.shape[1] > self._width else None,
             newline=newline,
             prompt=layout.prompt,
+            distinct=layout.distinct,
+            border_tokens=layout.border_tokens,
         )
 
 

@@ -81,6 +81,9 @@ class PromptPruning:
             PruningPolicy.parse(image_value, param=f"{PARAM}.images.{index}", default=prompt_policy)
             for index, image_value in enumerate(_per_image("images", image_values, num_images))
         ]
+        for index, policy in enumerate(policies):
+            if policy is not prompt_policy:
+                policy.refuse_request_scope(f"{PARAM}.images.{index}")
         full_text = cache(prompt_text)
         images = []
         for index, (policy, text) in enumerate(zip(policies, _per_image("texts", texts, num_images), strict=True)):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.features import Counted, VisualFeatures
 from vllm_vtprune.lazy import Tensor, torch
 from vllm_vtprune.selectors.importance import ReadsImportance
 
@@ -16,7 +16,7 @@ class OneOfEachCell(ReadsImportance):
     capped = True
 
     @classmethod
-    def max_keep(cls, features: VisualFeatures | Layout) -> int:
+    def max_keep(cls, features: Counted) -> int:
         """The number of cells."""
         return sum(-(-rows // 3) * -(-columns // 3) for rows, columns in features.grids)
 

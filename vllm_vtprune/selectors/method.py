@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
-from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.features import Counted, VisualFeatures
 from vllm_vtprune.lazy import Tensor
 from vllm_vtprune.options import AnyBudget, EnergyBudget, Strict
 from vllm_vtprune.selectors.merged import Merged
@@ -35,6 +35,10 @@ COSTS: Mapping[Cost, str] = MappingProxyType(
 """How a method's time scales, in words."""
 
 
+LOSSLESS = ("crop_borders", "dedup")
+"""Fields of every method that drop tokens before the budget applies."""
+
+
 class Needs(dict[str, Input]):
     """Metadata of a parameter: its values that need an input -> that input."""
 
@@ -46,10 +50,12 @@ class FamilyDefaults:
     Attributes:
         clip_alpha: strength of the text under the gate ``clip`` (the paper's alpha); ``minmax`` has its own.
         provides: the family's inputs besides text, ``encoder`` and ``embeds``.
+        drops_duplicates: whether dropping a token moves no other one (M-RoPE), so that exact duplicates can go.
     """
 
     clip_alpha: float
     provides: frozenset[Input]
+    drops_duplicates: bool = False
 
     @property
     def inputs(self) -> frozenset[Input]:
@@ -94,18 +100,28 @@ class Method(Strict):
 
     method: str
     budget: AnyBudget = Field(default=EnergyBudget(), description="How many tokens to keep.")
+    crop_borders: bool = Field(
+        default=False, description="Crop solid borders of the image before encoding, if the model takes any size."
+    )
+    dedup: bool = Field(
+        default=False,
+        description="Drop tokens with the same pixels as an earlier one before the budget applies, if the model has "
+        "M-RoPE.",
+    )
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Of random methods, and of the solvers rsvd and auto.")
 
     @classmethod
     def parameters(cls) -> frozenset[str]:
         """The fields that the method reads, besides ``method`` and ``budget``."""
-        return frozenset(cls.model_fields) - {"method", "budget"} - (set() if cls.draws else {"seed"})
+        shared = {"method", "budget", *LOSSLESS}
+        return frozenset(cls.model_fields) - shared - (set() if cls.draws else {"seed"})
 
     @property
     def used(self) -> frozenset[str]:
         """The fields that the method and the budget's solver read."""
         randomised = isinstance(self.budget, EnergyBudget) and self.budget.solver != "exact"
-        return self.parameters() | {"method", "budget"} | ({"seed"} if randomised else set())
+        lossless = {name for name in LOSSLESS if getattr(self, name)}
+        return self.parameters() | {"method", "budget"} | ({"seed"} if randomised else set()) | lossless
 
     def defaults(self, family: FamilyDefaults) -> dict[str, object]:
         """The values of ``null`` and ``auto``, by parameter."""
@@ -116,7 +132,7 @@ class Method(Strict):
         return frozenset()
 
     @classmethod
-    def max_keep(cls, features: VisualFeatures | Layout) -> int:
+    def max_keep(cls, features: Counted) -> int:
         """The most tokens that the method can keep."""
         return features.num_tokens
 

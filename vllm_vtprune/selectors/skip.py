@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from vllm_vtprune.features import Layout, VisualFeatures
+from vllm_vtprune.features import Counted, VisualFeatures
 from vllm_vtprune.lazy import Tensor
 from vllm_vtprune.selectors.importance import ReadsImportance
 
@@ -17,7 +17,7 @@ class Skip(ReadsImportance):
     equivariant = True
 
     @classmethod
-    def max_keep(cls, features: VisualFeatures | Layout) -> int:
+    def max_keep(cls, features: Counted) -> int:
         return (features.num_tokens + 1) // 2
 
     def select(self, features: VisualFeatures, k: int, text_embeds: Tensor | None) -> Tensor:

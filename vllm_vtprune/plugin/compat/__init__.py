@@ -10,6 +10,7 @@ from vllm_vtprune.plugin.compat.engine import (
     counts_must_be_fixed,
     platform_name,
     refuse_unsupported,
+    watch_requests,
 )
 from vllm_vtprune.plugin.compat.models import (
     has_stock_factories,
@@ -43,6 +44,7 @@ __all__ = [
     "refuse_unsupported",
     "stock_factories",
     "stock_model",
+    "watch_requests",
     "without_items",
     "without_synthetic_uuids",
 ]

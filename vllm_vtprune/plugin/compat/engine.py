@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from vllm import envs as vllm_envs
 from vllm.config import KVTransferConfig, MultiModalConfig, ParallelConfig, VllmConfig
 from vllm.platforms import Platform
 
 from vllm_vtprune.plugin.compat.names import private, require
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 require(ParallelConfig, "_api_process_rank", "_api_process_count")
 require(Platform, "_enum")
@@ -47,6 +53,21 @@ def _gpu_video_backend(multimodal: MultiModalConfig) -> str:
         return ""
     options = multimodal.media_io_kwargs.get("video", {})
     return str(options.get("backend") or options.get("video_backend") or vllm_envs.VLLM_VIDEO_LOADER_BACKEND)
+
+
+def watch_requests(llm: LLM, note: Callable[[str, Any], None]) -> None:
+    """Call ``note`` with the id and the processed prompt of each request to an `LLM` from now on.
+
+    `LLM.generate` returns only the tokens of a prompt (vLLM 0.32.0). Remove when it returns what processors add.
+    """
+    processor = private(private(llm, "llm_engine"), "input_processor")
+    process = private(processor, "process_inputs")
+
+    def noting(request_id: str, prompt: Any, *arguments: Any, **named: Any) -> Any:
+        note(request_id, prompt)
+        return process(request_id, prompt, *arguments, **named)
+
+    processor.process_inputs = noting
 
 
 def counts_must_be_fixed(kv_transfer_config: KVTransferConfig | None) -> str:

@@ -42,6 +42,7 @@ class PrunedGlm4vProcessor(GridProcessor, Glm4vMultiModalProcessor):
         name="glm4v",
         clip_alpha=0.3,  # Qwen2.5-VL's; not calibrated
         provides=PROVIDES,
+        drops_duplicates=True,
         connector="visual.downsample",
         rows=patches,
         merge=merge_size,

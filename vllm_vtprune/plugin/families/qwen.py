@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vllm_vtprune.encoder import PlannedImage
 from vllm_vtprune.features import Layout
+from vllm_vtprune.lossless import distinct_tokens
 from vllm_vtprune.plugin.family import DynamicResolution
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.limits import VIDEO_OPTIONS
@@ -45,9 +46,17 @@ class GridProcessor(DynamicResolution, PruningProcessor):
         merge = merge_size(self.info.get_hf_config())
         return Layout(height * width, grid=(height // merge, width // merge), connector_rows=connector_rows)
 
-    def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
+    def distinct_tokens(self, item: Mapping[str, Any]) -> tuple[int, ...]:
+        return distinct_tokens(item["pixel_values"].data, merge_size(self.info.get_hf_config()))
+
+    @property
+    def token_side(self) -> int:
         vision = self.info.get_hf_config().vision_config
-        unit = vision.patch_size * vision.spatial_merge_size
+        side: int = vision.patch_size * vision.spatial_merge_size
+        return side
+
+    def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
+        unit = self.token_side
         height, width = size
         try:
             options = self._image_options(hf_kwargs)

@@ -22,6 +22,7 @@ class PrunedQwen2_5_VLProcessor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
         name="qwen2_5_vl",
         clip_alpha=0.3,
         provides=PROVIDES,
+        drops_duplicates=True,
         connector="visual.merger.ln_q",
         merge=merge_size,
         options=OPTIONS,

@@ -30,6 +30,7 @@ class PrunedQwen3VLProcessor(QwenProcessor, Qwen3VLMultiModalProcessor):
         name="qwen3_vl",
         clip_alpha=0.3,  # Qwen2.5-VL's; not calibrated
         provides=PROVIDES,
+        drops_duplicates=True,
         connector="visual.merger.norm",
         merge=merge_size,
         deepstack=planes,
