@@ -13,7 +13,7 @@ from tests.support.chat import Server, fresh_url, kept, leaks, user
 
 pytestmark = pytest.mark.engine
 
-PATHS = r"^/v1/(chat/completions|pruning)$"
+PATHS = r"^/v1/(chat/completions|pruning(/plan)?)$"
 CASES = 2000 if os.environ.get("VTPRUNE_VERIFY") else 60
 MAX_REFUSAL = 2048  # bytes
 # A schema knows no cost: these are valid up to minutes of generation for one case.
@@ -24,10 +24,11 @@ CAPS = {"max_tokens": 4, "max_completion_tokens": 4, "n": 2, "min_tokens": 2, "t
 def test_what_the_schema_allows_is_answered_and_what_it_forbids_refused(server: Server, record_property: Any) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").include(path_regex=PATHS)
     operations = {operation.label: operation for operation in (found.ok() for found in schema.get_all_operations())}
-    assert set(operations) == {"POST /v1/chat/completions", "GET /v1/pruning"}
+    assert set(operations) == {"POST /v1/chat/completions", "POST /v1/pruning/plan", "GET /v1/pruning"}
     statuses: dict[int, int] = {}
     for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
         check(operations["POST /v1/chat/completions"].as_strategy(generation_mode=mode), CASES // 2, server, statuses)
+        check(operations["POST /v1/pruning/plan"].as_strategy(generation_mode=mode), CASES // 6, server, statuses)
     # nothing can be sent to the other one that its schema forbids
     check(operations["GET /v1/pruning"].as_strategy(generation_mode=GenerationMode.POSITIVE), 1, server, statuses)
     assert sum(statuses.values()) >= CASES
