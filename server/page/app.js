@@ -230,7 +230,10 @@ async function open(file, name) {
   if (problem) return;
   Object.assign(state, { picture, url });
   $("picture").textContent = `${name}, ${picture.width} × ${picture.height} pixels`;
-  for (const side of sides) side.plan();
+  for (const side of sides) {
+    draw(side.canvas, picture, null);
+    side.plan();
+  }
 }
 
 const dataUrl = (blob) => new Promise((resolve, reject) => {

@@ -18,6 +18,7 @@ ANSWERS = {
     "/v1/responses": "output",
     "/v1/messages": "content",
     "/v1/messages/count_tokens": "input_tokens",
+    "/v1/pruning/plan": "prompt_tokens",
 }
 """Route -> the field of its answers."""
 

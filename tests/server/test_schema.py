@@ -19,6 +19,7 @@ ROUTES = {
     "/v1/responses": (1000, 40),
     "/v1/messages": (1000, 40),
     "/v1/messages/count_tokens": (500, 20),
+    "/v1/pruning/plan": (500, 20),
 }
 """Route -> cases in `make verify`, and otherwise."""
 MAX_REFUSAL = 2048  # bytes
