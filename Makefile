@@ -27,7 +27,8 @@ setup: ## make .venv: vLLM for this machine's CPU or GPU, the project, the tools
 
 demo: ## prune one photograph's tokens in a running vLLM and compare
 	@TOOLS=none scripts/setup.sh
-	@$(BIN)/vtprune demo
+	@mkdir -p build
+	@$(BIN)/vtprune demo --out build/demo.png
 
 HOURS ?= 3
 train-demo: setup ## train the demo model, or go on with it (HOURS=3 on two cores)

@@ -6,20 +6,26 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vllm_vtprune.kept import KeptTokens
+from vllm_vtprune.overlay import draw_kept, enlarged, side_by_side, with_caption
 from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
+from vllm_vtprune_evaluation.inspection import require_writable
 from vllm_vtprune_evaluation.photo import data_url, photograph
 from vllm_vtprune_server.process import ServerFailed, announced_server
 
 PHOTOGRAPH_QUESTION = "What is the astronaut wearing, and what is behind her?"
 SCENE, SCENE_KIND = 43, "detail"  # of the test split, which training never saw
-POLICY = {"method": "resprune", "budget": {"type": "energy", "threshold": 0.99}}
+POLICY = {"method": "resprune", "budget": {"type": "energy", "threshold": 0.99}, "return_kept": True}
 ARMS: dict[str, object] = {"unpruned": False, "pruned": POLICY}
+
+FILE = Path("vtprune-demo.png")
 
 SERVE_OPTIONS = (
     "--max-model-len",
@@ -60,7 +66,15 @@ def demo(argv: list[str]) -> None:
     )
     parser.add_argument("--model", help="serve this model instead")
     parser.add_argument("--question", help="question (default: one about the picture)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=FILE,
+        metavar="FILE",
+        help="image to write: the picture, and the tokens that were kept (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
+    require_writable(parser, args.out)
 
     from openai import OpenAIError
 
@@ -76,13 +90,14 @@ def demo(argv: list[str]) -> None:
         sys.exit(130)
     except (ServerFailed, OpenAIError) as error:
         sys.exit(f"vtprune demo: {error}")
+    draw(subject, result["pruned"]).save(args.out)
     if args.json:
         asked = {"question": subject.question, "right_answer": subject.answer, "weights": weights}
         print(json.dumps({**asked, **result}))
         return
     if weights == "random":
         print(RANDOM_WEIGHTS)
-    print(f"{subject}\n{table(result)}")
+    print(f"{subject}\n{table(result)}\nThe picture and the tokens that were kept: {args.out}")
     print("To try your own pictures, run `vtprune serve` and open http://localhost:8000/")
 
 
@@ -106,6 +121,22 @@ def scene() -> Subject:
     picture = make_scene("test", SCENE)
     [question] = questions_about(picture, kinds=[SCENE_KIND])
     return Subject(paint(picture), question.text, question.answer)
+
+
+def draw(subject: Subject, outcome: Mapping[str, Any]) -> Image.Image:
+    """The picture beside the tokens of it that were kept; the picture alone if their positions are not known.
+
+    Args:
+        subject: what was asked about.
+        outcome: of an arm, as from `run`.
+    """
+    [image] = outcome["pruning"]["images"]
+    picture = with_caption(enlarged(subject.picture), subject.question)
+    kept = None if image["kept"] is None else KeptTokens.read(image["kept"])
+    if kept is None or not (kept.grid or kept.tiles):
+        return picture
+    caption = f"{image['kept_tokens']} of {image['visual_tokens']} tokens: {_shortened(outcome['answer'])}"
+    return side_by_side([picture, with_caption(enlarged(draw_kept(subject.picture, kept)), caption)])
 
 
 def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

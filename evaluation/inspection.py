@@ -68,10 +68,7 @@ def inspect(argv: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the reports as one JSON object on the last line")
     args = parser.parse_args(argv)
-    if args.out.suffix.lower() not in Image.registered_extensions():
-        parser.error(f"--out: {args.out} names no format; expected a name that ends in .png or .jpg")
-    if not os.access(args.out if args.out.exists() else args.out.parent, os.W_OK) or args.out.is_dir():
-        parser.error(f"--out: {args.out} cannot be written; expected a file in an existing folder")
+    require_writable(parser, args.out)
     try:
         policies = [_policy(text) for text in args.pruning]
     except PolicyError as error:
@@ -97,6 +94,14 @@ def inspect(argv: list[str]) -> None:
     for name, report in zip(args.pruning, reports, strict=True):
         print(f"{name}: {_kept(report)}{_looking_at(report)}")
     print(f"Drawn in {args.out}")
+
+
+def require_writable(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Exit with an error of ``--out`` unless an image can be written there."""
+    if out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out: {out} names no format; expected a name that ends in .png or .jpg")
+    if not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
+        parser.error(f"--out: {out} cannot be written; expected a file in an existing folder")
 
 
 def _policy(text: str) -> PruningPolicy:
@@ -133,7 +138,10 @@ def _draw(
             sys.exit(f"vtprune inspect: {error}")
     reports, panels = [], [with_caption(enlarged(picture), *_title(query))]
     for name, policy in Progress(policies.items(), desc="Selecting tokens", total=len(policies), unit="policies"):
-        inspection = examine(processor, picture, policy, query)
+        try:
+            inspection = examine(processor, picture, policy, query)
+        except InspectionFailed as error:
+            sys.exit(f"vtprune inspect: {error}")
         reports.append(inspection.report)
         lines = f"{name}: {_kept(inspection.report)}", _looking_at(inspection.report).removeprefix(", ")
         panels.append(with_caption(enlarged(inspection.drawn), *lines))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -62,6 +62,15 @@ class KeptTokens:
                 tiles.append(KeptTile(grid, box, runs_of(is_kept[positions.cpu()].nonzero()[:, 0])))
         return cls(features.grid, runs_of(kept), tuple(tiles), view)
 
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> KeptTokens:
+        """Of a report's JSON; the inverse of `to_json`."""
+        tiles = [
+            KeptTile(tuple(tile["grid"]), _box(tile["box"]), _runs(tile["runs"])) for tile in values["tiles"] or ()
+        ]
+        grid = values["grid"]
+        return cls(None if grid is None else tuple(grid), _runs(values["runs"]), tuple(tiles), _box(values["view"]))
+
     def to_json(self) -> dict[str, Any]:
         """As clients see it."""
         tiles = [{"grid": list(tile.grid), "box": _rounded(tile.box), "runs": _lists(tile.runs)} for tile in self.tiles]
@@ -80,6 +89,17 @@ def runs_of(indices: Tensor) -> Runs:
     ends = torch.cat([(indices.diff() != 1).nonzero()[:, 0], torch.tensor([len(indices) - 1])])
     starts = torch.cat([torch.tensor([0]), ends[:-1] + 1])
     return tuple(zip(indices[starts].tolist(), (ends - starts + 1).tolist(), strict=True))
+
+
+def _runs(lists: Iterable[Sequence[int]]) -> Runs:
+    return tuple((start, length) for start, length in lists)
+
+
+def _box(sides: Sequence[float] | None) -> Box | None:
+    if sides is None:
+        return None
+    top, left, bottom, right = sides
+    return top, left, bottom, right
 
 
 def _lists(runs: Iterable[tuple[int, int]]) -> list[list[int]]:

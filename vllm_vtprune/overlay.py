@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
-from vllm_vtprune.features import Box, VisualFeatures
+from vllm_vtprune.features import Box
+from vllm_vtprune.kept import KeptTile, KeptTokens
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 FADED = 0.8  # share of white in a dropped part
@@ -21,34 +21,35 @@ HATCH_STEP = 12  # pixels between two lines of the hatching
 LEAST_SIDE = 384  # pixels: smaller pictures are enlarged in a figure
 
 
-def draw_kept(image: Image.Image, features: VisualFeatures, kept: Tensor, view: Box = WHOLE) -> Image.Image:
+def draw_kept(image: Image.Image, kept: KeptTokens) -> Image.Image:
     """Fade the parts of an image whose tokens are dropped, outline those tokens, and hatch what reaches no encoder.
 
     An image of several tiles is drawn twice, side by side: the tiles, then the overview.
 
     Args:
         image: the image, of any size.
-        features: its visual tokens.
-        kept: (k,) indices of the kept tokens.
-        view: the part of the image that reaches the encoder.
+        kept: its kept tokens, as in the report of a request with `return_kept`.
 
     Raises:
         ValueError: the tokens have no known positions.
     """
-    if not features.grids:
+    tiles = kept.tiles or ((KeptTile(kept.grid, WHOLE, kept.runs),) if kept.grid else ())
+    if not tiles:
         raise ValueError("the tokens of this image have no known positions, so they cannot be drawn")
-    is_kept = np.zeros(features.num_tokens, dtype=np.uint8)
-    is_kept[kept.cpu().numpy()] = 255
     picture = image.convert("RGB")
     faded = Image.blend(ImageOps.grayscale(picture).convert("RGB"), Image.new("RGB", image.size, "white"), FADED)
     masks: dict[bool, Image.Image] = {}  # key: whether it shows the overview
     backgrounds: dict[bool, Image.Image] = {}
-    for (positions, (rows, columns)), box in zip(features.planes(), features.boxes, strict=True):
-        mask = masks.setdefault(box is None, Image.new("L", image.size, 0))
-        background = backgrounds.setdefault(box is None, _hatched(faded))
-        left, top, right, bottom = edges = _pixels(_within(view, box or WHOLE), image.size)
+    for tile in tiles:
+        rows, columns = tile.grid
+        mask = masks.setdefault(tile.box is None, Image.new("L", image.size, 0))
+        background = backgrounds.setdefault(tile.box is None, _hatched(faded))
+        left, top, right, bottom = edges = _pixels(_within(kept.view or WHOLE, tile.box or WHOLE), image.size)
         if right > left and bottom > top:
-            cells = Image.fromarray(is_kept[positions.cpu().numpy()].reshape(rows, columns))
+            is_kept = np.zeros(rows * columns, dtype=np.uint8)
+            for start, length in tile.runs:
+                is_kept[start : start + length] = 255
+            cells = Image.fromarray(is_kept.reshape(rows, columns))
             mask.paste(cells.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
             background.paste(_outlined(faded.crop(edges), rows, columns), (left, top))
     drawn = [Image.composite(picture, backgrounds[overview], mask) for overview, mask in sorted(masks.items())]

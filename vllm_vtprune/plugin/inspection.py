@@ -77,12 +77,14 @@ def examine(processor: PruningProcessor, picture: Image.Image, policy: PruningPo
 
     Raises:
         PolicyError: the model's family lacks what the policy needs.
+        InspectionFailed: the positions of the model's tokens are not known.
     """
-    from vllm_vtprune.plugin.image import after_crop
-
-    report, plan, features = plan_of(processor, picture, policy, query)
-    seen = after_crop(processor, policy, picture.convert("RGB"))
-    return Inspection(report, draw_kept(seen, features, plan.kept, processor.view(seen.height, seen.width)))
+    report, _, _ = plan_of(processor, picture, policy, query)
+    assert report.kept is not None
+    try:
+        return Inspection(report, draw_kept(picture, report.kept))
+    except ValueError as error:
+        raise InspectionFailed(str(error)) from error
 
 
 def pruning_processor(model: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PruningProcessor:
