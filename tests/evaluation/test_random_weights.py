@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vllm_vtprune_checkpoints import RANDOM_WEIGHTS, TRAINED
 from vllm_vtprune_evaluation import demo as command
@@ -20,9 +21,12 @@ ASKED = [
 """Options, and what the weights are then; of a named model nobody knows."""
 
 
+KEPT = {"grid": [24, 24], "runs": [[0, 60], [100, 4]], "tiles": None, "view": [0.0, 0.0, 1.0, 1.0]}
+
+
 @pytest.fixture
 def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = {"visual_tokens": 576, "kept_tokens": 64, "energy": None}
+    image = {"visual_tokens": 576, "kept_tokens": 64, "energy": None, "kept": KEPT}
     outcome = {"ttft_ms": 9.0, "answer": "a kiosk", "pruning": {"budget": None, "images": [image]}}
 
     def run(subject: Subject, model: str | None) -> dict[str, dict[str, Any]]:
@@ -34,9 +38,13 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_server")
 @pytest.mark.parametrize(("argv", "weights"), ASKED)
 def test_demo_says_so_above_the_answers(
-    argv: list[str], weights: str | None, capsys: pytest.CaptureFixture[str]
+    argv: list[str], weights: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = tmp_path / "demo.png"
+    argv = [*argv, "--out", str(out)]
     demo(argv)
+    with Image.open(out) as drawn:
+        assert drawn.width > 1.9 * drawn.height, "the picture, and what is kept of it"
     lines = capsys.readouterr().out.splitlines()
     assert (lines[0] == RANDOM_WEIGHTS) == (weights == "random")
     assert any("a kiosk" in line for line in lines)
