@@ -169,14 +169,14 @@ class PruningServingMessages(PrunesChat, AnthropicServingMessages):
             return bounded(response)
         return PruningTokenCount.model_construct(**dict(response), pruning=request.trace.to_json())
 
-    async def message_stream_converter(self, generator: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        """vLLM's converter, which does not know error events."""
+    async def message_stream_converter(self, generator: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:
+        """vLLM's converter. That of 0.32.0 does not know error events; from 0.33 on, events are no strings."""
         failures: list[str] = []
 
-        async def until_error() -> AsyncGenerator[str, None]:
+        async def until_error() -> AsyncGenerator[Any, None]:
             async with aclosing(generator):
                 async for event in generator:
-                    if event.startswith(ERROR_EVENT):
+                    if isinstance(event, str) and event.startswith(ERROR_EVENT):
                         failures.append(event)
                         return
                     yield event

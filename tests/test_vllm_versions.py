@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.apis import STREAMS, WHOLE, Ask
 from tests.support.chat import (
     SMALL_KV_CACHE,
     VISUAL_TOKENS,
@@ -228,6 +229,12 @@ def test_the_newest_prunes_in_whole_answers_and_in_streams(
         assert chunks[-1]["usage"][name] == answer["usage"][name]
     for usage in (chunks[-1]["usage"], answer["usage"]):
         assert usage["prompt_tokens_details"]["vtprune"]["kept_tokens"] == image["kept_tokens"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("ask", [*WHOLE.values(), *STREAMS.values()])
+def test_the_newest_prunes_in_every_api(newest: Server, ask: Ask) -> None:
+    assert ask(newest, {"url": fresh_url()}, pruning=tokens(40)).kept == [40]
 
 
 @pytest.mark.engine

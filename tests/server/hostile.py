@@ -54,14 +54,14 @@ def as_batch(body: dict[str, Any]) -> dict[str, Any]:
 def as_response(body: dict[str, Any]) -> dict[str, Any]:
     """The body for the Responses API."""
     return {
-        WORDS.get(key, key): [_item(one) for one in value] if key == "messages" else value
+        WORDS.get(key, key): [_item(message) for message in value] if key == "messages" else value
         for key, value in body.items()
     }
 
 
 def as_message(body: dict[str, Any]) -> dict[str, Any]:
     """The body for the Messages API."""
-    return {key: [_blocks(one) for one in value] if key == "messages" else value for key, value in body.items()}
+    return {key: [_blocks(message) for message in value] if key == "messages" else value for key, value in body.items()}
 
 
 TRANSLATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -109,10 +109,10 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
     inside = {key: inner for key, inner in value.items() if key != "url"} if isinstance(value, dict) else {}
     if not isinstance(url, str):
         return {"type": "image", "source": value, **others}
-    kind, found, data = url.partition(";base64,")
+    kind, separator, data = url.partition(";base64,")
     source = (
         {"type": "base64", "media_type": kind.removeprefix("data:"), "data": data}
-        if found
+        if separator
         else {"type": "url", "url": url}
     )
     return {"type": "image", "source": {**source, **inside}, **others}

@@ -71,8 +71,8 @@ def test_a_batch() -> None:
     first, second = request.conversations
     assert [(image.field, image.pruning) for image in first.images] == [("messages.0.0.content.0.image_url", "fast")]
     assert [image.field for image in second.images] == ["messages.1.1.content.0.image_url"]
-    assert [one.last_turn for one in request.conversations] == ["Where?", "And here?"]
-    assert [one.pruning for one in request.conversations] == ["off", "off"]
+    assert [conversation.last_turn for conversation in request.conversations] == ["Where?", "And here?"]
+    assert [conversation.pruning for conversation in request.conversations] == ["off", "off"]
     chat = request.to_chat_completion_request(request.messages[1])
     assert chat.conversation is second
 
