@@ -4,6 +4,8 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,25 @@ def run(out: Path, answer: Callable[[Body], Reply] = reply, *options: str) -> Fa
     return fake
 
 
-def test_the_result_is_a_table_json_and_one_file_of_html(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake = run(tmp_path)
-    out = capsys.readouterr().out
+@dataclass(frozen=True)
+class Ran:
+    """What a benchmark sent, printed and wrote."""
+
+    bodies: list[Body]
+    printed: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("bench")
+    with redirect_stdout(io.StringIO()) as printed:
+        fake = run(folder)
+    return Ran(fake.bodies, printed.getvalue(), folder)
+
+
+def test_the_result_is_a_table_json_and_one_file_of_html(ran: Ran) -> None:
+    out, tmp_path = ran.printed, ran.folder
     assert max(map(len, out.splitlines())) <= 100
     assert "fast keeps 11% of the visual tokens" in out
     found = json.loads((tmp_path / "results.json").read_text())
@@ -60,14 +78,14 @@ def test_the_result_is_a_table_json_and_one_file_of_html(tmp_path: Path, capsys:
     assert 'src="http' not in html
     assert all(name in html for name in ("balanced", "fast", "blue car.", "vtprune bench --url"))
     assert html.count("<svg") == 2 + 3 + 1
-    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == len(fake.bodies)
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == len(ran.bodies)
 
 
-def test_every_timed_picture_is_new_to_the_server_and_the_same_for_all_arms(tmp_path: Path) -> None:
+def test_every_timed_picture_is_new_to_the_server_and_the_same_for_all_arms(ran: Ran) -> None:
     def picture(body: Body) -> str:
         return str(body["messages"][0]["content"][0]["image_url"]["url"])
 
-    timed = [body for body in run(tmp_path).bodies if body.get("ignore_eos")]
+    timed = [body for body in ran.bodies if body.get("ignore_eos")]
     repeated, new = timed[:12], timed[12:]
     assert len({picture(body) for body in repeated}) == 3, "those of --pictures"
     assert len({picture(body) for body in new}) == len(new)
