@@ -22,6 +22,7 @@ from vllm_vtprune_server.images import ImageIntake
 
 Body = dict[str, Any]
 KEPT = {"balanced": 128, "fast": 64}
+FEW = ["--concurrency", "1", "--pictures", "2"]
 SMALL = ["--presets", "balanced", "fast", "--concurrency", "1", "2", "--requests", "4", "--pictures", "3"]
 
 
@@ -96,7 +97,7 @@ def test_every_timed_picture_is_new_to_the_server_and_the_same_for_all_arms(ran:
 
 def test_seconds_decide_how_many_rounds_there_is_time_for(tmp_path: Path) -> None:
     with fake_chat(reply) as fake:
-        bench(["--url", fake.url, "--presets", "fast", "--concurrency", "1", "--seconds", "1", "--out", str(tmp_path)])
+        bench(["--url", fake.url, *FEW, "--presets", "fast", "--seconds", "1", "--out", str(tmp_path)])
     levels = json.loads((tmp_path / "results.json").read_text())["levels"]
     assert len(levels) == 4
     assert all(4 <= level["requests"] <= 12 for level in levels), "a round takes more than 0.12 s"
@@ -105,7 +106,7 @@ def test_seconds_decide_how_many_rounds_there_is_time_for(tmp_path: Path) -> Non
 def test_a_policy_is_named_by_its_method_and_budget(tmp_path: Path) -> None:
     policy = {"method": "divprune", "budget": {"type": "tokens", "keep": 64}}
     with fake_chat(lambda body: reply({**body, "pruning": "fast" if body["pruning"] else False})) as fake:
-        bench(["--url", fake.url, *SMALL, "--presets", json.dumps(policy), "--out", str(tmp_path)])
+        bench(["--url", fake.url, *FEW, "--requests", "1", "--presets", json.dumps(policy), "--out", str(tmp_path)])
     assert policy in [body["pruning"] for body in fake.bodies]
     arms = [arm["arm"] for arm in json.loads((tmp_path / "results.json").read_text())["arms"]]
     assert arms == ["off", "divprune@64"]
