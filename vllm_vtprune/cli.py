@@ -60,7 +60,7 @@ def loading(command: str) -> Iterator[None]:
     def say() -> None:
         started = time.monotonic()
         while not loaded.wait(QUIET):
-            print(f"vtprune {command}: loading ... {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"Loading vtprune {command} ... {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     threading.Thread(target=say, daemon=True).start()
     try:

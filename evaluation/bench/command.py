@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def bench(argv: list[str]) -> None:
         from vllm_vtprune_evaluation.bench import report, summary
         from vllm_vtprune_evaluation.load.records import save_records
     except ModuleNotFoundError as error:
-        sys.exit(EXTRA.format(error.name))
+        sys.exit(EXTRA.format((error.name or "more").partition(".")[0]))
     make_folder(args.out, "--out")
     measured = Measured()
     raw = args.out / "requests.jsonl"
@@ -76,6 +77,7 @@ def bench(argv: list[str]) -> None:
         print(f"\nInterrupted; {kept} requests are kept in {shown(raw)}.", file=sys.stderr)
         sys.exit(130)
     except (NoPictures, NoResult, ServerFailed, ModuleNotFoundError) as error:
+        save_records(raw, measured.records())
         sys.exit(f"vtprune bench: {error}")
     speeds, qualities = summary.speeds(measured), summary.qualities(measured, subjects)
     about = _about(args, argv, model, subjects, time.monotonic() - started)
@@ -284,7 +286,7 @@ def _turn(
 ) -> str:
     """Measure arms on a server: the answers (which also warm it up), then the rounds of this part (number, of all)."""
     from vllm_vtprune_evaluation.bench.summary import refusals
-    from vllm_vtprune_evaluation.load.client import ServerMissing, connect, served_model
+    from vllm_vtprune_evaluation.load.client import ServerMissing, ask, connect, served_model
 
     try:
         model = served_model(url)
@@ -296,7 +298,7 @@ def _turn(
         connect(url, timeout=TIMEOUT) as client,
         Progress(desc="Answers", total=(len(arms) + len(again)) * len(subjects), unit="requests") as progress,
     ):
-        asker = Asker(client, model, args.max_tokens, progress.update, uuid.uuid4().hex)
+        asker = Asker(partial(ask, client), model, args.max_tokens, progress.update, uuid.uuid4().hex)
         for arm in arms:
             measured.answers[arm.name] = asker.answers(arm, subjects, clients)
         for arm in again:
@@ -306,7 +308,7 @@ def _turn(
     with connect(url, timeout=TIMEOUT) as client:
         for number, level in enumerate(measured.rounds, 1):
             name = f"{number} of {len(measured.rounds)}, {level}"
-            _level(args, replace(asker, client=client), name, level, arms, subjects, measured, part)
+            _level(args, replace(asker, send=partial(ask, client)), name, level, arms, subjects, measured, part)
     return model
 
 

@@ -7,15 +7,12 @@ the same questions about the same pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from vllm_vtprune_evaluation.bench.subjects import Subject
-from vllm_vtprune_evaluation.load.client import ask
 from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import span
 
@@ -100,14 +97,14 @@ class Asker:
     """Sends requests to a server.
 
     Attributes:
-        client: connection to the server.
+        send: sends a request of this name and body, and returns its record.
         model: served name of the model.
         max_tokens: tokens of an answer.
         progress: called after each request.
         run: differs from run to run, as the server may outlive them.
     """
 
-    client: httpx.Client
+    send: Callable[[str, Mapping[str, Any]], Record]
     model: str
     max_tokens: int
     progress: Callable[[], object]
@@ -135,7 +132,7 @@ class Asker:
             fields = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
             if arm.pruning is not None:
                 fields["pruning"] = arm.pruning
-            record = ask(self.client, name, {**fields, "max_tokens": self.max_tokens, **body})
+            record = self.send(name, {**fields, "max_tokens": self.max_tokens, **body})
             self.progress()
             return record
 

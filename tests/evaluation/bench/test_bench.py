@@ -4,6 +4,8 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from vllm_vtprune_server.images import ImageIntake
 
 Body = dict[str, Any]
 KEPT = {"balanced": 128, "fast": 64}
+FEW = ["--concurrency", "1", "--pictures", "2"]
 SMALL = ["--presets", "balanced", "fast", "--concurrency", "1", "2", "--requests", "4", "--pictures", "3"]
 
 
@@ -38,9 +41,25 @@ def run(out: Path, answer: Callable[[Body], Reply] = reply, *options: str) -> Fa
     return fake
 
 
-def test_the_result_is_a_table_json_and_one_file_of_html(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake = run(tmp_path)
-    out = capsys.readouterr().out
+@dataclass(frozen=True)
+class Ran:
+    """What a benchmark sent, printed and wrote."""
+
+    bodies: list[Body]
+    printed: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("bench")
+    with redirect_stdout(io.StringIO()) as printed:
+        fake = run(folder)
+    return Ran(fake.bodies, printed.getvalue(), folder)
+
+
+def test_the_result_is_a_table_json_and_one_file_of_html(ran: Ran) -> None:
+    out, tmp_path = ran.printed, ran.folder
     assert max(map(len, out.splitlines())) <= 100
     assert "fast keeps 11% of the visual tokens" in out
     found = json.loads((tmp_path / "results.json").read_text())
@@ -60,14 +79,14 @@ def test_the_result_is_a_table_json_and_one_file_of_html(tmp_path: Path, capsys:
     assert 'src="http' not in html
     assert all(name in html for name in ("balanced", "fast", "blue car.", "vtprune bench --url"))
     assert html.count("<svg") == 2 + 3 + 1
-    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == len(fake.bodies)
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == len(ran.bodies)
 
 
-def test_every_timed_picture_is_new_to_the_server_and_the_same_for_all_arms(tmp_path: Path) -> None:
+def test_every_timed_picture_is_new_to_the_server_and_the_same_for_all_arms(ran: Ran) -> None:
     def picture(body: Body) -> str:
         return str(body["messages"][0]["content"][0]["image_url"]["url"])
 
-    timed = [body for body in run(tmp_path).bodies if body.get("ignore_eos")]
+    timed = [body for body in ran.bodies if body.get("ignore_eos")]
     repeated, new = timed[:12], timed[12:]
     assert len({picture(body) for body in repeated}) == 3, "those of --pictures"
     assert len({picture(body) for body in new}) == len(new)
@@ -78,7 +97,7 @@ def test_every_timed_picture_is_new_to_the_server_and_the_same_for_all_arms(tmp_
 
 def test_seconds_decide_how_many_rounds_there_is_time_for(tmp_path: Path) -> None:
     with fake_chat(reply) as fake:
-        bench(["--url", fake.url, "--presets", "fast", "--concurrency", "1", "--seconds", "1", "--out", str(tmp_path)])
+        bench(["--url", fake.url, *FEW, "--presets", "fast", "--seconds", "1", "--out", str(tmp_path)])
     levels = json.loads((tmp_path / "results.json").read_text())["levels"]
     assert len(levels) == 4
     assert all(4 <= level["requests"] <= 12 for level in levels), "a round takes more than 0.12 s"
@@ -87,7 +106,7 @@ def test_seconds_decide_how_many_rounds_there_is_time_for(tmp_path: Path) -> Non
 def test_a_policy_is_named_by_its_method_and_budget(tmp_path: Path) -> None:
     policy = {"method": "divprune", "budget": {"type": "tokens", "keep": 64}}
     with fake_chat(lambda body: reply({**body, "pruning": "fast" if body["pruning"] else False})) as fake:
-        bench(["--url", fake.url, *SMALL, "--presets", json.dumps(policy), "--out", str(tmp_path)])
+        bench(["--url", fake.url, *FEW, "--requests", "1", "--presets", json.dumps(policy), "--out", str(tmp_path)])
     assert policy in [body["pruning"] for body in fake.bodies]
     arms = [arm["arm"] for arm in json.loads((tmp_path / "results.json").read_text())["arms"]]
     assert arms == ["off", "divprune@64"]
