@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -55,9 +56,7 @@ class Ticket:
 
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel, self.number = channel, number
-
-    def __del__(self) -> None:
-        self.channel.send(messages.Release(self.number))
+        weakref.finalize(self, channel.send, messages.Release(number)).atexit = False
 
 
 class EncoderClient:
