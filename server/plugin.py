@@ -22,6 +22,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.logger import init_logger
 
 from vllm_vtprune import __version__, metrics
+from vllm_vtprune.plugin.compat import api_process
 from vllm_vtprune.plugin.compat.server import replace_registry
 from vllm_vtprune.plugin.encoder_client import EncoderClient, socket_of
 from vllm_vtprune.plugin.image import warm_up
@@ -53,6 +54,7 @@ from vllm_vtprune_server.plan import router as plan_router
 from vllm_vtprune_server.playground import router as playground_router
 from vllm_vtprune_server.policies import Policies, fixed_counts
 from vllm_vtprune_server.protocol import PruningBatchRequest, PruningChatCompletionRequest, PruningRequest
+from vllm_vtprune_server.ready import say_when_ready
 from vllm_vtprune_server.rendering import PruningRenderer
 from vllm_vtprune_server.responses import PruningResponsesRequest, PruningServingResponses
 from vllm_vtprune_server.route import MessagesRoute, PruningRoute, anthropic_error
@@ -315,3 +317,7 @@ class ServerPlugin:
         resend_unsent_images(engine_client)
         watch_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))
+        if api_process(engine_client.vllm_config.parallel_config)[0] == 0:
+            name = models.base_model_paths[0].name
+            ready = say_when_ready(args, name, policies, prunes=processor is not None)
+            state.pruning_ready = asyncio.create_task(ready)

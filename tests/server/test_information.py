@@ -1,5 +1,8 @@
 """`GET /v1/pruning`: what a client can find out before it asks."""
 
+import json
+import re
+import subprocess
 from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -165,3 +168,11 @@ def test_its_schema_is_typed(server: Server) -> None:
     answer = document["paths"]["/v1/pruning"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert answer == {"$ref": "#/components/schemas/PruningInformation"}
     assert {"Method", "Tower", "Versions"} <= set(document["components"]["schemas"])
+
+
+def test_a_ready_server_says_what_it_serves_and_how_to_ask(server: Server) -> None:
+    log = server.log.read_text()
+    assert f"vllm-vtprune {__version__} prunes images of {server.model}. Default: " in log
+    [command] = re.findall(r"^\S*.*?(curl http.*)$", log, re.MULTILINE)
+    answer = subprocess.run(["bash", "-c", f"{command} --silent"], capture_output=True, check=True, timeout=120)
+    assert kept(json.loads(answer.stdout)) == [64]
