@@ -43,7 +43,7 @@ from vllm_vtprune_server.conversation import (
 )
 from vllm_vtprune_server.schema import describe
 from vllm_vtprune_server.trace import Trace
-from vllm_vtprune_server.validation import Path, check_messages, wrong_field
+from vllm_vtprune_server.validation import Path, check_messages, not_accepted, wrong_field
 
 TEXTS = ("messages", "tools", "documents", "chat_template_kwargs")
 """Fields of a chat completion request whose texts enter the prompt."""
@@ -186,6 +186,8 @@ class PruningBatchRequest(PruningRequest, BatchChatCompletionRequest):
     def read(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[Conversation]]:
         batch = data.get("messages")
         if not isinstance(batch, list):
+            if "messages" in data:
+                raise not_accepted("messages", batch, "a list of conversations")
             return data, [Conversation()]
         for index, messages in enumerate(batch):
             check_messages(messages, f"messages.{index}")

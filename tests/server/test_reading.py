@@ -77,6 +77,12 @@ def test_a_batch() -> None:
     assert chat.conversation is second
 
 
+@pytest.mark.parametrize("batch", ["Where?", None, {}, 5])
+def test_a_batch_that_is_no_list(batch: object) -> None:
+    with pytest.raises(InvalidField, match=r"^messages: .* is not accepted; expected a list of conversations\.$"):
+        PruningBatchRequest.model_validate({"messages": batch})
+
+
 TEXT = {"type": "input_text", "text": "Where?"}
 REFUSED: dict[str, tuple[Any, Body]] = {
     "an image without a URL": (responses, {"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}),
