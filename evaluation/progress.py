@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import threading
 from typing import Any, TextIO
@@ -66,7 +67,7 @@ class Progress(tqdm):
             file=sys.stderr if terminal else Lines(sys.stderr),
             mininterval=0.1 if terminal else float("inf"),
             bar_format=(BAR if terminal else LINE) if counted else WAITING,
-            dynamic_ncols=terminal,
+            ncols=shutil.get_terminal_size().columns - 1 if terminal else None,  # tqdm believes in terminals of width 0
         )
         threading.Thread(target=self._beat, args=(1.0 if terminal else QUIET,), daemon=True).start()
 
