@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import threading
 from typing import Any, TextIO
@@ -55,6 +56,7 @@ class Progress(tqdm):
         self, steps: Any = None, *, desc: str, total: int | None = None, unit: str = "", initial: int = 0
     ) -> None:
         terminal = sys.stderr.isatty()
+        size = shutil.get_terminal_size()  # not 0 x 0, as pseudo-terminals of tools are: tqdm would show nothing there
         counted = total is not None or steps is not None
         self._over = threading.Event()
         super().__init__(
@@ -66,7 +68,8 @@ class Progress(tqdm):
             file=sys.stderr if terminal else Lines(sys.stderr),
             mininterval=0.1 if terminal else float("inf"),
             bar_format=(BAR if terminal else LINE) if counted else WAITING,
-            dynamic_ncols=terminal,
+            ncols=size.columns - 1 if terminal else None,
+            nrows=size.lines,
         )
         threading.Thread(target=self._beat, args=(1.0 if terminal else QUIET,), daemon=True).start()
 

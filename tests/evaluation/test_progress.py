@@ -42,10 +42,12 @@ def test_what_is_waited_for_is_named_with_the_time(monkeypatch: pytest.MonkeyPat
 def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = stream(monkeypatch)
     monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "70")
     assert list(Progress(range(3), desc="encoded", unit="pictures")) == [0, 1, 2]
     bar = shown.getvalue().split("\r")[-1]
     assert bar.startswith("encoded: 100%|")
     assert "3/3 pictures, 00:00, 00:00 left" in bar
+    assert len(bar.strip()) == 69
 
 
 def test_a_command_that_takes_long_to_import_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
