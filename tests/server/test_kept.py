@@ -21,10 +21,10 @@ from tests.support.chat import (
     user,
 )
 from tests.support.rendering import endpoint
+from vllm_vtprune.plugin.inspection import plan_of, pruning_processor
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
-from vllm_vtprune_evaluation.inspection import plan_of, pruning_processor
 from vllm_vtprune_evaluation.photo import photograph
 
 pytestmark = pytest.mark.engine
