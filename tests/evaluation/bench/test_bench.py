@@ -4,7 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 from tests.support.fake_chat import DONE, ROLE, FakeChat, Reply, event, fake_chat, report, token, usage
 from vllm_vtprune_evaluation.bench import rounds
-from vllm_vtprune_evaluation.bench.command import bench
+from vllm_vtprune_evaluation.bench.command import _without_pruning, bench
 from vllm_vtprune_evaluation.bench.rounds import Arm, Asker, Level, turns
 from vllm_vtprune_evaluation.bench.subjects import NoPictures, Subject, files, generated, scenes
 from vllm_vtprune_evaluation.photo import photograph
@@ -101,6 +101,37 @@ def test_seconds_decide_how_many_rounds_there_is_time_for(tmp_path: Path) -> Non
     levels = json.loads((tmp_path / "results.json").read_text())["levels"]
     assert len(levels) == 4
     assert all(4 <= level["requests"] <= 12 for level in levels), "a round takes more than 0.12 s"
+
+
+def test_stock_vllm_takes_turns_with_our_server_and_gets_no_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+
+    def stock_or_ours(body: Body) -> Reply:
+        return reply(body) if "pruning" in body else Reply((ROLE, token("red car."), usage(), DONE))
+
+    with fake_chat(stock_or_ours) as fake:
+
+        def server(args: object, *, stock: bool = False) -> AbstractContextManager[str]:
+            started.append(stock)
+            return nullcontext(fake.url)
+
+        monkeypatch.setattr("vllm_vtprune_evaluation.bench.command._server", server)
+        bench([*FEW, "--stock", "--presets", "fast", "--requests", "4", "--out", str(tmp_path)])
+    assert started == [False, True, True, False]
+    assert sum("pruning" not in body for body in fake.bodies) == 2 * 2 + 2 * 4
+    found = json.loads((tmp_path / "results.json").read_text())
+    arms = {arm["arm"]: arm for arm in found["arms"]}
+    assert (arms["stock"]["kept_tokens"], arms["stock"]["same"]) == (None, 1.0)
+    [stock] = [level for level in found["levels"] if level["arm"] == "stock" and level["new"]]
+    assert stock["requests"] == 4
+    assert stock["ttft_ratio"]["pairs"] == 4
+
+
+def test_our_options_are_not_those_of_stock_vllm() -> None:
+    options = ["--pruning-default", "fast", "--dtype", "float32", "--pruning-placement=api", "--enforce-eager"]
+    assert _without_pruning(options) == ["--dtype", "float32", "--enforce-eager"]
 
 
 def test_a_policy_is_named_by_its_method_and_budget(tmp_path: Path) -> None:
