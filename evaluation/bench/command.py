@@ -24,6 +24,7 @@ from vllm_vtprune_evaluation.bench.rounds import OFF, STOCK, Arm, Asker, Level, 
 from vllm_vtprune_evaluation.bench.subjects import NoPictures, Subject, files, generated, scenes
 from vllm_vtprune_evaluation.options import SMALL_OPTIONS, count, make_folder, shown
 from vllm_vtprune_evaluation.progress import Progress
+from vllm_vtprune_server.launch import add_pruning_options
 from vllm_vtprune_server.process import STOCK_COMMAND, ServerFailed, announced_server
 
 TIMEOUT = 600.0  # seconds without a byte after which a request has failed
@@ -242,17 +243,10 @@ def _server(args: argparse.Namespace, *, stock: bool = False) -> Iterator[str]:
 
 
 def _without_pruning(options: Sequence[str]) -> list[str]:
-    """Options of a server without those of pruning, which all take one value."""
-    out = []
-    skip = False
-    for option in options:
-        if option.startswith("--pruning-"):
-            skip = "=" not in option
-        elif skip:
-            skip = False
-        else:
-            out.append(option)
-    return out
+    """Options of a server without those of pruning."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_pruning_options(parser)
+    return parser.parse_known_args(options)[1]
 
 
 def _measure(args: argparse.Namespace, arms: Sequence[Arm], subjects: Sequence[Subject], measured: Measured) -> str:
