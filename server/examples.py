@@ -1,4 +1,4 @@
-"""Answers as ``/openapi.json`` shows them."""
+"""Answers for ``/openapi.json``, from which FastAPI leaves out what is null."""
 
 from __future__ import annotations
 

@@ -281,11 +281,16 @@ def test_a_plan_refuses_what_a_chat_completion_does(server: Server, body: Body, 
     assert refused[0].json()["error"]["param"].startswith(param)
 
 
-def keys(value: object) -> object:
-    """The names in an answer, and whether a value is a list."""
-    if isinstance(value, dict):
-        return {key: keys(inner) for key, inner in value.items()}
-    return [keys(value[0])] if isinstance(value, list) and value else None
+def unknown(example: Body, answer: Body, at: str = "") -> list[str]:
+    """Paths in an example that an answer lacks. FastAPI leaves what is null out of examples."""
+    missing = [f"{at}{key}" for key in example if key not in answer]
+    for key, inner in example.items():
+        other = answer.get(key)
+        if isinstance(inner, list) and isinstance(other, list) and isinstance(inner[0], dict):
+            inner, other = inner[0], other[0]
+        if isinstance(inner, dict) and isinstance(other, dict):
+            missing += unknown(inner, other, f"{at}{key}.")
+    return missing
 
 
 def test_the_examples_in_the_schema_are_answers(server: Server) -> None:
@@ -294,6 +299,6 @@ def test_the_examples_in_the_schema_are_answers(server: Server) -> None:
     for path in ("/v1/chat/completions", "/v1/pruning/plan"):
         example = paths[path]["post"]["responses"]["200"]["content"]["application/json"]["example"]
         answer = server.post(body, path).json()
-        assert keys(example["pruning"]) == keys(answer["pruning"])
-        assert example.keys() <= answer.keys()
+        assert unknown(example, answer) == []
+        assert example["pruning"]["images"][0]["visual_tokens"] == VISUAL_TOKENS
         assert PruningPolicy.parse({"budget": example["pruning"]["budget"]}) == PruningPolicy.parse("fast")
