@@ -94,7 +94,7 @@ BAD_POLICIES: dict[str, tuple[object, str, str, str]] = {
         {"budget": {"type": "tokens", "rank": 9}},
         "budget.rank",
         "rank belongs to budget type energy",
-        "one of type, keep",
+        "one of scope, min_tokens, type, keep",
     ),
     "min > max": ({"budget": {"min_tokens": 64, "max_tokens": 32}}, "budget.min_tokens", "64", "which is 32"),
     "max < the default min": ({"budget": {"max_tokens": 8}}, "budget.max_tokens", "8", "whose default is 32"),
