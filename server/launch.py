@@ -6,11 +6,13 @@ import argparse
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vllm_vtprune.families import ARCHITECTURES
@@ -119,6 +121,8 @@ def serve(argv: list[str]) -> None:
         sys.exit(f"vtprune serve: {problem}")
     memory.reserve_gpu_memory(args, model_config)
     memory.unmark_defaults(args)
+    # asyncio takes Python's own handler away and would note an interrupt while vLLM waits for its engine, for minutes
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         with running_encoders(args, model_config):
             command.cmd(args)
@@ -133,6 +137,10 @@ def serve(argv: list[str]) -> None:
 
     if engine_died.is_set():
         sys.exit("vtprune serve: the engine died; see its last log lines above")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         run(arguments[1:])
     except UntestedVllmError as error:
         sys.exit(f"vtprune {command}: {error}")
+    except KeyboardInterrupt:
+        print(f"\nvtprune {command}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.process_tree import kill, survivors
+from tests.support.process_tree import command_of, family, interruptible, kill, survivors
 from vllm_vtprune_server import process
 from vllm_vtprune_server.process import ServerFailed, announced_server, running_server
 
@@ -241,3 +241,27 @@ def test_a_server_that_does_not_answer_in_time_has_failed(stubborn: Stubborn, mo
     ):
         pytest.fail("it was never healthy")
     assert survivors(stubborn.left(), within=30) == []
+
+
+@pytest.mark.engine
+@pytest.mark.verify
+@pytest.mark.parametrize("started", ["", "EngineCore"], ids=["importing", "engine starts"])
+def test_an_interrupt_ends_a_server_that_starts(started: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "vllm_vtprune.cli", "serve", "--enforce-eager", "--port", str(process.free_port())]
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=interruptible)
+    try:
+        deadline = time.monotonic() + 300
+        while not any(started in command_of(child) for child in family(server.pid)):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        time.sleep(2)
+        processes = family(server.pid)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 130
+        assert survivors(processes, within=30) == []
+    finally:
+        kill(processes)
+    assert log.read_text().rstrip().endswith("vtprune serve: interrupted")
+    assert "Traceback" not in log.read_text()
