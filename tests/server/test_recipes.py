@@ -123,9 +123,7 @@ def test_a_recipe_does_what_the_page_shows(name: str, demo: Server, folder: Path
         for block in blocks:
             text = block.text.replace("http://localhost:8000", demo.url)
             for port, free in ports.items():
-                text = text.replace(f"localhost:{port}", f"127.0.0.1:{free}").replace(
-                    f"--port {port}", f"--port {free}"
-                )
+                text = re.sub(rf"(localhost:|--port ){port}\b", rf"\g<1>{free}", text)
             if block.title == TERMINAL:
                 [port] = [port for port in PORTS if f"--port {port}" in block.text]
                 log = folder / f"{port}.log"
@@ -139,7 +137,7 @@ def test_a_recipe_does_what_the_page_shows(name: str, demo: Server, folder: Path
                         start_new_session=True,
                     )
                 servers.callback(stop, process)
-                wait_until_ready(process, f"http://127.0.0.1:{ports[port]}{PORTS[port]}", log)
+                wait_until_ready(process, f"http://localhost:{ports[port]}{PORTS[port]}", log)
             elif block.title:
                 (folder / block.title).parent.mkdir(exist_ok=True)
                 (folder / block.title).write_text(text)
