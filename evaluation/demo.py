@@ -22,7 +22,7 @@ from vllm_vtprune_server.process import ServerFailed, announced_server
 
 PHOTOGRAPH_QUESTION = "What is the astronaut wearing, and what is behind her?"
 SCENE, SCENE_KIND = 43, "detail"  # of the test split, which training never saw
-POLICY = {"method": "resprune", "budget": {"type": "energy", "threshold": 0.99}, "return_kept": True}
+POLICY = {"method": "resprune", "budget": {"type": "energy", "threshold": 0.99}}
 ARMS: dict[str, object] = {"unpruned": False, "pruned": POLICY}
 
 FILE = Path("vtprune-demo.png")
@@ -185,7 +185,7 @@ def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str
         max_tokens=16,
         temperature=0,
         stream=True,
-        extra_body={"pruning": policy},
+        extra_body={"pruning": {**policy, "return_kept": True} if isinstance(policy, Mapping) else policy},
     )
     for chunk in stream:
         text = chunk.choices[0].delta.content if chunk.choices else None

@@ -100,7 +100,7 @@ def test_the_package_s_presets_are_policies() -> None:
         (
             "p.toml",
             "[detail]\nlow = 'fst'",
-            'detail.low: "fst" is not accepted; expected an object, false, or a preset: ',
+            'detail.low: "fst" is not accepted (did you mean fast?); expected an object, false, or a preset: ',
         ),
         ("p.toml", "[detail]\nlow = {alpha = -1}", "detail.low.alpha: -1 is not accepted"),
         ("p.json", "[]", "expected an object with a policy for each name."),

@@ -94,6 +94,7 @@ def test_one_encoder_process_loads_it_and_neither_api_process_nor_engine_does(tw
         assert tower["parameters"] > 0
 
 
+@pytest.mark.verify  # beside the shared server, it would need servers of this file in another worker
 @pytest.mark.parametrize("policy", [by_energy(64), {"method": "prumerge", "budget": {"type": "method"}}])
 def test_answers_and_reports_are_those_of_a_server_with_one_process(
     two_processes: Server, server: Server, policy: Body
