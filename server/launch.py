@@ -10,10 +10,13 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.plugin.version import require_tested_vllm
@@ -121,8 +124,7 @@ def serve(argv: list[str]) -> None:
         sys.exit(f"vtprune serve: {problem}")
     memory.reserve_gpu_memory(args, model_config)
     memory.unmark_defaults(args)
-    # asyncio takes Python's own handler away and would note an interrupt while vLLM waits for its engine, for minutes
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, end_start)  # until the server answers, which has vLLM's handler
     try:
         with running_encoders(args, model_config):
             command.cmd(args)
@@ -139,8 +141,17 @@ def serve(argv: list[str]) -> None:
         sys.exit("vtprune serve: the engine died; see its last log lines above")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def end_start(number: int, frame: FrameType | None) -> None:
+    """End a server that starts, with all its processes, at once.
+
+    vLLM 0.32.0 waits for its engine first, which may take minutes (v1/engine/utils.py, ``wait_for_engine_startup``).
+    """
+    print("\nvtprune serve: interrupted", file=sys.stderr, flush=True)
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(child.cmdline()):  # it frees what the others leave, then ends
+                child.kill()
+    os._exit(130)
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:

@@ -263,5 +263,5 @@ def test_an_interrupt_ends_a_server_that_starts(started: str, tmp_path: Path) ->
         assert survivors(processes, within=30) == []
     finally:
         kill(processes)
-    assert log.read_text().rstrip().endswith("vtprune serve: interrupted")
+    assert "vtprune serve: interrupted" in log.read_text()
     assert "Traceback" not in log.read_text()
