@@ -95,7 +95,10 @@ def serve(argv: list[str]) -> None:
     add_pruning_options(serve_parser)
     serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_TIMEOUT, enable_offline_docs=None)
     memory.mark_defaults(serve_parser)
-    args = parser.parse_args(["serve", *_with_model(argv)])
+    args = parser.parse_args(["serve", *argv])
+    options = {argument.split("=", 1)[0] for argument in argv}
+    if args.model_tag is None and not options & {"--model", "--config"}:
+        args = parser.parse_args(["serve", *_with_model(argv)])
     if "pruning_placement" in args:  # maybe from a config file
         os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     if args.enable_offline_docs is None:
@@ -117,6 +120,7 @@ def serve(argv: list[str]) -> None:
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", PLUGIN)  # server/media.py
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag
+    refuse_missing_folder(args.model)
     model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
     refuse_unpruned(model_config, policies.default)
     memory.limit_embedded_kv_cache(args)
@@ -326,16 +330,20 @@ def refuse_unpruned(model_config: ModelConfig, default: PruningPolicy) -> None:
 
 
 def _with_model(argv: list[str]) -> list[str]:
-    """Add the embedded checkpoint and the playground if the arguments name no model.
+    """Add the embedded checkpoint and the playground, for arguments that name no model.
 
     On CPUs the model runs in float32, because bfloat16 is many times slower on CPUs without native support.
     """
-    options = {argument.split("=", 1)[0] for argument in argv if argument.startswith("-")}
-    if argv and (not argv[0].startswith("-") or options & {"--model", "--config", "-h", "--help"}):
-        return argv
     from vllm.platforms import current_platform
 
+    options = {argument.split("=", 1)[0] for argument in argv if argument.startswith("-")}
     named = options & {"--served-model-name", "--served_model_name"}
     name = [] if named else ["--served-model-name", EMBEDDED_NAME]
     dtype = ["--dtype", "float32"] if current_platform.is_cpu() and "--dtype" not in options else []
     return [str(embedded_checkpoint()), *name, *dtype, "--pruning-playground", *argv]
+
+
+def refuse_missing_folder(model: str) -> None:
+    """Exit if a model is written as a path, and there is nothing; vLLM would look for it on the hub."""
+    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().exists():
+        sys.exit(f"vtprune serve: {model}: no such folder; expected a model's folder, or a name on the hub")

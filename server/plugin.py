@@ -313,7 +313,6 @@ class ServerPlugin:
         self._app.middleware_stack = OutcomeMiddleware(stack, runtime.model_name)
         if getattr(args, "pruning_playground", False):
             self._app.include_router(playground_router)
-            logger.info("The playground is at /")
         resend_unsent_images(engine_client)
         watch_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))

@@ -81,7 +81,11 @@ class Policies:
         all_presets = builtin_presets() | dict(presets or {})
         policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=all_presets)
         chosen = {DEFAULT_PARAM: policy, **(presets or {})}
-        detail = {**DETAIL_DEFAULTS, **getattr(presets, "detail", {})} if follows_detail else None
+        of_file: Mapping[str, object] = getattr(presets, "detail", {})
+        if of_file and not follows_detail:
+            problem = "the file has a table [detail], which has no effect without --pruning-detail"
+            raise PolicyError("--pruning-presets", dict(of_file), "this option too, or no such table", problem)
+        detail = {**DETAIL_DEFAULTS, **of_file} if follows_detail else None
         parsed = {
             f"{DETAIL_PARAM} {name}": PruningPolicy.parse(value, param=f"{DETAIL_PARAM} {name}", presets=all_presets)
             for name, value in (detail or {}).items()
@@ -128,7 +132,7 @@ class Policies:
         Raises:
             PolicyError: names the first problem.
         """
-        if not isinstance(value, Mapping) or value.keys().isdisjoint((PRESET, RETURN_KEPT)):
+        if not isinstance(value, Mapping) or value.keys() <= set(POLICY_FIELDS):
             return value, False
         try:
             refuse_unknown(value, [*POLICY_FIELDS, PRESET, RETURN_KEPT])

@@ -19,7 +19,7 @@ DESCRIPTION = """Serve vision-language models with fewer visual tokens.
 
 commands:
   serve [MODEL] [options]   an OpenAI-compatible server (takes every option of `vllm serve`)
-  demo [options]            one question about a photograph, without and with pruning
+  demo [options]            one question about a picture, without and with pruning
   inspect IMAGE [options]   draw which visual tokens of an image a policy keeps
   eval [options]            compare the accuracy of methods on scenes with known answers
   calibrate [options]       find a preset for your own images

@@ -225,7 +225,7 @@ class PruningPolicy(RootModel[AnyMethod]):
             return self
         method = self.chosen
         lost = {"grid", "positions"} if method.dedup and family.drops_duplicates else set[Input]()
-        for source in sorted(method.needs & lost):
+        for source in sorted((method.needs | method.uses & {"positions"}) & lost):
             problem = f"true given, but method {self.method} needs {source}, which dedup leaves incomplete"
             raise PolicyError(f"{param}.dedup", True, "false", problem)
         family = replace(family, provides=family.provides - lost)

@@ -100,7 +100,7 @@ def test_the_layout_counts_what_is_left() -> None:
     assert Layout.load(layout.dump()).dump() == layout.dump()
 
 
-@pytest.mark.parametrize("method", ["adaptprune", "maxpool3x3"])
+@pytest.mark.parametrize("method", ["adaptprune", "maxpool3x3", "pool"])
 def test_methods_that_need_neighbours_are_refused(method: str) -> None:
     policy = PruningPolicy.parse({"method": method, "dedup": True, "budget": {"type": "tokens", "keep": 3}})
     with pytest.raises(PolicyError, match=f"dedup: true given, but method {method} needs .*, which dedup leaves"):

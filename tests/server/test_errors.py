@@ -90,6 +90,7 @@ BAD_POLICIES: dict[str, tuple[object, str, str, str]] = {
     "infinite alpha": ({"alpha": float("inf")}, "alpha", "Infinity", "null or a number from 0"),
     "unknown budget type": ({"budget": {"type": "all"}}, "budget.type", '"all"', "energy, ratio, tokens"),
     "budget is a number": ({"budget": 64}, "budget", "64", "an object whose type is"),
+    "misspelt preset": ({"prest": "fast"}, "prest", "did you mean preset?", "preset, return_kept"),
     "key of another budget": (
         {"budget": {"type": "tokens", "rank": 9}},
         "budget.rank",

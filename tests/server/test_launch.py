@@ -163,7 +163,6 @@ def test_the_embedded_model_is_served_in_float32_on_a_cpu() -> None:
     named, page = ["--served-model-name", "vtprune-demo"], "--pruning-playground"
     assert launch._with_model([])[1:] == [*named, "--dtype", "float32", page]
     assert launch._with_model(["--dtype=bfloat16"])[1:] == [*named, page, "--dtype=bfloat16"]
-    assert launch._with_model(["some/model"]) == ["some/model"]
 
 
 @pytest.mark.parametrize(
@@ -329,3 +328,18 @@ def test_a_command_that_does_not_exist_is_an_error(arguments: list[str]) -> None
     assert done.returncode == 2
     assert "usage: vtprune" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_may_follow_the_options() -> None:
+    done = run_cli("serve", "--port", "0", "/nonexistent/model")
+    assert done.returncode == 1
+    problem = "/nonexistent/model: no such folder; expected a model's folder, or a name on the hub"
+    assert done.stderr.splitlines()[-1] == f"vtprune serve: {problem}"
+
+
+def test_a_table_of_detail_without_its_option_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "presets.toml"
+    file.write_text('[detail]\nlow = "fast"\n')
+    done = run_cli("serve", "--pruning-presets", str(file))
+    assert done.returncode == 2
+    assert "a table [detail], which has no effect without --pruning-detail" in done.stderr.splitlines()[-1]
