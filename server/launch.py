@@ -155,7 +155,8 @@ def end_start(number: int, frame: FrameType | None) -> None:
         with suppress(psutil.NoSuchProcess):
             if "resource_tracker" not in " ".join(child.cmdline()):  # it frees what the others leave, then ends
                 child.kill()
-    os._exit(130)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:

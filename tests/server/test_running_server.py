@@ -259,7 +259,7 @@ def test_an_interrupt_ends_a_server_that_starts(started: str, tmp_path: Path) ->
         time.sleep(2)
         processes = family(server.pid)
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 130
+        assert server.wait(30) in (130, -signal.SIGINT)  # a shell reports 130 for both
         assert survivors(processes, within=30) == []
     finally:
         kill(processes)
