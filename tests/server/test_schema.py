@@ -15,11 +15,11 @@ pytestmark = pytest.mark.engine
 
 ROUTES = {
     "/v1/chat/completions": (2000, 60),
-    "/v1/chat/completions/batch": (500, 20),
-    "/v1/responses": (1000, 40),
-    "/v1/messages": (1000, 40),
-    "/v1/messages/count_tokens": (500, 20),
-    "/v1/pruning/plan": (500, 20),
+    "/v1/chat/completions/batch": (500, 8),
+    "/v1/responses": (1000, 20),
+    "/v1/messages": (1000, 20),
+    "/v1/messages/count_tokens": (500, 8),
+    "/v1/pruning/plan": (500, 8),
 }
 """Route -> cases in `make verify`, and otherwise."""
 MAX_REFUSAL = 2048  # bytes
