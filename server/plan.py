@@ -21,7 +21,7 @@ from vllm_vtprune_server.validation import InvalidField, bounded
 router = APIRouter(route_class=PruningRoute)
 
 
-class PruningPlan(BaseModel):
+class PlannedRequest(BaseModel):
     """What pruning does to the images of a chat request."""
 
     object: Literal["pruning.plan"] = "pruning.plan"
@@ -34,7 +34,7 @@ class PruningPlan(BaseModel):
     dependencies=[Depends(validate_json_request)],
     response_model=None,  # a client that has hung up gets none
     responses={
-        200: {"model": PruningPlan, "content": {"application/json": {"example": PLAN}}},
+        200: {"model": PlannedRequest, "content": {"application/json": {"example": PLAN}}},
         400: {"model": ErrorResponse},
         404: {"model": ErrorResponse},
     },
@@ -49,7 +49,7 @@ async def plan(request: PruningChatCompletionRequest, raw_request: Request) -> A
     if isinstance(rendered, ErrorResponse):
         return _answer(bounded(rendered))
     prompt: list[int] = rendered[1][0]["prompt_token_ids"]
-    return PruningPlan(prompt_tokens=len(prompt), pruning=request.trace.to_json())
+    return PlannedRequest(prompt_tokens=len(prompt), pruning=request.trace.to_json())
 
 
 def planning(serving: PruningServingChat) -> PruningServingChat:

@@ -63,7 +63,7 @@ def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
 
 
 def leave_to_verify(item: pytest.Item) -> None:
-    """Skip what would make `make test` take more than its 8 minutes on two cores."""
+    """Skip what takes minutes, outside `make verify`."""
     if item.get_closest_marker("verify") or "watched" in fixtures_of(item):
         item.add_marker(pytest.mark.skip(reason="takes minutes: part of `make verify`"))
 

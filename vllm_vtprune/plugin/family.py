@@ -96,6 +96,14 @@ class DynamicResolution(ABC):
         """Side of a visual token, in pixels of the resized image."""
 
     @abstractmethod
+    def distinct_tokens(self, item: Mapping[str, Any]) -> tuple[int, ...]:
+        """Indices of the visual tokens whose pixels differ from those of every earlier one, ascending.
+
+        Args:
+            item: vLLM's item of the image.
+        """
+
+    @abstractmethod
     def num_tokens(self, size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> int:
         """Visual tokens of an unpruned image. Non-decreasing in the area of `at_area`, and 1 for area 1.
 

@@ -266,6 +266,7 @@ def preprocess(
         tokens = processor.num_tokens(size, hf_kwargs)
         layout = replace(layout, border_tokens=max(tokens - layout.num_tokens, 0))
     if "dedup" in steps:
+        assert isinstance(processor, DynamicResolution)
         layout = replace(layout, distinct=processor.distinct_tokens(item))
     return PreparedImage(item, layout)
 

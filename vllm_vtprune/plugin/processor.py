@@ -202,11 +202,6 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             hf_kwargs: HF processor options with which the item was made.
         """
 
-    def distinct_tokens(self, item: MultiModalKwargsItem) -> tuple[int, ...]:
-        """Indices of the tokens of an image whose pixels differ from those of every earlier one; see
-        `vllm_vtprune.lossless`. Only of families that drop duplicates."""
-        raise NotImplementedError
-
     def max_image_tokens(self) -> int:
         """Visual tokens of the largest image that the HF processor makes."""
         count: int = self.info.get_max_image_tokens()
