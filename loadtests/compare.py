@@ -4,8 +4,8 @@
     python -m loadtests.compare --out build/loadtest --users 8 --seconds 60 --rounds 5 --kinds Conversations
     python -m loadtests.compare --out build/placement --users 1 16 --arms stock fast@api fast@engine 0.333@engine
 
-All servers run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms. In a
-round, all arms have the same seed, that is the same pictures and questions; the first arm rotates.
+All servers run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms; the
+first arm rotates. No server gets a picture of an earlier turn, whose features it may have cached.
 
 An arm is ``stock`` (stock vLLM), or POLICY or POLICY@PLACEMENT for our server. POLICY is a preset or the share of
 tokens to keep; PLACEMENT is ``auto``, ``api`` or ``engine``. Each placement has a server of its own.
@@ -18,10 +18,11 @@ failed, or if the pruned arm pruned nothing or missed an objective (``--slo-...`
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -84,9 +85,10 @@ def main() -> None:
             print(f"Starting stock vLLM and ours with a {options.size} checkpoint ...", file=sys.stderr)
             model = write_llava_checkpoint(directory, size=options.size, weights=False)
             with servers(model, SERVE_OPTIONS, options.arms) as urls:
+                seeds = {url: itertools.count(options.seed) for url in urls.values()}
                 for users in options.users:
                     out = options.out if len(options.users) == 1 else options.out / f"users-{users}"
-                    turns, seconds = take_turns(urls, options, users, out)
+                    turns, seconds = take_turns(urls, seeds, options, users, out)
                     complaints += conclude(turns, seconds, options, users, out)
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
@@ -115,11 +117,24 @@ def process_seconds(url: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("process_cpu_seconds_total"))
 
 
-def take_turns(urls: Mapping[str, str], options: argparse.Namespace, users: int, out: Path) -> tuple[Turns, Seconds]:
-    """Load every arm in every round, after a short warm-up of each. Returns also the API process's CPU seconds."""
+def take_turns(
+    urls: Mapping[str, str], seeds: Mapping[str, Iterator[int]], options: argparse.Namespace, users: int, out: Path
+) -> tuple[Turns, Seconds]:
+    """Load every arm in every round, after a short warm-up of each.
+
+    Args:
+        urls: of each arm's server.
+        seeds: of each server's turns, by its URL.
+        options: of the command line.
+        users: who ask at the same time.
+        out: folder for what Locust writes.
+
+    Returns:
+        Requests and the API process's CPU seconds, by arm.
+    """
     out.mkdir(parents=True, exist_ok=True)
 
-    def turn(arm: Arm, folder: str, seed: int, seconds: float) -> list[Record]:
+    def turn(arm: Arm, folder: str, seconds: float) -> list[Record]:
         return drive(
             urls[arm.name],
             out / folder,
@@ -127,21 +142,22 @@ def take_turns(urls: Mapping[str, str], options: argparse.Namespace, users: int,
             seconds=seconds,
             kinds=options.kinds,
             options=[
-                *("--label", arm.name, "--seed", str(seed), "--max-tokens", str(options.max_tokens)),
+                *("--label", arm.name, "--seed", str(next(seeds[urls[arm.name]]))),
+                *("--max-tokens", str(options.max_tokens)),
                 *arm.locust_options,
             ],
         )
 
     arms: list[Arm] = options.arms
     for arm in arms:
-        turn(arm, f"warm-up-{arm.name}", options.seed + 1_000_000, WARM_UP_SECONDS)
+        turn(arm, f"warm-up-{arm.name}", WARM_UP_SECONDS)
     turns: Turns = {arm.name: [] for arm in arms}
     spent: Seconds = dict.fromkeys(turns, 0.0)
     for number in range(options.rounds):
         for position in range(len(arms)):
             arm = arms[(number + position) % len(arms)]
             before = process_seconds(urls[arm.name])
-            records = turn(arm, f"round-{number + 1}-{arm.name}", options.seed + number, options.seconds)
+            records = turn(arm, f"round-{number + 1}-{arm.name}", options.seconds)
             spent[arm.name] += process_seconds(urls[arm.name]) - before
             turns[arm.name].append(records)
             median = percentile(samples(records)["ttft"], 50)
@@ -174,7 +190,7 @@ def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, users: i
         records,
         notes=[
             f"The servers took turns on one machine: {options.rounds} rounds of {options.seconds} s each, "
-            f"{users} users in a closed loop, the same pictures and questions for all arms of a round. "
+            f"{users} users in a closed loop. No server got a picture twice. "
             f"The checkpoint is the {options.size} LLaVA with random weights.",
             *(f"{name}: {text}." for name, text in ratios.items()),
         ],
