@@ -1,4 +1,4 @@
-"""When requests are due at a constant rate, and how late this process is to look at what it measures."""
+"""A schedule of requests at a constant rate, and the delay with which this process reads its connections."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BEATS_KEPT = 60_000  # ten minutes
 
 
 def moments(rate: float, arrivals: Arrivals, seed: int) -> Iterator[float]:
-    """Seconds after the start at which requests are due; without end, and the same for the same seed.
+    """Endless times at which requests are due, in seconds after the start; the same for the same seed.
 
     Args:
         rate: per second, on average.
         arrivals: poisson: the gaps are exponentially distributed, as in ``vllm bench serve`` with burstiness 1; even:
-            they are all equal.
+            all gaps are equal.
         seed: of the gaps.
     """
     random = Random(f"{seed} arrivals")
@@ -36,13 +36,13 @@ def moments(rate: float, arrivals: Arrivals, seed: int) -> Iterator[float]:
 
 
 class Schedule:
-    """Hands out the moments at which requests are due. Times are those of `time.perf_counter`."""
+    """Hands out the times at which requests are due, on the clock of `time.perf_counter`."""
 
     def __init__(self, after: Iterator[float], users: int) -> None:
         """
         Args:
-            after: seconds from the start on, in order.
-            users: it starts when so many have asked for a moment.
+            after: seconds after the start, ascending.
+            users: the schedule starts when that many users have asked for a time.
         """
         self._after = after
         self._missing = users
@@ -50,7 +50,7 @@ class Schedule:
         self._taken: set[float] = set()
 
     def take(self) -> float:
-        """Wait for the start; then the next moment that nobody has taken, which may have passed."""
+        """Wait for the start, then return the next time that no user has taken. It may have passed."""
         if not self._start.ready():
             self._missing -= 1
             if self._missing == 0:
@@ -61,11 +61,11 @@ class Schedule:
         return moment
 
     def sent(self, moment: float) -> None:
-        """Note that the request of a moment that was taken is sent."""
+        """Note that the request of a taken time was sent."""
         self._taken.remove(moment)
 
     def unsent(self, until: float) -> list[float]:
-        """All moments up to this time whose requests were not sent; asked at the end, for it uses the moments up."""
+        """All times up to this one whose requests were not sent. Consumes the schedule: call it at the end."""
         if not self._start.ready():
             return []
         start: float = self._start.get()
@@ -74,15 +74,15 @@ class Schedule:
 
 
 class Pulse:
-    """Notes how much later than it should this process's loop of events gets to a greenlet that wakes every 10 ms.
+    """Records how late the event loop wakes a greenlet that sleeps 10 ms at a time.
 
-    What is read from a connection is stamped as late as that at worst.
+    A time stamp of received data is at most that late.
     """
 
     def __init__(self) -> None:
         self._late: deque[tuple[float, float]] = deque(maxlen=BEATS_KEPT)  # when, and seconds
         self.last = time.perf_counter()
-        """When it woke last."""
+        """Time of the last wake-up."""
         self._greenlet = gevent.spawn(self._beat)
 
     def _beat(self) -> None:
@@ -93,7 +93,7 @@ class Pulse:
             self.last = now
 
     def worst_since(self, moment: float) -> float:
-        """The most seconds that it was late, from this time (`time.perf_counter`) until now."""
+        """Longest delay since this time (`time.perf_counter`), in seconds."""
         worst = max(0.0, time.perf_counter() - self.last - BEAT)
         for at, late in reversed(self._late):
             if at < moment:

@@ -3,20 +3,20 @@
     python -m loadtests.plan --saved           # every preset, against the prefill that it saves: ten minutes
     python -m loadtests.plan                   # all shapes, one and two threads: more than ten minutes
     python -m loadtests.plan --methods         # one image of 576 tokens, every method
-    python -m loadtests.plan --tokens 10000    # the most that a page gets of Qwen2.5-VL-3B; not among all shapes
+    python -m loadtests.plan --tokens 10000    # a page in Qwen2.5-VL-3B; not among the default shapes
 
-``--saved``: a plan is to cost at most 5 % of the prefill that it saves. Both are in CPU seconds of this process, on one
-thread, so that other processes disturb them little. The prefill is a forward pass in float32 of the decoder's layers,
-over the tokens of the image and 64 of text: one layer with random weights is timed once, times the number of layers.
-Embedding, positions, output head and serving are not in it, nor is the vision encoder.
+``--saved``: the goal is a plan that costs at most 5 % of the prefill that it saves. Both are CPU seconds of this
+process on one thread, so that other processes disturb them little. The prefill is a float32 forward pass of the
+decoder's layers over the image's tokens and 64 text tokens: one layer with random weights is timed once, times the
+number of layers. Embedding, positions, output head, serving and the vision encoder are not included.
 
-Otherwise, for each shape, spectrum and number of threads the two take turns on the same features, and the median of the
-turns counts. ``k`` is fixed through ``min_tokens = max_tokens``, so that both keep the same number; the energy is
-measured all the same, at the threshold of 0.99.
+Otherwise, for each shape, spectrum and number of threads, the two pipelines take turns on the same features; the
+median of the turns is printed. ``min_tokens = max_tokens`` fixes the number of kept tokens; the energy is still
+computed, at the threshold 0.99.
 
 - literal: the randomised SVD of E-AdaPrune (300 components, two power steps, more components until the threshold is
   reached), then ResPrune by Gram-Schmidt on the full vectors
-- ours: :func:`vllm_vtprune.plan_tokens`, checks of its input included
+- ours: :func:`vllm_vtprune.plan_tokens`, including its input checks
 
 Spectra of F, before a shared direction that holds half of the energy is added: ``exponential``, the k-th energy is
 ``exp(-k / (0.1 N))``; ``power``, it is ``k^-1.2``. V is a random two-layer projector of F.
@@ -115,7 +115,7 @@ def pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def pipeline(features: VisualFeatures, text: Tensor, k: int, turns: int) -> dict[str, Any]:
-    """Milliseconds by stage of the literal pipeline and ours, and how many picks of ours are the literal."""
+    """Milliseconds by stage of the literal pipeline and of ours, and how many picks are the same."""
     policy = PruningPolicy.parse(
         {"budget": {"type": "energy", "threshold": THRESHOLD, "min_tokens": k, "max_tokens": k}}
     )
@@ -159,7 +159,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def saved(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """CPU seconds of a plan and of the prefill that it saves, by model and preset."""
+    """CPU seconds of a plan and of the prefill that the plan saves, by model and preset."""
     torch.set_num_threads(1)
     rows = []
     for model, decoder, n, encoder_width in SAVED:
@@ -184,7 +184,7 @@ def saved(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def prefill_seconds(decoder: Decoder, tokens: int) -> float:
-    """CPU seconds of a forward pass over ``tokens``, of one layer times their number."""
+    """CPU seconds of a forward pass over ``tokens``: one layer's time, times the number of layers."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -16,7 +16,7 @@ class PairedRatio:
 
     Attributes:
         value: the geometric mean of the pairs' ratios.
-        low: lower end of its 95 % interval; 0 for one pair, which says nothing of the spread.
+        low: lower end of its 95 % interval; 0 for one pair, which has no spread.
         high: upper end; infinite for one pair.
         pairs: how many pairs.
     """
@@ -33,10 +33,10 @@ class PairedRatio:
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> PairedRatio:
     """The ratio of two paired samples, with Student's interval of the logarithms over the pairs.
 
-    (A bootstrap over a handful of pairs would give intervals that hold the truth far less often than they say.)
+    A bootstrap over so few pairs would give intervals that are too narrow.
 
     Raises:
-        ValueError: the samples are empty, differ in length, or hold a number that is not positive.
+        ValueError: the samples are empty, differ in length, or contain a number that is not positive.
     """
     if not numerators or len(numerators) != len(denominators):
         raise ValueError(f"expected two samples of one length, got {len(numerators)} and {len(denominators)} numbers")
