@@ -64,7 +64,7 @@ def test_several_policies_stand_side_by_side(photo: Path, tmp_path: Path, capsys
     assert second == f"{RATIO}: resprune keeps 144 of 576 tokens"
     assert where == f"Drawn in {out}"
     with Image.open(out) as drawn, Image.open(photo) as before:
-        assert drawn.size == (3 * 512 + 2 * GAP, 256 + 3 * CAPTION), "the policy as JSON takes two lines"
+        assert drawn.size == (3 * 512 + 2 * GAP, 256 + 2 * CAPTION), "each policy once"
         assert (np.asarray(drawn)[:256, :512] == np.asarray(before.convert("RGB"))).all(), "the image comes first"
 
 
