@@ -32,6 +32,8 @@ def ask_all(
     arms: Sequence[Arm],
     answers: Answers,
     progress: Callable[[int], object] | None = None,
+    *,
+    first: str | None = None,
 ) -> None:
     """Ask every question of every picture under every arm, except those in ``answers``.
 
@@ -44,6 +46,7 @@ def ask_all(
         arms: the arms.
         answers: gets the answers.
         progress: called with numbers of questions that are answered; None: shown.
+        first: URL of an image to send before every picture; None: none.
 
     Raises:
         Unasked: the server serves another model, returns no report, or a request failed after retries.
@@ -53,10 +56,10 @@ def ask_all(
         with ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(Progress(desc="answered", total=total, unit="questions")).update
-            asyncio.run(_ask_all(url, model, pictures, arms, answers, progress))
+            asyncio.run(_ask_all(url, model, pictures, arms, answers, progress, first))
     except* (Unasked, OpenAIError) as failures:
-        first = failures.exceptions[0]
-        raise Unasked(f"{url}: {first}") from first
+        cause = failures.exceptions[0]
+        raise Unasked(f"{url}: {cause}") from cause
 
 
 async def _ask_all(
@@ -66,6 +69,7 @@ async def _ask_all(
     arms: Sequence[Arm],
     answers: Answers,
     progress: Callable[[int], object],
+    first: str | None,
 ) -> None:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", timeout=600) as client:
         card = (await client.models.list()).data[0]
@@ -76,9 +80,10 @@ async def _ask_all(
         slots = asyncio.Semaphore(IN_FLIGHT)
 
         async def ask(arm: Arm, picture: Picture, index: int, image: str) -> None:
+            images = [image] if first is None else [first, image]
             async with slots:
                 if not answers.has(arm, picture.name(index)):
-                    answers.add(arm, await _ask(client, model, arm, picture, index, image))
+                    answers.add(arm, await _ask(client, model, arm, picture, index, images))
                 progress(1)
 
         for start in range(0, len(pictures), BATCH):
@@ -91,12 +96,12 @@ async def _ask_all(
                             tasks.create_task(ask(arm, picture, index, images[picture.label]))
 
 
-async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, image: str) -> Answer:
+async def _ask(
+    client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, images: Sequence[str]
+) -> Answer:
     question = picture.questions[index]
-    content: list[Any] = [
-        {"type": "image_url", "image_url": {"url": image}},
-        {"type": "text", "text": question.text},
-    ]
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    content.append({"type": "text", "text": question.text})
     completion = await client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": content}],
@@ -116,5 +121,5 @@ async def _ask(client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, inde
         density=picture.density,
         text=text,
         right=is_right(text, question.answer),
-        tokens=report["images"][0]["kept_tokens"],
+        tokens=report["images"][-1]["kept_tokens"],
     )

@@ -15,8 +15,9 @@ from PIL import Image
 
 from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.overlay import draw_kept, enlarged, side_by_side, with_caption
-from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
+from vllm_vtprune_checkpoints import DEFAULT, RANDOM_WEIGHTS, weights_of
 from vllm_vtprune_evaluation.inspection import require_writable
+from vllm_vtprune_evaluation.options import add_family_argument, model_of
 from vllm_vtprune_evaluation.photo import data_url, photograph
 from vllm_vtprune_server.process import ServerFailed, announced_server
 
@@ -57,13 +58,7 @@ def demo(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
-    parser.add_argument(
-        "--family",
-        choices=list(FAMILIES),
-        default=DEFAULT,
-        help="family of the small checkpoint to serve: llava is trained, the others have random weights (default: "
-        "%(default)s)",
-    )
+    add_family_argument(parser)
     parser.add_argument("--model", help="serve this model instead")
     parser.add_argument("--question", help="question (default: one about the picture)")
     parser.add_argument(
@@ -84,7 +79,7 @@ def demo(argv: list[str]) -> None:
     if args.question:
         subject = Subject(subject.picture, args.question)
     try:
-        result = run(subject, [args.model] if args.model else [*_checkpoint(args.family), *SMALL_KV_CACHE])
+        result = run(subject, _arguments(args))
     except KeyboardInterrupt:
         print("\nInterrupted; the server is stopped.", file=sys.stderr)
         sys.exit(130)
@@ -159,11 +154,11 @@ def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, 
         return {arm: ask(url, subject.picture, subject.question, policy) for arm, policy in ARMS.items()}
 
 
-def _checkpoint(family: str) -> list[str]:
-    """Options that serve the small checkpoint of a family; none for the one that a server without a model serves."""
-    if family == DEFAULT:
-        return []
-    return [str(embedded_checkpoint(family)), *(["--trust-remote-code"] if family in WITH_CODE else [])]
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """The model and options of the server; without a model, it serves the demo model."""
+    model, brings_code = model_of(args)
+    named = [model] if args.model or args.family != DEFAULT else []
+    return [*named, *(["--trust-remote-code"] if brings_code else []), *([] if args.model else SMALL_KV_CACHE)]
 
 
 def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str, Any]:

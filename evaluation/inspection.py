@@ -8,19 +8,24 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from vllm_vtprune.options import unknown_value
 from vllm_vtprune.overlay import enlarged, side_by_side, with_caption
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import builtin_presets
 from vllm_vtprune.report import ImageReport
-from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
+from vllm_vtprune_checkpoints import RANDOM_WEIGHTS, weights_of
+from vllm_vtprune_evaluation.options import add_family_argument, model_of
 from vllm_vtprune_evaluation.progress import Progress, quiet
+from vllm_vtprune_server.launch import policy_argument
+from vllm_vtprune_server.policies import Policies
 
+PARAM = "--pruning"
 POLICY = "balanced"
 FILE = Path("kept.png")
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf")  # that hold the colours of a figure
 
 EXAMPLE = """example:
   vtprune inspect street.jpg --query "What colour is the bus?" --model llava-hf/llava-1.5-7b-hf
@@ -54,28 +59,28 @@ def inspect(argv: list[str]) -> None:
         help=f"presets ({', '.join(builtin_presets())}) or policies as JSON, drawn side by side (default: {POLICY})",
     )
     parser.add_argument("--model", help="directory of a model, or name on the hub")
-    parser.add_argument(
-        "--family",
-        choices=list(FAMILIES),
-        default=DEFAULT,
-        help="without --model: family of the small checkpoint to use (default: %(default)s)",
-    )
+    add_family_argument(parser)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that the model's repository brings"
     )
     parser.add_argument(
-        "--out", type=Path, default=FILE, metavar="FILE", help="image to write, .png or .jpg (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=FILE,
+        metavar="FILE",
+        help=f"image to write, {', '.join(FORMATS)} (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the reports as one JSON object on the last line")
     args = parser.parse_args(argv)
     require_writable(parser, args.out)
+    args.pruning = list(dict.fromkeys(args.pruning))
     try:
         policies = [_policy(text) for text in args.pruning]
     except PolicyError as error:
         parser.error(str(error))
     weights = weights_of(args.model, args.family)
-    model = args.model or str(embedded_checkpoint(args.family))
-    trust = args.trust_remote_code or (args.model is None and args.family in WITH_CODE)
+    model, brings_code = model_of(args)
+    trust = args.trust_remote_code or brings_code
     try:
         with Image.open(args.image) as opened:
             picture = opened.convert("RGB")
@@ -98,8 +103,8 @@ def inspect(argv: list[str]) -> None:
 
 def require_writable(parser: argparse.ArgumentParser, out: Path) -> None:
     """Exit with an error of ``--out`` unless an image can be written there."""
-    if out.suffix.lower() not in Image.registered_extensions():
-        parser.error(f"--out: {out} names no format; expected a name that ends in .png or .jpg")
+    if out.suffix.lower() not in FORMATS:
+        parser.error(f"--out: {out} is not accepted; expected a name that ends in {', '.join(FORMATS)}")
     if not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
         parser.error(f"--out: {out} cannot be written; expected a file in an existing folder")
 
@@ -110,12 +115,16 @@ def _policy(text: str) -> PruningPolicy:
     Raises:
         PolicyError: it is invalid, or selects no tokens.
     """
-    policy = PruningPolicy.parse(_json_or_name(text), param="--pruning", presets=builtin_presets())
-    if not policy.enabled:
-        raise PolicyError("--pruning", text, "a policy that prunes", f"{text} keeps every token")
+    policies = Policies.of(POLICY)
+    names = [name for name, policy in policies.presets.items() if policy.selects]
+    accepted = f"a policy that selects tokens, as JSON or as a preset: {', '.join(names)}"
+    value, _ = policies.split(policy_argument(text), param=PARAM)
+    if isinstance(value, str) and value not in policies.presets:
+        raise PolicyError(PARAM, value, accepted, unknown_value(value, names))
+    policy = policies.parse(value, param=PARAM)
     if not policy.selects:
-        problem = f"method {policy.method} resizes the image and selects no tokens"
-        raise PolicyError("--pruning", text, "a policy that selects tokens", problem)
+        resizes = f"method {policy.method} resizes the image and selects no tokens"
+        raise PolicyError(PARAM, text, accepted, resizes if policy.enabled else f"{text} keeps every token")
     return policy
 
 
@@ -158,10 +167,3 @@ def _kept(report: ImageReport) -> str:
 
 def _looking_at(report: ImageReport) -> str:
     return f", looking at {', '.join(report.nouns)}" if report.nouns else ""
-
-
-def _json_or_name(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
-from vllm_vtprune_checkpoints import TRAINED
+from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, TRAINED, WITH_CODE, embedded_checkpoint
 from vllm_vtprune_server.process import announced_server
 
 SERVE_OPTIONS = ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log")
@@ -22,6 +22,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """``--model`` and ``--url``."""
     parser.add_argument("--model", help="directory of a model, or name on the hub (default: the demo model)")
     parser.add_argument("--url", help="address of a running server of that model, such as http://localhost:8000")
+
+
+def add_family_argument(parser: argparse.ArgumentParser) -> None:
+    """``--family``, of the small checkpoint that stands in for a model."""
+    parser.add_argument(
+        "--family",
+        choices=list(FAMILIES),
+        default=DEFAULT,
+        metavar="FAMILY",
+        help="without a model: family of the small checkpoint, such as qwen3_vl; all but llava have random weights "
+        "(default: %(default)s)",
+    )
+
+
+def model_of(args: argparse.Namespace) -> tuple[str, bool]:
+    """The model of a command with ``--family``, for vLLM; and whether it is a checkpoint of ours that brings code."""
+    return args.model or str(embedded_checkpoint(args.family)), args.model is None and args.family in WITH_CODE
 
 
 def dtype_of(args: argparse.Namespace) -> str:

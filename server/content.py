@@ -68,9 +68,8 @@ def refuse_in_options(options: object) -> None:
     Raises:
         InvalidField: names the field.
     """
-    if isinstance(options, Mapping) and FIELD in options:
-        param = f"mm_processor_kwargs.{FIELD}"
-        raise InvalidField(f"{param}: misplaced policy; expected it in the field {FIELD}.", parameter=param)
+    if isinstance(options, Mapping):
+        _refuse_inside("mm_processor_kwargs", options, f"it in the field {FIELD}")
 
 
 def refuse_misplaced(

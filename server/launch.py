@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from vllm_vtprune.cli import waiting
 from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.plugin.version import require_tested_vllm
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
@@ -75,13 +76,48 @@ def serve(argv: list[str]) -> None:
     require_tested_vllm()
     check_early(argv)
     enable_plugin()
+    with waiting("Loading vLLM"):
+        args, model_config = prepare(argv)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    from vllm_vtprune_server import memory
+    from vllm_vtprune_server.encoders import running_encoders
+
+    signal.signal(signal.SIGINT, end_start)  # until the server answers, which has vLLM's handler
+    try:
+        with running_encoders(args, model_config), saying_that_it_starts(args):
+            ServeSubcommand().cmd(args)
+    except Exception:
+        problem = memory.cpu_memory_problem(args, margin=memory.GROWTH)
+        if not problem:
+            raise
+        traceback.print_exc()
+        sys.exit(f"vtprune serve: {problem}")
+
+    from vllm_vtprune_server.shutdown import engine_died
+
+    if engine_died.is_set():
+        sys.exit("vtprune serve: the engine died; see its last log lines above")
+
+
+def prepare(argv: list[str]) -> tuple[argparse.Namespace, ModelConfig]:
+    """Import vLLM, read the command line, and check what can be checked before the engine starts.
+
+    Args:
+        argv: the command line after ``vtprune serve``.
+
+    Returns:
+        The options, and the config of the model.
+
+    Raises:
+        SystemExit: as for `serve`.
+    """
     refuse_without_routes()
     from vllm import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_vtprune_server import memory
-    from vllm_vtprune_server.encoders import running_encoders
 
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
     parser = FlexibleArgumentParser(prog="vtprune")
@@ -128,21 +164,21 @@ def serve(argv: list[str]) -> None:
         sys.exit(f"vtprune serve: {problem}")
     memory.reserve_gpu_memory(args, model_config)
     memory.unmark_defaults(args)
-    signal.signal(signal.SIGINT, end_start)  # until the server answers, which has vLLM's handler
-    try:
-        with running_encoders(args, model_config):
-            command.cmd(args)
-    except Exception:
-        problem = memory.cpu_memory_problem(args, margin=memory.GROWTH)
-        if not problem:
-            raise
-        traceback.print_exc()
-        sys.exit(f"vtprune serve: {problem}")
+    return args, model_config
 
-    from vllm_vtprune_server.shutdown import engine_died
 
-    if engine_died.is_set():
-        sys.exit("vtprune serve: the engine died; see its last log lines above")
+def saying_that_it_starts(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """On a terminal, say every few seconds that the server starts, until it answers: vLLM is silent meanwhile."""
+    if not sys.stderr.isatty() or args.headless or args.uds or not args.port:
+        return nullcontext()
+    host = args.host if args.host and args.host not in ("0.0.0.0", "::") else "localhost"
+
+    def listens() -> bool:
+        with suppress(OSError), socket.create_connection((host, args.port), timeout=1):
+            return True
+        return False
+
+    return waiting("Starting the server", over=listens)
 
 
 def end_start(number: int, frame: FrameType | None) -> None:

@@ -31,6 +31,7 @@ TEXTS = ("system", "messages", "tools", "chat_template_kwargs")
 
 SOURCE = "source"
 ACCEPTED = 'an object with type "base64", media_type and data, or with type "url" and url'
+MEDIA_TYPES = "that of an image, such as image/jpeg, image/png, image/gif or image/webp"
 BESIDE = f"it beside {SOURCE}, in a block that holds an image"
 ERROR_EVENT = 'data: {"error":'
 OWN_KEYS = ("pruning", "detail")
@@ -123,6 +124,9 @@ def _images(path: str, blocks: Iterable[tuple[int, Any]], text: str) -> Iterator
         at, source = f"{path}.{index}", block.get(SOURCE)
         if not _is_source(source):
             raise not_accepted(f"{at}.{SOURCE}", source, ACCEPTED)
+        media_type = source.get("media_type")
+        if media_type is not None and not media_type.lower().startswith("image/"):
+            raise not_accepted(f"{at}.{SOURCE}.media_type", media_type, MEDIA_TYPES)
         for name, value, accepted in invalid_detail(block):
             raise not_accepted(f"{at}.{name}", value, accepted)
         pruning, detail = block.get("pruning"), block.get("detail")
@@ -185,7 +189,7 @@ class PruningServingMessages(PrunesChat, AnthropicServingMessages):
             yield event
         for failure in failures:
             error = ErrorInfo(**json.loads(failure.removeprefix("data:"))["error"])
-            said = json.loads(bytes(anthropic_error(ErrorResponse(error=error)).body))
+            said = anthropic_error(ErrorResponse(error=error))
             yield write_event("error", {**said, "error": {**said["error"], "code": error.code}})
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_vtprune import envs
 from vllm_vtprune.options import refuse_unknown
-from vllm_vtprune.policy import POLICY_FIELDS, PolicyError, PruningPolicy
+from vllm_vtprune.policy import POLICY_FIELDS, PRESET, PolicyError, PruningPolicy, preset_of, without_preset
 from vllm_vtprune.presets import DETAIL_DEFAULTS, builtin_presets
 from vllm_vtprune.report import Placement
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PARAM = "--pruning-default"
 DETAIL_PARAM = "--pruning-detail"
-PRESET, RETURN_KEPT = "preset", "return_kept"
+OFF_PRESET = "off"
+RETURN_KEPT = "return_kept"
 
 
 def fixed_counts(kv_transfer_config: KVTransferConfig | None = None) -> str:
@@ -48,6 +49,7 @@ class Policies:
         fixed_counts: the engine option that requires token counts independent of features; empty if there is none.
         chosen: the default and the operator's own presets, by option or name; built-in presets do not count.
         detail: policies by OpenAI's ``detail`` of an image: a preset's name, a policy, or false; None: without effect.
+            Defaults that conflict with `fixed_counts` are ``off``.
     """
 
     presets: Mapping[str, PruningPolicy]
@@ -79,19 +81,25 @@ class Policies:
                 `fixed_counts`.
         """
         all_presets = builtin_presets() | dict(presets or {})
+        if isinstance(default, Mapping) and RETURN_KEPT in default:
+            problem = "only requests ask for the kept positions"
+            raise PolicyError(f"{DEFAULT_PARAM}.{RETURN_KEPT}", default[RETURN_KEPT], "it in a request", problem)
         policy = PruningPolicy.parse(default, param=DEFAULT_PARAM, presets=all_presets)
         chosen = {DEFAULT_PARAM: policy, **(presets or {})}
         of_file: Mapping[str, object] = getattr(presets, "detail", {})
         if of_file and not follows_detail:
             problem = "the file has a table [detail], which has no effect without --pruning-detail"
             raise PolicyError("--pruning-presets", dict(of_file), "this option too, or no such table", problem)
-        detail = {**DETAIL_DEFAULTS, **of_file} if follows_detail else None
+        followed = {
+            name: preset if _follows(all_presets[preset], fixed_counts) else OFF_PRESET
+            for name, preset in DETAIL_DEFAULTS.items()
+        }
+        detail = {**followed, **of_file} if follows_detail else None
         parsed = {
             f"{DETAIL_PARAM} {name}": PruningPolicy.parse(value, param=f"{DETAIL_PARAM} {name}", presets=all_presets)
             for name, value in (detail or {}).items()
         }
-        preset = default if isinstance(default, str) else None
-        policies = cls(all_presets, policy, preset, fixed_counts, chosen | parsed, detail)
+        policies = cls(all_presets, policy, preset_of(default), fixed_counts, chosen | parsed, detail)
         policies._refuse_counts(policy, DEFAULT_PARAM, default)
         for param, choice in parsed.items():
             policies._refuse_counts(choice, param, choice.dump())
@@ -123,34 +131,27 @@ class Policies:
         """Separate the policy in a request's field from what an object may hold beside it.
 
         Args:
-            value: a policy as for `parse`; an object may hold ``return_kept``, and ``preset`` in place of a policy.
+            value: a policy as for `parse`; an object may also hold ``return_kept``.
             param: name of the field.
 
         Returns:
-            What `parse` reads, None for an object of ``return_kept`` alone; and ``return_kept``.
+            What `parse` reads, None for an object that names neither a preset nor a field of a policy; and
+            ``return_kept``.
 
         Raises:
             PolicyError: names the first problem.
         """
-        if not isinstance(value, Mapping) or value.keys() <= set(POLICY_FIELDS):
+        if not isinstance(value, Mapping):
             return value, False
         try:
             refuse_unknown(value, [*POLICY_FIELDS, PRESET, RETURN_KEPT])
         except PolicyError as error:
             raise error.under(param) from None
         policy = dict(value)
-        return_kept, preset = policy.pop(RETURN_KEPT, False), policy.pop(PRESET, None)
+        return_kept = policy.pop(RETURN_KEPT, False)
         if not isinstance(return_kept, bool):
             raise PolicyError(f"{param}.{RETURN_KEPT}", return_kept, "true or false")
-        if preset is None:
-            return policy or None, return_kept
-        if not isinstance(preset, str) or preset not in self.presets:
-            raise PolicyError(f"{param}.{PRESET}", preset, "one of " + ", ".join(self.presets))
-        if policy:
-            name, item = next(iter(policy.items()))
-            problem = f"{name} given beside a preset, which is a whole policy"
-            raise PolicyError(f"{param}.{name}", item, f"{RETURN_KEPT} alone beside {PRESET}", problem)
-        return preset, return_kept
+        return without_preset(policy, self.presets, param) or None, return_kept
 
     def parse(self, value: object, *, param: str = "pruning") -> PruningPolicy:
         """Parse a request's policy; None means the server's default.
@@ -172,9 +173,14 @@ class Policies:
             raise PolicyError(param, value, f"a budget of the {field} {accepted}", problem)
 
     def _accepts(self, policy: PruningPolicy) -> bool:
-        return not (self.fixed_counts and policy.enabled and policy.budget.needs_features)
+        return _follows(policy, self.fixed_counts)
 
     @property
     def available(self) -> dict[str, PruningPolicy]:
         """The presets that this server follows."""
         return {name: policy for name, policy in self.presets.items() if self._accepts(policy)}
+
+
+def _follows(policy: PruningPolicy, fixed_counts: str) -> bool:
+    """Whether a server with this option, if it has one, knows the policy's counts before it encodes."""
+    return not (fixed_counts and policy.enabled and policy.budget.needs_features)

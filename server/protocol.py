@@ -60,7 +60,8 @@ class PruningRequest(BaseModel):
         SkipValidation[PruningPolicy | str | Literal[False] | None],
         Field(
             description="How to prune the images' visual tokens: a policy, a preset's name, or false. "
-            "A pruning field beside an image takes precedence. Without either, the server's default applies.",
+            "A pruning field beside an image takes precedence. Without either, and for an object without a preset or a "
+            "field of a policy, the server's default applies.",
             examples=[
                 "balanced",
                 False,
@@ -163,7 +164,8 @@ class PruningChatCompletionRequest(PruningRequest, ChatCompletionRequest):
 
     @classmethod
     def read(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[Conversation]]:
-        check_messages(data.get("messages", []))
+        if "messages" in data:
+            check_messages(data["messages"])
         messages, conversation = _read_chat(data.get("messages", []), ("messages",))
         if "messages" in data:
             data["messages"] = messages
@@ -185,10 +187,12 @@ class PruningBatchRequest(PruningRequest, BatchChatCompletionRequest):
     @classmethod
     def read(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[Conversation]]:
         batch = data.get("messages")
-        if not isinstance(batch, list):
-            if "messages" in data:
-                raise not_accepted("messages", batch, "a list of conversations")
+        if data.get("stream"):
+            raise not_accepted("stream", data["stream"], "false, as a batch is answered at once")
+        if "messages" not in data:
             return data, [Conversation()]
+        if not isinstance(batch, list) or not batch:
+            raise not_accepted("messages", batch, "a list of at least one conversation")
         for index, messages in enumerate(batch):
             check_messages(messages, f"messages.{index}")
         read = [_read_chat(messages, ("messages", index)) for index, messages in enumerate(batch)]

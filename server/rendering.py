@@ -15,7 +15,7 @@ from vllm_vtprune.plugin.early import EarlyEncoding
 from vllm_vtprune.plugin.image import ImageJob
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
-from vllm_vtprune.policy import PolicyError, PruningPolicy
+from vllm_vtprune.policy import PolicyError, PruningPolicy, preset_of
 from vllm_vtprune.report import BypassReason, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune_server.acceptance import Acceptance
@@ -174,7 +174,7 @@ class PruningRenderer(OnlineRenderer):
 
     def _preset(self, value: object) -> str | None:
         """The preset name of a policy as it is written."""
-        return value if isinstance(value, str) else self.policies.default_preset if value is None else None
+        return self.policies.default_preset if value is None else preset_of(value)
 
     def _policy(self, value: object, param: str, return_kept: bool) -> PruningPolicy:
         """Parse a policy, and resolve it if the model can be pruned."""

@@ -1,22 +1,38 @@
-"""The route class of our endpoints: explains client errors."""
+"""How errors of our endpoints, and of the server around them, are answered."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from vllm.entrypoints.anthropic.api_router import translate_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.logger import init_logger
 
+from vllm_vtprune_server.outcome import MESSAGES_ROUTE, path_of
 from vllm_vtprune_server.validation import bounded, explain
 
 logger = init_logger("vllm.vtprune")
+
+ANTHROPIC_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
+"""Status -> Anthropic's type of the error; others are ``invalid_request_error`` or, from 500 on, ``api_error``.
+
+Source: https://docs.anthropic.com/en/api/errors
+"""
 
 
 class PruningRoute(APIRoute):
@@ -50,14 +66,83 @@ class MessagesRoute(PruningRoute):
         if explained is None:
             logger.error("An error of the server at %s", self.path, exc_info=error)
             explained = bounded(create_error_response(error))
-        return anthropic_error(explained)
+        return JSONResponse(anthropic_error(explained), status_code=explained.error.code)
 
 
-def anthropic_error(answer: ErrorResponse) -> JSONResponse:
-    """The response with an error in Anthropic's shape, plus the path of the field."""
-    response = translate_error_response(answer)
-    if answer.error.param is None:
-        return response
-    content = json.loads(bytes(response.body))
-    content["error"]["param"] = answer.error.param
-    return JSONResponse(content, status_code=response.status_code)
+def anthropic_error(answer: ErrorResponse) -> dict[str, Any]:
+    """An error in Anthropic's shape, plus the path of the field."""
+    error = answer.error
+    other = "invalid_request_error" if error.code < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
+    said = {"type": ANTHROPIC_TYPES.get(HTTPStatus(error.code), other), "message": error.message}
+    return {"type": "error", "error": said if error.param is None else {**said, "param": error.param}}
+
+
+class ErrorShapeMiddleware:
+    """Pure ASGI middleware: gives the API's shape to errors of the server around the endpoints.
+
+    vLLM answers a wrong key, and Starlette an unknown route or method, with JSON of a shape of its own.
+
+    Args:
+        app: the next app.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start: Message | None = None
+        body = b""
+
+        async def shaped_send(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start" and _is_bare_status(message):
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    body = _shaped(scope, start, body)
+                    MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
+                    await send(start)
+                    await send({"type": "http.response.body", "body": body})
+
+        await self.app(scope, receive, shaped_send)
+
+
+def _is_bare_status(start: Message) -> bool:
+    headers = Headers(raw=start["headers"])
+    is_plain = "content-encoding" not in headers
+    bare = (HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+    return start["status"] in bare and is_plain and headers.get("content-type", "").startswith("application/json")
+
+
+def _shaped(scope: Scope, start: Message, body: bytes) -> bytes:
+    """The body of an error in the API's shape; unchanged if it has one."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return body
+    if not isinstance(said, dict) or isinstance(said.get("error"), dict):
+        return body
+    path = path_of(scope)
+    error = _bare_error(start["status"], scope["method"], path, Headers(raw=start["headers"]).get("allow"))
+    answer = bounded(ErrorResponse(error=error))
+    is_anthropic = path == MESSAGES_ROUTE or path.startswith(f"{MESSAGES_ROUTE}/")
+    return json.dumps(anthropic_error(answer) if is_anthropic else answer.model_dump()).encode()
+
+
+def _bare_error(status: int, method: str, path: str, allowed: str | None) -> ErrorInfo:
+    if status == HTTPStatus.UNAUTHORIZED:
+        message = (
+            "Authorization: no valid key; expected the header `Authorization: Bearer KEY` with a key of this server."
+        )
+        return ErrorInfo(message=message, type="AuthenticationError", param="Authorization", code=status)
+    if status == HTTPStatus.NOT_FOUND:
+        message = f"{path}: no such route; expected one of those in /openapi.json."
+        return ErrorInfo(message=message, type="NotFoundError", code=status)
+    message = f"{path}: {method} is not accepted; expected {allowed or 'another method'}."
+    return ErrorInfo(message=message, type="MethodNotAllowedError", code=status)

@@ -14,8 +14,7 @@ BESIDE_IMAGE = "Policy of this image; replaces the policy of the request. Refuse
 KEPT = {
     "type": "boolean",
     "default": False,
-    "description": "Report which tokens were kept; they are then selected in the API process. Beside nothing else, it "
-    "leaves the policy to the request or the server.",
+    "description": "Report which tokens were kept; they are then selected in the API process.",
 }
 PRESET = {
     "type": "object",

@@ -92,7 +92,7 @@ class Trace:
         policy: the request's policy.
         alias_preset: preset of the request's model alias; None if the model is no alias.
         preset: preset name of the policy; None if it is not a preset.
-        preset_label: value of the metrics' label ``preset``.
+        preset_label: value of the metrics' label ``preset``, of the images' policies.
         report: report of the images; None until they are processed.
         refusal_detail: problem of the policy or an image, without client text.
         unknown_preset: the model alias names an unknown preset.
@@ -129,10 +129,15 @@ class Trace:
         """The report's header, an RFC 9651 dictionary: ``method=resprune, images=2, visual=1152, kept=214``."""
         report = self.report or RequestReport()
         fields: dict[str, object] = {"method": report.method}
-        if self.preset is not None:
-            fields["preset"] = self.preset
+        if self.images_preset is not None:
+            fields["preset"] = self.images_preset
         fields |= {"images": len(report.images), "visual": report.visual_tokens, "kept": report.kept_tokens}
         return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+    @property
+    def images_preset(self) -> str | None:
+        """The preset of all images; ``mixed`` if their policies differ, None if no preset was used."""
+        return None if self.preset_label in (metrics.CUSTOM, metrics.NO_PRESET) else self.preset_label
 
     def usage(self) -> dict[str, int] | None:
         """The entry in ``usage.prompt_tokens_details``; None for a request without images."""
@@ -209,7 +214,7 @@ class Trace:
                     "request_id": self.request_id,
                     "outcome": outcome,
                     "method": report.method,
-                    "preset": self.preset,
+                    "preset": self.images_preset,
                     "images": len(report.images),
                     "visual_tokens": report.visual_tokens,
                     "kept_tokens": report.kept_tokens,

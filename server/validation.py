@@ -90,6 +90,8 @@ def explain_validation(errors: Sequence[Any], body: object) -> tuple[str, str | 
     details = [error for error in errors if isinstance(error, Mapping)]
     if not details:  # vLLM's check of the content type, which has no details
         return CONTENT_TYPE, None
+    if details[0]["type"] == "missing" and tuple(details[0]["loc"]) == ("body",):
+        return "The body: nothing given; expected a JSON object.", None
     if details[0]["type"] == "json_invalid":
         return f"The body is not valid JSON: {details[0].get('ctx', {}).get('error', 'it cannot be parsed')}.", None
 
@@ -140,8 +142,8 @@ def check_messages(messages: object, path: str = "messages") -> None:
     Raises:
         InvalidField: names the field, its value and what is accepted.
     """
-    if not isinstance(messages, list):
-        raise not_accepted(path, messages, "a list of messages")
+    if not isinstance(messages, list) or not messages:
+        raise not_accepted(path, messages, "a list of at least one message")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise not_accepted(f"{path}.{index}", message, "an object with a role and content")

@@ -93,6 +93,13 @@ def test_every_variable_is_described_with_its_default() -> None:
             assert written[variable.name] == (default if isinstance(default, str) else f"{default:g}"), variable.name
 
 
+def source_of(module: str) -> str:
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text()
+
+
 @pytest.mark.parametrize(
     ("command", "page", "head"),
     [
@@ -104,11 +111,10 @@ def test_every_variable_is_described_with_its_default() -> None:
     ],
 )
 def test_every_option_of_a_command_is_described(command: str, page: str, head: str) -> None:
-    modules = [entry_points(group="vtprune.commands")[command].module]
-    if page == "evaluation.md":
-        modules.append("vllm_vtprune_evaluation.options")
-    sources = "".join(Path(spec.origin).read_text() for spec in map(find_spec, modules) if spec and spec.origin)
-    options = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', sources))
+    source = source_of(entry_points(group="vtprune.commands")[command].module)
+    shared = re.findall(r"^def (add_\w+)(.*?)(?=^def |\Z)", source_of("vllm_vtprune_evaluation.options"), re.M | re.S)
+    source += "".join(body for name, body in shared if name in source)
+    options = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
     written = {option for cell in names(page, head) for option in re.findall(r"--[a-z-]+", cell)}
     assert options
     assert options <= written

@@ -6,7 +6,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=sorted(commands.names), metavar="COMMAND", help="see above")
     command = parser.parse_args(arguments[:1]).command
     try:
-        with loading(command):
+        with waiting(f"Loading vtprune {command}"):
             run = commands[command].load()
         run(arguments[1:])
     except UntestedVllmError as error:
@@ -56,20 +56,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextmanager
-def loading(command: str) -> Iterator[None]:
-    """Say every few seconds that a command is still being imported: vLLM and torch may take ten and more."""
-    loaded = threading.Event()
+def waiting(what: str, over: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Say every few seconds what the context waits for: the import of vLLM and torch may take ten seconds and more.
+
+    Args:
+        what: what is done.
+        over: whether it is done although the context goes on.
+    """
+    left = threading.Event()
 
     def say() -> None:
         started = time.monotonic()
-        while not loaded.wait(QUIET):
-            print(f"Loading vtprune {command} ... {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        while not left.wait(QUIET) and not over():
+            print(f"{what} ... {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     threading.Thread(target=say, daemon=True).start()
     try:
         yield
     finally:
-        loaded.set()
+        left.set()
 
 
 if __name__ == "__main__":

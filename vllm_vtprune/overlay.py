@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +13,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from vllm_vtprune.features import Box
 from vllm_vtprune.kept import KeptTile, KeptTokens
 
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 FADED = 0.8  # share of white in a dropped part
 GAP = 8  # pixels between two panels
 CAPTION = 20  # height of a line of a caption with its margins, in pixels
+MARGIN = 3  # pixels beside a caption
 CELL = 6  # pixels: smallest side of a token whose outline is drawn
 OUTLINE, HATCH = 205, 150  # grey
 HATCH_STEP = 12  # pixels between two lines of the hatching
@@ -94,14 +99,26 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def with_caption(picture: Image.Image, *lines: str) -> Image.Image:
-    """Add lines of text below a picture, cut off at its width."""
-    sheet = Image.new("RGB", (picture.width, picture.height + CAPTION * len(lines)), "white")
-    sheet.paste(picture, (0, 0))
+    """Add lines of text below a picture, broken where they exceed its width."""
     font = ImageFont.load_default(CAPTION - 6)
-    for number, line in enumerate(lines):
+    rows = [row for line in lines for row in _broken(" ".join(line.split()), picture.width - 2 * MARGIN, font)]
+    sheet = Image.new("RGB", (picture.width, picture.height + CAPTION * len(rows)), "white")
+    sheet.paste(picture, (0, 0))
+    for number, row in enumerate(rows):
         y = picture.height + CAPTION * number + CAPTION // 2
-        ImageDraw.Draw(sheet).text((3, y), line, "black", font, anchor="lm")
+        ImageDraw.Draw(sheet).text((MARGIN, y), row, "black", font, anchor="lm")
     return sheet
+
+
+def _broken(line: str, width: float, font: Font) -> Iterator[str]:
+    """The rows of a line, each at most so many pixels wide: broken at spaces, and within a word that has none."""
+    while font.getlength(line) > width:
+        fits = max(1, bisect_right(range(1, len(line)), width, key=lambda length: font.getlength(line[:length])))
+        end = line.rfind(" ", 1, fits + 1)
+        end = fits if end < 0 else end
+        yield line[:end]
+        line = line[end:].lstrip()
+    yield line
 
 
 def _within(view: Box, box: Box) -> Box:

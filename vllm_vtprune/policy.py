@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, Union, get_args
@@ -37,10 +37,12 @@ from vllm_vtprune.selectors.resprune import ResPrune
 __all__ = [
     "BUILTIN_PRESETS", "LLAVA", "MAX_QUERY_CHARS", "MAX_TOKENS", "NONE", "OFF", "POLICY_FIELDS", "Budget",
     "EnergyBudget", "FamilyDefaults", "MethodBudget", "PolicyError", "PruningPolicy", "RatioBudget", "TextOptions",
-    "TokensBudget",
+    "TokensBudget", "preset_of",
 ]  # fmt: skip
 
 NONE = "none"  # the method that keeps every token
+PRESET = "preset"
+"""Key of an object that names a preset in place of a policy."""
 
 LLAVA = FamilyDefaults(clip_alpha=0.75, provides=frozenset({"cls_attention", "keys", "grid", "positions"}))
 
@@ -77,7 +79,7 @@ class PruningPolicy(RootModel[AnyMethod]):
         """Default ``method`` to resprune; accept fields that the method does not use only at their defaults."""
         if not isinstance(value, Mapping):
             return handler(value)
-        refuse_unknown(value, _OWNERS)
+        refuse_unknown(value, _OWNERS if PRESET in value else [*_OWNERS, PRESET])  # `parse` has replaced it
         name = value.get("method", ResPrune().method)
         if name != NONE and (not isinstance(name, str) or name not in METHODS):
             names = [NONE, *METHODS]
@@ -127,8 +129,8 @@ class PruningPolicy(RootModel[AnyMethod]):
         """Parse a policy.
 
         Args:
-            value: a mapping with any of the policy's fields, the name of a preset, ``False`` for no pruning, or None if
-                the field was absent.
+            value: a mapping with any of the policy's fields, the name of a preset (also as ``{"preset": NAME}``),
+                ``False`` for no pruning, or None if the field was absent.
             param: name of the field that held ``value``; begins the path in an error.
             presets: presets by name; None: :data:`BUILTIN_PRESETS`.
             default: the policy for None; without it, None means no pruning.
@@ -137,6 +139,7 @@ class PruningPolicy(RootModel[AnyMethod]):
             PolicyError: names the first problem.
         """
         presets = BUILTIN_PRESETS if presets is None else presets
+        value = without_preset(value, presets, param)
         if value is None or value is False:
             return default if value is None and default is not None else OFF
         if isinstance(value, str) and value in presets:
@@ -266,6 +269,36 @@ class PruningPolicy(RootModel[AnyMethod]):
     def dump(self) -> dict[str, Any]:
         """The fields that the method uses, as JSON values; :meth:`parse` is the inverse."""
         return self.root.model_dump(include=set(self.root.used))
+
+
+def preset_of(value: object) -> str | None:
+    """The preset that a policy names, as it is written; None if it names none."""
+    name = value.get(PRESET) if isinstance(value, Mapping) else value
+    return name if isinstance(name, str) else None
+
+
+def without_preset(value: object, presets: Collection[str], param: str) -> object:
+    """What an object means without its key ``preset``: the name there, or if that is null what stands beside it.
+
+    Args:
+        value: a policy as for `PruningPolicy.parse`; without the key, it is returned as it is.
+        presets: names of the presets.
+        param: name of the field that held ``value``.
+
+    Raises:
+        PolicyError: there is no such preset, or fields of a policy stand beside it.
+    """
+    if not isinstance(value, Mapping) or PRESET not in value:
+        return value
+    name, fields = value[PRESET], {key: item for key, item in value.items() if key != PRESET}
+    if name is None:
+        return fields
+    if not isinstance(name, str) or name not in presets:
+        raise PolicyError(f"{param}.{PRESET}", name, "one of " + ", ".join(presets), unknown_value(name, presets))
+    for key, item in fields.items():
+        problem = f"{key} given beside a preset, which is a whole policy"
+        raise PolicyError(f"{param}.{key}", item, f"no field of a policy beside {PRESET}", problem)
+    return name
 
 
 BUILTIN_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

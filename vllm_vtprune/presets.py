@@ -32,7 +32,7 @@ PRESET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
 DETAIL = "detail"
-DETAIL_DEFAULTS: Mapping[str, object] = MappingProxyType({"low": "fast", "high": "quality", "original": "off"})
+DETAIL_DEFAULTS: Mapping[str, str] = MappingProxyType({"low": "fast", "high": "quality", "original": "off"})
 """Preset of each ``detail``; ``auto`` has none: the policy of the request, or the server's default."""
 DETAILS = ("low", "high", "auto", "original")
 

@@ -19,10 +19,10 @@ from typing import Any
 from vllm_vtprune import __version__
 from vllm_vtprune.options import EnergyBudget
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
-from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, RANDOM_WEIGHTS, WITH_CODE, embedded_checkpoint, weights_of
+from vllm_vtprune_checkpoints import DEFAULT, RANDOM_WEIGHTS, weights_of
 from vllm_vtprune_evaluation.bench.rounds import OFF, STOCK, Arm, Asker, Level, Measured, turns
 from vllm_vtprune_evaluation.bench.subjects import NoPictures, Subject, files, generated, scenes
-from vllm_vtprune_evaluation.options import SMALL_OPTIONS, count, make_folder, shown
+from vllm_vtprune_evaluation.options import SMALL_OPTIONS, add_family_argument, count, make_folder, model_of, shown
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_server.launch import add_pruning_options
 from vllm_vtprune_server.process import STOCK_COMMAND, ServerFailed, announced_server
@@ -107,14 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", nargs="?", help="directory of a model, or name on the hub (default: the demo model)")
     parser.add_argument("--url", help="address of a running `vtprune serve` instead, such as http://localhost:8000")
-    parser.add_argument(
-        "--family",
-        choices=list(FAMILIES),
-        default=DEFAULT,
-        metavar="FAMILY",
-        help="without a model: family of the small checkpoint, such as qwen3_vl; all but llava have random weights "
-        "(default: %(default)s)",
-    )
+    add_family_argument(parser)
     parser.add_argument(
         "--presets",
         nargs="+",
@@ -225,9 +218,9 @@ def _server(args: argparse.Namespace, *, stock: bool = False) -> Iterator[str]:
     if args.url:
         yield args.url.rstrip("/")
         return
-    model = args.model or str(embedded_checkpoint(args.family))
+    model, brings_code = model_of(args)
     options = [*QUIET_OPTIONS, *(SMALL if args.small else ()), *args.extra]
-    if args.small and args.family in WITH_CODE:
+    if brings_code:
         options.append("--trust-remote-code")
     name = f"{args.name}{', stock vLLM' if stock else ''}"
     if stock:

@@ -10,7 +10,7 @@ from PIL import Image
 from vllm_vtprune import VisualFeatures
 from vllm_vtprune.features import Box, Tiles
 from vllm_vtprune.kept import KeptTokens
-from vllm_vtprune.overlay import GAP, HATCH, OUTLINE, draw_kept
+from vllm_vtprune.overlay import CAPTION, GAP, HATCH, MARGIN, OUTLINE, draw_kept, with_caption
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -85,3 +85,15 @@ def test_a_canvas_of_several_tiles_is_one_panel(canvas: tuple[int, int], n: int,
 def test_tokens_without_a_place_cannot_be_drawn() -> None:
     with pytest.raises(ValueError, match="no known positions"):
         draw(picture(4, 4), features(4), [0])
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [('{"budget":{"type":"tokens","keep":128},"method":"adaptprune"}: keeps', 4), ("a " * 60, 5), ("one\ntwo", 1)],
+)
+def test_a_caption_is_broken_at_the_width_of_its_picture(line: str, count: int) -> None:
+    captioned = with_caption(picture(160, 40), line)
+    assert captioned.size == (160, 40 + CAPTION * count)
+    dark = np.asarray(captioned.convert("L"))[40:] < 128
+    assert dark.reshape(count, CAPTION, 160).any(axis=(1, 2)).all(), "each row has text"
+    assert not dark[:, -MARGIN:].any(), "and none is cut off"

@@ -20,6 +20,7 @@ from vllm_vtprune.policy import (
     FamilyDefaults,
     PolicyError,
     PruningPolicy,
+    preset_of,
 )
 from vllm_vtprune.selectors.resprune import ALPHA, ResPrune
 
@@ -374,3 +375,26 @@ def test_dump_is_what_a_client_would_write() -> None:
     assert OFF.dump() == {"method": "none"}
     uniform = PruningPolicy.parse({"method": "uniform", "budget": {"type": "tokens", "keep": 9}})
     assert uniform.dump() == {"method": "uniform", "budget": {"type": "tokens", "keep": 9}}
+
+
+def test_an_object_may_name_a_preset() -> None:
+    own = {"tiny": PruningPolicy.parse({"budget": {"type": "tokens", "keep": 5}})}
+    assert PruningPolicy.parse({"preset": "fast"}) == PruningPolicy.parse("fast")
+    assert PruningPolicy.parse({"preset": "tiny"}, presets=own) == own["tiny"]
+    assert PruningPolicy.parse({"preset": None, "method": "uniform"}) == PruningPolicy.parse({"method": "uniform"})
+    assert [preset_of(value) for value in ("fast", {"preset": "fast"}, {}, None, False)] == ["fast"] * 2 + [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"preset": "fst"}, 'pruning.preset: "fst" is not accepted (did you mean fast?); expected one of off, '),
+        ({"preset": ["fast"]}, "pruning.preset: ['fast'] is not accepted; expected one of off, "),
+        ({"preset": "fast", "seed": 1}, "pruning.seed: seed given beside a preset, which is a whole policy; expected "),
+        ({"prest": "fast"}, "pruning.prest: unknown field (did you mean preset?); expected one of method, "),
+    ],
+)
+def test_a_preset_in_an_object_that_cannot_be_used(value: object, message: str) -> None:
+    with pytest.raises(PolicyError) as refused:
+        PruningPolicy.parse(value)
+    assert str(refused.value).startswith(message)

@@ -8,6 +8,7 @@ import torch
 
 from tests.support.engines import Ask, Engine, ask_about, running_engine, worst_difference
 from tests.support.images import sample_images
+from vllm_vtprune.plugin.limits import InputRejected, check_options
 from vllm_vtprune.policy import PolicyError
 
 pytestmark = pytest.mark.engine
@@ -56,6 +57,22 @@ def test_a_wrong_policy_is_refused_by_name(cached: Engine, pruning: object, para
         cached.ask(Ask(QUESTION, [image], pruning))
     assert refusal.value.param == param
     assert cached.encodings() == encoded_before
+
+
+@pytest.mark.parametrize("key", ["prunning", "prune"])
+def test_a_misspelt_entry_is_named(key: str) -> None:
+    with pytest.raises(
+        InputRejected, match=rf"^mm_processor_kwargs\.{key}: not an option .* \(did you mean pruning\?\);"
+    ):
+        check_options(frozenset({"max_pixels"}), {key: "fast"})
+
+
+def test_a_preset_may_stand_in_an_object(cached: Engine) -> None:
+    (image,) = sample_images(1, stamp="preset")
+    for pruning in ("fast", {"preset": "fast"}, {"preset": "fast", "texts": ["Where?"]}):
+        asked = cached.ask(Ask(QUESTION, [image], pruning))
+        assert asked.images is not None
+        assert [report.kept_tokens for report in asked.images] == [64]
 
 
 def test_a_policy_for_the_whole_engine_is_refused_at_start(checkpoint: Path) -> None:

@@ -15,7 +15,8 @@ from vllm_vtprune.policy import LLAVA, EnergyBudget, RatioBudget
 from vllm_vtprune.presets import read_presets
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm
-from vllm_vtprune_evaluation.calibrate import NoPreset, Search, calibrate
+from vllm_vtprune_evaluation.calibrate import calibrate
+from vllm_vtprune_evaluation.preset_search import NoPreset, Search
 from vllm_vtprune_evaluation.questions import Picture, SampleError, read_sample
 from vllm_vtprune_evaluation.scenes import Question
 from vllm_vtprune_evaluation.search import (

@@ -14,11 +14,12 @@ from vllm_vtprune.overlay import CAPTION, GAP
 from vllm_vtprune.plugin.inspection import features_of, pruning_processor
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, tiny_checkpoint
-from vllm_vtprune_evaluation.inspection import inspect
+from vllm_vtprune_evaluation.inspection import FORMATS, inspect
 from vllm_vtprune_evaluation.photo import photograph
 
 KEEP = 0.25
 RATIO = json.dumps({"budget": {"type": "ratio", "keep": KEEP}})
+PRESET = json.dumps({"preset": "fast", "return_kept": True})
 RESIZE = json.dumps({"method": "resize", "budget": {"type": "ratio", "keep": KEEP}})
 
 
@@ -57,14 +58,26 @@ def test_every_family(family: str, photo: Path, tmp_path: Path, capsys: pytest.C
 
 def test_several_policies_stand_side_by_side(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "three.png"
-    inspect([str(photo), "--pruning", "fast", RATIO, "--out", str(out)])
+    inspect([str(photo), "--pruning", PRESET, RATIO, PRESET, "--out", str(out)])
     first, second, where = capsys.readouterr().out.splitlines()
-    assert first == "fast: resprune keeps 64 of 576 tokens"
+    assert first == f"{PRESET}: resprune keeps 64 of 576 tokens"
     assert second == f"{RATIO}: resprune keeps 144 of 576 tokens"
     assert where == f"Drawn in {out}"
     with Image.open(out) as drawn, Image.open(photo) as before:
-        assert drawn.size == (3 * 512 + 2 * GAP, 256 + 2 * CAPTION)
+        assert drawn.size == (3 * 512 + 2 * GAP, 256 + 2 * CAPTION), "each policy once"
         assert (np.asarray(drawn)[:256, :512] == np.asarray(before.convert("RGB"))).all(), "the image comes first"
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_holds_the_colours_of_a_figure(suffix: str, tmp_path: Path) -> None:
+    figure = photograph()
+    figure.save(out := tmp_path / f"kept{suffix}")
+    if suffix == ".pdf":  # which Pillow does not read
+        assert out.read_bytes().startswith(b"%PDF-")
+        return
+    with Image.open(out) as drawn:
+        difference = np.asarray(drawn.convert("RGB")).astype(int) - np.asarray(figure)
+    assert np.abs(difference).mean() < 8
 
 
 def test_as_much_of_the_picture_stays_as_tokens(
@@ -95,10 +108,13 @@ def test_from_python(photo: Path) -> None:
     ("argv", "status", "message"),
     [
         (["--pruning", "blanced", "--out", "a.png"], 2, "--pruning"),
+        (["--pruning", "blanced", "--out", "a.png"], 2, "as a preset: quality, balanced, fast, document"),
+        (["--pruning", '{"preset": "fst"}', "--out", "a.png"], 2, "--pruning.preset"),
         (["--pruning", "off", "--out", "a.png"], 2, "keeps every token"),
         (["--pruning", '{"alpha": -1}', "--out", "a.png"], 2, "--pruning.alpha"),
         (["--pruning", RESIZE, "--out", "a.png", "--family", "qwen2_5_vl"], 2, "selects no tokens"),
-        (["--out", "a.xyz"], 2, "names no format"),
+        (["--out", "a.xyz"], 2, "expected a name that ends in .png, .jpg, .jpeg, .webp, .pdf"),
+        (["--out", "a.gif"], 2, "a.gif is not accepted"),
         (["--out", "/nonexistent/a.png"], 2, "expected a file in an existing folder"),
         (["--pruning", '{"method": "hired"}', "--out", "a.png", "--family", "qwen2_5_vl"], "vtprune inspect:", "hired"),
     ],

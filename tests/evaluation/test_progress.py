@@ -53,6 +53,14 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_command_that_takes_long_to_import_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = stream(monkeypatch)
     monkeypatch.setattr(cli, "QUIET", 0.1)
-    with cli.loading("eval"):
+    with cli.waiting("Loading vtprune eval"):
         time.sleep(0.25)
     assert shown.getvalue().startswith("Loading vtprune eval ... 0 s\n")
+
+
+def test_nothing_is_said_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = stream(monkeypatch)
+    monkeypatch.setattr(cli, "QUIET", 0.1)
+    with cli.waiting("Starting", over=lambda: shown.getvalue().count("\n") == 2):
+        time.sleep(0.6)
+    assert shown.getvalue() == "Starting ... 0 s\n" * 2

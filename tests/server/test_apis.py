@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 
@@ -116,7 +117,10 @@ def test_a_mistake_is_named_where_the_client_made_it(server: Server, path: str) 
         assert error["param"] == param
         assert "expected" in error["message"]
         assert answer.headers.get("x-vtprune") is None
-        assert (answer.json().get("type") == "error") == path.startswith("/v1/messages"), "in the API's own shape"
+        is_anthropic = path.startswith("/v1/messages")
+        assert (answer.json().get("type") == "error") == is_anthropic, "in the API's own shape"
+        types = ("not_found_error", "invalid_request_error") if is_anthropic else ("NotFoundError", "BadRequestError")
+        assert error["type"] == types[param != "model"]
 
 
 def test_the_clients_raise_their_own_errors(server: Server) -> None:
@@ -128,6 +132,47 @@ def test_the_clients_raise_their_own_errors(server: Server) -> None:
     for ask in (WHOLE["messages"], STREAMS["messages"]):
         with pytest.raises(anthropic.BadRequestError, match=r"pruning\.alpha: -1 is not accepted"):
             ask(server, fresh(), pruning=WRONG)
+
+
+@pytest.mark.parametrize("path", [*PLACES, "/v1/chat/completions"])
+def test_a_body_that_is_empty(server: Server, path: str) -> None:
+    for body, message in (
+        (b"", "The body: nothing given; expected a JSON object."),
+        (b'{"messages": []}', "messages: [] is not accepted; expected a list of at least one "),
+    ):
+        answer = server.post(body, path)
+        assert answer.status_code == 400, answer.text
+        if not (body and path == "/v1/responses"):  # which has no messages
+            assert answer.json()["error"]["message"].startswith(message)
+
+
+def test_a_batch_is_no_stream(server: Server) -> None:
+    answer = server.post({**asked("/v1/chat/completions/batch", fresh()), "stream": True}, "/v1/chat/completions/batch")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream")
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_an_image_of_a_type_that_is_none(server: Server, path: str) -> None:
+    url = fresh_url().replace("image/png", "text/plain")
+    error = server.post(asked(path, {"url": url}), path).json()["error"]
+    assert error["param"] == "messages.0.content.0.source.media_type"
+    assert "'text/plain' is not accepted; expected that of an image, such as image/jpeg, image/png" in error["message"]
+
+
+def test_unknown_routes_and_methods_are_answered_in_the_shape_of_the_api(server: Server) -> None:
+    for method, path, status, kind, said in (
+        ("GET", "/v1/nowhere", 404, "NotFoundError", "/v1/nowhere: no such route; expected one of "),
+        ("GET", "/v1/chat/completions", 405, "MethodNotAllowedError", "GET is not accepted; expected POST."),
+        ("GET", "/v1/messages", 405, "invalid_request_error", "GET is not accepted; expected POST."),
+        ("POST", "/v1/messages/nowhere", 404, "not_found_error", "no such route"),
+    ):
+        answer = httpx.request(method, f"{server.url}{path}")
+        assert answer.status_code == status, answer.text
+        error = answer.json()["error"]
+        assert error["type"] == kind
+        assert said in error["message"]
+    with pytest.raises(openai.NotFoundError, match="no such route"):
+        openai_client(server).images.generate(model=server.model, prompt="Hello.")
 
 
 def test_images_that_would_not_reach_the_prompt_are_refused(server: Server) -> None:
@@ -314,7 +359,8 @@ def test_a_refusal_is_counted_and_logged(server: Server, path: str) -> None:
     server.post({**asked(path, fresh()), "pruning": WRONG}, path)
     counters = "vtprune:requests_total|outcome=refused", "vtprune:errors_total|reason=policy"
     assert server.metrics().since(before, *counters) == (1, 1)
-    assert f"to {path} refused: 400 BadRequestError, pruning.alpha" in server.log.read_text()
+    kind = "invalid_request_error" if path == "/v1/messages" else "BadRequestError"
+    assert f"to {path} refused: 400 {kind}, pruning.alpha" in server.log.read_text()
 
 
 @pytest.mark.parametrize(

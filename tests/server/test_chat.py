@@ -220,6 +220,13 @@ def test_one_budget_is_divided_over_the_images(server: Server) -> None:
     assert kept(answer)[0] < kept(answer)[1]
     assert [image["allotted_tokens"] for image in answer["pruning"]["images"]] == kept(answer)
 
+    whole = {"messages": [user("Where is the dog?", fresh_url())]}
+    for cached in (False, True):  # the whole image is within its part
+        answer = server.ask(**whole, pruning={"budget": {"type": "ratio", "keep": 1, "scope": "request"}})
+        [image] = answer["pruning"]["images"]
+        assert (image["cached"], image["bypass_reason"]) == (cached, "budget_not_below_tokens")
+        assert (image["placement"], image["placement_reason"]) == (None, None)
+
     alone = image_part(fresh_url(), pruning=pruning)
     refused = server.post({"messages": [user("Where is the dog?", alone)]})
     error = refused.json()["error"]

@@ -25,6 +25,7 @@ def test_each_detail_chooses_its_policy(server: Server, ask: Ask, default_keep: 
     said = ask(server, fresh(detail="low"), fresh(detail="high"), fresh(detail="original"))
     assert said.kept == [FAST, QUALITY, VISUAL_TOKENS]
     assert [image["detail"] for image in said.report["images"]] == ["low", "high", "original"]
+    assert "preset=mixed" in said.header
     said = ask(server, fresh(detail="auto"), fresh())
     assert (said.kept, [image["detail"] for image in said.report["images"]]) == ([default_keep] * 2, [None] * 2)
 
@@ -81,8 +82,17 @@ def test_the_operator_s_table_replaces_single_entries() -> None:
 
 
 def test_a_policy_that_this_server_does_not_follow_stops_the_start() -> None:
-    with pytest.raises(PolicyError, match=r'--pruning-detail high: a budget of the type "energy" depends on features'):
-        Policies.of(fixed_counts="--pruning-placement engine", follows_detail=True)
     presets = PresetsFile()
+    presets.detail = {"high": "balanced"}
+    with pytest.raises(PolicyError, match=r'--pruning-detail high: a budget of the type "energy" depends on features'):
+        Policies.of(presets=presets, fixed_counts="--pruning-placement engine", follows_detail=True)
     presets.detail = {"high": tokens(400)}
     assert Policies.of(presets=presets, fixed_counts="--pruning-placement engine", follows_detail=True).detail
+
+
+def test_a_server_that_cannot_follow_quality_leaves_high_whole() -> None:
+    policies = Policies.of(fixed_counts="--pruning-placement engine", follows_detail=True)
+    assert policies.detail == {**DETAIL_DEFAULTS, "high": "off"}
+    own = PresetsFile(quality=PruningPolicy.parse(tokens(400)))
+    policies = Policies.of(presets=own, fixed_counts="--pruning-placement engine", follows_detail=True)
+    assert policies.detail == DETAIL_DEFAULTS

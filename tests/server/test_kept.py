@@ -100,6 +100,8 @@ def test_in_a_stream_the_header_stays_as_it_is(server: Server) -> None:
         ({"preset": "thumbnail"}, None, "thumbnail", 24),
         ({"return_kept": True}, "llava@thumbnail", "thumbnail", 24),
         ({"return_kept": True}, None, None, 96),
+        ({}, None, None, 96),
+        ({"preset": None}, "llava@thumbnail", "thumbnail", 24),
         ({"preset": "off", "return_kept": True}, None, "off", VISUAL_TOKENS),
     ],
 )
@@ -154,12 +156,12 @@ def test_the_view_is_what_the_encoder_sees(server: Server) -> None:
     [
         ({"return_kept": "yes"}, "pruning.return_kept", '"yes" is not accepted; expected true or false.'),
         ({"return_kept": True, "methd": "last"}, "pruning.methd", "unknown field (did you mean method?)"),
-        ({"preset": "fst"}, "pruning.preset", '"fst" is not accepted; expected one of off, quality, balanced, fast'),
+        ({"preset": "fst"}, "pruning.preset", '"fst" is not accepted (did you mean fast?); expected one of off'),
         ({"preset": ["fast"]}, "pruning.preset", "['fast'] is not accepted; expected one of off"),
         (
             {"preset": "fast", "method": "last", "return_kept": True},
             "pruning.method",
-            "method given beside a preset, which is a whole policy; expected return_kept alone beside preset.",
+            "method given beside a preset, which is a whole policy; expected no field of a policy beside preset.",
         ),
         ({"budget": {"threshold": 2}, "return_kept": True}, "pruning.budget.threshold", "2 is not accepted"),
     ],

@@ -205,9 +205,24 @@ def test_a_default_is_a_preset_or_json(text: str, value: object) -> None:
     assert launch.policy_argument(text) == value
 
 
+@pytest.mark.parametrize("text", ["fast", '{"preset": "fast"}'])
+def test_a_default_that_names_a_preset(text: str) -> None:
+    policies = Policies.of(launch.policy_argument(text))
+    assert (policies.default, policies.default_preset) == (PruningPolicy.parse("fast"), "fast")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ('{"preset": "fst"}', '--pruning-default.preset: "fst" is not accepted (did you mean fast?); expected one of '),
+        (
+            '{"preset": "fast", "seed": 1}',
+            "--pruning-default.seed: seed given beside a preset, which is a whole policy",
+        ),
+        (
+            '{"return_kept": true}',
+            "--pruning-default.return_kept: only requests ask for the kept positions; expected it",
+        ),
         ("blanced", '--pruning-default: "blanced" is not accepted (did you mean balanced?); expected an object, '),
         ("", '--pruning-default: "" is not accepted; expected an object, false, or a preset: '),
         ("true", "--pruning-default: true is not accepted; expected "),

@@ -75,6 +75,12 @@ def test_the_header_names_the_preset_and_adds_images_up(client: OpenAI, server: 
         model=server.model, messages=messages, max_tokens=2, extra_body={"pruning": False}
     )
     assert fields(off.headers["x-vtprune"]) == {"method": "none", "images": "2", "visual": "1152", "kept": "1152"}
+    own = image_part(fresh_url(), pruning="thumbnail")
+    original = {"type": "image_url", "image_url": {"url": fresh_url(), "detail": "original"}}
+    for image, preset in ((own, "thumbnail"), (original, "off")):
+        asked: Any = [user("Where?", image)]
+        beside = client.chat.completions.with_raw_response.create(model="llava@fast", messages=asked, max_tokens=2)
+        assert fields(beside.headers["x-vtprune"])["preset"] == preset, "of the image, not of the request"
 
 
 def test_an_answer_that_is_an_error_has_no_header(client: OpenAI, request_: dict[str, Any]) -> None:

@@ -77,10 +77,20 @@ def test_a_batch() -> None:
     assert chat.conversation is second
 
 
-@pytest.mark.parametrize("batch", ["Where?", None, {}, 5])
-def test_a_batch_that_is_no_list(batch: object) -> None:
-    with pytest.raises(InvalidField, match=r"^messages: .* is not accepted; expected a list of conversations\.$"):
+@pytest.mark.parametrize("batch", ["Where?", None, {}, 5, []])
+def test_a_batch_of_no_conversations(batch: object) -> None:
+    accepted = "a list of at least one conversation"
+    with pytest.raises(InvalidField, match=rf"^messages: .* is not accepted; expected {accepted}\.$"):
         PruningBatchRequest.model_validate({"messages": batch})
+    with pytest.raises(InvalidField, match=r"^messages\.0: \[\] is not accepted; expected a list of at least one mess"):
+        PruningBatchRequest.model_validate({"messages": [[]]})
+
+
+def test_a_batch_has_no_stream() -> None:
+    body = {"messages": [[user("Hello.")]], "stream": True}
+    with pytest.raises(InvalidField, match=r"^stream: true is not accepted; expected false, as a batch is answered at"):
+        PruningBatchRequest.model_validate(body)
+    assert PruningBatchRequest.model_validate({**body, "stream": False})
 
 
 TEXT = {"type": "input_text", "text": "Where?"}

@@ -27,13 +27,19 @@ WHOLE = ImageReport("none", 576, 576)
 
 def trace_of(*images: ImageReport, preset: str | None = None) -> Trace:
     report = RequestReport(list(images), stages=[StageRun("encode", began=0, seconds=0.0123)])
-    return Trace(PruningPolicy(), preset=preset, report=report, request_id="chatcmpl-1", ttft=0.1)
+    trace = Trace(PruningPolicy(), report=report, request_id="chatcmpl-1", ttft=0.1)
+    trace.note_preset([preset or metrics.NO_PRESET])
+    return trace
 
 
 def test_the_header_is_a_dictionary_of_tokens_and_integers() -> None:
     header = trace_of(PRUNED, WHOLE, preset="fast").header()
     assert header == "method=resprune, preset=fast, images=2, visual=1152, kept=640"
     assert trace_of().header() == "method=none, images=0, visual=0, kept=0"
+    assert trace_of(PRUNED, preset=metrics.CUSTOM).header() == "method=resprune, images=1, visual=576, kept=64"
+    mixed = trace_of(PRUNED, WHOLE, preset="fast")
+    mixed.note_preset(["off"])
+    assert mixed.header() == "method=resprune, preset=mixed, images=2, visual=1152, kept=640"
 
 
 @pytest.mark.parametrize(
@@ -122,8 +128,7 @@ def test_tokens_are_counted_of_requests_that_finished(outcome: metrics.Outcome, 
         wanted = {"model_name": model, **labels}.items()
         return sum(sample.value for sample in samples if sample.name == name and wanted <= sample.labels.items())
 
-    trace = trace_of(PRUNED, WHOLE, replace(WHOLE, bypass_reason="budget_not_below_tokens"))
-    trace.note_preset(["fast", "fast"])
+    trace = trace_of(PRUNED, WHOLE, replace(WHOLE, bypass_reason="budget_not_below_tokens"), preset="fast")
     trace.finish(outcome, model)
     served = int(counted > 0)
     assert total("vtprune:visual_tokens_kept_total", preset="fast") == (counted + 576) * served

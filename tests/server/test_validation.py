@@ -49,8 +49,9 @@ def refusal(body: Any) -> tuple[str, str | None]:
     ("body", "message"),
     [
         ({}, "messages: nothing given; expected a value."),
-        ({"messages": None}, "messages: null is not accepted; expected a list of messages."),
-        ({"messages": "Hello"}, "messages: 'Hello' is not accepted; expected a list of messages."),
+        ({"messages": None}, "messages: null is not accepted; expected a list of at least one message."),
+        ({"messages": "Hello"}, "messages: 'Hello' is not accepted; expected a list of at least one message."),
+        ({"messages": []}, "messages: [] is not accepted; expected a list of at least one message."),
         ({"messages": [USER, 5]}, "messages.1: 5 is not accepted; expected an object with a role and content."),
         ({"messages": [{"content": "Hello"}]}, "messages.0.role: nothing given; expected a value."),
         (

@@ -31,9 +31,10 @@ from vllm_vtprune.plugin.unpruned import runtime_without_tower
 from vllm_vtprune_server import media
 from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.outcome import OutcomeMiddleware
-from vllm_vtprune_server.plugin import HANDLERS, messages_router, router
+from vllm_vtprune_server.plugin import HANDLERS
 from vllm_vtprune_server.policies import Policies, fixed_counts
 from vllm_vtprune_server.rendering import PruningRenderer
+from vllm_vtprune_server.routes import messages_router, router
 
 NAME = "model"
 

@@ -191,10 +191,10 @@ class EncoderClient:
                 case messages.Encoded(id=number, fresh=fresh, began=began, seconds=seconds):
                     forward = None if began is None else Forward(began, seconds)
                     future.set_result(Encoded(Ticket(channel, number), forward, fresh))
-                case messages.Planned():
-                    future.set_result(PlannedImage(**_values(reply)))
-                case messages.Measured():
-                    future.set_result(Energies(**_values(reply)))
+                case messages.Planned(plan=plan):
+                    future.set_result(plan)
+                case messages.Measured(energies=energies):
+                    future.set_result(energies)
                 case messages.Done():
                     future.set_result(None)
 
@@ -210,10 +210,6 @@ class EncoderClient:
                 return
             time.sleep(POLL)
         logger.info("Connected to the restarted vision encoder process")
-
-
-def _values(reply: messages.Planned | messages.Measured) -> dict[str, Any]:
-    return {name: getattr(reply, name) for name in reply.__struct_fields__ if name != "id"}
 
 
 def fail(futures: dict[int, Future[Any]]) -> None:

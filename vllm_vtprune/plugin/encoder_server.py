@@ -143,14 +143,14 @@ class _Session:
         try:
             policy = PruningPolicy.parse(plan.policy)
             planned = self._server.runtime.encoder.plan_image(encoding.result(), policy, plan.noun_ids, key)
-            self.channel.send(messages.Planned(plan.id, **vars(planned)))
+            self.channel.send(messages.Planned(plan.id, planned))
         except Exception as error:
             self._fail(plan.id, error)
 
     def _measure(self, measure: messages.Measure, key: str, encoding: Future[Encoded[VisualFeatures]]) -> None:
         try:
             energies = self._server.runtime.encoder.measure(encoding.result(), key)
-            self.channel.send(messages.Measured(measure.id, **vars(energies)))
+            self.channel.send(messages.Measured(measure.id, energies))
         except Exception as error:
             self._fail(measure.id, error)
 

@@ -192,7 +192,7 @@ class PromptJobs:
                 report,
                 nouns=job.nouns,
                 text_fallback=job.text_fallback,
-                placement_reason=job.placement_reason,
+                placement_reason=None if report.placement is None else job.placement_reason,
                 allotted_tokens=job.allotted,
             )
             job.encoding = None

@@ -14,8 +14,9 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_vtprune.options import did_you_mean
 from vllm_vtprune.plugin import compat
-from vllm_vtprune.plugin.request import without_pruning
+from vllm_vtprune.plugin.request import PRUNING_KEY, without_pruning
 from vllm_vtprune.policy import PolicyError
 
 OPTIONS_FIELD = "mm_processor_kwargs"
@@ -88,8 +89,9 @@ def check_options(family_options: frozenset[str], options: Mapping[str, object])
         else:
             paths = [] if name in accepted else [path]
         for rejected in paths:
+            near = did_you_mean(rejected.rpartition(".")[2], [PRUNING_KEY, *sorted(accepted)])
             raise InputRejected(
-                f"{rejected[:200]}: not an option that a request may set for this model; expected one of "
+                f"{rejected[:200]}: not an option that a request may set for this model{near}; expected one of "
                 f"{', '.join(sorted(accepted))}.",
                 parameter=rejected,
             )

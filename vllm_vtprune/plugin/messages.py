@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import msgspec
-from torch import Tensor
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
-from vllm_vtprune.kept import KeptTokens
+from vllm_vtprune.allotment import Energies
+from vllm_vtprune.encoder import PlannedImage
 from vllm_vtprune.options import shown
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.tower import TowerError
@@ -92,29 +92,17 @@ class Encoded(msgspec.Struct, tag=True):
 
 
 class Planned(msgspec.Struct, tag=True):
-    """A plan; fields as of `PlannedImage`."""
+    """The plan of an image."""
 
     id: int
-    kept: Tensor
-    embeds: Tensor
-    tokens: int
-    length: int
-    energy: float | None
-    timings: dict[str, float]
-    places: KeptTokens
-    grid: tuple[int, int] | None
-    prompt: tuple[int, ...] | None
-    border_tokens: int | None
-    duplicate_tokens: int | None
+    plan: PlannedImage
 
 
 class Measured(msgspec.Struct, tag=True):
-    """Spectral energies; fields as of `Energies`."""
+    """The spectral energies of an image."""
 
     id: int
-    num_tokens: int
-    grids: tuple[tuple[int, int], ...]
-    energies: Tensor
+    energies: Energies
 
 
 class Done(msgspec.Struct, tag=True):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_chat import report
+from vllm_vtprune_evaluation.bench.report import sentences
 from vllm_vtprune_evaluation.bench.rounds import OFF, Arm, Level, Measured
 from vllm_vtprune_evaluation.bench.subjects import Subject
 from vllm_vtprune_evaluation.bench.summary import (
@@ -47,6 +48,18 @@ def test_ratios_are_paired_by_round() -> None:
     assert off.ttft_p50 == pytest.approx(500)
     assert fast.requests_per_second == pytest.approx(32 / (8 * 2 * sum(times)))
     assert fast.tokens_per_second == pytest.approx(4 * fast.requests_per_second)
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"), [([2.0] * 4, "takes 2.00 ["), ([0.5, 2.0, 0.7, 1.2], "no difference in ")]
+)
+def test_a_ratio_whose_interval_holds_1_shows_no_difference(factors: list[float], said: str) -> None:
+    rounds = {OFF: [block(0.2, 1)] * 4, "fast": [block(0.2 * factor, 1, kept=64) for factor in factors]}
+    answers = {OFF: [one()], "fast": [one(kept=64)]}
+    measured = Measured(answers=answers, again=[one()], rounds={ONE: rounds})
+    [sentence] = sentences(speeds(measured), qualities(measured, [Subject("a", b"", "", "What?")]))
+    assert said in sentence
+    assert ("shown with 1 client" in sentence) == said.startswith("no difference")
 
 
 def test_a_round_that_failed_has_no_ratio_and_the_others_count() -> None:

@@ -24,7 +24,7 @@ WITH_CLIP = replace(WITH_SIGLIP, provides=WITH_SIGLIP.provides | {"cls_attention
 
 
 class PrunedLlavaProcessor(PruningProcessor, LlavaMultiModalProcessor):
-    """576 tokens per image (24 x 24 at 336 pixels)."""
+    """One token per patch: 24 x 24 with CLIP at 336 pixels, 27 x 27 with SigLIP at 384."""
 
     @classmethod
     def prunes(cls, config: Any) -> bool:
