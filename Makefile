@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 export VENV
 # Nothing here needs a model from the network.
 export HF_HUB_OFFLINE ?= 1
+# Compiled modules are kept: without them, each of the many processes that tests start compiles the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 # GiB for the KV cache of CPU engines.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 # Of the load tests: the users who ask at once, the seconds of a turn, the turns; of the soak: its length and requests per

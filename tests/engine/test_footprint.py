@@ -55,10 +55,10 @@ class Held(TorchDispatchMode):
     [
         (write_llava_checkpoint, "7b", 2, "bfloat16"),
         pytest.param(write_llava_next_checkpoint, "7b", 1, "bfloat16", marks=pytest.mark.verify),
-        (write_internvl_checkpoint, "1b", 1, "bfloat16"),
+        pytest.param(write_internvl_checkpoint, "1b", 1, "bfloat16", marks=pytest.mark.verify),
         pytest.param(write_glm4v_checkpoint, "released", 2, "bfloat16", marks=pytest.mark.verify),
         pytest.param(write_mistral3_checkpoint, "24b", 2, "bfloat16", marks=pytest.mark.verify),
-        (write_qwen2_5_vl_checkpoint, "3b", 2, "float32"),
+        pytest.param(write_qwen2_5_vl_checkpoint, "3b", 2, "float32", marks=pytest.mark.verify),
         (write_qwen3_vl_checkpoint, "4b", 2, "bfloat16"),
     ],
 )

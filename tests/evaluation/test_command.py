@@ -187,6 +187,7 @@ evaluate(sys.argv[3:])
 """
 
 
+@pytest.mark.verify  # another start of Python; `tests/server/test_running_server.py` stops servers that start
 def test_interrupted_while_the_server_starts_it_is_stopped(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     options = ["--questions", "1", "--methods", "none", "--out", str(tmp_path / "eval")]

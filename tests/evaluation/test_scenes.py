@@ -228,6 +228,7 @@ def test_answers_are_right(asked: list[tuple[Scene, Question]]) -> None:
         assert reader(scene, match) == question.answer, (question, scene)
 
 
+@pytest.mark.verify  # of scenes that are pinned above
 def test_who_does_not_see_the_picture_guesses_at_chance(record_property: pytest.Function) -> None:
     """The best guess for each form of question (its words, but for the names of colours and so on)."""
     asked = [question for seed in range(2000) for question in ask(make_scene("test", seed))]

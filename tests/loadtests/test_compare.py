@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,27 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("module", ["loadtests.compare", "loadtests.soak"])
-def test_help_has_an_example_and_mistakes_are_named(module: str) -> None:
-    done = run(module, "--help")
-    assert done.returncode == 0
-    assert f"python -m {module} --out build/" in done.stdout
-    for arguments, message in [
-        (["--out", "x", "--users", "0"], "argument --users: invalid count value: '0'"),
-        ([], "the following arguments are required: --out"),
-    ]:
-        done = run(module, *arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--help"], 0, "python -m {module} --out build/"),
+        (["--out", "x", "--users", "0"], 2, "argument --users: invalid count value: '0'"),
+        ([], 2, "the following arguments are required: --out"),
+    ],
+)
+def test_help_has_an_example_and_mistakes_are_named(
+    module: str,
+    arguments: list[str],
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", [module, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main()
+    assert ended.value.code == status
+    assert message.format(module=module) in "".join(capsys.readouterr())
 
 
 @pytest.mark.engine

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -200,28 +201,28 @@ BAD_URLS: dict[str, tuple[str, str]] = {
     "no URL": ("nonsense", "'nonsense' is not a URL"),
     "empty": ("", "'' is not a URL"),
 }
-OVER_A_LIMIT: dict[str, tuple[str, str, str]] = {
+OVER_A_LIMIT: dict[str, tuple[Callable[[], str], str, str]] = {
     "unpacks to 900 megapixels": (
-        url_of(Image.new("1", (30_000, 30_000))),
+        lambda: url_of(Image.new("1", (30_000, 30_000))),
         "has far too many pixels",
         "at most 100 megapixels",
     ),
     "unpacks to 144 megapixels": (
-        url_of(Image.new("1", (12_000, 12_000))),
+        lambda: url_of(Image.new("1", (12_000, 12_000))),
         "has 12000 x 12000 pixels",
         "at most 100 megapixels",
     ),
     "a line": (
-        url_of(Image.new("RGB", (10_000, 1))),
+        lambda: url_of(Image.new("RGB", (10_000, 1))),
         "has 10000 x 1 pixels",
         "a longer side of at most 512 times the shorter",
     ),
     "an upright line": (
-        url_of(Image.new("RGB", (1, 513))),
+        lambda: url_of(Image.new("RGB", (1, 513))),
         "has 1 x 513 pixels",
         "a longer side of at most 512 times the shorter",
     ),
-    "33 MiB": (url_of_bytes(b"\0" * (33 * 2**20)), "is too large", "at most 32 MiB"),
+    "33 MiB": (lambda: url_of_bytes(b"\0" * (33 * 2**20)), "is too large", "at most 32 MiB"),
 }
 NOT_LOADED: dict[str, tuple[str, str]] = {
     "web": ("http://example.com/cat.png", "is on the web"),
@@ -246,9 +247,11 @@ def test_an_image_that_cannot_be_read(server: Server, url: str, problem: str, pr
 
 
 @pytest.mark.parametrize("pruning", ["fast", False], ids=["pruned", "unpruned"])
-@pytest.mark.parametrize(("url", "problem", "accepted"), OVER_A_LIMIT.values(), ids=OVER_A_LIMIT.keys())
-def test_an_image_over_a_limit(server: Server, url: str, problem: str, accepted: str, pruning: object) -> None:
-    error = refusal(server.post({"messages": [user("Where is the dog?", fresh_url(), url)], "pruning": pruning}))
+@pytest.mark.parametrize(("make", "problem", "accepted"), OVER_A_LIMIT.values(), ids=OVER_A_LIMIT.keys())
+def test_an_image_over_a_limit(
+    server: Server, make: Callable[[], str], problem: str, accepted: str, pruning: object
+) -> None:
+    error = refusal(server.post({"messages": [user("Where is the dog?", fresh_url(), make())], "pruning": pruning}))
     check_named(error, "messages.0.content.1.image_url", problem, accepted)
 
 

@@ -1,13 +1,17 @@
 """The APIs that prune, asked by their official clients: one question in every one's words, one shape of answer."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from anthropic import Anthropic
 from openai import OpenAI
 
 from tests.support.chat import Body, Server, image_part, text_of
+
+if TYPE_CHECKING:
+    from anthropic import Anthropic
 
 QUESTION = "Where is the dog?"
 Fields = Mapping[str, Any]
@@ -45,6 +49,8 @@ def openai_client(server: Server) -> OpenAI:
 
 
 def anthropic_client(server: Server) -> Anthropic:
+    from anthropic import Anthropic  # hundreds of classes: not in every process
+
     return Anthropic(base_url=server.url, api_key="EMPTY", max_retries=0)
 
 

@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tests.engine.vision.references import (
+    ROWS,
     Row,
     encoder_of,
     noise,
     write,
 )
+from tests.support.samples import fifth
 from vllm_vtprune.plugin.image import preprocess
 from vllm_vtprune.tower import TowerError
 
 
+@pytest.mark.parametrize("family", fifth(ROWS), indirect=True, scope="module")
 def test_random_weights_keep_tokens_apart(
     family: str, processor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
