@@ -1,6 +1,7 @@
 """Answers without a server: those of plain transformers, however many questions are read at once."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ ARMS = [
 ]
 """What looks at the question and what does not; merges, energy budgets, one that a method bounds, and own counts."""
 
-END = 2
+QUESTIONS = 12 if os.environ.get("VTPRUNE_VERIFY") else 6
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked() -> list[Picture]:
-    return list(pictures("test", 12))
+    return list(pictures("test", QUESTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,8 @@ def expected(arms: Sequence[Arm]) -> Iterator[tuple[tuple[str, str], tuple[str, 
 def test_answers_are_those_of_transformers_for_the_tokens_that_a_request_would_keep(offline: Offline) -> None:
     found = said(offline, ARMS)
     assert found == dict(expected(ARMS))
-    assert len(found) == 12 * len(ARMS)
-    assert len({text for text, _ in found.values()}) > 5, "the model says different things"
+    assert len(found) == QUESTIONS * len(ARMS)
+    assert len({text for text, _ in found.values()}) >= QUESTIONS // 2, "the model says different things"
 
 
 def test_the_demo_s_answers_are_right(offline: Offline) -> None:
