@@ -28,7 +28,7 @@ VISION_IDS = {
     "vision_start_token_id": TOKEN_ID["<|vision_start|>"],
     "vision_end_token_id": TOKEN_ID["<|vision_end|>"],
 }
-PIXELS = {"tiny": (56 * 56, 784 * 784), "3b": (56 * 56, 12_845_056)}
+PIXELS = {"tiny": (56 * 56, 784 * 784), "small": (56 * 56, 12_845_056), "3b": (56 * 56, 12_845_056)}
 """Fewest and most pixels of an image after it was resized; 28 x 28 make a token."""
 
 
@@ -39,16 +39,24 @@ def blocks(hidden_size: int, intermediate_size: int, depth: int, num_heads: int,
     )
 
 
+# "small" is for load tests on a CPU: prefill costs much more than the rest. For that, its encoder has windows alone:
+# full attention grows with the square of 40,000 patches.
 VISION = {
     "tiny": blocks(128, 256, 4, 4, fullatt_block_indexes=[1, 3]),
+    "small": blocks(256, 1024, 4, 4, fullatt_block_indexes=[]),
     "3b": blocks(1280, 3420, 32, 16, fullatt_block_indexes=[7, 15, 23, 31]),
 }
-TEXT = {"tiny": widths(256, 512, 2, 4, 2, 2304, 32_768), "3b": widths(2048, 11_008, 36, 16, 2, 151_936, 128_000)}
-MROPE_SECTION = {"tiny": [8, 12, 12], "3b": [16, 24, 24]}  # of half a head, by dimension
+TEXT = {
+    "tiny": widths(256, 512, 2, 4, 2, 2304, 32_768),
+    "small": widths(768, 2048, 6, 12, 2, 2304, 32_768),
+    "3b": widths(2048, 11_008, 36, 16, 2, 151_936, 128_000),
+}
+MROPE_SECTION = {"tiny": [8, 12, 12], "small": [8, 12, 12], "3b": [16, 24, 24]}  # of half a head, by dimension
 
 
 def qwen2_5_vl(size: str) -> Checkpoint:
-    """What a checkpoint holds; `size`: "tiny" (3 million parameters) or "3b" (the shapes of Qwen2.5-VL-3B)."""
+    """What a checkpoint holds; `size`: "tiny" (3 million parameters), "small" (some 40 million) or "3b" (the shapes of
+    Qwen2.5-VL-3B)."""
     config = Qwen2_5_VLConfig(
         vision_config=dict(
             out_hidden_size=TEXT[size]["hidden_size"], tokens_per_second=2, window_size=112, **VISION[size]

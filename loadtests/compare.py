@@ -3,6 +3,8 @@
     python -m loadtests.compare --out build/loadtest                  # about four minutes on two cores
     python -m loadtests.compare --out build/loadtest --users 8 --seconds 60 --rounds 5 --kinds Conversations
     python -m loadtests.compare --out build/placement --users 1 16 --arms stock fast@api fast@engine 0.333@engine
+    python -m loadtests.compare --out build/tokens --tokens-per-image 16 279 576 2880 10000 --users 1 --max-tokens 4 \
+        --arms stock fast
 
 All servers run all the time, and Locust loads them in turns, so that disturbances of the machine affect all arms; the
 first arm rotates. No server gets a picture of an earlier turn, whose features it may have cached.
@@ -11,8 +13,10 @@ An arm is ``stock`` (stock vLLM), or POLICY or POLICY@PLACEMENT for our server. 
 tokens to keep; PLACEMENT is ``auto``, ``api`` or ``engine``. Each placement has a server of its own.
 
 The checkpoint is generated with random weights: its answers are meaningless, and its times are not those of a released
-model. ``--out`` gets ``result-ARM.json``, ``report.html``, and a folder per turn. The exit status is 1 if a request
-failed, or if the pruned arm pruned nothing or missed an objective (``--slo-...``).
+model. It is a LLaVA, of which every picture has 576 tokens; with ``--tokens-per-image`` a Qwen2.5-VL without full
+attention in its encoder, and pictures of as many tokens. ``--out`` gets ``result-ARM.json``, ``report.html``, and a
+folder per turn; of several runs, a folder for each. The exit status is 1 if a request failed, or if the pruned arm
+pruned nothing or missed an objective (``--slo-...``).
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -31,6 +36,7 @@ from loadtests.drive import KINDS, DriveFailed, drive
 from loadtests.options import add_slo_arguments, count, p99_limits
 from loadtests.report import results_text, write_report
 from loadtests.servers import MODEL, STOCK, Arm, servers
+from loadtests.workload import grid_of
 from vllm_vtprune_evaluation.load.ratios import paired_ratio
 from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import broken, percentile, result, samples, span
@@ -38,11 +44,44 @@ from vllm_vtprune_server.process import ServerFailed
 
 ARMS = ("stock", "off", "balanced")
 COMPARED = [kind for kind in KINDS if kind != "PolicyMix"]  # PolicyMix sets its own policies
-SERVE_OPTIONS = tuple("--dtype float32 --max-model-len 2048 --max-num-seqs 32".split())
+SERVE_OPTIONS = tuple("--dtype float32 --max-num-seqs 32".split())
+TOKEN_SIDE = 28  # pixels of a token of Qwen2.5-VL
+MOST_ELONGATED = 10  # longer to shorter side of a picture
 WARM_UP_SECONDS = 1
 
 Turns = dict[str, list[list[Record]]]  # by arm, round by round
 Seconds = dict[str, float]  # by arm
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the servers bear in one run.
+
+    Attributes:
+        users: who ask at the same time.
+        tokens: visual tokens of every picture; None: as many as the model makes of any.
+    """
+
+    users: int
+    tokens: int | None = None
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"users: {self.users}" + (f", tokens per image: {self.tokens}" if self.tokens else "")
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its results."""
+        return f"users-{self.users}" + (f"-tokens-{self.tokens}" if self.tokens else "")
+
+    @property
+    def locust_options(self) -> tuple[str, ...]:
+        """What makes Locust send such pictures."""
+        if self.tokens is None:
+            return ()
+        rows, columns = grid_of(self.tokens)
+        return "--picture", f"{TOKEN_SIDE * columns}x{TOKEN_SIDE * rows}"
 
 
 def main() -> None:
@@ -63,6 +102,14 @@ def main() -> None:
     parser.add_argument(
         "--users", nargs="+", type=count, default=[2], help="who ask at the same time, one run for each (default: 2)"
     )
+    parser.add_argument(
+        "--tokens-per-image",
+        nargs="+",
+        type=tokens_argument,
+        default=[None],
+        metavar="N",
+        help="visual tokens of every picture, one run for each (default: 576, of another model)",
+    )
     parser.add_argument("--seconds", type=count, default=8, help="of each arm in each round (default: 8)")
     parser.add_argument("--rounds", type=count, default=3, help="how often every arm has its turn (default: 3)")
     parser.add_argument("--max-tokens", type=count, default=16, help="tokens of every answer (default: 16)")
@@ -77,19 +124,21 @@ def main() -> None:
     )
     add_slo_arguments(parser)
     options = parser.parse_args()
-    from vllm_vtprune_checkpoints.llava import write_llava_checkpoint  # imports torch: not for --help
+    from vllm_vtprune_checkpoints import write_checkpoint
 
+    family, serve_options = model_for(options.tokens_per_image)
+    loads = [Load(users, tokens) for users, tokens in itertools.product(options.users, options.tokens_per_image)]
     complaints: list[str] = []
     try:
         with tempfile.TemporaryDirectory() as directory:
-            print(f"Starting stock vLLM and ours with a {options.size} checkpoint ...", file=sys.stderr)
-            model = write_llava_checkpoint(directory, size=options.size, weights=False)
-            with servers(model, SERVE_OPTIONS, options.arms) as urls:
+            print(f"Starting stock vLLM and ours with a {options.size} {family} checkpoint ...", file=sys.stderr)
+            model = write_checkpoint(family, Path(directory), size=options.size, weights=False)
+            with servers(model, serve_options, options.arms) as urls:
                 seeds = {url: itertools.count(options.seed) for url in urls.values()}
-                for users in options.users:
-                    out = options.out if len(options.users) == 1 else options.out / f"users-{users}"
-                    turns, seconds = take_turns(urls, seeds, options, users, out)
-                    complaints += conclude(turns, seconds, options, users, out)
+                for load in loads:
+                    out = options.out if len(loads) == 1 else options.out / load.folder
+                    turns, seconds = take_turns(urls, seeds, options, load, out)
+                    complaints += conclude(turns, seconds, options, load, out)
     except KeyboardInterrupt:
         print("\nInterrupted; the servers are stopped.", file=sys.stderr)
         sys.exit(130)
@@ -111,6 +160,33 @@ def arm_argument(text: str) -> Arm:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def tokens_argument(text: str) -> int:
+    """Tokens of a picture, from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: no picture has so many.
+    """
+    tokens = count(text)
+    rows, columns = grid_of(tokens)
+    if columns > MOST_ELONGATED * rows:
+        raise argparse.ArgumentTypeError(
+            f"{tokens} tokens make a picture of {rows} x {columns} tokens; expected at most {MOST_ELONGATED} to 1"
+        )
+    return tokens
+
+
+def model_for(tokens: Sequence[int | None]) -> tuple[str, tuple[str, ...]]:
+    """The family of a model whose pictures have so many tokens (None: as it is), and its servers' options."""
+    largest = max((each for each in tokens if each is not None), default=None)
+    if largest is None:
+        return "llava", (*SERVE_OPTIONS, "--max-model-len", "2048")
+    return "qwen2_5_vl", (
+        *SERVE_OPTIONS,
+        *("--max-model-len", str(largest + 1024), "--skip-mm-profiling", "--limit-mm-per-prompt.video", "0"),
+        *("--mm-processor-kwargs.max_pixels", str(largest * TOKEN_SIDE**2)),
+    )
+
+
 def process_seconds(url: str) -> float:
     """CPU seconds of a server's API process since its start."""
     lines = httpx.get(f"{url}/metrics").raise_for_status().text.splitlines()
@@ -118,7 +194,7 @@ def process_seconds(url: str) -> float:
 
 
 def take_turns(
-    urls: Mapping[str, str], seeds: Mapping[str, Iterator[int]], options: argparse.Namespace, users: int, out: Path
+    urls: Mapping[str, str], seeds: Mapping[str, Iterator[int]], options: argparse.Namespace, load: Load, out: Path
 ) -> tuple[Turns, Seconds]:
     """Load every arm in every round, after a short warm-up of each.
 
@@ -126,7 +202,7 @@ def take_turns(
         urls: of each arm's server.
         seeds: of each server's turns, by its URL.
         options: of the command line.
-        users: who ask at the same time.
+        load: who asks about what.
         out: folder for what Locust writes.
 
     Returns:
@@ -138,12 +214,13 @@ def take_turns(
         return drive(
             urls[arm.name],
             out / folder,
-            users=users,
+            users=load.users,
             seconds=seconds,
             kinds=options.kinds,
             options=[
                 *("--label", arm.name, "--seed", str(next(seeds[urls[arm.name]]))),
                 *("--max-tokens", str(options.max_tokens)),
+                *load.locust_options,
                 *arm.locust_options,
             ],
         )
@@ -166,7 +243,7 @@ def take_turns(
     return turns, spent
 
 
-def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, users: int, out: Path) -> list[str]:
+def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, load: Load, out: Path) -> list[str]:
     """Print and write the comparison. Returns failures and missed objectives."""
     records = {arm: [record for turn in rounds for record in turn] for arm, rounds in turns.items()}
     results = {
@@ -174,7 +251,7 @@ def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, users: i
             records[arm],
             model=MODEL,
             label=arm,
-            users=users,
+            users=load.users,
             goodput=options.goodput,
             duration=sum(span(turn) for turn in rounds),
         )
@@ -190,12 +267,12 @@ def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, users: i
         records,
         notes=[
             f"The servers took turns on one machine: {options.rounds} rounds of {options.seconds} s each, "
-            f"{users} users in a closed loop. No server got a picture twice. "
-            f"The checkpoint is the {options.size} LLaVA with random weights.",
+            f"Closed loop ({load.text}). No server got a picture twice. "
+            f"The checkpoint is a {options.size} one with random weights.",
             *(f"{name}: {text}." for name, text in ratios.items()),
         ],
     )
-    print(f"users: {users}")
+    print(load.text)
     print(results_text(results))
     for name, text in ratios.items():
         print(f"{name}: {text}")

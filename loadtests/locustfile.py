@@ -36,10 +36,10 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import STATE_CLEANUP, LocalRunner
 
-from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
+from loadtests.options import add_slo_arguments, count, p99_limits, pixels, policy, positive
 from loadtests.pace import ARRIVALS, Pulse, Schedule, moments
 from loadtests.report import write_report
-from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, Message, message, picture, question
+from loadtests.workload import LENGTHS, PIXELS, POLICIES, SIZES, Conversation, Message, message, picture, question
 from vllm_vtprune_evaluation.load.client import ServerMissing, ask, connect, served_model, wall_clock
 from vllm_vtprune_evaluation.load.records import Record, save_records
 from vllm_vtprune_evaluation.load.results import broken, result
@@ -73,6 +73,13 @@ def add_options(parser: LocustArgumentParser) -> None:
         help="how requests are spread at a constant rate (default: poisson)",
     )
     group.add_argument("--max-tokens", type=count, default=16, metavar="N", help="tokens of every answer (default: 16)")
+    group.add_argument(
+        "--picture",
+        type=pixels,
+        default=PIXELS,
+        metavar="WIDTHxHEIGHT",
+        help="pixels of every picture but those of ImageSizes (default: {}x{})".format(*PIXELS),
+    )
     group.add_argument(
         "--timeout",
         type=positive,
@@ -189,6 +196,7 @@ class ChatUser(User):
         self.numbers[kind] += 1
         self.pruning = options.pruning
         self.max_tokens = options.max_tokens
+        self.size = options.picture
         self.client = connect(environment.host, timeout=options.timeout)
         self.next: list[Message] = []
         self.due: float | None = None
@@ -211,6 +219,10 @@ class ChatUser(User):
     def messages(self) -> list[Message]:
         """The messages of the next request."""
         raise NotImplementedError
+
+    def new_picture(self) -> str:
+        """A picture that was never sent before, as a URL."""
+        return picture(self.random.getrandbits(32), self.size)
 
     def answered(self, record: Record) -> None:
         """Called with each finished request."""
@@ -245,7 +257,7 @@ class FreshImages(ChatUser):
     weight = 4
 
     def messages(self) -> list[Message]:
-        return [message(question(self.random), [picture(self.random.getrandbits(32))])]
+        return [message(question(self.random), [self.new_picture()])]
 
 
 class RepeatedImages(ChatUser):
@@ -257,7 +269,7 @@ class RepeatedImages(ChatUser):
         self.seeds = [shared.getrandbits(32) for _ in range(8)]
 
     def messages(self) -> list[Message]:
-        return [message(question(self.random), [picture(self.random.choice(self.seeds))])]
+        return [message(question(self.random), [picture(self.random.choice(self.seeds), self.size)])]
 
 
 class PolicyMix(ChatUser):
@@ -265,7 +277,7 @@ class PolicyMix(ChatUser):
 
     def messages(self) -> list[Message]:
         self.pruning = self.random.choice(POLICIES)
-        return [message(question(self.random), [picture(self.random.getrandbits(32))])]
+        return [message(question(self.random), [self.new_picture()])]
 
 
 class PromptLengths(ChatUser):
@@ -273,7 +285,7 @@ class PromptLengths(ChatUser):
 
     def messages(self) -> list[Message]:
         text = question(self.random, self.random.choice(LENGTHS))
-        return [message(text, [picture(self.random.getrandbits(32))])]
+        return [message(text, [self.new_picture()])]
 
 
 class ImageSizes(ChatUser):
@@ -289,7 +301,7 @@ class Conversations(ChatUser):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        self.conversation = Conversation(self.random)
+        self.conversation = Conversation(self.random, size=self.size)
 
     def messages(self) -> list[Message]:
         return self.conversation.ask()

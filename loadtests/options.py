@@ -75,6 +75,12 @@ def count(text: str) -> int:
     return value
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """Width and height from the command line, such as 336x336."""
+    width, _, height = text.partition("x")
+    return count(width), count(height)
+
+
 def policy(text: str) -> object:
     """A policy from the command line: JSON, or the name of a preset."""
     try:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, normalize, rms_norm, scaled_dot_product_attention, silu
 
+from loadtests.workload import grid_of
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.budget import spectrum
 from vllm_vtprune.selectors import SELECTORS
@@ -246,8 +247,7 @@ def image(n: int, encoder_width: int, width: int, name: str) -> tuple[VisualFeat
     text = torch.randn(3, width, generator=generator) * V.std()
     attention = torch.rand(n, generator=generator)
     keys = torch.randn(n, 64, generator=generator)
-    grid = next((rows, n // rows) for rows in range(int(n**0.5), 0, -1) if n % rows == 0)
-    return VisualFeatures(F, V, grid, cls_attention=attention, keys=keys), text
+    return VisualFeatures(F, V, grid_of(n), cls_attention=attention, keys=keys), text
 
 
 def literal_rank(F: Tensor, generator: torch.Generator, components: int = 300, power_steps: int = 2) -> int:

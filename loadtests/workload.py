@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -46,6 +47,11 @@ def picture(seed: int, size: tuple[int, int] = PIXELS) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def grid_of(tokens: int) -> tuple[int, int]:
+    """Rows and columns of the grid that is closest to a square and holds this many tokens."""
+    return next((rows, tokens // rows) for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+
+
 def question(random: Random, words: int = 8) -> str:
     """A question about objects.
 
@@ -69,21 +75,23 @@ def message(text: str, images: Sequence[str] = ()) -> Message:
 class Conversation:
     """A multi-turn conversation about one picture; starts over with another picture after ``turns``."""
 
-    def __init__(self, random: Random, turns: int = 4) -> None:
+    def __init__(self, random: Random, turns: int = 4, size: tuple[int, int] = PIXELS) -> None:
         """
         Args:
             random: source of pictures and questions.
             turns: questions per picture.
+            size: width and height of pictures, in pixels.
         """
         self._random = random
         self._turns = turns
+        self._size = size
         self._messages: list[Message] = []
 
     def ask(self) -> list[Message]:
         """The messages to send next."""
         if len(self._messages) >= 2 * self._turns:
             self._messages = []
-        images = [] if self._messages else [picture(self._random.getrandbits(32))]
+        images = [] if self._messages else [picture(self._random.getrandbits(32), self._size)]
         self._messages = [*self._messages, message(question(self._random), images)]
         return self._messages
 

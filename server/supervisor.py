@@ -1,7 +1,8 @@
-"""Keep a process running beside a server: start it again when it ends, and end it with the server."""
+"""Keep a process running beside a server: start it again when it ends or hangs, and end it with the server."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -22,6 +23,14 @@ LONGEST_DELAY = 30.0
 """Most seconds before a restart; doubles from 1 with each end within `STEADY` seconds of a start. The first is
 immediate."""
 STEADY = 60.0
+BEAT = 0.5
+"""Seconds between two signs of life, which a thread of the process gives whatever its other threads compute."""
+PATIENCE = 60
+"""Signs of life that may be missing in a row before the process is killed: 30 seconds. Before the first one it imports
+modules, and may take ten times as long. They are counted, so that a process is not blamed for time in which its
+supervisor was frozen, too."""
+END_WITH_PARENT = 1
+"""``PR_SET_PDEATHSIG`` of prctl(2): the kernel signals this process when the thread that started it ends."""
 
 spawn = multiprocessing.get_context("spawn")  # as vLLM starts API processes
 
@@ -78,15 +87,18 @@ class Supervisor:
         while not self._stopping.wait(delay):
             started = time.monotonic()
             life = Life(self._ready, self._loaded, restarted)
-            process = spawn.Process(target=_live, args=(self._run, *self._arguments, life), daemon=True)
-            process.start()
-            wait([process.sentinel, self._stop_read])
+            heard, told = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=_live, args=(told, self._run, *self._arguments, life), daemon=True)
+            with heard, told:
+                process.start()
+                hung = self._watch(process.sentinel, heard)
             process.kill()
             process.join()
             mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
             if self._stopping.is_set():
                 return
-            end = f"vtprune serve: {self._name} ended with status {process.exitcode}"
+            how = f"hung for {PATIENCE * BEAT:g} s and was killed" if hung else f"ended with status {process.exitcode}"
+            end = f"vtprune serve: {self._name} {how}"
             if not self._ready.is_set():
                 print(f"{end} before it was ready; see its last log lines above", file=sys.stderr)
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -96,17 +108,35 @@ class Supervisor:
             restarted = True
             print(f"{end}; it is restarted in {delay:g} s", file=sys.stderr)
 
+    def _watch(self, sentinel: int, heard: Connection) -> bool:
+        """Wait until the process has ended, is to be stopped, or hangs; whether it hangs."""
+        missing, begun = 0, False
+        while missing < (PATIENCE if begun else 10 * PATIENCE):
+            ready = wait([sentinel, self._stop_read, heard], BEAT)
+            if ready == [heard]:
+                heard.recv_bytes()
+                missing, begun = 0, True
+            elif ready:
+                return False
+            else:
+                missing += 1
+        return True
 
-def _live(run: Callable[..., None], *arguments: object) -> None:
+
+def _live(told: Connection, run: Callable[..., None], *arguments: object) -> None:
     """Run a function in its process, until the supervisor kills that or has ended itself."""
+    ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)  # even if this process is stopped then
     for number in (signal.SIGINT, signal.SIGTERM):  # the server needs this process until it has ended
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_beat, args=(told,), daemon=True).start()
     run(*arguments)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
+def _beat(told: Connection) -> None:
+    """Give signs of life, and end with a supervisor that ended before this process began."""
+    while True:
+        try:
+            told.send_bytes(b"")
+        except OSError:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(BEAT)

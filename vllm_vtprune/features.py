@@ -97,6 +97,13 @@ class Layout:
         return self.prompt.count(EMBED)
 
     @property
+    def newlines(self) -> int:
+        """Newlines of the image, each of which is kept (`vllm_vtprune.sequence`)."""
+        if self.embed_rows is None or self.tiles is None or self.tiles.canvas is None:
+            return 0
+        return self.tiles.canvas[0]
+
+    @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """As of `VisualFeatures`."""
         return planes_of(self.grid, self.tiles)

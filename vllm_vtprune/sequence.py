@@ -1,8 +1,8 @@
 """The embedding sequence of an image: its kept tokens, and the newlines between them.
 
 Some tiled models add a learnt embedding, the newline, after each row of the canvas. Newlines are not selected and do
-not count against the budget. A row keeps its newline if any of its tokens is kept. Rows without tokens (of a very
-narrow image) keep theirs, too, so that with all tokens kept the sequence is the model's own.
+not count against the budget: every row keeps its newline, also a row of which no token is kept. So the length follows
+from the number of kept tokens and the image's size, and the newlines before a token still count the rows above it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,10 @@ def sequence(features: VisualFeatures, plan: PruningPlan) -> Tensor:
     if features.newline is None:
         return embeds
     rows, columns = features.canvas
-    newline = features.newline.to(embeds)
-    if rows and not columns:
-        return torch.cat([embeds, newline.expand(rows, -1)])
     overview = features.num_tokens - rows * columns
     row = (plan.kept - overview).div(max(columns, 1), rounding_mode="floor")  # negative: overview
-    ends_row = row >= 0
-    ends_row[:-1] &= row[1:] != row[:-1]
-    newlines_before = ends_row.long().cumsum(0) - ends_row.long()
-    out = newline.repeat(len(embeds) + int(ends_row.sum()), 1)
-    out[torch.arange(len(embeds), device=newlines_before.device) + newlines_before] = embeds
+    out = features.newline.to(embeds).repeat(len(embeds) + rows, 1)
+    out[torch.arange(len(row), device=row.device) + row.clamp(min=0)] = embeds
     return out
 
 

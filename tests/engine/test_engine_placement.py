@@ -1,5 +1,6 @@
-"""Selection in the engine beyond one worker and one pass: tensor-parallel ranks, and requests that are preempted."""
+"""Selection in the engine beyond one worker and one pass: ranks, preemption, and number formats that round."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 BUS = "Where is the bus?"
 RATIO = {"budget": {"type": "ratio", "keep": 0.1}}
+IMAGES = 20
 POLICIES: list[dict[str, Any]] = [
     RATIO,
     {"method": "divprune", **RATIO},
@@ -34,6 +36,50 @@ def test_tensor_parallel_ranks_keep_the_same_tokens(checkpoint: Path, uncached: 
             assert_same(answer, same)
             assert [image.placement for image in answer.images or ()] == ["engine"]
             assert all(image.kept_tokens < image.visual_tokens for image in answer.images or ())
+
+
+@pytest.mark.parametrize(("family", "runner"), [("llava", "V1"), ("qwen2_5_vl", "V2")])
+def test_the_placements_keep_nearly_the_same_tokens_in_bfloat16(
+    family: str,
+    runner: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Requests come together, so the placements encode other images in one batch."""
+    row = FAMILIES[family]
+    checkpoint = row.write(tmp_path)
+    prompt = Chat(checkpoint).prompt([Turn(BUS, 1)])
+    pictures = [picture.resize(row.sizes[-1]) for picture in sample_images(IMAGES)]
+    policies = [{**POLICIES[0], "text": {"query": BUS}}, POLICIES[1]]
+    options = row.engine_options | {"dtype": "bfloat16", "max_num_batched_tokens": 2048}
+    with running_engine(checkpoint, "bfloat16", environment=MODEL_RUNNERS[runner], **options) as engine:
+        encoder, planned = engine.runtime.encoder, []
+        plan = encoder.plan_image
+
+        def recording(*arguments: Any) -> Any:
+            planned.append(plan(*arguments))
+            return planned[-1]
+
+        monkeypatch.setattr(encoder, "plan_image", recording)
+        for policy in policies:
+            requests = [Ask(prompt, [picture], policy, max_tokens=1) for picture in pictures]
+            for placement in ("api", "engine"):
+                engine.select_in(placement)  # type: ignore[arg-type]
+                answers = engine.ask_together(requests)
+                assert {image.placement for answer in answers for image in answer.images or ()} == {placement}
+        [in_engine] = engine.llm.collective_rpc("kept_tokens")
+    in_api = [image.kept.tolist() for image in planned]
+    assert len(in_api) == len(in_engine) == len(policies) * IMAGES
+    for policy, begin in zip(policies, (0, IMAGES), strict=True):
+        pairs = list(zip(in_api, in_engine, strict=True))[begin : begin + IMAGES]
+        shares = [len(set(api) & set(engine_)) / len(api) for api, engine_ in pairs]
+        assert all(len(api) == len(engine_) for api, engine_ in pairs)
+        method = policy.get("method", "resprune")
+        record_property(f"{method}_same_tokens_mean", sum(shares) / IMAGES)
+        record_property(f"{method}_same_tokens_least", min(shares))
+        record_property(f"{method}_same_images", sum(share == 1 for share in shares))
+        assert sum(shares) / IMAGES > 0.9
 
 
 @pytest.mark.parametrize(("family", "runner"), [("internvl", "V1"), ("qwen2_5_vl", "V2")])

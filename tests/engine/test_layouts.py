@@ -65,7 +65,7 @@ def test_anyres_is_what_transformers_packs(size: tuple[int, int]) -> None:
     tiles = layout.tiles
     assert tiles is not None
     assert tiles.canvas is not None
-    assert (tiles.overview, tiles.grids[0], tiles.canvas[0]) == (0, (LENGTH, LENGTH), int((rows == NEWLINE).sum()))
+    assert (tiles.overview, tiles.grids[0], layout.newlines) == (0, (LENGTH, LENGTH), int((rows == NEWLINE).sum()))
     squares = layout.connector_rows // LENGTH**2
     assert torch.equal(tiles.ids, squares.unique(return_inverse=True)[1])
     assert tiles.ids.bincount().tolist() == [prod(grid) for grid in tiles.grids]
@@ -107,7 +107,7 @@ def test_anyres_scales_as_transformers_does(size: tuple[int, int]) -> None:
     assert layout.connector_rows is not None
     assert layout.patches == given_patches.shape[0] * side**2
     assert torch.equal(layout.embed_rows, is_token.nonzero()[:, 0])
-    assert layout.tiles.canvas[0] == int((~is_token).sum())
+    assert layout.newlines == int((~is_token).sum())
     values = given_patches.flatten(0, 1)[layout.connector_rows]
     values = values if layout.connector_canvas is None else resize_canvas(values, layout)
     torch.testing.assert_close(values, packed[is_token])
@@ -175,8 +175,7 @@ def count(layout: Layout) -> int:
     if layout.grid is not None:
         return prod(layout.grid)
     assert layout.tiles is not None
-    newlines = 0 if layout.embed_rows is None or layout.tiles.canvas is None else layout.tiles.canvas[0]
-    return len(layout.tiles.ids) + newlines
+    return len(layout.tiles.ids) + layout.newlines
 
 
 @pytest.mark.parametrize("processor", ["internvl", "internvl_chat"], indirect=True)

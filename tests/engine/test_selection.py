@@ -76,7 +76,7 @@ def test_counted_budgets_go_to_the_engine(budget: dict[str, Any], choice: Any) -
             EnginePlacement("auto"),
             replace(WITH_CLIP, fixed_length=False),
             "method",
-            "the length of this model's prompt depends on which tokens are kept",
+            "this model's prompt depends on which tokens are kept",
         ),
         (
             {"method": "vispruner", "budget": TOKENS},
@@ -135,6 +135,7 @@ def test_a_selection_travels_with_its_item(layout: Layout) -> None:
     assert (arrived.key, arrived.policy, arrived.keep) == (chosen.key, chosen.policy, chosen.keep)
     assert tuple(arrived.noun_ids) == chosen.noun_ids
     assert arrived.layout.num_tokens == layout.num_tokens
+    assert arrived.length == 3 + layout.newlines
     assert arrived.layout.grids == layout.grids
     assert json.dumps(arrived.layout.dump()) == json.dumps(layout.dump())
 

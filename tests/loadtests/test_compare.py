@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.compare import ARMS, Turns, conclude, ratios_to_stock
+from loadtests.compare import ARMS, Load, Turns, conclude, ratios_to_stock, tokens_argument
 from loadtests.options import add_slo_arguments
 from loadtests.servers import Arm
 from tests.support.fake_chat import report
@@ -46,7 +46,7 @@ def options(out: Path, *arguments: str) -> argparse.Namespace:
 
 
 def concluded(turns: Turns, options: argparse.Namespace) -> list[str]:
-    return conclude(turns, dict.fromkeys(turns, 1.6), options, users=2, out=options.out)
+    return conclude(turns, dict.fromkeys(turns, 1.6), options, Load(users=2), options.out)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,32 @@ def test_help_has_an_example_and_mistakes_are_named(
         import_module(module).main()
     assert ended.value.code == status
     assert message.format(module=module) in "".join(capsys.readouterr())
+
+
+def test_a_run_says_how_large_its_pictures_are() -> None:
+    load = Load(users=1, tokens=2880)
+    assert (load.text, load.folder) == ("users: 1, tokens per image: 2880", "users-1-tokens-2880")
+    assert load.locust_options == ("--picture", "1680x1344")
+    assert tokens_argument("2880") == 2880
+    with pytest.raises(argparse.ArgumentTypeError, match="13 tokens make a picture of 1 x 13 tokens; expected"):
+        tokens_argument("13")
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="two servers; part of make verify")
+def test_pictures_have_as_many_tokens_as_was_asked(tmp_path: Path) -> None:
+    arguments = ["--size", "tiny", "--rounds", "1", "--seconds", "2", "--users", "1", "--max-tokens", "2"]
+    arguments += ["--tokens-per-image", "16", "279", "--arms", "stock", "fast", "--out", str(tmp_path)]
+    done = run("loadtests.compare", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    inputs = {}
+    for tokens in (16, 279):
+        folder = tmp_path / f"users-1-tokens-{tokens}"
+        found = {arm: json.loads((folder / f"result-{arm}.json").read_text())["vtprune"] for arm in ("stock", "fast")}
+        assert found["fast"]["keep_ratio"] == pytest.approx(round(tokens / 9) / tokens)
+        inputs[tokens] = found["stock"]["kinds"]["FreshImages"]["mean_input_tokens"]
+        assert f"users: 1, tokens per image: {tokens}\n" in done.stdout
+    assert inputs[279] - inputs[16] == pytest.approx(279 - 16, abs=5), "questions differ by a few tokens"
 
 
 @pytest.mark.engine

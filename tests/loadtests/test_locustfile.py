@@ -15,6 +15,7 @@ import pytest
 
 from loadtests.drive import KINDS, DriveFailed, drive
 from loadtests.pace import ARRIVALS, Arrivals, moments
+from tests.loadtests.test_workload import image_of
 from tests.support.fake_chat import DONE, ROLE, Reply, event, fake_chat, report, token, usage
 from tests.support.samples import fifth
 from vllm_vtprune_evaluation.load.records import load_records
@@ -194,6 +195,7 @@ def test_a_failed_request_is_status_1(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--rate", "0"], "argument --rate: invalid positive value: '0'"),
+        (["--picture", "336"], "argument --picture: invalid pixels value: '336'"),
         (["--processes", "2"], "one process gathers the results"),
     ],
 )
@@ -216,12 +218,18 @@ def test_a_server_that_is_not_there_is_status_2() -> None:
 def test_a_run_from_python(tmp_path: Path) -> None:
     with fake_chat(answer) as fake:
         records = drive(
-            fake.url, tmp_path / "new", users=2, seconds=1, kinds=["RepeatedImages"], options=["--seed", "3"]
+            fake.url,
+            tmp_path / "new",
+            users=2,
+            seconds=1,
+            kinds=["RepeatedImages"],
+            options=["--seed", "3", "--picture", "56x28"],
         )
     assert {record.name for record in records} == {"RepeatedImages"}
     assert len(records) == len(fake.bodies)
     pictures = {body["messages"][0]["content"][0]["image_url"]["url"] for body in fake.bodies}
     assert 1 < len(pictures) <= 8
+    assert {image_of(url).size for url in pictures} == {(56, 28)}
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from PIL import Image
 
-from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, message, picture, question
+from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, grid_of, message, picture, question
 from vllm_vtprune.policy import PruningPolicy
 
 
@@ -22,6 +22,11 @@ def test_a_picture_has_its_size_and_its_seed_s_pixels(size: tuple[int, int]) -> 
     assert image_of(picture(7, size)).size == size
     assert picture(7, size) == picture(7, size)
     assert picture(7, size) != picture(8, size)
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(1, (1, 1)), (13, (1, 13)), (279, (9, 31)), (576, (24, 24))])
+def test_a_grid_is_as_square_as_it_can_be(tokens: int, grid: tuple[int, int]) -> None:
+    assert grid_of(tokens) == grid
 
 
 @pytest.mark.parametrize("words", LENGTHS)

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ from vllm_vtprune.plugin.encoder_client import EncoderUnavailable
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_server.process import running_server
+from vllm_vtprune_server.supervisor import BEAT, PATIENCE
 
 pytestmark = pytest.mark.engine
 
@@ -49,10 +51,9 @@ def engines(request: pytest.FixtureRequest) -> int:
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module")
-def two_processes(engines: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@contextmanager
+def serving(log: Path, engines: int = 1) -> Iterator[Server]:
     """Two API processes; requests without a policy follow the preset `balanced`."""
-    log = tmp_path_factory.mktemp("two-processes") / "server.log"
     options = [
         *random_model(),
         *("--api-server-count", "2", "--data-parallel-size", str(engines)),
@@ -64,6 +65,12 @@ def two_processes(engines: int, tmp_path_factory: pytest.TempPathFactory) -> Ite
     ]
     with running_server(options, log=log, environment={"VLLM_SERVER_DEV_MODE": "1"}) as url:
         yield Server(url, log)
+
+
+@pytest.fixture(scope="module")
+def two_processes(engines: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("two-processes") / "server.log", engines) as server:
+        yield server
 
 
 def processes_of(server: Server) -> list[psutil.Process]:
@@ -193,6 +200,15 @@ def encoder_of(server: Server) -> psutil.Process:
     return encoder
 
 
+def until_restarted(server: Server) -> None:
+    """Wait until images are encoded again."""
+    deadline = time.monotonic() + RESTARTED_WITHIN
+    body = {"messages": [user("Where is the dog?", fresh_url())], "pruning": by_energy(64)}
+    while server.post(body).status_code == 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def test_a_new_encoder_process_takes_the_place_of_one_that_died(two_processes: Server, tmp_path: Path) -> None:
     """With the weights that the engine has by then. Only requests that need it fail meanwhile, each at once."""
 
@@ -219,11 +235,9 @@ def test_a_new_encoder_process_takes_the_place_of_one_that_died(two_processes: S
         assert (status, error["error"]["code"], error["error"]["message"]) == (503, 503, str(EncoderUnavailable()))
         for untouched in (False, tokens(32)):
             content(answer_to(untouched, fresh_url()))
-        deadline = time.monotonic() + RESTARTED_WITHIN
         new = fresh_url()
-        while (answer := answer_to(every_token, new))[0] == 503:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        until_restarted(two_processes)
+        answer = answer_to(every_token, new)
         assert content(answer) == content(answer_to(False, new)), "the engine's encoder has other weights"
         assert two_processes.metrics().since(before, "vtprune:encoder_restarts_total") == (1,)
         assert {process.pid for process in bystanders} - {process.pid for process in processes_of(two_processes)} == {
@@ -232,6 +246,31 @@ def test_a_new_encoder_process_takes_the_place_of_one_that_died(two_processes: S
     finally:
         reload(two_processes, tiny_checkpoint())
     assert content(answer_to(every_token, seen)) == original
+
+
+@pytest.mark.verify
+def test_an_encoder_process_that_hangs_is_killed_and_replaced(two_processes: Server) -> None:
+    before, hung = two_processes.metrics(), encoder_of(two_processes)
+    hung.suspend()
+    began = time.monotonic()
+    answer = two_processes.post({"messages": [user("Where is the dog?", fresh_url())], "pruning": by_energy(64)})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, str(EncoderUnavailable()))
+    assert time.monotonic() - began < PATIENCE * BEAT + 5
+    assert survivors([hung], within=5) == []
+    until_restarted(two_processes)
+    assert two_processes.metrics().since(before, "vtprune:encoder_restarts_total") == (1,)
+    assert f"hung for {PATIENCE * BEAT:g} s and was killed" in two_processes.log.read_text(errors="replace")
+
+
+@pytest.mark.verify
+def test_no_encoder_process_survives_a_server_whose_first_process_is_killed(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as server:
+        processes, encoder = processes_of(server), encoder_of(server)
+        try:
+            processes[0].kill()
+            assert survivors([encoder], within=10) == []
+        finally:
+            kill(processes)
 
 
 def test_sigterm_ends_them_all_and_a_stream_with_an_error(two_processes: Server, engines: int) -> None:

@@ -1,4 +1,4 @@
-"""Who watches the encoder process: it is started again when it ends, and never survives its server."""
+"""Who watches the encoder process: it is started again when it ends or hangs, and never survives its server."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import fake_encoder
 from tests.support.process_tree import survivors
-from vllm_vtprune_server.supervisor import METRICS_FOLDER, Supervisor
+from vllm_vtprune_server.supervisor import BEAT, METRICS_FOLDER, Supervisor
 
 LIMIT = 60  # seconds
 
@@ -84,9 +84,30 @@ def test_one_that_cannot_start_is_not_tried_again_and_takes_the_sockets_away(
     )
 
 
-def test_it_does_not_survive_a_server_that_is_killed(note: Path) -> None:
+def test_one_that_hangs_is_replaced_and_one_that_is_busy_is_not(
+    supervise: Callable[[Any], Supervisor],
+    note: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("vllm_vtprune_server.supervisor.PATIENCE", 5)
+    supervise(fake_encoder.work)
+    [[first]] = starts(note, 1)
+    time.sleep(8 * BEAT)
+    assert len(starts(note, 1)) == 1
+    process = psutil.Process(int(first))
+    process.suspend()
+    starts(note, 2)
+    assert survivors([process], within=0) == []
+    assert "the process hung for 2.5 s and was killed; it is restarted in 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_it_does_not_survive_a_server_that_is_killed(stopped: bool, note: Path) -> None:
     with subprocess.Popen([sys.executable, "-m", "tests.support.fake_encoder", str(note)], cwd=ROOT) as server:
         [[number, *_]] = starts(note, 1)
         process = psutil.Process(int(number))
+        if stopped:
+            process.suspend()
         server.kill()
     assert survivors([process], within=10) == []

@@ -17,6 +17,15 @@ def serve(note: Path, life: Life) -> None:
     threading.Event().wait()
 
 
+def work(note: Path, life: Life) -> None:
+    """Note the process's number; then be busy without end."""
+    with note.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    life.ready.set()
+    while True:
+        sum(range(100_000))
+
+
 def fail(note: Path, life: Life) -> None:
     """End before anything could be used."""
     raise SystemExit(3)

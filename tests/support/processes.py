@@ -29,6 +29,11 @@ class ObservedWorker:
         runner = self.model_runner  # type: ignore[attr-defined]
         return {**state(runner.get_model()), "model_runner": type(runner).__module__}
 
+    def kept_tokens(self) -> list[list[int]]:
+        """Which tokens the engine has kept of each image that it pruned, in the order in which it did."""
+        table = self.model_runner.get_model()._selector._kept  # type: ignore[attr-defined]
+        return [table.get(key).tolist() for key in table]
+
 
 class ObservedExecutor(MultiprocExecutor):
     """`distributed_executor_backend`: the one that vLLM picks on a CPU, which also answers for the engine core."""

@@ -59,24 +59,11 @@ class LlavaNextReference(Reference):
         return self.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
 
     def kept_embeds(self, embeds: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """A row ends with its newline if any of its tokens is kept, or if it has none."""
-        newline = (embeds == self.model.model.image_newline).all(dim=1).tolist()
-        vision = self.model.config.vision_config
-        overview = (vision.image_size // vision.patch_size) ** 2
-        wanted = set(kept.tolist())
-        token, row, out = 0, [], []
-        for position, is_newline in enumerate(newline):
-            if is_newline:
-                if not row or any(row):
-                    out.append(position)
-                row = []
-                continue
-            if token in wanted:
-                out.append(position)
-            if token >= overview:
-                row.append(token in wanted)
-            token += 1
-        return embeds[out]
+        """Every row ends with its newline, also one of which no token is kept."""
+        stays = (embeds == self.model.model.image_newline).all(dim=1)
+        tokens = (~stays).nonzero()[:, 0]
+        stays[tokens[kept]] = True
+        return embeds[stays]
 
 
 class InternVLReference(Reference):

@@ -34,8 +34,8 @@ class UnprunedReference:
     """A checkpoint in float32 with eager attention, of which every weight is used.
 
     The tokens of an image are content, in the order in which the language model reads them, or structure: newlines
-    (LLaVA-NeXT, LLaVA-OneVision) and break tokens (Mistral 3) at the ends of rows. Structure stays where a token of its
-    row does, and where its row never had one; after the last row of which a token stays stands what ends an image.
+    (LLaVA-NeXT, LLaVA-OneVision) and break tokens (Mistral 3) at the ends of rows. Newlines stay. A break stays where a
+    token of its row does; after the last row of which a token stays stands what ends an image.
 
     Where positions have one dimension, those left are numbered from 0 without gaps. Where they have three (M-RoPE),
     each token has the position that it has unpruned, and the answer goes on from there too.
@@ -51,9 +51,6 @@ class UnprunedReference:
         self._image_token = self.model.config.image_token_id
         self._break_token = getattr(self.processor, "image_break_token_id", -1)
         self._newline = getattr(self.model.model, "image_newline", None)
-        vision = self.model.config.vision_config
-        # An overview stands before the rows that newlines end.
-        self._overview = 0 if self._newline is None else (vision.image_size // vision.patch_size) ** 2
 
     def features(self, image: Image.Image) -> Tensor:
         """(N, d): the content of an image as the language model reads it."""
@@ -160,12 +157,14 @@ class UnprunedReference:
             if chosen is not None:
                 left[content] = False
                 left[content[chosen]] = True
+            if self._newline is not None:
+                continue
             row: list[int] = []
-            for place in run[self._overview :].tolist():
+            for place in run.tolist():
                 if not structure[place]:
                     row.append(place)
                     continue
-                left[place] = not row or left[row].any()
+                left[place] = left[row].any()
                 row = []
             if row and not left[row].any():  # the token after the image's last row takes the place of the last break
                 left[run[structure[run] & left[run]][-1]] = False

@@ -146,7 +146,10 @@ class ImageJob:
         keep = self.count(layout)
         _require_same_mask(processor, self.policy, tokens, keep)
         duplicates = None if layout.distinct is None else tokens - len(layout.distinct)
-        self.report = self._report(tokens, keep, layout.border_tokens, duplicates, placement="engine")
+        newlines = layout.newlines
+        self.report = self._report(
+            tokens + newlines, keep + newlines, layout.border_tokens, duplicates, placement="engine"
+        )
         return Selection(self.item_hash, self.policy, keep, self.noun_ids, layout).attach(image.item)
 
     def count(self, layout: Layout) -> int:

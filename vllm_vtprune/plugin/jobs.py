@@ -37,7 +37,7 @@ from vllm_vtprune.text import text_pipeline_name
 if TYPE_CHECKING:
     from vllm_vtprune.plugin.processor import PruningProcessor
 
-IDENTITY = "vtprune-5"
+IDENTITY = "vtprune-6"
 """Part of the hash of every pruned item. Change it whenever an unchanged policy starts to keep other tokens."""
 
 

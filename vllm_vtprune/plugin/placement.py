@@ -98,7 +98,7 @@ class EnginePlacement:
         if policy.budget.needs_features:
             return "budget.type", f'budget "{policy.budget.type}" needs features before scheduling'
         if not family.fixed_length:
-            return "method", "the length of this model's prompt depends on which tokens are kept"
+            return "method", "this model's prompt depends on which tokens are kept"
         if self.no_positions:
             return "method", self.no_positions
         if self.no_positions is None and self.choice == "auto":

@@ -314,7 +314,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         if KEPT_PROMPT in item:
             return Placeholder(self.image_token_id, tuple(item[KEPT_PROMPT].data.tolist()))
         if SELECTION in item:
-            return self._placeholder_of_blank.resized(Selection.read(item[SELECTION].data).keep)
+            return self._placeholder_of_blank.resized(Selection.read(item[SELECTION].data).length)
         return self._placeholder_of_blank.resized(len(item[KEPT_EMBEDS].data))
 
 

@@ -46,6 +46,11 @@ class Selection:
     rows: Mapping[str, int] = field(default_factory=dict)
     shared: Sequence[str] = ()
 
+    @property
+    def length(self) -> int:
+        """Embeddings that the engine keeps of the image: its kept tokens and its newlines."""
+        return self.keep + self.layout.newlines
+
     def attach(self, item: MultiModalKwargsItem) -> MultiModalKwargsItem:
         """vLLM's item of the image with this selection, and with how a batch joins its fields, as one more field."""
         rows = {name: len(elem.data) for name, elem in item.items() if isinstance(elem.field, MultiModalFlatField)}

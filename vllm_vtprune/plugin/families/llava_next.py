@@ -3,7 +3,7 @@
 The image is resized to the best of several sizes, padded and cut into squares. The squares and the overview (the whole
 image resized to one square) are encoded separately. The language model reads the overview's tokens in raster order,
 then the canvas: the tokens of all squares in one raster, without rows or columns of padding, with a newline after each
-row (`vllm_vtprune.sequence`).
+row, which stays (`vllm_vtprune.sequence`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ class PrunedLlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
         clip_alpha=0.75,
         provides=frozenset({"cls_attention", "overview_attention", "keys", "positions"}),
         connector="multi_modal_projector",
-        fixed_length=False,
         attention=ATTENTION,
     )
 

@@ -40,7 +40,6 @@ class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalPr
         clip_alpha=0.3,  # Qwen2.5-VL's, which has a similar language model; not calibrated
         provides=frozenset({"positions"}),
         connector="multi_modal_projector",
-        fixed_length=False,
         patches=most_patches,
     )
 
