@@ -266,7 +266,7 @@ def conclude(turns: Turns, spent: Seconds, options: argparse.Namespace, load: Lo
         results,
         records,
         notes=[
-            f"The servers took turns on one machine: {options.rounds} rounds of {options.seconds} s each, "
+            f"The servers took turns on one machine: {options.rounds} rounds of {options.seconds} s each. "
             f"Closed loop ({load.text}). No server got a picture twice. "
             f"The checkpoint is a {options.size} one with random weights.",
             *(f"{name}: {text}." for name, text in ratios.items()),
