@@ -103,14 +103,15 @@ def evaluate(argv: list[str]) -> None:
             if reference is not None:
                 answer_all(reference, asked, inside, answers)
         about = {"command": shlex.join(["vtprune", "eval", *argv]), **depends_on, "pictures": len(asked)}
-        found = _results(
-            [UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about, split=bool(args.ablation)
-        )
-        files = found.write(args.out)
-        adaptive = [arm for arm in arms if arm.adaptive]
-        if adaptive:
-            files.append(args.out / "budgets.png")
-            plot_budgets(_budgets(adaptive, answers, asked), files[-1])
+        with Progress(desc="Writing results"):
+            found = _results(
+                [UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about, split=bool(args.ablation)
+            )
+            files = found.write(args.out)
+            adaptive = [arm for arm in arms if arm.adaptive]
+            if adaptive:
+                files.append(args.out / "budgets.png")
+                plot_budgets(_budgets(adaptive, answers, asked), files[-1])
         if args.gallery:
             files.append(args.out / "gallery.png")
             draw_gallery(model, dtype, asked, arms, answers, files[-1])
