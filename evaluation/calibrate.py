@@ -25,7 +25,7 @@ from vllm_vtprune_evaluation.options import (
     shown,
 )
 from vllm_vtprune_evaluation.preset_search import Ask, NoPreset, Search
-from vllm_vtprune_evaluation.progress import quiet
+from vllm_vtprune_evaluation.progress import Progress, quiet
 from vllm_vtprune_evaluation.questions import SampleError, pictures, read_sample
 from vllm_vtprune_evaluation.search import METHODS_TO_TRY, Candidate, candidates
 from vllm_vtprune_evaluation.spectra import sample_pictures
@@ -56,7 +56,6 @@ def calibrate(argv: list[str]) -> None:
             target; 130 when interrupted.
     """
     args = _parse(argv)
-    quiet()
     try:
         _calibrate(args)
     except KeyboardInterrupt:
@@ -152,9 +151,11 @@ def _methods(text: str) -> list[str]:
 
 def _calibrate(args: argparse.Namespace) -> None:
     model = args.model or embedded_model()
-    if args.offline:
-        check_model(model)
-    sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
+    with Progress(desc="Preparing pictures"):
+        quiet()
+        if args.offline:
+            check_model(model)
+        sample = read_sample(args.sample) if args.sample else list(pictures("validation", SCENE_QUESTIONS))
     has_answer = {bool(question.answer) for picture in sample for question in picture.questions}
     if len(has_answer) > 1:
         raise SampleError("some questions have an answer and others have none; expected all or none")

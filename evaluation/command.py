@@ -33,6 +33,7 @@ from vllm_vtprune_evaluation.options import (
     served,
     shown,
 )
+from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, pictures
 from vllm_vtprune_evaluation.reference import answer_all, layers_of, reference_arms, reference_model
 from vllm_vtprune_evaluation.report import (
@@ -85,9 +86,10 @@ def evaluate(argv: list[str]) -> None:
         model = args.model or embedded_model()
         weights = model if args.merged is None else str(args.merged)
         dtype = "float32" if args.offline else dtype_of(args)
-        asked = list(pictures(args.split, args.questions, args.seed))
-        if args.offline:
-            check_model(model)
+        with Progress(desc="Preparing pictures"):
+            asked = list(pictures(args.split, args.questions, args.seed))
+            if args.offline:
+                check_model(model)
         reference = reference_model(model) if args.in_llm else None
         arms, inside = _arms(args, model, dtype, asked, reference)
         ways.check(arms)
@@ -101,14 +103,15 @@ def evaluate(argv: list[str]) -> None:
             if reference is not None:
                 answer_all(reference, asked, inside, answers)
         about = {"command": shlex.join(["vtprune", "eval", *argv]), **depends_on, "pictures": len(asked)}
-        found = _results(
-            [UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about, split=bool(args.ablation)
-        )
-        files = found.write(args.out)
-        adaptive = [arm for arm in arms if arm.adaptive]
-        if adaptive:
-            files.append(args.out / "budgets.png")
-            plot_budgets(_budgets(adaptive, answers, asked), files[-1])
+        with Progress(desc="Writing results"):
+            found = _results(
+                [UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about, split=bool(args.ablation)
+            )
+            files = found.write(args.out)
+            adaptive = [arm for arm in arms if arm.adaptive]
+            if adaptive:
+                files.append(args.out / "budgets.png")
+                plot_budgets(_budgets(adaptive, answers, asked), files[-1])
         if args.gallery:
             files.append(args.out / "gallery.png")
             draw_gallery(model, dtype, asked, arms, answers, files[-1])

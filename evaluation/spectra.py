@@ -48,7 +48,8 @@ def sample_pictures(model: str, pictures: Sequence[Picture], dtype: str) -> Samp
     Raises:
         InspectionFailed: the model cannot be loaded or pruned.
     """
-    processor = pruning_processor(model, dtype)
+    with Progress(desc="Loading the vision encoder"):
+        processor = pruning_processor(model, dtype)
     first: VisualFeatures | None = None
     measured = []
     for picture in Progress(pictures, desc="encoded", unit="pictures"):

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from vllm_vtprune.cli import waiting
+
 START_TIMEOUT = 900.0  # seconds; large models load slowly
 STOP_TIMEOUT = 60.0
 STOCK_COMMAND = ("-m", "vllm.entrypoints.openai.api_server")
@@ -124,7 +126,9 @@ def announced_server(name: str, arguments: Sequence[str], **options: Any) -> Ite
             end = "\n"
             raise
         finally:
-            print(f"{end}Stopping the server ...", file=sys.stderr, flush=True)  # takes seconds
+            print(f"{end}Stopping the server ...", file=sys.stderr, flush=True)
+            with waiting("Stopping the server"):
+                stack.close()
 
 
 @contextmanager

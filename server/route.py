@@ -140,7 +140,7 @@ def _bare_error(status: int, method: str, path: str, allowed: str | None) -> Err
         message = (
             "Authorization: no valid key; expected the header `Authorization: Bearer KEY` with a key of this server."
         )
-        return ErrorInfo(message=message, type="AuthenticationError", param="Authorization", code=status)
+        return ErrorInfo(message=message, type="AuthenticationError", code=status)
     if status == HTTPStatus.NOT_FOUND:
         message = f"{path}: no such route; expected one of those in /openapi.json."
         return ErrorInfo(message=message, type="NotFoundError", code=status)

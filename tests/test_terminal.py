@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 TIMEOUT = 600.0  # seconds
 SILENCE = 5.0  # seconds
-MARGIN = 2.0  # seconds, because other tests keep the cores busy
 SCENE = Path(__file__).parents[1] / "docs" / "images" / "scene.png"
 
 # arguments, what is waited for before Ctrl-C (None: the end), exit status
@@ -30,7 +29,7 @@ COMMANDS: dict[str, tuple[list[str], str | None, int]] = {
     "help of serve": (["serve", "--help"], None, 0),
     "demo": (["demo"], None, 0),
     "inspect": (["inspect", "scene.png", "--query", "Where is the triangle?"], None, 0),
-    "serve": (["serve", "--enforce-eager"], r"Ready\. Try:", -signal.SIGINT),
+    "serve": (["serve", "--enforce-eager"], r"Ready\. Try:", 0),
     "bench": (["bench", "--pictures", "4", "--requests", "4", "--concurrency", "1"], None, 0),
     "calibrate": (["calibrate", "--tokens", "64", "--out", "presets.toml"], r"unpruned: +[1-9]\d*%", 130),
     "eval": (["eval", "--questions", "20", "--methods", "resprune", "--keep", "64"], None, 0),
@@ -103,4 +102,5 @@ def test_no_command_is_silent_for_long(
     record_property(f"{name}: seconds to the first output", round(seen.first, 1))
     record_property(f"{name}: seconds of the longest silence", round(seen.longest, 1))
     assert seen.status == status, seen.text
-    assert seen.longest <= SILENCE + MARGIN, seen.after
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)  # other tests keep the cores busy
+    assert seen.longest <= SILENCE * min(2.0, max(1.0, busy)), seen.after

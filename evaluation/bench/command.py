@@ -250,6 +250,7 @@ def _measure(args: argparse.Namespace, arms: Sequence[Arm], subjects: Sequence[S
         ServerFailed: a server did not start.
     """
     levels = [Level(args.concurrency[0], new=False), *(Level(clients) for clients in args.concurrency)]
+    measured.answers = {arm.name: [] for arm in _asked(args, arms)}
     measured.rounds = {level: {arm.name: [] for arm in _asked(args, arms)} for level in levels}
     if not args.stock:
         with _server(args) as url:

@@ -38,7 +38,8 @@ WIDTH = 100  # columns of a terminal
 SPEED_NOTE = (
     "Time to first token (p50, p99), requests and output tokens per second. To off: ratio to the arm off in the same "
     "round, geometric mean over rounds with a 95 % interval (Student's t of the logarithms). Repeated: pictures that "
-    "the server has in its caches; all others are new to it. Answers have a fixed length here."
+    "the server has in its caches; all others are new to it. Answers have a fixed length here. Stock vLLM has a server "
+    "of its own, in turns with ours: what changes on the machine between two turns is in its ratios."
 )
 QUALITY_NOTE = (
     "Visual tokens of an image and how many were kept, on average. Greedy answers beside the unpruned ones: the same "
