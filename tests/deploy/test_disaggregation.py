@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -148,8 +149,9 @@ def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             log = folder / f"{name}.log"
             return Server(stack.enter_context(running_server(arguments, log=log, **options)), log)
 
-        producer = start("producer", serving(family, store, "ec_producer"))
-        consumer = start("consumer", serving(family, store, "ec_consumer"))
+        with ThreadPoolExecutor() as pool:  # a start keeps one core busy
+            roles = ("producer", "consumer")
+            producer, consumer = pool.map(lambda role: start(role, serving(family, store, f"ec_{role}")), roles)
         addresses = ["--encoders", producer.url, "--decoders", consumer.url]
         proxy = start("proxy", addresses, command=[str(PROXY)])
         yield Deployment(family, alone, streamed, refused, producer, consumer, proxy, store)

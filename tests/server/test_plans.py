@@ -1,8 +1,9 @@
 """Plans of a producer, followed by a consumer: the same hash, count and positions, without an encoder of its own."""
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.selection import SELECTION, Selection
 from vllm_vtprune.sent_plan import PLANS
 from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_server.memory import prunes_outside_engine
 
 pytestmark = pytest.mark.engine
 
@@ -202,6 +204,37 @@ def test_a_plan_for_an_image_that_is_not_pruned_is_refused(pair: Pair) -> None:
     error = pair.consumer.error({**body, "pruning": False, PLANS: plans})
     assert error["param"] == PLANS
     assert "which this consumer does not prune" in error["message"]
+
+
+def test_a_merge_that_the_consumer_s_engine_could_not_repeat_is_refused(pair: Pair) -> None:
+    if pair.family != "llava":
+        pytest.skip("this family has no such method")
+    processor = pair.consumer.processor
+    able = processor.engine_placement
+    processor.engine_placement = replace(able, no_hooks="the encoder is compiled")
+    try:
+        body = ask({**ENERGY, "method": "tome"})
+        error = pair.consumer.error({**body, PLANS: pair.plans(body)[1]})
+        assert error["param"] == f"{PLANS}.0"
+        assert "method tome merges tokens by what it reads inside the encoder" in error["message"]
+        body = ask({**ENERGY, "method": "vispruner"})  # its rows need no hooks, once the plan says which
+        pair.follow(body, pair.plans(body)[1])
+    finally:
+        processor.engine_placement = able
+
+
+@pytest.mark.parametrize(
+    ("role", "only", "outside"),
+    [(None, False, True), (None, True, False), ("ec_producer", True, True), ("ec_consumer", False, False)],
+)
+def test_who_may_need_memory_for_an_encoder_outside_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str | None, only: bool, outside: bool
+) -> None:
+    transfer = None if role is None else connector(tmp_path, role)
+    arguments = Namespace(mm_encoder_only=only, ec_transfer_config=transfer)
+    assert prunes_outside_engine(arguments) == outside
+    monkeypatch.setenv("VTPRUNE_PLACEMENT", "engine")
+    assert not prunes_outside_engine(arguments)
 
 
 def test_who_may_ask_for_plans_and_bring_them(pair: Pair) -> None:
