@@ -284,12 +284,9 @@ def test_a_plan_of_another_process_is_followed(checker: Checker) -> None:
     checker.engine.forget_prompts()
     checker.engine.runtime.forget_images()
     requests = [asked(shown, answer.plans) for shown, answer in zip(prompts, expected, strict=True)]
-    for attempt in ("new", "cached"):
+    for _ in ("new", "cached"):
         for answer, same in zip(checker.engine.ask_together(requests), expected, strict=True):
-            assert_same(answer, same)
-            assert [image.kept_tokens for image in answer.images or ()] == [
-                image.kept_tokens for image in same.images or ()
-            ], attempt
+            assert_same(answer, replace(same, images=[replace(image, kept=None) for image in same.images or ()]))
     assert checker.engine.encodings() == encodings
 
 
