@@ -57,7 +57,7 @@ def refuse_misspelt(body: Mapping[str, Any], known: Collection[str]) -> None:
     """
     for key, value in body.items():
         if key not in known and resembles_pruning(key):
-            raise _misspelt(key)
+            raise misspelt(key)
         if key == "extra_body" and isinstance(value, Mapping):
             _refuse_inside("extra_body", value, "it beside messages: extra_body is an argument of the openai client")
 
@@ -123,7 +123,7 @@ def refuse_misplaced_in_parts(
             continue
         for name in part:
             if name != FIELD and resembles_pruning(name):
-                raise _misspelt(f"{path}.{name}")
+                raise misspelt(f"{path}.{name}")
         if isinstance(part.get(key), Mapping):
             _refuse_inside(f"{path}.{key}", part[key], f"it beside {key}, not inside")
 
@@ -135,7 +135,8 @@ def _refuse_inside(path: str, inner: Mapping[str, Any], accepted: str) -> None:
             raise InvalidField(f"{param}: misplaced policy; expected {accepted}.", parameter=param)
 
 
-def _misspelt(path: str) -> InvalidField:
+def misspelt(path: str) -> InvalidField:
+    """The error of a field that is probably a misspelt ``pruning``."""
     return InvalidField(f"{path}: unknown field (did you mean {FIELD}?); expected a field of the API.", parameter=path)
 
 

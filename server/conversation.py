@@ -76,6 +76,7 @@ class Conversation:
 
     Attributes:
         pruning: the request's policy; None if it sets none.
+        plans: the request's `vllm_vtprune.sent_plan.PLANS`; None if it sets none.
         images: the client's images, in prompt order.
         other_media: the client's videos and audio, in prompt order.
         last_turn: text of the last user message.
@@ -87,6 +88,7 @@ class Conversation:
     """
 
     pruning: object = None
+    plans: object = None
     images: Sequence[ImagePart] = ()
     other_media: Sequence[MediaPart] = ()
     last_turn: str = ""

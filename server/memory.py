@@ -17,6 +17,7 @@ from vllm_vtprune import envs
 from vllm_vtprune.devices import GIB, EncoderPlace, Process, encoder_places, reserve
 from vllm_vtprune.plugin.compat.server import assigned_gpus
 from vllm_vtprune.plugin.gpu import footprint_of, local_process
+from vllm_vtprune.plugin.placement import role_of
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.tower import TowerError
 from vllm_vtprune_checkpoints import embedded_checkpoint
@@ -137,7 +138,10 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
 
 def prunes_outside_engine(args: argparse.Namespace) -> bool:
     """Whether policies may select tokens outside the engine, if the model can be pruned."""
-    return not encodes_only(args) and envs.placement() != "engine"
+    transfer = args.ec_transfer_config
+    encodes_alone = args.mm_encoder_only and transfer is None
+    follows_plans = role_of(transfer) == "consumer" and envs.placement() == "auto"
+    return not encodes_alone and not follows_plans and envs.placement() != "engine"
 
 
 def pruning_processor(model_config: ModelConfig) -> PruningProcessor | None:
@@ -161,11 +165,6 @@ def shares_encoders(args: argparse.Namespace) -> bool:
     The servers of a data-parallel supervisor have one API process each, and keep their own encoder.
     """
     return _counts(args)[0] > 1 and not args.data_parallel_multi_port_external_lb
-
-
-def encodes_only(args: argparse.Namespace) -> bool:
-    """Whether an instance only encodes images for others and so cannot prune."""
-    return args.mm_encoder_only or (args.ec_transfer_config is not None and args.ec_transfer_config.is_encode_only)
 
 
 def api_processes(args: argparse.Namespace) -> list[Process]:

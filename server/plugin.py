@@ -16,6 +16,7 @@ from vllm_vtprune.plugin.compat import api_process
 from vllm_vtprune.plugin.compat.server import replace_registry
 from vllm_vtprune.plugin.encoder_client import EncoderClient, socket_of
 from vllm_vtprune.plugin.image import warm_up
+from vllm_vtprune.plugin.placement import role_of
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_tower
 from vllm_vtprune.text import text_pipeline_name
@@ -124,6 +125,7 @@ class ServerPlugin:
         renderer = PruningRenderer.take_over(
             state.online_renderer, processor=processor, runtime=runtime, policies=policies
         )
+        renderer.role = role_of(config.ec_transfer_config)
         for name, handler in HANDLERS.items():
             setattr(state, name, handler.take_over(getattr(state, name), renderer))
         # Built once, as vLLM has done: in a second stack, what counts HTTP requests finds its metrics taken.

@@ -115,7 +115,7 @@ class Policies:
         return (self.detail or {}).get("auto")
 
     def placements(self, processor: PruningProcessor) -> set[Placement]:
-        """Where the default and the operator's own presets select tokens; empty if they select none.
+        """Where the default and the operator's own presets select tokens; empty if they select none, and in a consumer.
 
         Raises:
             PolicyError: the family does not support one of all presets, or this server does not select for one of
@@ -124,6 +124,8 @@ class Policies:
         for name, policy in self.presets.items():
             policy.resolve(processor.family, param=name)
         resolved = {name: policy.resolve(processor.family, param=name) for name, policy in self.chosen.items()}
+        if processor.engine_placement.role == "consumer":
+            return set()
         selecting = {name: policy for name, policy in resolved.items() if policy.selects and self._accepts(policy)}
         return {processor.place(policy, param=name)[0] for name, policy in selecting.items()}
 

@@ -18,6 +18,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.sent_plan import PLANS
 from vllm_vtprune_server.content import (
     check_parts,
     check_tool_calls,
@@ -54,6 +55,8 @@ class PruningRequest(BaseModel):
 
     parts_field: ClassVar[str] = "messages"
     """The field that holds the images."""
+    internal: ClassVar[frozenset[str]] = frozenset()
+    """Fields that `read` takes out and the documentation omits; only other instances write them."""
 
     # Validated by PruningPolicy.parse, whose errors name the field as the client wrote it; the type is for the schema.
     pruning: Annotated[
@@ -82,7 +85,7 @@ class PruningRequest(BaseModel):
         """
         conversations: list[Conversation] = []
         if isinstance(data, Mapping):
-            refuse_misspelt(data, cls.model_fields)
+            refuse_misspelt(data, cls.model_fields.keys() | cls.internal)
             refuse_in_options(data.get("mm_processor_kwargs"))
             written = data.get("pruning")
             data, conversations = cls.read({key: value for key, value in data.items() if key != "pruning"})
@@ -155,6 +158,8 @@ class PruningRequest(BaseModel):
 class PruningChatCompletionRequest(PruningRequest, ChatCompletionRequest):
     """``/v1/chat/completions``."""
 
+    internal = frozenset({PLANS})
+
     @classmethod
     def of(cls, request: ChatCompletionRequest, conversation: Conversation) -> PruningChatCompletionRequest:
         """A request that vLLM made from one of another API."""
@@ -170,6 +175,7 @@ class PruningChatCompletionRequest(PruningRequest, ChatCompletionRequest):
         if "messages" in data:
             data["messages"] = messages
         conversation.texts = {name: data[name] for name in TEXTS if name in data}
+        conversation.plans = data.pop(PLANS, None)
         return data, [conversation]
 
     @classmethod

@@ -13,19 +13,22 @@ from vllm_vtprune import metrics
 from vllm_vtprune.plugin.compat import server as compat
 from vllm_vtprune.plugin.early import EarlyEncoding
 from vllm_vtprune.plugin.image import ImageJob
+from vllm_vtprune.plugin.placement import Role
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning
 from vllm_vtprune.policy import PolicyError, PruningPolicy, preset_of
 from vllm_vtprune.report import BypassReason, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
+from vllm_vtprune.sent_plan import PLANS, SentPlan
 from vllm_vtprune_server.acceptance import Acceptance
+from vllm_vtprune_server.content import misspelt
 from vllm_vtprune_server.conversation import EARLIER, Conversation, ImagePart, listed, without_records
 from vllm_vtprune_server.errors import MediaRejected, explain_image_error, explain_media_error, explain_truncation
 from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.protocol import PruningRequest
 from vllm_vtprune_server.shutdown import ServerStopping, failed_by_shutdown
 from vllm_vtprune_server.tracing import record_stages
-from vllm_vtprune_server.validation import InvalidField
+from vllm_vtprune_server.validation import InvalidField, not_accepted
 
 
 class PruningRenderer(OnlineRenderer):
@@ -38,6 +41,7 @@ class PruningRenderer(OnlineRenderer):
         acceptance: what the served model accepts.
         trust_client_mm_kwargs: whether clients may send ``mm_processor_kwargs``.
         returns_kept: whether every report says which tokens were kept.
+        role: of the instance in encoder disaggregation.
     """
 
     processor: PruningProcessor | None
@@ -46,6 +50,7 @@ class PruningRenderer(OnlineRenderer):
     acceptance: Acceptance
     trust_client_mm_kwargs: bool
     returns_kept = False
+    role: Role | None = None
 
     @classmethod
     def take_over(
@@ -132,22 +137,49 @@ class PruningRenderer(OnlineRenderer):
         value, return_kept = self.policies.split(conversation.pruning)
         return_kept |= self.returns_kept
         value = trace.alias_preset if value is None else value
-        trace.policy = self._policy(value, "pruning", return_kept)
+        plans = self._plans(conversation.plans, len(images))
+        followed = self.role == "consumer"  # whether a policy can be followed depends on the image's plan
+        trace.policy = self._policy(value, "pruning", return_kept, followed)
         trace.preset = self._preset(value)
         jobs, presets, labels = [], [], []
-        for image in images:
+        for image, plan in zip(images, plans, strict=True):
             own, kept = self.policies.split(image.pruning, param=f"{image.param}.pruning")
             kept |= return_kept
-            policy, preset, detail = self._policy_of(image, own, value, kept)
+            policy, preset, detail = self._policy_of(image, own, value, kept, followed=plan is not None)
             text = conversation.text_for(image, policy)
-            jobs.append(ImageJob(policy, text, image.url or "", image.uuid, detail=detail, return_kept=kept))
+            job = ImageJob(policy, text, image.url or "", image.uuid, detail=detail, return_kept=kept)
+            job.sends_plan, job.sent_plan = conversation.plans is True, plan
+            if plan is not None and not policy.selects:
+                problem = f"a plan for {image.field}, which this consumer does not prune"
+                raise PolicyError(PLANS, None, "a producer with the same options as this consumer", problem)
+            jobs.append(job)
             presets.append(preset)
             labels.append(_preset_label(policy, preset))
         trace.note_preset(labels or [_preset_label(trace.policy, trace.preset)])
         return PromptPruning(trace.policy, tuple(jobs)), presets
 
+    def _plans(self, value: object, images: int) -> Sequence[SentPlan | None]:
+        """The plan of each of so many images; None for each image without.
+
+        Args:
+            value: the request's `PLANS`; None if it sets none.
+
+        Raises:
+            InvalidField: this instance sends and follows none, or it is not accepted.
+            PolicyError: an entry is no plan.
+        """
+        if value is None or (value is True and self.role == "producer"):
+            return [None] * images
+        if self.role is None:
+            raise misspelt(PLANS)
+        if self.role == "producer":
+            raise not_accepted(PLANS, value, "true")
+        if not isinstance(value, list) or len(value) != images:
+            raise not_accepted(PLANS, value, f"a list with an entry for each of the {images} images")
+        return [None if plan is None else SentPlan.read(plan, f"{PLANS}.{index}") for index, plan in enumerate(value)]
+
     def _policy_of(
-        self, image: ImagePart, own: object, of_request: object, return_kept: bool
+        self, image: ImagePart, own: object, of_request: object, return_kept: bool, *, followed: bool
     ) -> tuple[PruningPolicy, str | None, str | None]:
         """The policy of an image, its preset name, and the ``detail`` that chose it.
 
@@ -156,9 +188,10 @@ class PruningRenderer(OnlineRenderer):
             own: its own policy, as it is written; None if there is none.
             of_request: the policy of the request or of its model alias, as it is written; None if there is none.
             return_kept: whether the report says which tokens were kept.
+            followed: whether a producer followed it.
         """
         if own is not None:
-            policy = self._policy(own, f"{image.param}.pruning", return_kept)
+            policy = self._policy(own, f"{image.param}.pruning", return_kept, followed)
             if image.key:  # not of an earlier turn, whose request had it
                 policy.refuse_request_scope(f"{image.param}.pruning")
             return policy, image.preset or self._preset(own), None
@@ -167,8 +200,8 @@ class PruningRenderer(OnlineRenderer):
             chosen = self.policies.by_auto_detail
         if chosen is None:
             param = "pruning" if image.pruning is None else f"{image.param}.pruning"
-            return self._policy(of_request, param, return_kept), self._preset(of_request), None
-        policy = self._policy(chosen, f"{image.param}.detail", return_kept)
+            return self._policy(of_request, param, return_kept, followed), self._preset(of_request), None
+        policy = self._policy(chosen, f"{image.param}.detail", return_kept, followed)
         policy.refuse_request_scope(f"{image.param}.detail")
         return policy, self._preset(chosen), image.detail or "auto"
 
@@ -176,13 +209,13 @@ class PruningRenderer(OnlineRenderer):
         """The preset name of a policy as it is written."""
         return self.policies.default_preset if value is None else preset_of(value)
 
-    def _policy(self, value: object, param: str, return_kept: bool) -> PruningPolicy:
-        """Parse a policy, and resolve it if the model can be pruned."""
+    def _policy(self, value: object, param: str, return_kept: bool, followed: bool) -> PruningPolicy:
+        """Parse a policy, and resolve it if the model can be pruned; see `_policy_of`."""
         policy = self.policies.parse(value, param=param)
         if self.processor is None:
             return policy
         resolved = policy.resolve(self.processor.family, param=param)
-        if resolved.selects:  # refuses what this server does not select
+        if resolved.selects and not followed:  # refuses what this server does not select
             self.processor.place(resolved, return_kept=return_kept, param=param)
         return resolved
 

@@ -22,6 +22,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.outputs import RequestOutput
 
 from vllm_vtprune.plugin.compat import server as compat
+from vllm_vtprune.sent_plan import PLANS
 from vllm_vtprune_server.aliases import AliasedModels, UnknownPreset
 from vllm_vtprune_server.protocol import PruningBatchRequest, PruningRequest
 from vllm_vtprune_server.rendering import PruningRenderer
@@ -115,6 +116,8 @@ class PruningServingChat(PrunesChat):
             return bounded(response)
         if isinstance(response, ChatCompletionResponse):
             response.pruning = request.trace.to_json()  # the model allows extra fields
+            if request.trace.report is not None and request.trace.report.plans:
+                setattr(response, PLANS, request.trace.report.plans)
             _complete_usage(response, request.trace)
             return response
         return with_last_event_completed(response, partial(_complete_event, trace=request.trace))

@@ -91,6 +91,11 @@ def runs_of(indices: Tensor) -> Runs:
     return tuple(zip(indices[starts].tolist(), (ends - starts + 1).tolist(), strict=True))
 
 
+def indices_of(runs: Runs) -> Tensor:
+    """(k,) int64 indices in runs; the inverse of `runs_of`."""
+    return torch.cat([torch.arange(start, start + length) for start, length in runs])
+
+
 def _runs(lists: Iterable[Sequence[int]]) -> Runs:
     return tuple((start, length) for start, length in lists)
 

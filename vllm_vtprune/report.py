@@ -133,12 +133,14 @@ class RequestReport:
         text_pipeline: pipeline that found the nouns; None if no text was parsed.
         untuned: whether the defaults were calibrated on other families only.
         stages: runs of stages.
+        plans: of a producer that was asked for them, the plan of each image, as JSON values; None for images without.
     """
 
     images: list[ImageReport] = field(default_factory=list)
     text_pipeline: str | None = None
     untuned: bool = False
     stages: list[StageRun] = field(default_factory=list)
+    plans: list[dict[str, Any] | None] = field(default_factory=list)
 
     @property
     def timings(self) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Proxy for encoder disaggregation: a producer encodes and prunes a request's media, then a consumer answers.
 
+The consumer gets the request with the producer's plans: which tokens it kept of each image.
+
     python deploy/disaggregation/proxy.py --encoders http://localhost:8001 --decoders http://localhost:8002
 
 Copy the file to where it has to run: it imports nothing from this project. It needs fastapi, httpx and uvicorn, which
@@ -27,6 +29,8 @@ CHAT = "/v1/chat/completions"
 CONNECT_TIMEOUT = 3.0  # seconds
 MEDIA = frozenset({"image_url", "video_url", "audio_url", "input_audio"})
 """Keys of content parts with media to encode."""
+PLANS = "pruning_plans"
+"""Field that asks a producer for its plans, and brings them to a consumer. No client may write it."""
 
 ENCODED = (
     *("model", "messages", "pruning", "mm_processor_kwargs", "media_io_kwargs"),
@@ -107,12 +111,16 @@ class Proxy:
         return await _while_connected(request, self._forward(request, b""))
 
     async def _chat(self, request: Request, body: bytes) -> Response:
-        to_encode = encoder_request(body)
-        problem = None if to_encode is None else await self._encode(to_encode, request.headers)
-        return problem or await self._forward(request, body)
+        fields = read(body)
+        to_encode = encoder_request(fields)
+        plans = [] if to_encode is None else await self._encode(to_encode, request.headers)
+        if isinstance(plans, Response):
+            return plans
+        changed = consumer_request(fields, plans)
+        return await self._forward(request, body if changed is None else json.dumps(changed).encode())
 
-    async def _encode(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Response | None:
-        """Have a producer encode; None once it has, else the answer for the client."""
+    async def _encode(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Response | list[Any]:
+        """Have a producer encode; its plans, or the answer for the client if there is no producer."""
         passed = {name: value for name, value in headers.items() if name not in HOP_BY_HOP | OF_THE_BODY}
         passed["accept-encoding"] = "identity"
         problems, url = [], ""
@@ -125,7 +133,8 @@ class Proxy:
                         problems.append(f"{url} failed with {type(error).__name__}")
                         continue
                     if answer.is_success:
-                        return None
+                        plans: list[Any] = read(answer.content).get(PLANS, [])
+                        return plans
                     if answer.status_code < 500:
                         return Response(answer.content, answer.status_code, _end_to_end(answer.headers))
                     problems.append(f"{url} answered with status {answer.status_code}")
@@ -134,8 +143,9 @@ class Proxy:
         return self._encoders.unavailable(problems)
 
     async def _forward(self, request: Request, body: bytes) -> Response:
-        """The answer of a consumer to the client's own request, byte for byte."""
+        """The answer of a consumer to the client's request, byte for byte."""
         headers = {"accept-encoding": "identity", **_end_to_end(request.headers)}
+        headers.pop("content-length", None)  # that of the body may differ
         problems = []
         for url in self._decoders.in_turn():
             target = f"{url}{request.url.path}?{request.url.query}".rstrip("?")
@@ -151,23 +161,44 @@ class Proxy:
         return self._decoders.unavailable(problems)
 
 
-def encoder_request(body: bytes) -> dict[str, Any] | None:
+def read(body: bytes) -> dict[str, Any]:
+    """The fields of a JSON object; empty for anything else, which a consumer refuses."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def encoder_request(request: Mapping[str, Any]) -> dict[str, Any] | None:
     """The request that makes a producer encode the media of a chat completion.
 
     Args:
-        body: the client's, as JSON.
+        request: the client's.
 
     Returns:
-        None for a body without media, and for a malformed one, which a consumer refuses.
+        None for a request without media, and for a malformed one, which a consumer refuses.
     """
     try:
-        request = json.loads(body)
         contents = [message["content"] for message in request["messages"] if isinstance(message.get("content"), list)]
         if not any(isinstance(part, dict) and part.keys() & MEDIA for content in contents for part in content):
             return None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError):
         return None
-    return {**{name: request[name] for name in ENCODED if name in request}, "max_tokens": 1}
+    return {**{name: request[name] for name in ENCODED if name in request}, PLANS: True, "max_tokens": 1}
+
+
+def consumer_request(request: Mapping[str, Any], plans: Sequence[Any]) -> dict[str, Any] | None:
+    """The request for a consumer, with a producer's plans and without those of the client; None: the client's own.
+
+    Args:
+        request: the client's.
+        plans: one for each image, or null; empty if the producer made none.
+    """
+    fields = {name: value for name, value in request.items() if name != PLANS}
+    if any(plans):
+        return {**fields, PLANS: plans}
+    return fields if PLANS in request else None
 
 
 def _end_to_end(headers: Mapping[str, str]) -> dict[str, str]:

@@ -1,65 +1,87 @@
-"""A producer that encodes and prunes, a consumer that answers, and the proxy before them: as one server answers."""
+"""A producer that encodes and prunes, a consumer that answers, and the proxy before them: as one server answers.
+
+LLaVA, whose counted budgets an engine follows alone, and Qwen3-VL, whose kept tokens have positions of three numbers.
+"""
 
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.support.chat import (
     SMALL_KV_CACHE,
     Body,
     Server,
-    by_energy,
-    fresh_url,
     image_part,
     kept,
-    random_model,
     text_of,
     tokens,
+    url_of,
     user,
 )
 from tests.support.process_tree import family, kill
+from vllm_vtprune.sent_plan import PLANS
+from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_server.process import running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify, pytest.mark.timeout(1200)]
 
+FAMILIES = ("llava", "qwen3_vl")
 PROXY = Path(__file__).parents[2] / "deploy" / "disaggregation" / "proxy.py"
 QUESTION = "Where is the dog and the red bus?"
-OPTIONS = [
-    *random_model(),
-    *("--max-model-len", "2048"),
-    *SMALL_KV_CACHE,
-    *("--dtype", "float32"),
-    "--enforce-eager",
-]
+OPTIONS = ["--max-model-len", "2048", *SMALL_KV_CACHE, "--dtype", "float32", "--enforce-eager"]
+DEFAULT = ("--pruning-default", "balanced")
 CLIENTS = 4
 ENDS_WITHIN = 30.0  # seconds, on busy cores
 
 
+_seeds = count()
+
+
+def picture() -> str:
+    """Noise that no earlier request showed: 80 tokens of Qwen3-VL."""
+    noise = np.random.default_rng([7, next(_seeds)]).integers(0, 256, (256, 320, 3), dtype=np.uint8)
+    return url_of(Image.fromarray(noise))
+
+
 def ask(policy: object, *images: Body | str, **fields: Any) -> Body:
-    messages = [user(QUESTION, *(images or (fresh_url(),)))]
+    messages = [user(QUESTION, *(images or (picture(),)))]
     return {"messages": messages, "pruning": policy, "max_tokens": 6, "logprobs": True, **fields}
 
 
+ENERGY: Body = {"budget": {"type": "energy", "threshold": 0.8, "min_tokens": 8}}
 CASES = {
     "tokens": ask(tokens(40)),
-    "ratio": ask({"budget": {"type": "ratio", "keep": 0.2}}),
+    "energy": ask(ENERGY),
+    "default": ask(None),
     "preset": ask("fast"),
     "hooks": ask(tokens(50, method="visionzip")),
+    "merged": ask({**ENERGY, "method": "tome"}),
     "without text": ask(tokens(30, method="divprune")),
+    "positions": ask({**tokens(30), "return_kept": True}),
+    "of the request": ask({"budget": {"type": "tokens", "keep": 60, "scope": "request"}}, picture(), picture()),
     "unpruned": ask(False),
-    "two images": ask(tokens(60), fresh_url(), image_part(fresh_url(), pruning=tokens(20))),
+    "two images": ask(tokens(60), picture(), image_part(picture(), pruning=ENERGY)),
+    "beside an unpruned one": ask(ENERGY, picture(), image_part(picture(), pruning=False)),
 }
-STREAMED = ask(tokens(44), stream_options={"include_usage": True})
-ALTERED, MISSING = ask(tokens(45)), ask(tokens(46))
+OF_LLAVA = ("hooks", "merged")
+"""Cases of methods that Qwen3-VL has no inputs for."""
+STREAMED = ask(ENERGY, stream_options={"include_usage": True})
+COUNTS: dict[str, Body] = {"tokens": tokens(25), "energy": ENERGY, "merged": {**ENERGY, "method": "tome"}}
+ALTERED = {name: ask(policy) for name, policy in COUNTS.items()}
+MISSING = {name: ask(policy) for name, policy in COUNTS.items()}
 REFUSED = {
     "policy": ask({"methd": "divprune"}),
     "image": ask("fast", "data:image/png;base64,AAAA"),
@@ -71,6 +93,7 @@ REFUSED = {
 class Deployment:
     """What one server answered, and the servers of the disaggregated deployment."""
 
+    family: str
     alone: dict[str, Body]
     alone_streamed: list[Body]
     refused_alone: dict[str, tuple[int, Body]]
@@ -84,22 +107,40 @@ class Deployment:
         """The embeddings that the producer has saved."""
         return set(self.store.glob("*/*.safetensors"))
 
+    def skip_if_missing(self, name: str) -> None:
+        """Skip a case of a method that the family does not have."""
+        if name in OF_LLAVA and self.family != "llava":
+            pytest.skip("the family lacks what this method needs")
 
-def serving(store: Path, role: str) -> list[str]:
+    def produce(self, body: Body) -> tuple[Body, Path]:
+        """Have the producer encode an image: the consumer's request, as the proxy makes it, and the file saved."""
+        before = self.files
+        answer = self.producer.ask(**body, **{PLANS: True})
+        (file,) = self.files - before
+        return {**body, **({PLANS: answer[PLANS]} if any(answer.get(PLANS, ())) else {})}, file
+
+
+def serving(family: str, store: Path, role: str) -> list[str]:
     connector = {"ec_connector": "ECExampleConnector", "ec_role": role}
     connector |= {"ec_connector_extra_config": {"shared_storage_path": str(store)}}
-    return [*OPTIONS, "--pruning-placement", "engine", "--ec-transfer-config", json.dumps(connector)]
+    return [*model(family), *OPTIONS, *DEFAULT, "--ec-transfer-config", json.dumps(connector)]
 
 
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def model(family: str) -> list[str]:
+    return [str(tiny_checkpoint(family)), "--served-model-name", "vtprune-demo"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    family = request.param
     folder = tmp_path_factory.mktemp("disaggregation")
     store = folder / "store"
     store.mkdir()
-    with running_server(OPTIONS, log=folder / "alone.log") as url:
+    with running_server([*model(family), *OPTIONS, *DEFAULT], log=folder / "alone.log") as url:
         server = Server(url, folder / "alone.log")
-        bodies = {**CASES, "altered": ALTERED, "missing": MISSING}
-        alone = {name: server.ask(**body) for name, body in bodies.items()}
+        bodies = {**CASES, **numbered("altered", ALTERED), **numbered("missing", MISSING)}
+        lacking = () if family == "llava" else OF_LLAVA
+        alone = {name: server.ask(**body) for name, body in bodies.items() if name.split()[-1] not in lacking}
         streamed = server.stream(**STREAMED)
         refused = {name: refusal(server, body) for name, body in REFUSED.items()}
     with ExitStack() as stack:
@@ -108,11 +149,16 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
             log = folder / f"{name}.log"
             return Server(stack.enter_context(running_server(arguments, log=log, **options)), log)
 
-        producer = start("producer", serving(store, "ec_producer"))
-        consumer = start("consumer", serving(store, "ec_consumer"))
+        with ThreadPoolExecutor() as pool:  # a start keeps one core busy
+            roles = ("producer", "consumer")
+            producer, consumer = pool.map(lambda role: start(role, serving(family, store, f"ec_{role}")), roles)
         addresses = ["--encoders", producer.url, "--decoders", consumer.url]
         proxy = start("proxy", addresses, command=[str(PROXY)])
-        yield Deployment(alone, streamed, refused, producer, consumer, proxy, store)
+        yield Deployment(family, alone, streamed, refused, producer, consumer, proxy, store)
+
+
+def numbered(prefix: str, bodies: dict[str, Body]) -> dict[str, Body]:
+    return {f"{prefix} {name}": body for name, body in bodies.items()}
 
 
 def refusal(server: Server, body: Body) -> tuple[int, Body]:
@@ -138,10 +184,15 @@ def assert_same(answer: Body, expected: Body) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_answer_is_that_of_one_server(deployment: Deployment, name: str) -> None:
+    deployment.skip_if_missing(name)
     before = deployment.files
     answer = deployment.proxy.ask(**CASES[name])
     assert_same(answer, deployment.alone[name])
     assert len(deployment.files - before) == len(kept(answer)), "the producer saves each image"
+    again = deployment.proxy.ask(**CASES[name])
+    assert again["choices"][0]["message"] == answer["choices"][0]["message"]
+    assert len(deployment.files - before) == len(kept(answer)), "and each once"
+    assert [image["cached"] for image in again["pruning"]["images"] if image["method"] != "none"].count(False) == 0
 
 
 def test_a_stream_is_that_of_one_server(deployment: Deployment) -> None:
@@ -151,25 +202,25 @@ def test_a_stream_is_that_of_one_server(deployment: Deployment) -> None:
     assert report(chunks[-1]) == report(expected[-1])
 
 
-def test_the_consumer_loads_what_the_producer_saved(deployment: Deployment) -> None:
-    before = deployment.files
-    assert deployment.producer.post({**ALTERED, "max_tokens": 1}).status_code == 200
-    (file,) = deployment.files - before
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_consumer_loads_what_the_producer_saved(deployment: Deployment, name: str) -> None:
+    deployment.skip_if_missing(name)
+    body, file = deployment.produce(ALTERED[name])
+    expected = deployment.alone[f"altered {name}"]
     saved = load_file(file)
-    assert [len(rows) for rows in saved.values()] == [45]
+    assert [len(rows) for rows in saved.values()] == kept(expected)
     save_file({name: -rows for name, rows in saved.items()}, file)
-    difference = [
-        abs(ours - theirs)
-        for ours, theirs in zip(
-            logprobs(deployment.consumer.ask(**ALTERED)), logprobs(deployment.alone["altered"]), strict=True
-        )
-    ]
-    assert max(difference) > 0.1
+    altered = logprobs(deployment.consumer.ask(**body))
+    assert max(abs(ours - theirs) for ours, theirs in zip(altered, logprobs(expected), strict=True)) > 0.1
 
 
-def test_a_consumer_encodes_and_prunes_what_nobody_saved(deployment: Deployment) -> None:
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_consumer_encodes_and_prunes_what_is_not_saved(deployment: Deployment, name: str) -> None:
+    deployment.skip_if_missing(name)
+    body, file = deployment.produce(MISSING[name])
+    file.unlink()
     before = deployment.files
-    assert_same(deployment.consumer.ask(**MISSING), deployment.alone["missing"])
+    assert_same(deployment.consumer.ask(**body), deployment.alone[f"missing {name}"])
     assert deployment.files == before
 
 
@@ -178,22 +229,29 @@ def test_an_error_is_that_of_one_server(deployment: Deployment, name: str) -> No
     assert refusal(deployment.proxy, REFUSED[name]) == deployment.refused_alone[name]
 
 
-def test_energy_budgets_are_refused(deployment: Deployment) -> None:
-    status, answer = refusal(deployment.proxy, ask(by_energy(40)))
+def test_without_the_proxy_a_consumer_refuses_what_needs_a_plan(deployment: Deployment) -> None:
+    status, answer = refusal(deployment.consumer, ask(ENERGY))
     assert (status, answer["error"]["param"]) == (400, "pruning.budget.type")
-    assert 'expected "tokens" or "ratio"' in answer["error"]["message"]
+    assert "the request brings no plan of a producer" in answer["error"]["message"]
+    wrong = {"visual_tokens": 9, "kept_tokens": 1, "kept": {"grid": None, "runs": [[0, 1]], "tiles": [], "view": None}}
+    status, answer = refusal(deployment.consumer, ask(ENERGY, **{PLANS: [wrong]}))
+    assert (status, answer["error"]["param"]) == (400, f"{PLANS}.0")
+    assert deployment.consumer.get("/health").status_code == 200
+    assert "Vision encoder loaded" not in deployment.consumer.log.read_text()
 
 
 def test_a_killed_producer_hangs_nobody_and_a_new_one_is_used(
     deployment: Deployment, record_property: Callable[[str, object], None]
 ) -> None:
+    if deployment.family != "llava":
+        pytest.skip("the proxy knows no families")
     answers: list[tuple[float, float, int, str]] = []  # begun, ended, status, body
     done = threading.Event()
 
     def client() -> None:
         while not done.is_set():
             begun = time.monotonic()
-            response = deployment.proxy.post({"messages": [user(QUESTION, fresh_url())], "pruning": "fast"})
+            response = deployment.proxy.post({"messages": [user(QUESTION, picture())]})
             answers.append((begun, time.monotonic(), response.status_code, response.text))
             time.sleep(0.1)
 
@@ -214,9 +272,8 @@ def test_a_killed_producer_hangs_nobody_and_a_new_one_is_used(
         killed = time.monotonic()
         kill(family(process.pid))
         wait_for(503, after=killed, seconds=ENDS_WITHIN)
-        again = running_server(
-            serving(deployment.store, "ec_producer"), port=port, log=deployment.store.with_name("again.log")
-        )
+        arguments = serving(deployment.family, deployment.store, "ec_producer")
+        again = running_server(arguments, port=port, log=deployment.store.with_name("again.log"))
         with again:
             back = time.monotonic()
             wait_for(200, after=back, seconds=120)

@@ -177,15 +177,53 @@ def test_a_producer_and_a_consumer_differ_in_role_and_gpu_alone() -> None:
     assert services["proxy"]["entrypoint"] == ["python3", target]
 
 
-def test_the_default_of_a_producer_is_a_preset_that_an_engine_can_follow() -> None:
-    command = composed("disaggregation/compose.yaml")["services"]["producer"]["command"]
-    preset = BUILTIN_PRESETS[command[command.index("--pruning-default") + 1]]
-    assert preset["budget"]["type"] in ("tokens", "ratio")
+DISAGGREGATION = "disaggregation/kubernetes.yaml"
 
 
-@pytest.mark.parametrize("document", documents("kubernetes/server.yaml"), ids=lambda document: document["kind"])
+@pytest.mark.parametrize(
+    "document",
+    [*documents("kubernetes/server.yaml"), *documents(DISAGGREGATION)],
+    ids=lambda document: f"{document['kind']} {document['metadata']['name']}",
+)
 def test_manifests_are_valid(document: Document) -> None:
     kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
+
+
+def test_pods_of_a_producer_and_a_consumer_differ_in_role_alone() -> None:
+    deployments = {one["metadata"]["name"]: one for one in documents(DISAGGREGATION) if one["kind"] == "Deployment"}
+    pods = []
+    for role in ("producer", "consumer"):
+        deployment = deployments[f"vtprune-{role}"]
+        assert deployment["spec"]["template"]["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
+        pods.append(deployment["spec"]["template"]["spec"])
+        (container,) = pods[-1]["containers"]
+        connector = json.loads(container["args"].pop())
+        assert connector.pop("ec_role") == f"ec_{role}"
+        path = connector.pop("ec_connector_extra_config")["shared_storage_path"]
+        assert {"name": "embeddings", "mountPath": path} in container["volumeMounts"]
+        assert container["image"] == f"vllm-vtprune:{__version__}"
+    assert pods[0] == pods[1]
+    writer = deployments["vtprune-producer"]["spec"]
+    assert (writer["replicas"], writer["strategy"]) == (1, {"type": "Recreate"}), "one at a time writes"
+
+
+def test_a_proxy_in_kubernetes_finds_its_script_and_the_instances() -> None:
+    everything = {(one["kind"], one["metadata"]["name"]): one for one in documents(DISAGGREGATION)}
+    pod = everything["Deployment", "vtprune-proxy"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    for address in (word for word in container["args"] if word.startswith("http")):
+        service = everything["Service", address.removeprefix("http://")]
+        name = service["spec"]["selector"]["app.kubernetes.io/name"]
+        assert ("Deployment", name) in everything
+        assert service["spec"]["ports"][0]["port"] == 80
+    clients = everything["Service", "vtprune"]["spec"]["selector"]
+    assert clients == everything["Deployment", "vtprune-proxy"]["spec"]["selector"]["matchLabels"]
+    (kustomization,) = documents("disaggregation/kustomization.yaml")
+    (generated,) = kustomization["configMapGenerator"]
+    (mount,) = container["volumeMounts"]
+    assert pod["volumes"] == [{"name": mount["name"], "configMap": {"name": generated["name"]}}]
+    assert container["command"] == ["python3", f"{mount['mountPath']}/{generated['files'][0]}"]
+    assert all((DEPLOY / "disaggregation" / name).is_file() for name in kustomization["resources"] + generated["files"])
 
 
 def test_pods_are_probed_where_the_server_says_how_it_is_and_have_time_to_stop() -> None:
@@ -211,6 +249,8 @@ def test_the_presets_that_are_named_exist() -> None:
         documents("kubernetes/server.yaml")[0]["spec"]["template"]["spec"]["containers"][0]["args"],
         documents(CHART)[0]["servingEngineSpec"]["modelSpec"][0]["vllmConfig"]["extraArgs"],
         composed()["services"]["server-gpu"]["command"],
+        composed("disaggregation/compose.yaml")["services"]["producer"]["command"],
+        documents(DISAGGREGATION)[1]["spec"]["template"]["spec"]["containers"][0]["args"],
     ):
         assert args[args.index("--pruning-default") + 1] in BUILTIN_PRESETS
 

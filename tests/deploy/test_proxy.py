@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.disaggregation.proxy import Proxy, encoder_request, make_app
+from deploy.disaggregation.proxy import PLANS, Proxy, encoder_request, make_app
 from tests.support.chat import Body, image_part, user
 from vllm_vtprune_server.process import free_port
 
@@ -95,7 +95,7 @@ def test_a_producer_gets_what_decides_the_encoding_and_a_consumer_gets_every_byt
     headers = {"authorization": "Bearer key", "x-request-id": "7", "content-type": "application/json; charset=utf-8"}
     send(instances, body, headers=headers)
     (_, encode), (_, forward) = instances.asked
-    assert json.loads(encode.content) == {**ASK, "mm_processor_kwargs": {"a": 1}, "max_tokens": 1}
+    assert json.loads(encode.content) == {**ASK, "mm_processor_kwargs": {"a": 1}, PLANS: True, "max_tokens": 1}
     assert forward.content == body
     assert encode.headers["content-type"] == "application/json"
     for name, value in headers.items():
@@ -148,7 +148,26 @@ def test_requests_without_media_and_malformed_ones_go_to_a_consumer_alone(
 )
 def test_media_in_every_form_are_encoded(part: Body) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ["Look: ", part]}]
-    assert encoder_request(json.dumps({"messages": messages}).encode()) == {"messages": messages, "max_tokens": 1}
+    assert encoder_request({"messages": messages}) == {"messages": messages, PLANS: True, "max_tokens": 1}
+
+
+PLAN: Body = {"kept": {"runs": [[0, 3], [9, 1]]}}
+
+
+@pytest.mark.parametrize("written", [None, [PLAN], True], ids=["nothing", "a plan", "a question"])
+def test_a_consumer_gets_the_producer_s_plans_and_no_client_s(instances: Instances, written: object) -> None:
+    body = {**ASK, "temperature": 0.1, "stop": "\ud83d", **({} if written is None else {PLANS: written})}
+    instances.answers["p1"] = lambda _: httpx.Response(200, json={PLANS: [None, PLAN]})
+    instances.answers["p2"] = lambda _: httpx.Response(200, json={PLANS: [None]})
+    send(instances, body, body, {**body, "messages": [{"role": "user", "content": "Where?"}]})
+    forwarded = [json.loads(request.content) for host, request in instances.asked if host.startswith("c")]
+    asked = [json.loads(request.content)[PLANS] for host, request in instances.asked if host.startswith("p")]
+    assert asked == [True, True]
+    assert [request.pop(PLANS, None) for request in forwarded] == [[None, PLAN], None, None]
+    own = {name: value for name, value in body.items() if name != PLANS}
+    assert forwarded == [own, own, {**own, "messages": forwarded[2]["messages"]}]
+    for _, request in instances.asked:
+        assert int(request.headers["content-length"]) == len(request.content)
 
 
 def test_a_producer_s_refusal_is_the_answer(instances: Instances) -> None:

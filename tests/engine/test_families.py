@@ -35,7 +35,10 @@ from tests.support.engines import (
 from tests.support.families import FAMILIES, Chat, Family, Turn
 from tests.support.unpruned import TwinReference, UnprunedReference
 from vllm_vtprune import PruningPolicy, plan_tokens
+from vllm_vtprune.plugin.image import ImageJob
+from vllm_vtprune.plugin.request import PromptPruning
 from vllm_vtprune.policy import PolicyError
+from vllm_vtprune.sent_plan import SentPlan
 
 pytestmark = pytest.mark.engine
 
@@ -251,6 +254,40 @@ def test_the_engine_selects_the_same_tokens(checker: Checker) -> None:
                 assert [image.placement for image in answer.images or ()] == placements
         assert checker.engine.encodings() == encodings
     checker.engine.select_in("api")
+
+
+def test_a_plan_of_another_process_is_followed(checker: Checker) -> None:
+    """As by a consumer for which nothing is saved: the engine takes what the plan says, and nothing else encodes."""
+    defaults = checker.engine.processor.family
+    if not defaults.fixed_length and checker.family.name in ("llava_next", "llava_onevision"):
+        pytest.skip("the length depends on which tokens are kept")
+
+    def asked(shown: Sequence[Shown], plans: Sequence[Any] = ()) -> Ask:
+        sent = [None if plan is None else SentPlan.read(plan, "plan") for plan in plans] or [None] * len(shown)
+        policies = [PruningPolicy.parse(each.policy).resolve(defaults) for each in shown]
+        jobs = [
+            ImageJob(policy, QUESTION, sends_plan=not plans, sent_plan=plan)
+            for policy, plan in zip(policies, sent, strict=True)
+        ]
+        request = checker.request([Turn(QUESTION, len(shown))], shown)
+        return replace(request, pruning=PromptPruning(policies[0], tuple(jobs)))
+
+    energy, merging = {"budget": {"type": "energy", "threshold": 0.9}, **TEXT}, ratio(0.3, method="pool")
+    prompts = [
+        [checker.shown(SQUARE, energy)],
+        [checker.shown(LANDSCAPE, merging)],
+        [checker.shown(PORTRAIT, ratio(0.2, **BLIND)), checker.shown(LANDSCAPE, False), checker.shown(SQUARE, energy)],
+    ]
+    expected = [checker.engine.ask(asked(shown)) for shown in prompts]
+    assert [[plan is not None for plan in answer.plans] for answer in expected] == [[True], [True], [True, False, True]]
+    encodings = checker.engine.encodings()
+    checker.engine.forget_prompts()
+    checker.engine.runtime.forget_images()
+    requests = [asked(shown, answer.plans) for shown, answer in zip(prompts, expected, strict=True)]
+    for _ in ("new", "cached"):
+        for answer, same in zip(checker.engine.ask_together(requests), expected, strict=True):
+            assert_same(answer, replace(same, images=[replace(image, kept=None) for image in same.images or ()]))
+    assert checker.engine.encodings() == encodings
 
 
 def test_another_token_would_be_seen(checker: Checker) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ECTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
@@ -257,7 +257,7 @@ def test_a_selection_that_fails_keeps_tokens_at_equal_distances_and_is_logged(
         ({}, ""),
         ({"use_v2_model_runner": False}, "the engine has V1"),
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline parallelism"),
-        ({"ec_transfer_config": object()}, "connector"),
+        ({"ec_transfer_config": ECTransferConfig(ec_connector="any", ec_role="ec_producer")}, "connector"),
     ],
 )
 def test_workers_refuse_a_placement_that_they_cannot_follow(

@@ -80,6 +80,8 @@ class Answer:
     prefix_hits: int
     """Prompt tokens whose keys and values were at hand."""
     images: list[ImageReport] | None = field(default=None)
+    plans: list[Any] = field(default_factory=list)
+    """What a producer would send."""
 
 
 class Engine:
@@ -161,6 +163,7 @@ class Engine:
             logprobs=[{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs],
             prefix_hits=output.num_cached_tokens,
             images=report.images if report is not None and pruning is not False else None,
+            plans=[] if report is None else report.plans,
         )
 
     def encodings(self) -> int:

@@ -3,7 +3,8 @@
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from vllm.plugins import load_general_plugins
 from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from vllm_vtprune.plugin.placement import role_of
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.plugin.unpruned import runtime_without_tower
 from vllm_vtprune_server import media
@@ -44,6 +46,9 @@ class Endpoint:
     """Answers a request that may reach the engine with one word, at once."""
 
     client: TestClient
+    processor: Any = None
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    """What reached the engine."""
 
     def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> httpx.Response:
         return self.client.post(path, json={"model": NAME, "max_tokens": 1, **body})
@@ -80,11 +85,12 @@ def endpoint(
             input_processor=None,
             errored=False,
             check_admission=lambda requests: None,
-            generate=_generate,
         )
         app = _app(engine, names, trust_request_mm_kwargs)
         with TestClient(app, raise_server_exceptions=False) as client:
-            yield Endpoint(client)
+            served = Endpoint(client, engine.renderer.mm_processor)
+            engine.generate = partial(_generate, served.prompts)
+            yield served
 
 
 def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> FastAPI:
@@ -98,6 +104,9 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
     )
     models = OpenAIServingModels(engine, [BaseModelPath(name, name) for name in names])
     processor = engine.renderer.mm_processor
+    role = role_of(engine.vllm_config.ec_transfer_config)
+    if role is not None:
+        processor.engine = engine.vllm_config
     policies = Policies.of({"budget": {"type": "tokens", "keep": 8}}, None, fixed_counts=fixed_counts())
     models.registry = AliasedModels(models, policies.available)
 
@@ -110,6 +119,7 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
         runtime=processor.runtime if hasattr(processor, "runtime") else runtime_without_tower(engine.model_config),
         policies=policies,
     )
+    renderer.role = role
     chat: Any = {"response_role": "assistant", "online_renderer": online_renderer, **settings}
     stock = {
         "openai_serving_chat": OpenAIServingChat(engine, models, **chat),
@@ -127,6 +137,9 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
     return app
 
 
-async def _generate(prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[RequestOutput]:
+async def _generate(
+    prompts: list[Any], prompt: Any, params: Any, request_id: str, **options: Any
+) -> AsyncIterator[RequestOutput]:
+    prompts.append(prompt)
     said = CompletionOutput(0, "yes", [5], None, None, finish_reason="stop")
     yield RequestOutput(request_id, None, prompt["prompt_token_ids"], None, [said], finished=True)

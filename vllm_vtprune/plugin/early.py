@@ -80,7 +80,7 @@ class EarlyEncoding:
         key = feature_key(processor, image.policy, media, image.uuid, self._hf_kwargs, media_io_kwargs)
         if not runtime.is_first_request(key, image.policy, image.text):
             return
-        in_engine = processor.place(image.policy, return_kept=image.return_kept)[0] == "engine"
+        in_engine = not processor.selects_here(image)
         encoding = None if in_engine else runtime.encoder.find(key)
         prepared = runtime.prepared.get(key)
         if encoding is None and prepared is None:

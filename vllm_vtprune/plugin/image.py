@@ -18,17 +18,20 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm_vtprune.budget import fixed_count
 from vllm_vtprune.encoder import Encoded, PlannedImage
 from vllm_vtprune.features import Box, Layout, PreparedImage, VisualFeatures
-from vllm_vtprune.kept import KeptTokens
+from vllm_vtprune.kept import KeptTokens, indices_of
 from vllm_vtprune.lossless import Edges, crop_edges
 from vllm_vtprune.options import RatioBudget, TokensBudget
 from vllm_vtprune.plan import PruningPlan
 from vllm_vtprune.plugin.family import DynamicResolution
+from vllm_vtprune.plugin.items import KEPT_POSITIONS, with_positions
 from vllm_vtprune.plugin.placement import watched_inputs
 from vllm_vtprune.plugin.prompt import noun_ids
 from vllm_vtprune.plugin.selection import Selection
 from vllm_vtprune.policy import OFF, PolicyError, PruningPolicy
 from vllm_vtprune.report import ImageReport
 from vllm_vtprune.selectors.method import LOSSLESS
+from vllm_vtprune.selectors.uniform import Uniform
+from vllm_vtprune.sent_plan import PLANS, SentPlan
 from vllm_vtprune.text import TextFallback, read_prompt
 
 if TYPE_CHECKING:
@@ -67,6 +70,8 @@ class ImageJob:
         allotted: tokens allotted to the image by a budget for all images of the request; None for other budgets.
         placement_reason: see `ImageReport`.
         return_kept: whether the report says which tokens were kept.
+        sends_plan: whether a producer reports the plan for a consumer.
+        sent_plan: a producer's plan, which this consumer follows.
         report: report of a planned image, from this request or an earlier one.
     """
 
@@ -95,6 +100,8 @@ class ImageJob:
     allotted: int | None = None
     placement_reason: str | None = None
     return_kept: bool = False
+    sends_plan: bool = False
+    sent_plan: SentPlan | None = None
     report: ImageReport | None = None
 
     def read_text(self, processor: PruningProcessor) -> None:
@@ -137,20 +144,52 @@ class ImageJob:
         """Attach to vLLM's item of the image what the engine needs to select its tokens, and set `report`.
 
         Raises:
-            PolicyError: pruning would change the attention mask.
+            PolicyError: pruning would change the attention mask, or a producer's plan does not fit the image.
         """
+        plan, layout = self.sent_plan, image.layout
+        if plan is None:
+            return self._select_in_engine(processor, image, self.policy, self.count(layout), placement="engine")
+        end = sum(plan.kept.runs[-1])
+        if end > layout.num_tokens:
+            raise self._wrong_plan(f"it keeps token {end - 1} of an image of {layout.num_tokens} tokens")
+        kept = indices_of(plan.kept.runs)
+        policy = self._policy_of_plan(processor, len(kept))
+        facts = {"energy": plan.energy, "placement_reason": self.placement_reason, "allotted_tokens": self.allotted}
+        item = self._select_in_engine(processor, image, policy, len(kept), placement="api", **facts)
+        assert self.report is not None
+        counts, sent = (self.report.kept_tokens, self.report.visual_tokens), (plan.kept_tokens, plan.visual_tokens)
+        if counts != sent:
+            raise self._wrong_plan("it keeps {} of {} tokens, here {} of {}".format(*sent, *counts))
+        return with_positions(item, {**processor.position_fields(layout, kept), KEPT_POSITIONS: kept})
+
+    def _select_in_engine(
+        self, processor: PruningProcessor, image: PreparedImage, policy: PruningPolicy, keep: int, **measured: Any
+    ) -> MultiModalKwargsItem:
+        """The item of an image of which the engine keeps so many tokens under ``policy``; sets `report`."""
         layout = image.layout
-        if not watched_inputs(self.policy, processor.family):
+        if not watched_inputs(policy, processor.family):
             layout = replace(layout, connector_rows=None)
         tokens = layout.num_tokens
-        keep = self.count(layout)
         _require_same_mask(processor, self.policy, tokens, keep)
         duplicates = None if layout.distinct is None else tokens - len(layout.distinct)
         newlines = layout.newlines
-        self.report = self._report(
-            tokens + newlines, keep + newlines, layout.border_tokens, duplicates, placement="engine"
-        )
-        return Selection(self.item_hash, self.policy, keep, self.noun_ids, layout).attach(image.item)
+        self.report = self._report(tokens + newlines, keep + newlines, layout.border_tokens, duplicates, **measured)
+        return Selection(self.item_hash, policy, keep, self.noun_ids, layout).attach(image.item)
+
+    def _policy_of_plan(self, processor: PruningProcessor, keep: int) -> PruningPolicy:
+        """How the engine prunes the image if nothing is saved: it takes rows of the features, or merges them again."""
+        policy = self.policy.with_budget(TokensBudget(keep=keep))
+        if not policy.chosen.merges:
+            return PruningPolicy(Uniform(budget=policy.budget))  # reads nothing inside the encoder
+        no_hooks = processor.engine_placement.no_hooks
+        if no_hooks and watched_inputs(policy, processor.family):
+            problem = f"method {policy.method} merges tokens by what it reads inside the encoder, and {no_hooks}"
+            raise self._wrong_plan(problem)
+        return policy
+
+    def _wrong_plan(self, problem: str) -> PolicyError:
+        accepted = "a producer with the same model and options as this consumer"
+        return PolicyError(f"{PLANS}.{self.index}", None, accepted, problem)
 
     def count(self, layout: Layout) -> int:
         """Tokens that a policy with a budget in tokens or as a ratio keeps of an image."""
@@ -177,6 +216,8 @@ class ImageJob:
     def report_of(self, kept: int) -> ImageReport:
         """The image's report; ``kept`` counts its tokens in the prompt."""
         report = self.report or ImageReport.of(self.policy, self.unpruned_tokens or kept, kept)
+        if self.sent_plan is not None and self.return_kept:
+            report = replace(report, kept=self.sent_plan.kept)
         report = replace(report, detail=self.detail)
         return report.as_cached() if self.policy.enabled and not self.processed else report
 

@@ -22,6 +22,7 @@ from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.plugin.compat.loading import token_table
 from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.items import KEPT_POSITIONS, KEPT_PROMPT
 from vllm_vtprune.plugin.placement import watched_inputs
 from vllm_vtprune.plugin.reading import FeatureReader, batches
 from vllm_vtprune.plugin.selection import SELECTION, Selection, split
@@ -46,7 +47,8 @@ class SelectsInEngine:
         """Embeddings of a batch of images or videos, in order.
 
         Args:
-            kwargs: of the stock model and, for images to be pruned, `SELECTION`: (B, L) uint8, or B tensors (L,).
+            kwargs: of the stock model and, for images to be pruned, `SELECTION`: (B, L) uint8, or B tensors (L,); where
+                a producer selected, also `KEPT_POSITIONS`: (B, k) int64, or B tensors (k,).
 
         Returns:
             One (k, d + p) tensor for each image to be pruned; else as the stock model.
@@ -58,7 +60,12 @@ class SelectsInEngine:
         if self._selector is None:
             family = self._pruning.family_of(self._model_config.hf_config)
             self._selector = TokenSelector(self, family, self._model_config)  # type: ignore[arg-type]
-        return self._selector.prune(encode, kwargs, [Selection.read(each) for each in data])
+        selections = [Selection.read(each) for each in data]
+        kwargs.pop(KEPT_PROMPT, None)
+        positions = kwargs.pop(KEPT_POSITIONS, None)
+        if positions is not None:
+            self._selector.follow(selections, positions)
+        return self._selector.prune(encode, kwargs, selections)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Load weights as the stock model does, and forget what was selected with others."""
@@ -83,6 +90,11 @@ class TokenSelector:
         self._reader = FeatureReader(model, family, config)
         self._token_rows = _token_rows(model, config)
         self._kept: BoundedTable[str, Tensor] = BoundedTable(KEPT_BYTES, lambda kept: kept.nbytes)
+
+    def follow(self, selections: Sequence[Selection], positions: Iterable[Tensor]) -> None:
+        """Keep the tokens at the given positions, (k,) for each image, when it is pruned next."""
+        for selection, kept in zip(selections, positions, strict=True):
+            self._kept.put(selection.key, kept.to("cpu", torch.int32))
 
     def prune(
         self, encode: Callable[..., Any], fields: Mapping[str, Any], selections: Sequence[Selection]

@@ -14,7 +14,7 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, 
 KEPT_EMBEDS = "kept_embeds"
 """Field: (T, d) embeddings to prefill for the image."""
 KEPT_POSITIONS = "kept_positions"
-"""Field, with M-RoPE: (k,) int64, ascending indices of the kept visual tokens."""
+"""Field, with M-RoPE and where a producer selected: (k,) int64, ascending indices of the kept visual tokens."""
 KEPT_PROMPT = "kept_prompt"
 """Field, with text between visual tokens: (L,) int64 ids of the placeholder, `EMBED` for visual tokens."""
 
@@ -26,7 +26,13 @@ def pruned_item(embeds: Tensor, on_cpu: Mapping[str, Tensor]) -> MultiModalKwarg
         embeds: (T, d) embeddings to prefill, on the CPU.
         on_cpu: fields from which positions are computed; the engine keeps them even when it needs no embeddings.
     """
-    fields = {KEPT_EMBEDS: MultiModalFieldElem(embeds, MultiModalBatchedField())}
+    embeds_field = MultiModalFieldElem(embeds, MultiModalBatchedField())
+    return with_positions(MultiModalKwargsItem({KEPT_EMBEDS: embeds_field}), on_cpu)
+
+
+def with_positions(item: MultiModalKwargsItem, on_cpu: Mapping[str, Tensor]) -> MultiModalKwargsItem:
+    """An item with fields from which positions are computed; see `pruned_item`."""
+    fields = dict(item)
     for name, data in on_cpu.items():
         fields[name] = MultiModalFieldElem(data, MultiModalBatchedField(keep_on_cpu=True))
     return MultiModalKwargsItem(fields)

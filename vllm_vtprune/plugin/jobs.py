@@ -32,6 +32,7 @@ from vllm_vtprune.plugin.limits import DataMissing
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.report import RequestReport, StageRun, in_prompt_order
+from vllm_vtprune.sent_plan import SentPlan
 from vllm_vtprune.text import text_pipeline_name
 
 if TYPE_CHECKING:
@@ -107,7 +108,12 @@ class PromptJobs:
         """Give each image of a budget of scope "request" its part, as a budget in tokens of its own."""
         groups: list[list[ImageJob]] = []  # by policy: images of earlier turns keep theirs
         for job in self.images:
-            if job.policy.enabled and job.policy.budget.scope == "request":
+            plan = job.sent_plan
+            if plan is not None:
+                job.placement_reason, job.allotted = plan.placement_reason, plan.allotted_tokens
+                if job.allotted is not None:
+                    job.policy = job.policy.with_budget(TokensBudget(keep=job.allotted))
+            elif job.policy.enabled and job.policy.budget.scope == "request":
                 group = next((group for group in groups if group[0].policy == job.policy), None)
                 groups.append([job]) if group is None else group.append(job)
         for group in groups:
@@ -146,6 +152,9 @@ class PromptJobs:
             job.read_text(self.processor)
             self.report.text_pipeline = text_pipeline_name()
             self.report.add_timings({"text": time.perf_counter() - started})
+        if job.sent_plan is not None:
+            self._leave_to_engine(job)
+            return
         if job.allotted is None:
             placement, job.placement_reason = self.processor.place(job.policy, return_kept=job.return_kept)
             if placement == "engine" and self._leave_to_engine(job):
@@ -153,13 +162,16 @@ class PromptJobs:
         self._start(job)
 
     def _leave_to_engine(self, job: ImageJob) -> bool:
-        """Set the hash and, if the image is cached, the report of an image whose tokens the engine selects.
+        """Set the hash and, if it is cached, the report of an image whose tokens the engine or a producer selects.
 
         Returns:
             False for an image sent as a uuid only that vLLM's cache lacks: this process may have its features.
         """
         runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
-        key = _hash_of("engine", job.item_hash, job.policy.selection_digest(), job.noun_ids)
+        if job.sent_plan is None:
+            key = _hash_of("engine", job.item_hash, job.policy.selection_digest(), job.noun_ids)
+        else:
+            key = _hash_of(self._plan_key(job), job.sent_plan.kept.runs)
         is_cached = cache is not None and cache.is_cached([key])[0]
         job.prepared = runtime.prepared.get(job.feature_key)
         missing = job.data is None and job.prepared is None and not is_cached
@@ -173,7 +185,13 @@ class PromptJobs:
             runtime.prepared.put(job.feature_key, job.prepared)
         planned = runtime.planned.get(key)
         if planned is not None:
-            job.report = replace(planned[1], nouns=job.nouns, text_fallback=job.text_fallback)
+            job.report = replace(
+                planned[1],
+                nouns=job.nouns,
+                text_fallback=job.text_fallback,
+                placement_reason=job.placement_reason,
+                allotted_tokens=job.allotted,
+            )
         elif is_cached:
             job.leave_to_engine(self.processor, job.prepared or self._preprocess(job))
         return True
@@ -184,8 +202,8 @@ class PromptJobs:
         The table of reports holds no positions, so an image whose report needs them is planned again.
         """
         runtime, cache = self.processor.runtime, compat.cache_in_use(self.inputs)
-        job.plan_key = _hash_of(runtime.generation, job.item_hash, job.policy.selection_digest(), job.noun_ids)
-        planned = None if job.return_kept else runtime.planned.get(job.plan_key)
+        job.plan_key = self._plan_key(job)
+        planned = None if job.return_kept or job.sends_plan else runtime.planned.get(job.plan_key)
         if planned is not None and cache is not None and cache.is_cached([planned[0]])[0]:
             job.item_hash, report = planned
             job.report = replace(
@@ -198,6 +216,10 @@ class PromptJobs:
             job.encoding = None
         else:
             self._encode(job)
+
+    def _plan_key(self, job: ImageJob) -> str:
+        generation = self.processor.runtime.generation
+        return _hash_of(generation, job.item_hash, job.policy.selection_digest(), job.noun_ids)
 
     def _encode(self, job: ImageJob) -> None:
         """Submit an image to the encoder, unless this request has done so."""
@@ -237,11 +259,11 @@ class PromptJobs:
         for job, image in encoded:
             planned = job.plan(self.processor, image)
             self.report.add_timings(planned.timings)
-            job.item = pruned_item(planned.embeds, self.processor.position_fields(planned))
-            job.item_hash = _hash_of(job.plan_key, sha256(planned.kept.numpy().tobytes()).hexdigest())
+            job.item = pruned_item(planned.embeds, self.processor.position_fields(planned, planned.kept))
+            job.item_hash = _hash_of(job.plan_key, planned.places.runs)
             assert job.report is not None
             runtime.planned.put(job.plan_key, (job.item_hash, replace(job.report, nouns=())))
-            if job.return_kept:
+            if job.return_kept or job.sends_plan:
                 view = None if job.data is None else view_of(self.processor, job.policy, job.data)
                 job.report = replace(job.report, kept=replace(planned.places, view=view))
 
@@ -320,6 +342,9 @@ class PromptJobs:
         ranges = placeholders.get("image", ())
         images = [job.report_of(place.get_num_embeds()) for job, place in zip(self.images, ranges, strict=True)]
         self.report.images = in_prompt_order(images, placeholders, self.policy)
+        if any(job.sends_plan for job in self.images):
+            plans = [SentPlan.of(image) for image in images]
+            self.report.plans = [None if plan is None else plan.to_json() for plan in plans]
         self.processor.runtime.count_stages(self.report)
         return self.report
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ECTransferConfig, ModelConfig, VllmConfig
 
 from vllm_vtprune import envs
 from vllm_vtprune.plugin.family import Family
@@ -19,6 +19,7 @@ from vllm_vtprune.report import Placement
 from vllm_vtprune.selectors.method import Input
 
 Choice: TypeAlias = Literal["auto", "api", "engine"]
+Role: TypeAlias = Literal["producer", "consumer"]
 
 WATCHED: frozenset[Input] = frozenset({"encoder", "cls_attention", "overview_attention", "keys"})
 """Inputs of methods that hooks read inside the encoder; the others follow from its output and the image's size."""
@@ -37,18 +38,20 @@ class EnginePlacement:
         choice: the operator's.
         no_positions: why it cannot position kept tokens of this model; empty if it can, None if that is not known.
         no_hooks: why hooks inside its encoder would not see whole images; empty if they do.
+        role: of the instance in encoder disaggregation.
     """
 
     choice: Choice
     no_positions: str | None = ""
     no_hooks: str = ""
+    role: Role | None = None
 
     @classmethod
     def of(cls, choice: Choice, model_config: ModelConfig, engine: VllmConfig | None) -> EnginePlacement:
         """Of an engine.
 
         Args:
-            choice: the operator's. An instance that only encodes selects in its engine.
+            choice: the operator's. A consumer with ``auto`` selects in its engine, or follows a producer's plans.
             model_config: vLLM's config of the model.
             engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
         """
@@ -59,9 +62,10 @@ class EnginePlacement:
         elif engine is not None and engine.compilation_config.compile_mm_encoder:
             no_hooks = "compile_mm_encoder compiles the encoder without hooks"
         no_positions = "" if not model_config.uses_mrope else None if engine is None else mrope_obstacle(engine)
-        if engine is not None and engine.is_mm_encoder_only:
+        role = None if engine is None else role_of(engine.ec_transfer_config)
+        if role == "consumer" and choice == "auto":
             choice = "engine"
-        return cls(choice, no_positions, no_hooks)
+        return cls(choice, no_positions, no_hooks, role)
 
     def place(
         self, policy: PruningPolicy, family: Family, *, return_kept: bool = False, param: str = "pruning"
@@ -89,7 +93,10 @@ class EnginePlacement:
             value, accepted = "true", "false"
         elif field != "method":
             _, value, accepted = policy.featureless_budget()
-        raise PolicyError(f"{param}.{field}", value, accepted, f"{reason}, and this server selects in its engine only")
+        problem = "this server selects in its engine only"
+        if self.role == "consumer":
+            problem = "the request brings no plan of a producer, as the proxy would add"
+        raise PolicyError(f"{param}.{field}", value, accepted, f"{reason}, and {problem}")
 
     def _obstacle(self, policy: PruningPolicy, family: Family, return_kept: bool) -> tuple[str, str]:
         """The field to blame, and the reason; two empty strings where nothing is in the way."""
@@ -109,6 +116,13 @@ class EnginePlacement:
         if return_kept:
             return "return_kept", "return_kept asks for positions, which the engine does not report"
         return "", ""
+
+
+def role_of(transfer: ECTransferConfig | None) -> Role | None:
+    """What an instance does in encoder disaggregation; None for one that does both, or takes no part."""
+    if transfer is None or transfer.is_ec_producer == transfer.is_ec_consumer:
+        return None
+    return "producer" if transfer.is_ec_producer else "consumer"
 
 
 def refuse_placement(engine: VllmConfig) -> None:

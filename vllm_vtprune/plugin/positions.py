@@ -84,8 +84,6 @@ def _kept_positions(feature: MultiModalFeatureSpec) -> torch.Tensor | None:
     """
     if feature.data is None:
         return None
-    if SELECTION in feature.data:
-        return torch.arange(feature.mm_position.length)
-    if KEPT_POSITIONS not in feature.data:
-        return None
-    return _field(feature, KEPT_POSITIONS)
+    if KEPT_POSITIONS in feature.data:
+        return _field(feature, KEPT_POSITIONS)
+    return torch.arange(feature.mm_position.length) if SELECTION in feature.data else None

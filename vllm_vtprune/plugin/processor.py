@@ -43,7 +43,7 @@ from vllm_vtprune.features import Box, Layout
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.gpu import place_of
-from vllm_vtprune.plugin.image import BLANK, NO_OPTIONS, only_image, size_of
+from vllm_vtprune.plugin.image import BLANK, NO_OPTIONS, ImageJob, only_image, size_of
 from vllm_vtprune.plugin.items import KEPT_EMBEDS, KEPT_PROMPT
 from vllm_vtprune.plugin.jobs import PromptJobs
 from vllm_vtprune.plugin.limits import rejects_bad_input
@@ -120,6 +120,10 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """Where a policy that selects tokens does so, and why not in the engine; see `EnginePlacement.place`."""
         return self.engine_placement.place(policy, self.family, return_kept=return_kept, param=param)
 
+    def selects_here(self, image: ImageJob) -> bool:
+        """Whether this process selects the tokens of an image whose policy selects tokens."""
+        return image.sent_plan is None and self.place(image.policy, return_kept=image.return_kept)[0] == "api"
+
     def _load_tower(self) -> VisionTower:
         from vllm_vtprune.plugin import vision  # not needed in engine processes
 
@@ -142,11 +146,16 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
 
     # Overridden by families
 
-    def position_fields(self, image: PlannedImage) -> Mapping[str, torch.Tensor]:
-        """Fields of a pruned image that depend on which tokens are kept, besides its embeddings."""
+    def position_fields(self, image: PlannedImage | Layout, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Fields of a pruned image that depend on which tokens are kept, besides its embeddings.
+
+        Args:
+            image: the image, unpruned.
+            kept: (k,) int64 indices of the kept tokens, on the CPU.
+        """
         if image.prompt is None:
             return {}
-        placeholder = self.prune_placeholder(Placeholder(self.image_token_id, image.prompt), image.kept)
+        placeholder = self.prune_placeholder(Placeholder(self.image_token_id, image.prompt), kept)
         return {KEPT_PROMPT: torch.tensor(placeholder.ids)}
 
     def prune_placeholder(self, placeholder: Placeholder, kept: torch.Tensor) -> Placeholder:
@@ -241,8 +250,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         )
         stock = replace(inputs, hf_processor_mm_kwargs=without_pruning(inputs.hf_processor_mm_kwargs))
         if has_images and any(policy.enabled for policy in pruning.policies):
-            selecting = (image for image in pruning.images if image.policy.selects)
-            selects_here = any(self.place(i.policy, return_kept=i.return_kept)[0] == "api" for i in selecting)
+            selects_here = any(image.policy.selects and self.selects_here(image) for image in pruning.images)
             self.weights.follow(self.runtime, selects=selects_here)
             jobs = PromptJobs.prepare(self, stock, pruning)
             result = super().apply(jobs.inputs_with_jobs(), timing_ctx)

@@ -34,11 +34,11 @@ class GridProcessor(DynamicResolution, PruningProcessor):
     (``keep_on_cpu``).
     """
 
-    def position_fields(self, image: PlannedImage) -> Mapping[str, torch.Tensor]:
+    def position_fields(self, image: PlannedImage | Layout, kept: torch.Tensor) -> Mapping[str, torch.Tensor]:
         assert image.grid is not None
         merge = merge_size(self.info.get_hf_config())
         grid = torch.tensor([1, *(merge * side for side in image.grid)])
-        return {"image_grid_thw": grid, KEPT_POSITIONS: image.kept}
+        return {"image_grid_thw": grid, KEPT_POSITIONS: kept}
 
     def raster_layout(self, item: Mapping[str, Any], connector_rows: torch.Tensor | None = None) -> Layout:
         """The layout of an image whose tokens form one grid; ``connector_rows`` as in `Layout`."""
