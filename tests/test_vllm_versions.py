@@ -197,6 +197,7 @@ def picture_on_the_web() -> Iterator[str]:
 
 
 @pytest.mark.engine
+@pytest.mark.verify
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -232,17 +233,20 @@ def test_the_newest_prunes_in_whole_answers_and_in_streams(
 
 
 @pytest.mark.engine
+@pytest.mark.verify
 @pytest.mark.parametrize("ask", [*WHOLE.values(), *STREAMS.values()])
 def test_the_newest_prunes_in_every_api(newest: Server, ask: Ask) -> None:
     assert ask(newest, {"url": fresh_url()}, pruning=tokens(40)).kept == [40]
 
 
 @pytest.mark.engine
+@pytest.mark.verify
 def test_the_newest_fetches_an_image(newest: Server, picture_on_the_web: str) -> None:
     assert kept(newest.ask(messages=[user("What is it?", picture_on_the_web)])) == [96]
 
 
 @pytest.mark.engine
+@pytest.mark.verify
 @pytest.mark.parametrize(
     ("fields", "url", "said"),
     [
@@ -261,6 +265,7 @@ def test_the_newest_refuses_what_it_cannot_do(
 
 
 @pytest.mark.engine
+@pytest.mark.verify
 def test_the_newest_tells_about_itself(newest: Server) -> None:
     assert "vtprune-demo@off" in [model["id"] for model in newest.get("/v1/models").json()["data"]]
     assert newest.get("/v1/pruning").json()["methods"]

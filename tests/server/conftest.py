@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.chat import SMALL_KV_CACHE, Server
+from tests.support.chat import ONE_ENGINE_PROCESS, SMALL_KV_CACHE, Server
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_server.process import running_server
 
@@ -41,6 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--pruning-default", json.dumps({"budget": {"type": "tokens", "keep": DEFAULT_KEEP}})),
         *("--max-model-len", "2048"),
         *SMALL_KV_CACHE,
+        *ONE_ENGINE_PROCESS,
         *("--dtype", "float32"),
         *("--block-size", str(BLOCK)),
         *("--limit-mm-per-prompt", '{"image": 3}'),

@@ -17,6 +17,7 @@ import pytest
 from tests.support.chat import (
     DONE,
     ENDLESS,
+    ONE_ENGINE_PROCESS,
     SMALL_KV_CACHE,
     VISUAL_TOKENS,
     Body,
@@ -57,6 +58,7 @@ def operated(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> 
         *("--shutdown-timeout", str(SHUTDOWN_TIMEOUT)),
         *("--max-model-len", "4096"),
         *SMALL_KV_CACHE,
+        *ONE_ENGINE_PROCESS,
         "--enforce-eager",
     ]
     environment = {

@@ -37,7 +37,7 @@ from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_server.process import running_server
 from vllm_vtprune_server.supervisor import BEAT, PATIENCE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.verify]  # test_shared_encoder.py has the parts in one process
 
 THINGS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
 TOWER_LOADED = "Vision encoder loaded"
@@ -46,7 +46,7 @@ RESTARTED_WITHIN = 120
 STOPPED_WITHIN = 60
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.verify)])
+@pytest.fixture(scope="module", params=[1, 2])
 def engines(request: pytest.FixtureRequest) -> int:
     return request.param  # type: ignore[no-any-return]
 
@@ -101,7 +101,6 @@ def test_one_encoder_process_loads_it_and_neither_api_process_nor_engine_does(tw
         assert tower["parameters"] > 0
 
 
-@pytest.mark.verify  # beside the shared server, it would need servers of this file in another worker
 @pytest.mark.parametrize("policy", [by_energy(64), {"method": "prumerge", "budget": {"type": "method"}}])
 def test_answers_and_reports_are_those_of_a_server_with_one_process(
     two_processes: Server, server: Server, policy: Body
@@ -248,7 +247,6 @@ def test_a_new_encoder_process_takes_the_place_of_one_that_died(two_processes: S
     assert content(answer_to(every_token, seen)) == original
 
 
-@pytest.mark.verify
 def test_an_encoder_process_that_hangs_is_killed_and_replaced(two_processes: Server) -> None:
     before, hung = two_processes.metrics(), encoder_of(two_processes)
     hung.suspend()
@@ -262,7 +260,6 @@ def test_an_encoder_process_that_hangs_is_killed_and_replaced(two_processes: Ser
     assert f"hung for {PATIENCE * BEAT:g} s and was killed" in two_processes.log.read_text(errors="replace")
 
 
-@pytest.mark.verify
 def test_no_encoder_process_survives_a_server_whose_first_process_is_killed(tmp_path: Path) -> None:
     with serving(tmp_path / "log") as server:
         processes, encoder = processes_of(server), encoder_of(server)

@@ -22,6 +22,8 @@ VISUAL_TOKENS = 576
 """Of an image, in a checkpoint of LLaVA's family."""
 
 SMALL_KV_CACHE = ("--kv-cache-memory-bytes", str(2**28))  # several servers run at the same time
+ONE_ENGINE_PROCESS = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
+"""Without a worker process, which vLLM has on CPUs: it imports vLLM once more, and both spin while they wait."""
 
 _seeds = count()
 # Requests do not share connections, so that several processes behind one address all get some.
