@@ -126,7 +126,7 @@ def test_the_encoder_is_loaded_at_the_start_where_an_operator_s_policy_needs_it(
     own = {name: PruningPolicy.parse(value) for name, value in presets.items()}
     engine = EnginePlacement("auto")
     place = partial(engine.place, family=WITH_CLIP)
-    processor: Any = SimpleNamespace(family=WITH_CLIP, place=place)
+    processor: Any = SimpleNamespace(family=WITH_CLIP, place=place, engine_placement=EnginePlacement("auto"))
     assert Policies.of(default, own).placements(processor) == placements
 
 
@@ -134,7 +134,7 @@ def test_a_default_that_the_engine_cannot_follow_stops_the_start(monkeypatch: py
     """Presets that it cannot follow do not: they are not among those that clients may name."""
     monkeypatch.setenv("VTPRUNE_PLACEMENT", "engine")
     place = partial(EnginePlacement("engine").place, family=WITH_CLIP)
-    processor: Any = SimpleNamespace(family=WITH_CLIP, place=place)
+    processor: Any = SimpleNamespace(family=WITH_CLIP, place=place, engine_placement=EnginePlacement("auto"))
     mine = {"mine": PruningPolicy.parse("quality")}
     policies = Policies.of("fast", mine, fixed_counts=fixed_counts())
     assert policies.placements(processor) == {"engine"}

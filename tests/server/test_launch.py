@@ -18,6 +18,7 @@ import pytest
 import vllm_vtprune
 from tests.support.chat import leaks
 from tests.support.forked import run_cli
+from vllm_vtprune.plugin.placement import EnginePlacement
 from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
 from vllm_vtprune_server import launch
 from vllm_vtprune_server.policies import Policies
@@ -259,7 +260,10 @@ def test_presets_that_cannot_be_used_are_refused_with_the_file_s_name(tmp_path: 
 
 def test_a_policy_that_the_model_cannot_follow_is_refused_before_any_request() -> None:
     family = FamilyDefaults(clip_alpha=0.5, provides=frozenset({"grid", "positions"}))
-    without_cls: Any = SimpleNamespace(family=family, place=lambda policy, param: ("api", None))
+    placement = EnginePlacement("api")
+    without_cls: Any = SimpleNamespace(
+        family=family, place=lambda policy, param: ("api", None), engine_placement=placement
+    )
     presets = {"mine": PruningPolicy.parse({"method": "fastervlm"})}
     Policies.of("fast").placements(without_cls)
     with pytest.raises(PolicyError, match=r"mine\.method: method fastervlm needs cls_attention"):

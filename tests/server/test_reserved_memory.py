@@ -30,6 +30,7 @@ from vllm_vtprune_server.policies import Policies
 CARD = 80 * GIB
 MODEL = str(embedded_checkpoint())
 PRODUCER = '{"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}'
+CONSUMER = '{"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}'
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,8 @@ def test_api_processes_are_those_that_vllm_starts(
         ([], "cuda:1", 0.0),  # which has no engine
         (["--headless"], "auto", 0.0),
         (["--mm-encoder-only"], "auto", 0.0),
-        (["--ec-transfer-config", PRODUCER], "auto", 0.0),
+        (["--ec-transfer-config", PRODUCER], "auto", 0.97),
+        (["--ec-transfer-config", CONSUMER], "auto", 0.0),  # it follows the producer's plans
     ],
 )
 def test_every_gpu_leaves_room_for_the_encoders_that_share_it(
