@@ -328,7 +328,8 @@ class PromptJobs:
         runtime = self.processor.runtime
         if job.prepared is None:
             item, hf_kwargs = next(stock), self.inputs.hf_processor_mm_kwargs
-            job.prepared = PreparedImage(item, self.processor.layout(item, size_of(job.data), hf_kwargs))
+            layout = self.processor.layout(item, size_of(job.data), hf_kwargs)
+            job.prepared = PreparedImage(self.processor.without_padding(item, layout), layout)
             runtime.prepared.put(job.feature_key, job.prepared)
         item = job.leave_to_engine(self.processor, job.prepared)
         assert job.report is not None

@@ -158,6 +158,10 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         placeholder = self.prune_placeholder(Placeholder(self.image_token_id, image.prompt), kept)
         return {KEPT_PROMPT: torch.tensor(placeholder.ids)}
 
+    def without_padding(self, item: MultiModalKwargsItem, layout: Layout) -> MultiModalKwargsItem:
+        """An image's stock item without what makes it as large as others of its prompt."""
+        return item
+
     def prune_placeholder(self, placeholder: Placeholder, kept: torch.Tensor) -> Placeholder:
         """The placeholder of a pruned image, for families with text between visual tokens.
 

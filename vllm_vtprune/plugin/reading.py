@@ -66,8 +66,9 @@ class FeatureReader:
         encoder, early_attention, attention, keys = None, None, None, None
         if self._connector is not None and self._connector.calls is not None:
             inputs = [self._rows(self._connector.module, *arguments) for arguments in self._connector.calls]
-            states = torch.cat([rows.flatten(0, -2) for rows in inputs])
-            encoder = torch.split(states.reshape(sum(tokens), self._rows_per_token, -1).mean(dim=1), tokens)
+            states = torch.cat([each.flatten(0, -2) for each in inputs])
+            rows = states.reshape(sum(tokens), self._rows_per_token, states.shape[-1])
+            encoder = torch.split(rows.mean(dim=1), tokens)
         if self._attention and self._attention[0].calls is not None:
             first, last = (
                 [_cls_attention(hook.module, *call[:2], merge=self._merge) for call in hook.calls or ()]

@@ -9,6 +9,7 @@ row, which stays (`vllm_vtprune.sequence`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from math import sqrt
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch.nn.functional import interpolate
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration, LlavaNextMultiModalProcessor
+from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from vllm_vtprune.features import Box, Layout, Tiles
 from vllm_vtprune.plugin.families.clip import ATTENTION, has_clip, side
@@ -42,6 +44,15 @@ class PrunedLlavaNextProcessor(PruningProcessor, LlavaNextMultiModalProcessor):
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         return anyres_of(self.info.get_hf_config(), item["image_sizes"].data)
+
+    def without_padding(self, item: MultiModalKwargsItem, layout: Layout) -> MultiModalKwargsItem:
+        return squares_of(item, layout.patches // side(self.info.get_hf_config()) ** 2)
+
+
+def squares_of(item: MultiModalKwargsItem, count: int) -> MultiModalKwargsItem:
+    """An image's item with its first ``count`` squares; the image processor adds empty squares beside larger images."""
+    pixels = item["pixel_values"]
+    return MultiModalKwargsItem({**item, "pixel_values": replace(pixels, data=pixels.data[:count])})
 
 
 def anyres_of(config: Any, size: torch.Tensor, *, max_squares: int | None = None) -> Layout:

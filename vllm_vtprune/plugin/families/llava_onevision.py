@@ -13,10 +13,11 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionMultiModalProcessor,
 )
+from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.clip import has_siglip, side
-from vllm_vtprune.plugin.families.llava_next import anyres_of
+from vllm_vtprune.plugin.families.llava_next import anyres_of, squares_of
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -49,6 +50,9 @@ class PrunedLlavaOnevisionProcessor(PruningProcessor, LlavaOnevisionMultiModalPr
 
     def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         return anyres_of(self.info.get_hf_config(), item["image_sizes"].data, max_squares=MOST_SQUARES)
+
+    def without_padding(self, item: MultiModalKwargsItem, layout: Layout) -> MultiModalKwargsItem:
+        return squares_of(item, layout.patches // side(self.info.get_hf_config()) ** 2)
 
     def max_image_tokens(self) -> int:
         """An upper bound, with 1.21 times the canvas; vLLM's count covers one image size only."""
