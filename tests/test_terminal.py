@@ -20,6 +20,7 @@ from vllm_vtprune_server.process import free_port
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 TIMEOUT = 600.0  # seconds
+ENDS_WITHIN = 30.0  # seconds, after Ctrl-C
 SILENCE = 5.0  # seconds
 SCENE = Path(__file__).parents[1] / "docs" / "images" / "scene.png"
 
@@ -42,10 +43,11 @@ class Seen:
 
     Attributes:
         first: seconds to the first output.
-        longest: seconds of the longest silence.
+        longest: seconds of the longest silence before the interrupt.
         after: the end of what stood there before it.
         text: everything.
         status: exit status.
+        ending: seconds from the interrupt to the end; 0 without one.
     """
 
     first: float
@@ -53,6 +55,7 @@ class Seen:
     after: str
     text: str
     status: int
+    ending: float
 
 
 def watch(argv: list[str], folder: Path, until: str | None) -> Seen:
@@ -68,7 +71,7 @@ def watch(argv: list[str], folder: Path, until: str | None) -> Seen:
         start_new_session=True,
     )
     os.close(theirs)
-    text, silences = "", []
+    text, silences, interrupted = "", [], None
     try:
         while True:
             assert time.monotonic() < started + TIMEOUT, text
@@ -79,14 +82,17 @@ def watch(argv: list[str], folder: Path, until: str | None) -> Seen:
             except OSError:  # nobody has the terminal open any more
                 data = b""
             now = time.monotonic()
-            silences.append((now - last, text[-200:]))
+            if interrupted is None:
+                silences.append((now - last, text[-200:]))
             last = now
             if not data:
-                return Seen(silences[0][0], *max(silences), text, process.wait(TIMEOUT))
+                status = process.wait(TIMEOUT)
+                ending = 0.0 if interrupted is None else time.monotonic() - interrupted
+                return Seen(silences[0][0], *max(silences), text, status, ending)
             text += data.decode(errors="replace")
             if until is not None and re.search(until, text):
                 process.send_signal(signal.SIGINT)
-                until = None
+                until, interrupted = None, now
     finally:
         os.close(ours)
         process.kill()
@@ -104,3 +110,4 @@ def test_no_command_is_silent_for_long(
     assert seen.status == status, seen.text
     busy = os.getloadavg()[0] / (os.cpu_count() or 1)  # other tests keep the cores busy
     assert seen.longest <= SILENCE * min(2.0, max(1.0, busy)), seen.after
+    assert seen.ending <= ENDS_WITHIN
