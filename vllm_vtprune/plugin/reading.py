@@ -67,8 +67,10 @@ class FeatureReader:
         if self._connector is not None and self._connector.calls is not None:
             inputs = [self._rows(self._connector.module, *arguments) for arguments in self._connector.calls]
             states = torch.cat([each.flatten(0, -2) for each in inputs])
-            rows = states.reshape(sum(tokens), self._rows_per_token, states.shape[-1])
-            encoder = torch.split(rows.mean(dim=1), tokens)
+            count, merged = sum(tokens), self._rows_per_token
+            if len(states) not in (count, count * merged):  # after a pixel shuffle, a token's rows are side by side
+                raise RuntimeError(f"{len(states)} rows of the connector input do not fit {count} tokens")
+            encoder = torch.split(states.reshape(count, merged, -1).mean(dim=1), tokens)
         if self._attention and self._attention[0].calls is not None:
             first, last = (
                 [_cls_attention(hook.module, *call[:2], merge=self._merge) for call in hook.calls or ()]
