@@ -56,10 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=turn)
 
 
-def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
-    """Engines take time from others until the last test ends, so they come last: large groups, servers, others."""
+def turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
+    """The shared server first: its tests are the longest chain, and it idles between them. Then tests without an engine.
+    Other engines take time from others until the last test ends, so they come last: large groups, servers, others.
+    """
+    group = group_of(item)
     engine = item.get_closest_marker("engine") is not None
-    return engine, group_of(item) not in SHARED.values(), "tests/engine/" in item.nodeid
+    return group != SHARED["server"], engine, group not in SHARED.values(), "tests/engine/" in item.nodeid
 
 
 def leave_to_verify(item: pytest.Item) -> None:
