@@ -177,11 +177,11 @@ def _calibrate(args: argparse.Namespace) -> None:
         Answers(args.work / ANSWERS, depends_on) as answers,
         _asking(args, model, dtype, answers) as ask,
     ):
-        found = Search(ask, answers, encoded, searched, held_out, known=has_answer == {True}).run(
+        result = Search(ask, answers, encoded, searched, held_out, known=has_answer == {True}).run(
             tried, tokens=args.tokens, retain=args.retain
         )
-    args.out.write_text(found.preset(args.name, model))
-    print(f"{args.out}: {found.sentence(args.name)}")
+    args.out.write_text(result.preset(args.name, model))
+    print(f"{args.out}: {result.sentence(args.name)}")
     print(f"Answers: {shown(args.work / ANSWERS)}", file=sys.stderr)
 
 

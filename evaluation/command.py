@@ -104,10 +104,10 @@ def evaluate(argv: list[str]) -> None:
                 answer_all(reference, asked, inside, answers)
         about = {"command": shlex.join(["vtprune", "eval", *argv]), **depends_on, "pictures": len(asked)}
         with Progress(desc="Writing results"):
-            found = _results(
+            evaluation = _results(
                 [UNPRUNED, *arms, *(arm for arm, _ in inside)], answers, asked, about, split=bool(args.ablation)
             )
-            files = found.write(args.out)
+            files = evaluation.write(args.out)
             adaptive = [arm for arm in arms if arm.adaptive]
             if adaptive:
                 files.append(args.out / "budgets.png")
@@ -119,7 +119,7 @@ def evaluate(argv: list[str]) -> None:
         interrupted()
     except (InspectionFailed, ServerFailed, OfflineFailed, AnswersError, Unasked, PolicyError) as error:
         sys.exit(f"vtprune eval: {error}")
-    print(json.dumps(found.to_json()) if args.json else aligned(accuracy_table(found.all_kinds)), flush=True)
+    print(json.dumps(evaluation.to_json()) if args.json else aligned(accuracy_table(evaluation.all_kinds)), flush=True)
     print(f"Results: {', '.join([shown(files[0]), *(file.name for file in files[1:])])}", file=sys.stderr)
 
 

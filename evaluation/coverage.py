@@ -47,21 +47,21 @@ class Coverage(NamedTuple):
 
 def coverage(scene: Scene, question: Question, kept: NDArray[np.int64]) -> Coverage | None:
     """What the ``kept`` tokens show; None if the scene has nothing that the question asks about."""
-    asked = {id(item): item for things in question.about for item in things}.values()
+    asked = {id(item): item for items in question.about for item in items}.values()
     if not asked:
         return None
-    things = [patches_of(scene, item) for item in scene.items]
+    every = [patches_of(scene, item) for item in scene.items]
     about = [patches_of(scene, item) for item in asked]
     return Coverage(
-        on_things=float(np.isin(kept, np.concatenate(things)).mean()),
-        things_seen=_seen(things, kept),
+        on_things=float(np.isin(kept, np.concatenate(every)).mean()),
+        things_seen=_seen(every, kept),
         asked_seen=_seen(about, kept),
         asked_kept=float(np.isin(np.concatenate(about), kept).mean()),
     )
 
 
-def _seen(things: Sequence[NDArray[np.int64]], kept: NDArray[np.int64]) -> float:
-    return fmean(bool(np.isin(patches, kept).any()) for patches in things)
+def _seen(items: Sequence[NDArray[np.int64]], kept: NDArray[np.int64]) -> float:
+    return fmean(bool(np.isin(patches, kept).any()) for patches in items)
 
 
 def measure(asked: Sequence[Picture], methods: Iterable[str], keep: int) -> dict[str, Coverage]:

@@ -49,12 +49,12 @@ def main() -> None:
             ask_all(url, model, asked, arms, answers, first=data_url(BLANK))
         answered = [(arm, answers.of(arm)) for arm in arms]
     unpruned = answered[0][1]
-    found = {result.arm: result for result in results(answered, unpruned)}
-    pairs = [(found[one.name], found[other.name]) for one, other in zip(shared, each, strict=True)]
+    by_name = {result.arm: result for result in results(answered, unpruned)}
+    pairs = [(by_name[both.name], by_name[alone.name]) for both, alone in zip(shared, each, strict=True)]
     gained = {difference.arm: difference for difference in differences(pairs, answered, unpruned)}
     rows = []
     for arm in arms:
-        result, difference = found[arm.name], gained.get(arm.name)
+        result, difference = by_name[arm.name], gained.get(arm.name)
         points = (
             ""
             if difference is None

@@ -147,19 +147,19 @@ def summary(samples: list[Sample]) -> list[dict[str, Any]]:
     for image in dict.fromkeys(sample.image for sample in samples):
         stock = statistics.median(s.ttft for s in samples if s.image == image and s.keep is None)
         for keep in KEEPS:
-            ours = [sample for sample in samples if sample.image == image and sample.keep == keep]
-            ttft, plan = (statistics.median(values) for values in ([s.ttft for s in ours], [s.plan for s in ours]))
+            pruned = [sample for sample in samples if sample.image == image and sample.keep == keep]
+            ttft, plan = (statistics.median(values) for values in ([s.ttft for s in pruned], [s.plan for s in pruned]))
             saved = stock - ttft + plan
             rows.append(
                 {
                     "image": image,
                     "pixels": IMAGES[image],
-                    "visual_tokens": ours[0].visual_tokens,
+                    "visual_tokens": pruned[0].visual_tokens,
                     "keep": keep,
-                    "kept_tokens": ours[0].kept_tokens,
+                    "kept_tokens": pruned[0].kept_tokens,
                     "stock_s": stock,
                     "ours_s": ttft,
-                    "encode_s": statistics.median(s.encode for s in ours),
+                    "encode_s": statistics.median(s.encode for s in pruned),
                     "plan_s": plan,
                     "plan_share": plan / saved if saved > 0 else None,
                 }

@@ -172,7 +172,7 @@ def wait_until_seen(prometheus: Prometheus, log: Path) -> None:
 def screenshot(page: Path, out: Path) -> str | None:
     """Save a screenshot of a page in the first installed browser of `BROWSERS`; returns the problem, or None."""
     out.unlink(missing_ok=True)
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         return f"found none of {', '.join(BROWSERS)} on the PATH (on Debian: apt-get install chromium)"
     width, height = PAGE

@@ -124,7 +124,7 @@ def pipeline(features: VisualFeatures, text: Tensor, k: int, turns: int) -> dict
     assert features.cls_attention is not None
     seed = int(features.cls_attention.argmax())
     generator = torch.Generator().manual_seed(0)
-    ours: list[dict[str, float]] = []
+    stages: list[dict[str, float]] = []
     samples: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -137,12 +137,12 @@ def pipeline(features: VisualFeatures, text: Tensor, k: int, turns: int) -> dict
         timed("literal_budget", lambda: literal_rank(F, generator))
         expected = timed("literal_select", lambda: literal_picks(V, text, seed, k))
         plan = timed("ours", lambda: plan_tokens(features, policy, text))
-        ours.append(plan.timings)
+        stages.append(plan.timings)
     median = {name: statistics.median(times[1:]) for name, times in samples.items()}
     same = sum(a == b for a, b in zip(expected.tolist(), plan.order.tolist(), strict=True))
     return {
         "literal_ms": [median["literal_budget"], median["literal_select"]],
-        "ours_ms": [statistics.median(t[stage] * 1e3 for t in ours[1:]) for stage in ("budget", "select")],
+        "ours_ms": [statistics.median(t[stage] * 1e3 for t in stages[1:]) for stage in ("budget", "select")],
         "ours_all_ms": median["ours"],
         "times_faster": (median["literal_budget"] + median["literal_select"]) / median["ours"],
         "picks_as_literal": same,
@@ -150,10 +150,10 @@ def pipeline(features: VisualFeatures, text: Tensor, k: int, turns: int) -> dict
 
 
 def line(row: dict[str, Any]) -> str:
-    literal, ours = row["literal_ms"], row["ours_ms"]
+    literal, plan = row["literal_ms"], row["ours_ms"]
     return (
         f"{row['tokens']:6}  {row['spectrum']:11}  {row['rank']:10}  {row['kept']:4}  {row['threads']:7} | "
-        f"{literal[0]:8.1f} + {literal[1]:7.1f} ms | {ours[0]:6.1f} + {ours[1]:6.1f} ms | "
+        f"{literal[0]:8.1f} + {literal[1]:7.1f} ms | {plan[0]:6.1f} + {plan[1]:6.1f} ms | "
         f"{row['times_faster']:12.2f}   "
         f"{row['picks_as_literal']} of {row['kept']} picks as literal"
     )

@@ -85,6 +85,6 @@ def servers(model: Path, options: Sequence[str], arms: Sequence[Arm]) -> Iterato
     with ExitStack() as stack:
         urls = {}
         for placement in dict.fromkeys(arm.placement for arm in arms):
-            ours = [] if placement is None else ["--pruning-placement", placement]
-            urls[placement] = stack.enter_context(server(model, [*options, *ours], stock=placement is None))
+            extra = [] if placement is None else ["--pruning-placement", placement]
+            urls[placement] = stack.enter_context(server(model, [*options, *extra], stock=placement is None))
         yield {arm.name: urls[arm.placement] for arm in arms}

@@ -49,13 +49,13 @@ def git(*arguments: str) -> str:
 
 
 def installed() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def main(arguments: list[str]) -> int:

@@ -189,8 +189,8 @@ class PruningServingMessages(PrunesChat, AnthropicServingMessages):
             yield event
         for failure in failures:
             error = ErrorInfo(**json.loads(failure.removeprefix("data:"))["error"])
-            said = anthropic_error(ErrorResponse(error=error))
-            yield write_event("error", {**said, "error": {**said["error"], "code": error.code}})
+            data = anthropic_error(ErrorResponse(error=error))
+            yield write_event("error", {**data, "error": {**data["error"], "code": error.code}})
 
 
 async def _reported(events: AsyncGenerator[str, None], request: PruningRequest) -> AsyncGenerator[str, None]:

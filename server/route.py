@@ -73,8 +73,8 @@ def anthropic_error(answer: ErrorResponse) -> dict[str, Any]:
     """An error in Anthropic's shape, plus the path of the field."""
     error = answer.error
     other = "invalid_request_error" if error.code < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
-    said = {"type": ANTHROPIC_TYPES.get(HTTPStatus(error.code), other), "message": error.message}
-    return {"type": "error", "error": said if error.param is None else {**said, "param": error.param}}
+    described = {"type": ANTHROPIC_TYPES.get(HTTPStatus(error.code), other), "message": error.message}
+    return {"type": "error", "error": described if error.param is None else {**described, "param": error.param}}
 
 
 class ErrorShapeMiddleware:
@@ -123,10 +123,10 @@ def _is_bare_status(start: Message) -> bool:
 def _shaped(scope: Scope, start: Message, body: bytes) -> bytes:
     """The body of an error in the API's shape; unchanged if it has one."""
     try:
-        said = json.loads(body)
+        content = json.loads(body)
     except ValueError:
         return body
-    if not isinstance(said, dict) or isinstance(said.get("error"), dict):
+    if not isinstance(content, dict) or isinstance(content.get("error"), dict):
         return body
     path = path_of(scope)
     error = _bare_error(start["status"], scope["method"], path, Headers(raw=start["headers"]).get("allow"))

@@ -87,11 +87,11 @@ class Supervisor:
         while not self._stopping.wait(delay):
             started = time.monotonic()
             life = Life(self._ready, self._loaded, restarted)
-            heard, told = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=_live, args=(told, self._run, *self._arguments, life), daemon=True)
-            with heard, told:
+            signs, sender = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=_live, args=(sender, self._run, *self._arguments, life), daemon=True)
+            with signs, sender:
                 process.start()
-                hung = self._watch(process.sentinel, heard)
+                hung = self._watch(process.sentinel, signs)
             process.kill()
             process.join()
             mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
@@ -108,13 +108,13 @@ class Supervisor:
             restarted = True
             print(f"{end}; it is restarted in {delay:g} s", file=sys.stderr)
 
-    def _watch(self, sentinel: int, heard: Connection) -> bool:
+    def _watch(self, sentinel: int, signs: Connection) -> bool:
         """Wait until the process has ended, is to be stopped, or hangs; whether it hangs."""
         missing, begun = 0, False
         while missing < (PATIENCE if begun else 10 * PATIENCE):
-            ready = wait([sentinel, self._stop_read, heard], BEAT)
-            if ready == [heard]:
-                heard.recv_bytes()
+            ready = wait([sentinel, self._stop_read, signs], BEAT)
+            if ready == [signs]:
+                signs.recv_bytes()
                 missing, begun = 0, True
             elif ready:
                 return False
@@ -123,20 +123,20 @@ class Supervisor:
         return True
 
 
-def _live(told: Connection, run: Callable[..., None], *arguments: object) -> None:
+def _live(sender: Connection, run: Callable[..., None], *arguments: object) -> None:
     """Run a function in its process, until the supervisor kills that or has ended itself."""
     ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)  # even if this process is stopped then
     for number in (signal.SIGINT, signal.SIGTERM):  # the server needs this process until it has ended
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_beat, args=(told,), daemon=True).start()
+    threading.Thread(target=_beat, args=(sender,), daemon=True).start()
     run(*arguments)
 
 
-def _beat(told: Connection) -> None:
+def _beat(sender: Connection) -> None:
     """Give signs of life, and end with a supervisor that ended before this process began."""
     while True:
         try:
-            told.send_bytes(b"")
+            sender.send_bytes(b"")
         except OSError:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(BEAT)

@@ -57,8 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
-    """The shared server first: its tests are the longest chain, and it idles between them. Then tests without an engine.
-    Other engines take time from others until the last test ends, so they come last: large groups, servers, others.
+    """The shared server's tests come first: they are the longest chain, and the server idles between them.
+
+    Then tests without an engine. Other engines use the cores until the last test ends: large groups, servers, others.
     """
     group = group_of(item)
     engine = item.get_closest_marker("engine") is not None

@@ -21,7 +21,7 @@ HEADER = "# Made by deploy/docker/lock.py: what vllm-vtprune needs and vLLM does
 
 def closure(package: str) -> dict[str, Distribution]:
     """A package and all that it needs, by normalised name, as far as it is installed here."""
-    found: dict[str, Distribution] = {}
+    distributions: dict[str, Distribution] = {}
     seen: set[tuple[str, tuple[str, ...]]] = set()
     waiting: list[tuple[str, tuple[str, ...]]] = [(package, ())]
     while waiting:
@@ -33,12 +33,12 @@ def closure(package: str) -> dict[str, Distribution]:
             installed = distribution(name)
         except PackageNotFoundError:
             continue
-        found[canonicalize_name(name)] = installed
+        distributions[canonicalize_name(name)] = installed
         for line in installed.requires or ():
             need = Requirement(line)
             if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 waiting.append((need.name, tuple(sorted(need.extras))))
-    return found
+    return distributions
 
 
 def vllm_package() -> str:
@@ -48,8 +48,8 @@ def vllm_package() -> str:
 
 def missing_beside_vllm() -> dict[str, str]:
     """Versions by name."""
-    ours, theirs = closure("vllm-vtprune"), closure(vllm_package())
-    return {name: ours[name].version for name in sorted(set(ours) - set(theirs) - {"vllm-vtprune"})}
+    needed, installed = closure("vllm-vtprune"), closure(vllm_package())
+    return {name: needed[name].version for name in sorted(set(needed) - set(installed) - {"vllm-vtprune"})}
 
 
 def main() -> None:

@@ -74,8 +74,8 @@ def lines(title: str, description: str, unit: str, *queries: Query, width: int =
     panel.line_width(1).show_points(common.VisibilityMode.NEVER)
     if stacked:
         panel.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL))
-    for index, one in enumerate(queries):
-        panel.with_target(query(one, index))
+    for index, source in enumerate(queries):
+        panel.with_target(query(source, index))
     return finish(panel, title, description, unit, width, 8)
 
 

@@ -78,12 +78,12 @@ class Prometheus:
     def over(self, expr: str, start: float, end: float, step: float) -> list[Series]:
         """A query's answers between two times."""
         answer = self.get("query_range", query=expr, start=start, end=end, step=step)
-        found = []
+        every = []
         for series in answer["result"]:
             values = ((second, float(value)) for second, value in series["values"])
-            kept = tuple((second, value) for second, value in values if math.isfinite(value))
-            found.append(Series(series["metric"], kept))
-        return [series for series in found if series.values]
+            finite = tuple((second, value) for second, value in values if math.isfinite(value))
+            every.append(Series(series["metric"], finite))
+        return [series for series in every if series.values]
 
 
 def legend_of(template: str, labels: Mapping[str, str]) -> str:
@@ -99,22 +99,22 @@ def plot(answers: Sequence[tuple[Panel, list[tuple[str, Series]]]], out: Path) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    seconds = [second for _, series in answers for _, one in series for second, _ in one.values]
+    seconds = [second for _, curves in answers for _, curve in curves for second, _ in curve.values]
     start, end = min(seconds, default=0.0), max(seconds, default=1.0)
     rows = math.ceil(len(answers) / COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(6 * COLUMNS, 3 * rows), squeeze=False)
     for axis in axes.flat[len(answers) :]:
         axis.set_visible(False)
-    for axis, (panel, series) in zip(axes.flat, answers, strict=False):
-        if not series:
+    for axis, (panel, curves) in zip(axes.flat, answers, strict=False):
+        if not curves:
             axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes)
         elif panel.kind == "heatmap":
-            draw_heatmap(axis, series, start)
+            draw_heatmap(axis, curves, start)
         else:
-            for legend, one in series:
-                line = with_gaps(one.values)
+            for legend, curve in curves:
+                line = with_gaps(curve.values)
                 axis.plot([second - start for second, _ in line], [value for _, value in line], label=legend)
-            if any(legend for legend, _ in series):
+            if any(legend for legend, _ in curves):
                 axis.legend(fontsize=6)
             axis.set_ylim(bottom=0)
         axis.set_xlim(0, end - start)
@@ -137,35 +137,35 @@ def with_gaps(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return line
 
 
-def draw_heatmap(axis: Any, series: Sequence[tuple[str, Series]], start: float) -> None:
+def draw_heatmap(axis: Any, curves: Sequence[tuple[str, Series]], start: float) -> None:
     """Cumulative buckets as what falls into each of them, by seconds since the start."""
-    ordered = sorted(series, key=lambda one: float(one[1].labels["le"]))
-    seconds = sorted({second for _, one in ordered for second, _ in one.values})
+    ordered = sorted((curve for _, curve in curves), key=lambda curve: float(curve.labels["le"]))
+    seconds = sorted({second for curve in ordered for second, _ in curve.values})
     below = [0.0] * len(seconds)
     rows = []
-    for _, one in ordered:
-        at = dict(one.values)
+    for curve in ordered:
+        at = dict(curve.values)
         counts = [at.get(second, 0.0) for second in seconds]
         rows.append([max(count - lower, 0.0) for count, lower in zip(counts, below, strict=True)])
         below = counts
     extent = (seconds[0] - start, seconds[-1] - start, 0, len(rows))
     axis.imshow(rows, aspect="auto", origin="lower", cmap="viridis", extent=extent)
-    axis.set_yticks([index + 1 for index in range(len(ordered))], [one.labels["le"] for _, one in ordered])
+    axis.set_yticks([index + 1 for index in range(len(ordered))], [curve.labels["le"] for curve in ordered])
 
 
 def answers(
     prometheus: Prometheus, start: float, end: float, *, interval: str, step: float
 ) -> list[tuple[Panel, list[tuple[str, Series]]]]:
     """What Prometheus says to each panel, with the legend of each series."""
-    found = []
+    drawn = []
     for panel in panels(json.loads(DASHBOARD.read_text())):
         series = [
-            (legend_of(legend, one.labels), one)
+            (legend_of(legend, curve.labels), curve)
             for expr, legend in panel.queries
-            for one in prometheus.over(filled(expr, interval), start, end, step)
+            for curve in prometheus.over(filled(expr, interval), start, end, step)
         ]
-        found.append((panel, series))
-    return found
+        drawn.append((panel, series))
+    return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -177,11 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     now = time.time()
     seconds = options.minutes * 60
-    found = answers(
+    drawn = answers(
         Prometheus(options.prometheus), now - seconds, now, interval=options.interval, step=max(seconds / 200, 1)
     )
-    plot(found, options.out)
-    empty = [panel.title for panel, series in found if not series]
+    plot(drawn, options.out)
+    empty = [panel.title for panel, series in drawn if not series]
     print(f"wrote {options.out}" + (f"; no data for {', '.join(empty)}" if empty else ""))
 
 

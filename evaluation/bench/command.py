@@ -97,7 +97,7 @@ def bench(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    ours, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
         prog="vtprune bench",
         description="Ask a server about pictures without pruning and under presets, in turns; compare speed, tokens\n"
@@ -151,7 +151,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("build/bench"), metavar="DIR", help="output folder (default: %(default)s)"
     )
-    args = parser.parse_args(ours)
+    args = parser.parse_args(own)
     args.extra = extra
     if args.url and (args.model or extra or args.stock or args.family != DEFAULT):
         parser.error("--url: cannot be combined with a model, --family, --stock or options of the server")
@@ -202,8 +202,8 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
         if args.images:
             return files(args.images, args.question, args.pictures)
         if args.small:
-            found = scenes(args.pictures)
-            return [replace(subject, answer="") for subject in found] if args.random else found
+            subjects = scenes(args.pictures)
+            return [replace(subject, answer="") for subject in subjects] if args.random else subjects
         return generated(args.pictures, args.size)
 
 

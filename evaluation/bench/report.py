@@ -99,21 +99,21 @@ def sentences(speeds: Sequence[Speed], qualities: Sequence[Quality]) -> list[str
         new = [speed for speed in speeds if speed.arm == quality.arm and speed.new]
         parts = [f"{quality.arm} keeps {quality.share:.0%} of the visual tokens"]
         if new and (ttft := new[0].ttft_ratio):
-            said = "the first token takes {} times as long"
-            parts.append(_compared(ttft, said, "the time to the first token", Level(new[0].clients)))
+            template = "the first token takes {} times as long"
+            parts.append(_compared(ttft, template, "the time to the first token", Level(new[0].clients)))
         if new and (rate := new[-1].throughput_ratio):
-            said = "{} times as many requests per second"
-            parts.append(_compared(rate, said, "requests per second", Level(new[-1].clients)))
+            template = "{} times as many requests per second"
+            parts.append(_compared(rate, template, "requests per second", Level(new[-1].clients)))
         parts.append(f"{quality.same:.0%} of {quality.questions} answers are the same")
         out.append(", ".join(parts) + ".")
     return out
 
 
-def _compared(ratio: PairedRatio, said: str, quantity: str, level: Level) -> str:
+def _compared(ratio: PairedRatio, template: str, quantity: str, level: Level) -> str:
     """What a ratio to `OFF` says; where its interval holds 1, that it shows no difference."""
     if ratio.low <= 1 <= ratio.high:
         return f"no difference in {quantity} shown with {level} ({_ratio(ratio)})"
-    return f"{said.format(_ratio(ratio))} with {level}"
+    return f"{template.format(_ratio(ratio))} with {level}"
 
 
 def text(speeds: Sequence[Speed], qualities: Sequence[Quality]) -> str:

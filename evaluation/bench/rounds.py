@@ -123,7 +123,7 @@ class Asker:
             body: more fields of the requests.
         """
 
-        def one(request: tuple[Subject, str]) -> Record:
+        def send(request: tuple[Subject, str]) -> Record:
             subject, copy = request
             content = [
                 {"type": "image_url", "image_url": {"url": subject.url(copy)}},
@@ -138,7 +138,7 @@ class Asker:
 
         executor = ThreadPoolExecutor(clients)
         try:
-            return list(executor.map(one, requests))
+            return list(executor.map(send, requests))
         finally:
             executor.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C, nothing more is sent
 

@@ -53,18 +53,18 @@ def files(folder: Path, question: str, most: int) -> list[Subject]:
     Raises:
         NoPictures: there is none, or a file cannot be read.
     """
-    found = []
+    subjects = []
     try:
         named = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)[:most]
         for file in named:
             with Image.open(file) as image:
                 kind = Image.MIME.get(image.format or "", "image/png")
-            found.append(Subject(file.name, file.read_bytes(), kind, question))
+            subjects.append(Subject(file.name, file.read_bytes(), kind, question))
     except OSError as error:
         raise NoPictures(f"--images: {error}; expected a folder of image files") from error
-    if not found:
+    if not subjects:
         raise NoPictures(f"--images: {folder} holds no picture; expected files such as .jpg or .png")
-    return found
+    return subjects
 
 
 def scenes(most: int) -> list[Subject]:
