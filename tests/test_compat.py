@@ -40,8 +40,8 @@ COMPAT = "vllm_vtprune.plugin.compat"
 
 def test_a_name_that_has_gone_is_told_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "installed_vllm", lambda: "0.34.0")
-    said = r"vLLM 0\.34\.0 has no BaseMultiModalProcessor\._gone, which vllm-vtprune .* uses \(vllm_vtprune/plugin/"
-    with pytest.raises(compat.VllmChanged, match=said):
+    message = r"vLLM 0\.34\.0 has no BaseMultiModalProcessor\._gone, which vllm-vtprune .* uses \(vllm_vtprune/plugin/"
+    with pytest.raises(compat.VllmChanged, match=message):
         names.require(BaseMultiModalProcessor, "_get_mm_hashes", "_gone")
     with pytest.raises(compat.VllmChanged, match=r"has no SimpleNamespace\._resources"):
         server_compat.before_shutdown(SimpleNamespace(renderer=SimpleNamespace()), print)

@@ -23,15 +23,15 @@ PAGES = sorted(DOCS.glob("*.md"))
 def rows(page: str, head: str) -> list[list[str]]:
     """The cells of every row below this beginning of a table's head, in all such tables of a page."""
     lines = (DOCS / page).read_text().splitlines()
-    found = []
+    cells = []
     for start, line in enumerate(lines):
         if line.startswith(head):
             for row in lines[start + 2 :]:
                 if not row.startswith("|"):
                     break
-                found.append(re.split(r" *\| *", row[1:-1].strip()))
-    assert found, f"{page} has no table {head}"
-    return found
+                cells.append(re.split(r" *\| *", row[1:-1].strip()))
+    assert cells, f"{page} has no table {head}"
+    return cells
 
 
 def names(page: str, head: str) -> set[str]:

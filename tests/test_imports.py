@@ -44,11 +44,11 @@ def imported(node: ast.AST, *, late: bool) -> Iterator[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_package_imports_one_that_stands_on_it(package: str) -> None:
     later = NOT_INSTALLED.union(list(PACKAGES)[list(PACKAGES).index(package) + 1 :])
-    found = modules(package)
-    assert package in found
+    trees = modules(package)
+    assert package in trees
     upwards = [
         (module, name)
-        for module, tree in found.items()
+        for module, tree in trees.items()
         for name in imported(tree, late=True)
         if name.split(".")[0] in later
     ]
@@ -57,8 +57,8 @@ def test_no_package_imports_one_that_stands_on_it(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
-    found = modules(package)
-    graph = {module: found.keys() & set(imported(tree, late=False)) - {module} for module, tree in found.items()}
+    trees = modules(package)
+    graph = {module: trees.keys() & set(imported(tree, late=False)) - {module} for module, tree in trees.items()}
     assert any(graph.values())
     try:
         TopologicalSorter(graph).prepare()

@@ -34,8 +34,8 @@ def test_every_package_is_installed_and_none_under_a_common_name() -> None:
     """A folder with a ``server.py`` of the user's own would hide a package called ``server``."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     names = {folder: name for name, folder in setuptools["package-dir"].items()}
-    found = {file.parent.relative_to(ROOT) for folder in names for file in (ROOT / folder).rglob("__init__.py")}
-    assert {".".join([names[path.parts[0]], *path.parts[1:]]) for path in found} == set(setuptools["packages"])
+    folders = {file.parent.relative_to(ROOT) for folder in names for file in (ROOT / folder).rglob("__init__.py")}
+    assert {".".join([names[path.parts[0]], *path.parts[1:]]) for path in folders} == set(setuptools["packages"])
     assert all(package.startswith("vllm_vtprune") for package in setuptools["packages"])
 
 
@@ -57,9 +57,9 @@ def test_commands_run_beside_modules_of_the_user_s(command: str, tmp_path: Path)
 
 @pytest.mark.parametrize("group", ["console_scripts", "vllm.general_plugins", "vllm.endpoint_plugins"])
 def test_entry_points_lead_to_something_callable(group: str) -> None:
-    ours = [entry for entry in entry_points(group=group) if entry.name == "vtprune"]
-    assert len(ours) == 1, f"{group} should list vtprune once; is the project installed (make setup)?"
-    assert callable(ours[0].load())
+    entries = [entry for entry in entry_points(group=group) if entry.name == "vtprune"]
+    assert len(entries) == 1, f"{group} should list vtprune once; is the project installed (make setup)?"
+    assert callable(entries[0].load())
 
 
 def test_installed_metadata_is_that_of_the_source() -> None:
@@ -80,10 +80,12 @@ def test_nothing_that_the_base_asks_for_conflicts_with_vllm() -> None:
     pinned = {Requirement(line).name.lower(): Requirement(line) for line in requires(package) or ()}
     assert "torch" in pinned
     for line in requires("vllm-vtprune") or ():
-        ours = Requirement(line)
-        theirs = pinned.get(ours.name.lower())
-        if theirs is not None and "extra ==" not in line:
-            assert ours.specifier.contains(version(ours.name), prereleases=True), f"{line} refuses what {package} got"
+        requirement = Requirement(line)
+        pin = pinned.get(requirement.name.lower())
+        if pin is not None and "extra ==" not in line:
+            assert requirement.specifier.contains(version(requirement.name), prereleases=True), (
+                f"{line} refuses what {package} got"
+            )
 
 
 def test_vllm_s_llava_imports_here() -> None:

@@ -29,15 +29,15 @@ def is_private(name: object) -> bool:
 
 def defined(tree: ast.AST) -> set[str]:
     """Private names that a module defines or assigns."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
+            names.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_own_class(node.value):
-            found.add(node.attr)
-    return {name for name in found if is_private(name)}
+            names.add(node.attr)
+    return {name for name in names if is_private(name)}
 
 
 def of_own_class(value: ast.expr) -> bool:
@@ -88,7 +88,7 @@ def test_private_names_of_others_are_in_compat_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "ending"),
     [
         ("def f(other):\n    return other._field", "other._field"),
         ("from vllm.connections import _async_retry", "import of _async_retry"),
@@ -97,9 +97,9 @@ def test_private_names_of_others_are_in_compat_alone() -> None:
         ("class Sub(Base):\n    def f(self):\n        return self._kept", "self._kept"),
     ],
 )
-def test_a_private_name_is_seen(source: str, said: str) -> None:
+def test_a_private_name_is_seen(source: str, ending: str) -> None:
     [what] = foreign(ast.parse(source), set())
-    assert what.endswith(said)
+    assert what.endswith(ending)
 
 
 def test_our_own_private_names_are_none() -> None:

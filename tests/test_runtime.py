@@ -64,7 +64,7 @@ def test_a_fresh_image_is_copied_once(runtime: PruningRuntime, copies: Copies, p
         runtime.local.plan(features, POLICY, (), "a")
     assert copies == [(DEVICE, HOST)]
     assert features.embeds.device == HOST
-    assert [its.embeds.device for its in planned] == [DEVICE, DEVICE]
+    assert [image.embeds.device for image in planned] == [DEVICE, DEVICE]
 
 
 def test_an_image_from_the_cache_is_copied_back(
@@ -72,10 +72,10 @@ def test_an_image_from_the_cache_is_copied_back(
 ) -> None:
     monkeypatch.setattr(module, "ON_DEVICE_BYTES", features_on(DEVICE).nbytes)  # room for one
     runtime.renew()
-    one, _ = encode(runtime, "a"), encode(runtime, "b")
-    runtime.local.plan(one, POLICY, (), "a")
+    features, _ = encode(runtime, "a"), encode(runtime, "b")
+    runtime.local.plan(features, POLICY, (), "a")
     assert copies == [(DEVICE, HOST), (DEVICE, HOST), (HOST, DEVICE)]
-    assert [its.embeds.device for its in planned] == [DEVICE]
+    assert [image.embeds.device for image in planned] == [DEVICE]
 
 
 @pytest.mark.parametrize(("budget", "device"), [(FIXED, HOST), ({"type": "energy"}, DEVICE)])
@@ -85,7 +85,7 @@ def test_a_method_of_the_cpu_copies_nothing_back_unless_its_budget_does(
     policy = PruningPolicy.parse({"method": "uniform", "budget": budget}).resolve(LLAVA)
     runtime.local.plan(encode(runtime, "a"), policy, (), "a")
     assert copies == [(DEVICE, HOST)]
-    assert [its.embeds.device for its in planned] == [device]
+    assert [image.embeds.device for image in planned] == [device]
 
 
 @pytest.mark.parametrize("forget", [PruningRuntime.renew, PruningRuntime.forget_images])

@@ -194,11 +194,11 @@ def test_an_image_of_two_processes_is_encoded_once(shared: Shared, client: Encod
     shared.tower.gate.clear()
     first = client.submit("a", image_of(1))
     assert shared.tower.began.wait(60)
-    found = other.find("a")
-    assert found is not None
-    assert not found.done()
+    future = other.find("a")
+    assert future is not None
+    assert not future.done()
     shared.tower.gate.set()
-    encoded = [first.result(60), found.result(60), other.submit("a", image_of(1)).result(60)]
+    encoded = [first.result(60), future.result(60), other.submit("a", image_of(1)).result(60)]
     assert [image.fresh for image in encoded] == [True, False, False]
     assert encoded[0].forward == encoded[1].forward is not None
     assert encoded[2].forward is None
@@ -334,9 +334,9 @@ def test_its_death_fails_everything_at_once_until_the_next_one_is_ready(
     shared.end()
     with pytest.raises(EncoderUnavailable, match=r"^The vision encoder process ended; it is being restarted. Retry.$"):
         waiting.result(10)
-    found = client.find("a")
-    assert found is not None
-    for future in (found, client.submit("b", image_of(2))):
+    image_future = client.find("a")
+    assert image_future is not None
+    for future in (image_future, client.submit("b", image_of(2))):
         with pytest.raises(EncoderUnavailable) as unavailable:
             future.result(0)
         assert unavailable.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE

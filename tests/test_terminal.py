@@ -60,25 +60,25 @@ class Seen:
 
 def watch(argv: list[str], folder: Path, until: str | None) -> Seen:
     """Run a command on a terminal, to its end or until it shows a pattern, and then Ctrl-C."""
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     started = last = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm_vtprune.cli", *argv],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
         cwd=folder,
         start_new_session=True,
     )
-    os.close(theirs)
+    os.close(terminal)
     text, silences, interrupted = "", [], None
     try:
         while True:
             assert time.monotonic() < started + TIMEOUT, text
-            if not select.select([ours], [], [], 1.0)[0]:
+            if not select.select([controller], [], [], 1.0)[0]:
                 continue
             try:
-                data = os.read(ours, 1 << 16)
+                data = os.read(controller, 1 << 16)
             except OSError:  # nobody has the terminal open any more
                 data = b""
             now = time.monotonic()
@@ -94,7 +94,7 @@ def watch(argv: list[str], folder: Path, until: str | None) -> Seen:
                 process.send_signal(signal.SIGINT)
                 until, interrupted = None, now
     finally:
-        os.close(ours)
+        os.close(controller)
         process.kill()
 
 

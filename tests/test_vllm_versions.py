@@ -44,7 +44,7 @@ NEWEST = "0.33.0"
 
 
 @pytest.mark.parametrize(
-    ("found", "tested"),
+    ("vllm_version", "tested"),
     [
         ("0.32.0", True),
         ("0.32.1", True),
@@ -66,17 +66,17 @@ NEWEST = "0.33.0"
     ],
 )
 def test_a_release_of_a_tested_version_is_tested(
-    found: str, tested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_version: str, tested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert is_tested(found) == tested
-    install(found, tmp_path)
+    assert is_tested(vllm_version) == tested
+    install(vllm_version, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     if tested:
         require_tested_vllm()
         return
     with pytest.raises(UntestedVllmError) as refused:
         register()
-    assert str(refused.value).startswith(f"vLLM {found} is installed, but vllm-vtprune ")
+    assert str(refused.value).startswith(f"vLLM {vllm_version} is installed, but vllm-vtprune ")
     assert "tested only with 0.32 and 0.33" in str(refused.value)
     assert "VTPRUNE_ANY_VLLM=1" in str(refused.value)
     monkeypatch.setenv("VTPRUNE_ANY_VLLM", "1")
@@ -118,11 +118,11 @@ def test_no_server_starts_on_another(code: str, tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
-def install(found: str, folder: Path) -> None:
+def install(vllm_version: str, folder: Path) -> None:
     """The metadata of a vLLM, found before the real one where the folder comes first on the path."""
     info = folder / "vllm-0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version}\n")
 
 
 # --- the newest -------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_the_newest_fetches_an_image(newest: Server, picture_on_the_web: str) ->
 @pytest.mark.engine
 @pytest.mark.verify
 @pytest.mark.parametrize(
-    ("fields", "url", "said"),
+    ("fields", "url", "mention"),
     [
         ({"pruning": {"budget": {"type": "tokens", "keep": 0}}}, None, "pruning.budget.keep"),
         ({}, url_of_bytes(b"no picture at all"), "image"),
@@ -257,11 +257,11 @@ def test_the_newest_fetches_an_image(newest: Server, picture_on_the_web: str) ->
     ids=["policy", "image", "host"],
 )
 def test_the_newest_refuses_what_it_cannot_do(
-    fields: dict[str, Any], url: str | None, said: str, newest: Server
+    fields: dict[str, Any], url: str | None, mention: str, newest: Server
 ) -> None:
     response = newest.post({"messages": [user("What is it?", url or fresh_url())], **fields})
     assert response.status_code == 400, response.text
-    assert said in json.dumps(response.json()["error"])
+    assert mention in json.dumps(response.json()["error"])
 
 
 @pytest.mark.engine

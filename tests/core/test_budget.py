@@ -54,9 +54,9 @@ def rank_of(energies: Tensor, threshold: float) -> int:
 def test_exact_rank_is_that_of_the_full_svd(n: int, d: int) -> None:
     features = encoder_like(n, d)
     energies = torch.linalg.svdvals(features.double()).square()
-    found = exact_spectrum(features)
+    decomposition = exact_spectrum(features)
     for threshold in THRESHOLDS:
-        assert found.rank_at(threshold) == rank_of(energies, threshold)
+        assert decomposition.rank_at(threshold) == rank_of(energies, threshold)
     assert energy_rank(features, 0.99, "exact") == rank_of(energies, 0.99)
 
 
@@ -78,11 +78,11 @@ def test_rank_is_the_fewest_that_reach_the_threshold(n: int, d: int, seed: int, 
 def test_one_spectrum_answers_everything() -> None:
     features = encoder_like(100, 60)
     energies = torch.linalg.svdvals(features.double()).square()
-    found = exact_spectrum(features)
-    torch.testing.assert_close(found.energies, energies, rtol=1e-9, atol=1e-12)
-    assert found.energy_at(0) == 0
-    assert found.energy_at(7) == pytest.approx(float(energies[:7].sum() / energies.sum()), abs=1e-12)
-    assert found.energy_at(60) == found.energy_at(1000) == 1
+    decomposition = exact_spectrum(features)
+    torch.testing.assert_close(decomposition.energies, energies, rtol=1e-9, atol=1e-12)
+    assert decomposition.energy_at(0) == 0
+    assert decomposition.energy_at(7) == pytest.approx(float(energies[:7].sum() / energies.sum()), abs=1e-12)
+    assert decomposition.energy_at(60) == decomposition.energy_at(1000) == 1
 
 
 def test_threshold_one_is_the_numerical_rank() -> None:
@@ -126,9 +126,9 @@ def test_the_papers_solver_is_within_one_token_on_exponential_spectra(falls_over
 def test_the_papers_solver_is_within_two_percent_on_power_laws(exponent: float) -> None:
     """Exact but where the rank comes near the 300 components: 265 for 260 in the worst case here."""
     features = with_energies(torch.arange(1.0, 577) ** -exponent, 576, 1024)
-    found = exact_spectrum(features)
+    decomposition = exact_spectrum(features)
     for threshold in (0.9, 0.99, 0.998):
-        exact = found.rank_at(threshold)
+        exact = decomposition.rank_at(threshold)
         assert exact is not None
         rank = energy_rank(features, threshold, "rsvd", 300, 2, torch.Generator().manual_seed(0))
         assert exact <= rank <= 1.02 * exact
@@ -142,9 +142,9 @@ def test_auto_is_within_one_percent(spectrum_of: Callable[[Tensor], Tensor], n: 
     energies = spectrum_of(torch.arange(1.0, min(n, d) + 1))
     features = with_energies(energies, n, d)
     features += shared * torch.randn(1, d, generator=torch.Generator().manual_seed(1)) * (energies.sum() / n / d) ** 0.5
-    found = exact_spectrum(features)
+    decomposition = exact_spectrum(features)
     for threshold in THRESHOLDS:
-        exact = found.rank_at(threshold)
+        exact = decomposition.rank_at(threshold)
         assert exact is not None
         assert abs(energy_rank(features, threshold) - exact) <= 0.01 * exact
 
@@ -152,10 +152,10 @@ def test_auto_is_within_one_percent(spectrum_of: Callable[[Tensor], Tensor], n: 
 def test_a_subspace_settles_what_falls_fast_and_declines_a_power_law() -> None:
     place = torch.arange(1.0, 1101)
     fast, slow = (with_energies(energies, 1200, 1100) for energies in (torch.exp(-place / 20), place**-1.2))
-    found = krylov_spectrum(fast, 0.99, torch.Generator().manual_seed(0))
-    assert found is not None
-    assert len(found.energies) < 1100 * 3 / 8
-    assert found.rank_at(0.99) == reference_rank(fast, 0.99)
+    decomposition = krylov_spectrum(fast, 0.99, torch.Generator().manual_seed(0))
+    assert decomposition is not None
+    assert len(decomposition.energies) < 1100 * 3 / 8
+    assert decomposition.rank_at(0.99) == reference_rank(fast, 0.99)
     assert krylov_spectrum(slow, 0.99, torch.Generator().manual_seed(0)) is None
 
 
@@ -170,8 +170,8 @@ def test_float32_sums_in_any_order_are_within_the_rounding_allowed(falls: float,
     for row in features:
         gram.addr_(row, row)
     exact = exact_spectrum(features)
-    found = torch.linalg.eigvalsh(gram.double()).flip(0)
-    assert float((found.cumsum(0) - exact.energies.cumsum(0)).abs().amax()) < ROUNDING * exact.total
+    eigenvalues = torch.linalg.eigvalsh(gram.double()).flip(0)
+    assert float((eigenvalues.cumsum(0) - exact.energies.cumsum(0)).abs().amax()) < ROUNDING * exact.total
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.verify), 20, 100])
@@ -196,8 +196,8 @@ def test_large_matrices_of_low_rank_whose_energies_fall(rank: int, decay: float,
     features = (torch.randn(1100, rank, generator=generator) * weights) @ torch.randn(rank, 1024, generator=generator)
     exact = energy_rank(features, threshold, "exact")
     for seed in range(2):
-        found = energy_rank(features, threshold, generator=torch.Generator().manual_seed(seed))
-        assert abs(found - exact) <= 0.01 * exact
+        estimate = energy_rank(features, threshold, generator=torch.Generator().manual_seed(seed))
+        assert abs(estimate - exact) <= 0.01 * exact
 
 
 def test_rsvd_is_exact_where_the_threshold_is_within_rounding_of_all_energy() -> None:
@@ -228,12 +228,12 @@ def test_without_power_iterations_the_rank_is_overestimated() -> None:
 
 def test_randomized_spectrum_keeps_the_exact_total() -> None:
     features = encoder_like(120, 200)
-    found = randomized_spectrum(features, 20, generator=torch.Generator().manual_seed(0))
-    assert found.total == pytest.approx(float(features.double().square().sum()), rel=1e-12)
-    assert len(found.energies) == 20
-    assert found.rank_at(0.9999) is None
+    decomposition = randomized_spectrum(features, 20, generator=torch.Generator().manual_seed(0))
+    assert decomposition.total == pytest.approx(float(features.double().square().sum()), rel=1e-12)
+    assert len(decomposition.energies) == 20
+    assert decomposition.rank_at(0.9999) is None
     true = torch.linalg.svdvals(features.double()).square()[:20]
-    assert bool((found.energies <= true * (1 + 1e-5)).all())
+    assert bool((decomposition.energies <= true * (1 + 1e-5)).all())
 
 
 def test_too_few_components_grow_instead_of_guessing() -> None:
@@ -333,8 +333,8 @@ def test_the_overview_sets_the_share_of_all_tiles(solver: str) -> None:
     expected = math.floor(rank / 64 * 214 + 0.5)
 
     def budget(**bounds: int | None) -> tuple[int, float | None]:
-        given = {"min_tokens": 1, **bounds}
-        return token_budget(EnergyBudget(threshold=0.9, solver=solver, **given), features)  # type: ignore[arg-type]
+        fields = {"min_tokens": 1, **bounds}
+        return token_budget(EnergyBudget(threshold=0.9, solver=solver, **fields), features)  # type: ignore[arg-type]
 
     assert budget() == (expected, pytest.approx(spectral_energy(overview, rank), abs=1e-4))
     assert budget(min_tokens=200) == (200, pytest.approx(spectral_energy(overview, 60), abs=1e-4))

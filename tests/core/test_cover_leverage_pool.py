@@ -176,11 +176,11 @@ def test_leverage_is_where_a_direction_is_held_alone(width: int) -> None:
 
 def by_size(k: int, sizes: list[int]) -> list[int]:
     quotas = [Fraction(k * size, sum(sizes)) for size in sizes]
-    given_ = [math.floor(quota) for quota in quotas]
-    largest = sorted(range(len(sizes)), key=lambda i: (given_[i] - quotas[i], i))
-    for i in largest[: k - sum(given_)]:
-        given_[i] += 1
-    return given_
+    counts = [math.floor(quota) for quota in quotas]
+    largest = sorted(range(len(sizes)), key=lambda i: (counts[i] - quotas[i], i))
+    for i in largest[: k - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def cells(k: int, rows: int, columns: int) -> dict[int, list[int]]:

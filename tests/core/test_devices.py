@@ -184,10 +184,10 @@ LLAVA, QWEN = (
     ],
 )
 def test_what_is_reserved(need: Footprint, processes: int, card: int, gib: float, warned: bool) -> None:
-    found = reserve(need, processes=processes, card=card * GIB)
-    assert found.gib == pytest.approx(gib, rel=0.01)
-    assert bool(found.warning) is warned
-    assert not warned or f"Set --mm-ipc-gpu-memory-gb to {in_gib(processes * need.total)}" in found.warning
+    reservation = reserve(need, processes=processes, card=card * GIB)
+    assert reservation.gib == pytest.approx(gib, rel=0.01)
+    assert bool(reservation.warning) is warned
+    assert not warned or f"Set --mm-ipc-gpu-memory-gb to {in_gib(processes * need.total)}" in reservation.warning
 
 
 def in_gib(size: int) -> str:
@@ -202,12 +202,12 @@ def test_what_is_given_is_kept_where_it_holds_the_encoders() -> None:
     assert f"Set --mm-ipc-gpu-memory-gb to {in_gib(QWEN.total)}" in few.warning
 
 
-@pytest.mark.parametrize(("given", "processes"), [(0.0, 1), (1.0, 1), (3.0, 4)])
-def test_what_does_not_hold_the_weights_is_refused_with_both_numbers(given: float, processes: int) -> None:
+@pytest.mark.parametrize(("gib", "processes"), [(0.0, 1), (1.0, 1), (3.0, 4)])
+def test_what_does_not_hold_the_weights_is_refused_with_both_numbers(gib: float, processes: int) -> None:
     least, most = in_gib(processes * LLAVA.least), in_gib(processes * LLAVA.total)
-    problem = f"--mm-ipc-gpu-memory-gb={given:g} does not hold .*; expected {least} or more, and {most} for the largest"
+    problem = f"--mm-ipc-gpu-memory-gb={gib:g} does not hold .*; expected {least} or more, and {most} for the largest"
     with pytest.raises(TowerError, match=problem):
-        reserve(LLAVA, processes=processes, card=80 * GIB, operator_gib=given)
+        reserve(LLAVA, processes=processes, card=80 * GIB, operator_gib=gib)
 
 
 def test_torch_may_allocate_what_the_context_leaves() -> None:

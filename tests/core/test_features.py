@@ -29,19 +29,19 @@ def order(image: VisualFeatures, text: torch.Tensor | None = None, **fields: obj
 @pytest.mark.parametrize("seed_token", ["cls", "norm", "mean"])
 def test_encoder_is_the_method_on_what_feeds_the_connector(method: str, seed_token: str) -> None:
     fields = {"method": method, **({"seed_token": seed_token} if method == "resprune" else {})}
-    found = order(IMAGE, features="encoder", **fields)
-    assert found == order(replace(IMAGE, embeds=IMAGE.encoder), **fields)
-    assert found != order(IMAGE, **fields)
+    picks = order(IMAGE, features="encoder", **fields)
+    assert picks == order(replace(IMAGE, embeds=IMAGE.encoder), **fields)
+    assert picks != order(IMAGE, **fields)
 
 
 @METHODS
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e20])
 def test_both_count_alike_whatever_their_scale(method: str, scale: float) -> None:
-    found = order(IMAGE, features="both", method=method)
-    assert found == order(replace(IMAGE, encoder=scale * IMAGE.encoder), features="both", method=method)
-    assert found not in (order(IMAGE, features=features, method=method) for features in ("projected", "encoder"))
+    picks = order(IMAGE, features="both", method=method)
+    assert picks == order(replace(IMAGE, encoder=scale * IMAGE.encoder), features="both", method=method)
+    assert picks not in (order(IMAGE, features=features, method=method) for features in ("projected", "encoder"))
     parts = [rows / rows.square().sum(dim=1).mean().sqrt() for rows in (IMAGE.embeds, IMAGE.encoder)]
-    assert found == order(replace(IMAGE, embeds=torch.cat(parts, dim=1)), method=method)
+    assert picks == order(replace(IMAGE, embeds=torch.cat(parts, dim=1)), method=method)
     assert order(replace(IMAGE, encoder=IMAGE.embeds), features="both", method=method) == order(IMAGE, method=method)
 
 

@@ -126,8 +126,8 @@ def test_picks_are_those_of_the_rule(kind: str, k: int, on: str, device: Pretend
     gate = torch.rand(240, generator=torch.Generator().manual_seed(2), dtype=torch.float64).clamp(min=0.1)
     with device:
         moved = (values.to(on) for values in (tokens, energy, gate))
-        found = pivots.weighted_pivots(*moved, 7, k)
-        picks = (found if on == "cpu" else inner(found)).tolist()
+        indices = pivots.weighted_pivots(*moved, 7, k)
+        picks = (indices if on == "cpu" else inner(indices)).tolist()
     assert picks == reference(tokens, gate, 7, k)
 
 
@@ -143,8 +143,8 @@ def test_ranks_are_those_of_a_cpu(n: int, d: int, kind: str, solver: Any, device
         on_cpu = spectrum(features, threshold, solver, generator=torch.Generator().manual_seed(0))
         with device:
             moved = features.to(NAME)
-            found = spectrum(moved, threshold, solver, generator=torch.Generator().manual_seed(0))
-        rank, expected, known = (one.rank_at(threshold) for one in (found, exact, on_cpu))
+            on_device = spectrum(moved, threshold, solver, generator=torch.Generator().manual_seed(0))
+        rank, expected, known = (result.rank_at(threshold) for result in (on_device, exact, on_cpu))
         assert rank is not None
         assert expected is not None
         assert rank == known
@@ -165,8 +165,8 @@ def test_memory_is_what_is_said(n: int, d: int, k: int, device: PretendDevice) -
         gate = torch.ones_like(energy)
         device.peak = 0
         pivots.weighted_pivots(moved, energy, gate, 0, k)
-    said = pivots.peak_bytes(n, d, k)
-    assert 0.5 * said < device.peak <= said
+    bound = pivots.peak_bytes(n, d, k)
+    assert 0.5 * bound < device.peak <= bound
 
 
 def test_memory_of_16384_tokens() -> None:

@@ -56,12 +56,12 @@ DESCRIBED = {
 
 @pytest.mark.parametrize(("prompt", "words"), DESCRIBED.items())
 def test_words_that_describe_come_with_the_nouns(prompt: str, words: str) -> None:
-    found = extract_nouns(prompt, modifiers=True)
+    terms = extract_nouns(prompt, modifiers=True)
     wanted = [word.replace("-", " ") for word in words.split()]
-    assert sorted(found) == sorted(wanted)
-    assert found == sorted(found, key=prompt.index), "in the order of the prompt"
+    assert sorted(terms) == sorted(wanted)
+    assert terms == sorted(terms, key=prompt.index), "in the order of the prompt"
     nouns = extract_nouns(prompt, modifiers=False)
-    assert nouns == [word for word in found if word in nouns], "every noun stays"
+    assert nouns == [word for word in terms if word in nouns], "every noun stays"
 
 
 def test_without_modifiers_only_nouns_come() -> None:
@@ -83,10 +83,10 @@ def test_what_sets_things_apart_in_scenes_is_read(kind: str) -> None:
     ]  # fmt: skip
     assert questions
     for question in questions:
-        found = extract_nouns(question, modifiers=True)
+        terms = extract_nouns(question, modifiers=True)
         telling = [word for word in question.rstrip("?").split() if word in {*COLOURS, "handwritten"} or word.isdigit()]
-        assert set(telling) <= set(found), question
-        assert not {"is", "there", "a", "an", "the", "how", "many", "no"} & {word.lower() for word in found}, question
+        assert set(telling) <= set(terms), question
+        assert not {"is", "there", "a", "an", "the", "how", "many", "no"} & {word.lower() for word in terms}, question
 
 
 @pytest.mark.parametrize(

@@ -284,10 +284,10 @@ def test_pooling_does_not_cross_tiles() -> None:
     )
     for method in ("maxpool3x3", "avgpool"):
         counts = [plan(method, f, 100).budget for f in apart]
-        one, two = (plan(method, f, count).order.tolist() for f, count in zip(apart, counts, strict=True))
+        first, second = (plan(method, f, count).order.tolist() for f, count in zip(apart, counts, strict=True))
         both = plan(method, joined, 100).order.tolist()
-        assert [i for i in both if i < 20] == one
-        assert [i - 20 for i in both if i >= 20] == two
+        assert [i for i in both if i < 20] == first
+        assert [i - 20 for i in both if i >= 20] == second
 
 
 # ---- methods that merge
@@ -489,10 +489,10 @@ def test_hired_keeps_the_most_attended_of_each_tile() -> None:
 def test_shares_are_exact_and_proportional_where_there_is_room(tiles: list[tuple[float, int]], share: float) -> None:
     weights, rooms = [weight for weight, _ in tiles], [room for _, room in tiles]
     total = round(share * sum(rooms))
-    given_ = shares(total, weights, rooms)
-    assert sum(given_) == total
-    assert all(0 <= count <= room for count, room in zip(given_, rooms, strict=True))
+    counts = shares(total, weights, rooms)
+    assert sum(counts) == total
+    assert all(0 <= count <= room for count, room in zip(counts, rooms, strict=True))
     if sum(weights) > 0:
         quotas = [total * weight / sum(weights) for weight in weights]
         if all(quota < room for quota, room in zip(quotas, rooms, strict=True)):
-            assert all(abs(count - quota) < 1 + 1e-6 for count, quota in zip(given_, quotas, strict=True))
+            assert all(abs(count - quota) < 1 + 1e-6 for count, quota in zip(counts, quotas, strict=True))

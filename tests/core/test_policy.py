@@ -294,7 +294,7 @@ def test_digest_is_stable_hex() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("fields", "other"),
     [
         ({}, DOCUMENTED),
         ({}, {"alpha": ALPHA}),
@@ -314,8 +314,8 @@ def test_digest_is_stable_hex() -> None:
         ({"method": "adaptprune", "similarity": False}, {"method": "adaptprune", "similarity": False, "sigma_s": 1}),
     ],
 )
-def test_equal_selections_have_equal_digests(one: dict[str, object], other: dict[str, object]) -> None:
-    assert digest(**one) == digest(**other)
+def test_equal_selections_have_equal_digests(fields: dict[str, object], other: dict[str, object]) -> None:
+    assert digest(**fields) == digest(**other)
 
 
 def test_different_selections_have_different_digests() -> None:

@@ -22,7 +22,7 @@ def answer(body: object) -> dict[str, Any]:
     try:
         policy = PruningPolicy.parse(body, param=PARAM)
     except PolicyError as error:
-        return {"error": told(error)}
+        return {"error": template(error)}
     return {
         "dump": policy.dump(),
         "digest": policy.selection_digest(),
@@ -37,13 +37,13 @@ def resolved(policy: PruningPolicy, family: FamilyDefaults) -> dict[str, Any]:
     try:
         filled = policy.resolve(family, param=PARAM)
     except PolicyError as error:
-        return {"error": told(error, family)}
+        return {"error": template(error, family)}
     before = policy.dump()
     changes = {name: value for name, value in filled.dump().items() if value != before[name]}
     return {"digest": filled.selection_digest(), "filled": changes}
 
 
-def told(error: PolicyError, family: FamilyDefaults | None = None) -> str:
+def template(error: PolicyError, family: FamilyDefaults | None = None) -> str:
     lists = {"methods": ", ".join([NONE, *METHODS]), "own": ", ".join(n for n, m in METHODS.items() if m.own_count)}
     if family is not None:
         lists["supported"] = ", ".join([NONE, *(name for name, method in METHODS.items() if family.supports(method))])

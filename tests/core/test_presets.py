@@ -82,7 +82,7 @@ def test_the_package_s_presets_are_policies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         (
             "p.toml",
@@ -108,11 +108,11 @@ def test_the_package_s_presets_are_policies() -> None:
         ("p.toml", "[a", "is not valid TOML: "),
     ],
 )
-def test_a_mistake_is_named_with_its_file(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_a_mistake_is_named_with_its_file(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = written(tmp_path, text, name)
     with pytest.raises(PresetsError) as refused:
         read_presets(path)
-    assert str(refused.value).startswith(f"{path}: {said}")
+    assert str(refused.value).startswith(f"{path}: {message}")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def image(n: int, d: int, seed: int = 0, correlated: bool = False, **fields: obj
     if correlated:  # a shared direction and a few strong ones, like a projector's output
         embeds = embeds + 3 * torch.randn(1, d, generator=generator)
         embeds += torch.randn(n, 8, generator=generator) @ torch.randn(8, d, generator=generator)
-    given = {"encoder": embeds, "cls_attention": torch.rand(n, generator=generator), **fields}
-    return VisualFeatures(embeds=embeds, **given)  # type: ignore[arg-type]
+    tensors = {"encoder": embeds, "cls_attention": torch.rand(n, generator=generator), **fields}
+    return VisualFeatures(embeds=embeds, **tensors)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gate_form", [None, "minmax", "clip"])

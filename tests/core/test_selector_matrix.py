@@ -100,8 +100,8 @@ def image(n: int = 48, grid: tuple[int, int] | None = (6, 8), seed: int = 0, til
 
 
 def changed(features: VisualFeatures, change: Callable[[Tensor], Tensor], *names: str) -> VisualFeatures:
-    given = {name: getattr(features, name) for name in names}
-    return replace(features, **{name: change(value) for name, value in given.items() if value is not None})
+    values = {name: getattr(features, name) for name in names}
+    return replace(features, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def expected_count(case: str, features: VisualFeatures, k: int) -> int:
@@ -149,9 +149,9 @@ def test_few_tokens(case: str, n: int) -> None:
 @pytest.mark.parametrize("tiled", [False, True])
 def test_deterministic_and_leaves_its_input_alone(case: str, tiled: bool) -> None:
     features, untouched = image(tiled=tiled), image(tiled=tiled)
-    one, two = run(case, features, 20), run(case, untouched, 20)
-    assert torch.equal(one.order, two.order)
-    assert torch.equal(one.embeds, two.embeds)
+    first, second = run(case, features, 20), run(case, untouched, 20)
+    assert torch.equal(first.order, second.order)
+    assert torch.equal(first.embeds, second.embeds)
     for name in TENSORS:
         if getattr(untouched, name) is not None:
             assert torch.equal(getattr(features, name), getattr(image(tiled=tiled), name)), name
@@ -165,9 +165,9 @@ def test_neighbours_in_a_batch_do_not_matter(case: str) -> None:
     for i, alone in enumerate(images):
         strided = replace(alone, **{name: stacked[:, i] for name, stacked in batch.items()})
         assert not strided.embeds.is_contiguous()
-        one, two = run(case, alone, 20), run(case, strided, 20)
-        assert torch.equal(one.order, two.order)
-        torch.testing.assert_close(one.embeds, two.embeds)
+        first, second = run(case, alone, 20), run(case, strided, 20)
+        assert torch.equal(first.order, second.order)
+        torch.testing.assert_close(first.embeds, second.embeds)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_NESTED])
@@ -250,20 +250,20 @@ def test_what_it_needs_is_named_and_nothing_else_is_needed(case: str) -> None:
     method, _ = CASES[case]
     needs = METHODS[method].needs - {"encoder"}
     bare = VisualFeatures(image().encoder, image().embeds)
-    given = {
+    inputs = {
         "cls_attention": {"cls_attention": image().cls_attention},
         "keys": {"keys": image().keys},
         "positions": {"grid": (6, 8)},
     }
     for need in needs:
-        others = {name: value for other in needs - {need} for name, value in given[other].items()}
+        others = {name: value for other in needs - {need} for name, value in inputs[other].items()}
         with pytest.raises(PolicyError, match=f"pruning.method: method {method} needs {need}") as raised:
             run(case, replace(bare, **others), 5)
         assert raised.value.value == method
         accepted = raised.value.accepted.removeprefix("one of ").split(", ")
         assert {"none", "resprune", "random"} <= set(accepted)
         assert method not in accepted
-    run(case, replace(bare, **{name: value for need in needs for name, value in given[need].items()}), 5)
+    run(case, replace(bare, **{name: value for need in needs for name, value in inputs[need].items()}), 5)
     assert "text" not in needs, "without a text a method falls back"
 
 

@@ -44,12 +44,12 @@ def numbers(rows: torch.Tensor) -> list[int]:
 def test_with_every_token_each_row_has_its_newline(canvas: tuple[int, int]) -> None:
     features = image(*canvas)
     rows, columns = canvas
-    found = numbers(sequence(features, keeping(features, list(range(OVERVIEW + prod(canvas))))))
+    layout = numbers(sequence(features, keeping(features, list(range(OVERVIEW + prod(canvas))))))
     expected = list(range(OVERVIEW))
     for row in range(rows):
         start = OVERVIEW + row * columns
         expected += [*range(start, start + columns), -1]
-    assert found == expected
+    assert layout == expected
     assert sequence_length(features) == len(expected)
 
 

@@ -131,18 +131,18 @@ FLOORS = {"seen": 0.97, "unseen": 0.97, "harder": 0.94}
 
 
 def f1(questions: dict[str, str]) -> tuple[float, list[str]]:
-    hits = found_total = wanted_total = 0
+    hits = noun_total = wanted_total = 0
     misses = []
     for question, labels in questions.items():
-        found, wanted = set(extract_nouns(question, modifiers=False)), set(labels.split())
-        hits, found_total, wanted_total = (
-            hits + len(found & wanted),
-            found_total + len(found),
+        nouns, wanted = set(extract_nouns(question, modifiers=False)), set(labels.split())
+        hits, noun_total, wanted_total = (
+            hits + len(nouns & wanted),
+            noun_total + len(nouns),
             wanted_total + len(wanted),
         )
-        if found != wanted:
-            misses.append(f"{question} extra {sorted(found - wanted)} missing {sorted(wanted - found)}")
-    return 2 * hits / (found_total + wanted_total), misses
+        if nouns != wanted:
+            misses.append(f"{question} extra {sorted(nouns - wanted)} missing {sorted(wanted - nouns)}")
+    return 2 * hits / (noun_total + wanted_total), misses
 
 
 @pytest.mark.parametrize("name", list(FLOORS))
@@ -163,9 +163,9 @@ def test_f1_on_questions_labelled_by_someone_who_has_not_seen_the_rules() -> Non
     assert len(questions) == 130
     hits = both = 0
     for question in questions:
-        found = {noun.casefold() for noun in extract_nouns(question["prompt"], modifiers=False)}
+        nouns = {noun.casefold() for noun in extract_nouns(question["prompt"], modifiers=False)}
         wanted = {noun.casefold() for noun in question["nouns"]}
-        hits, both = hits + len(found & wanted), both + len(found) + len(wanted)
+        hits, both = hits + len(nouns & wanted), both + len(nouns) + len(wanted)
     print(f"\n{text_pipeline_name()} on held-out questions: F1 {2 * hits / both:.3f}")
     assert 2 * hits / both >= 0.93
 
@@ -382,9 +382,9 @@ def test_of_a_long_prompt_the_beginning_and_the_end_are_read(between: str, clean
     """What stands in the middle may be the context of a question, which mostly ends a message."""
     middle = between * MAX_PIECES
     for distance in (middle, between * MAX_CHARS):
-        found = extract_nouns(f"The dog. {distance}. A cow. {distance} Where is the cat?", clean)
-        assert {"dog", "cat"} <= set(found)
-        assert "cow" not in found
+        nouns = extract_nouns(f"The dog. {distance}. A cow. {distance} Where is the cat?", clean)
+        assert {"dog", "cat"} <= set(nouns)
+        assert "cow" not in nouns
     words = " ".join(f"word{number}" for number in range(MAX_CHARS))
     assert 100 < len(extract_nouns(words, clean)) <= MAX_PIECES
 

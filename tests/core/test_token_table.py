@@ -78,12 +78,12 @@ def test_several_threads(counted: tuple[TokenTable, list[int]], monkeypatch: pyt
 
 
 def test_random_rows_are_those_of_seed_and_id() -> None:
-    one, same, other = (TokenTable.random(100, 512, seed) for seed in (0, 0, 1))
-    assert torch.equal(one.rows([7, 99, 7]), same.rows([99, 7])[[1, 0, 1]])
-    assert not torch.equal(one.rows([7]), other.rows([7]))
-    assert not torch.equal(one.rows([7]), one.rows([8]))
-    assert one.rows([7]).std() == pytest.approx(0.02, rel=0.2)
-    assert one.rows([]).shape == (0, 512)
+    table, same, other = (TokenTable.random(100, 512, seed) for seed in (0, 0, 1))
+    assert torch.equal(table.rows([7, 99, 7]), same.rows([99, 7])[[1, 0, 1]])
+    assert not torch.equal(table.rows([7]), other.rows([7]))
+    assert not torch.equal(table.rows([7]), table.rows([8]))
+    assert table.rows([7]).std() == pytest.approx(0.02, rel=0.2)
+    assert table.rows([]).shape == (0, 512)
     assert TokenTable.random(10, 4, 2**31).rows([9]).shape == (1, 4)
 
 

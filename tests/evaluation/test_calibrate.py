@@ -131,7 +131,7 @@ def test_the_interval_is_that_of_pictures() -> None:
 # --- the whole search -------------------------------------------------------------------------------------------------
 
 
-class Told:
+class ScriptedAsker:
     """Answers as told: a method's share of right answers at some tokens, spread evenly over questions."""
 
     def __init__(self, store: Answers, accuracy: Callable[[Arm, float, Picture], float]) -> None:
@@ -160,15 +160,15 @@ def sample(pictures: int) -> list[Picture]:
     return [Picture(str(number), Path("none"), (Question("", "Is it?", "yes"),) * 5) for number in range(pictures)]
 
 
-def searching(folder: Path, accuracy: Callable[[Arm, float, Picture], float]) -> tuple[Search, Told]:
+def searching(folder: Path, accuracy: Callable[[Arm, float, Picture], float]) -> tuple[Search, ScriptedAsker]:
     pictures = sample(60)
     torch.manual_seed(0)
     rows = torch.randn(WHOLE, RANK)
     measured = [Measured(exact_spectrum(rows), WHOLE, WHOLE, 5) for _ in pictures[:40]]
     encoded = Sample(VisualFeatures(embeds=rows, encoder=rows), measured, LLAVA)
     store = Answers(folder / "answers.jsonl", {})
-    told = Told(store, accuracy)
-    return Search(told, store, encoded, pictures[:40], pictures[40:], known=True), told
+    asker = ScriptedAsker(store, accuracy)
+    return Search(asker, store, encoded, pictures[:40], pictures[40:], known=True), asker
 
 
 def test_the_best_method_and_the_smallest_budget_are_found_and_checked(
@@ -178,18 +178,18 @@ def test_the_best_method_and_the_smallest_budget_are_found_and_checked(
         lost = {"unpruned": 0.0, "good": 0.4}.get(arm.name, 1.5)
         return 0.9 * (1 - lost * 16 / tokens)
 
-    search, told = searching(tmp_path, accuracy)
+    search, asker = searching(tmp_path, accuracy)
     tried = [Candidate(name, {"method": "divprune"}) for name in ("bad", "poor", "good", "weak", "sad")]
-    found = search.run(tried, tokens=None, retain=0.9)
-    assert found.candidate.name == "good"
-    assert found.trial.mean_tokens == pytest.approx(72, abs=1), "54 tokens retain 88 %"
-    assert found.checked is not None
-    assert found.checked.share == pytest.approx(1 - 0.4 * 16 / 72, abs=0.03)
-    assert told.asked["bad"] < told.asked["good"]
+    choice = search.run(tried, tokens=None, retain=0.9)
+    assert choice.candidate.name == "good"
+    assert choice.trial.mean_tokens == pytest.approx(72, abs=1), "54 tokens retain 88 %"
+    assert choice.checked is not None
+    assert choice.checked.share == pytest.approx(1 - 0.4 * 16 / 72, abs=0.03)
+    assert asker.asked["bad"] < asker.asked["good"]
     out = capsys.readouterr().out
     assert "method  questions  retained at 144  retained at 36" in out
     assert out.split().count("chosen") == 1
-    (tmp_path / "p.toml").write_text(found.preset("mine", "a model"))
+    (tmp_path / "p.toml").write_text(choice.preset("mine", "a model"))
     policy = read_presets(tmp_path / "p.toml")["mine"]
     assert isinstance(policy.budget, RatioBudget)
     assert policy.budget.keep == 1 / 8
@@ -204,18 +204,18 @@ def test_energy_is_taken_where_it_retains_more_with_a_floor_and_a_ratio_where_it
 
     search, _ = searching(tmp_path, accuracy)
     only = [Candidate("divprune", {"method": "divprune"})]
-    found = search.run(only, tokens=100, retain=None)
-    (tmp_path / "p.toml").write_text(found.preset("mine", "a model"))
+    choice = search.run(only, tokens=100, retain=None)
+    (tmp_path / "p.toml").write_text(choice.preset("mine", "a model"))
     budget = read_presets(tmp_path / "p.toml")["mine"].budget
     assert isinstance(budget, EnergyBudget)
     assert budget.min_tokens == 50
 
-    found = search.run(only, tokens=300, retain=None)
-    assert found.trial.kind == "ratio"
-    said = " ".join(capsys.readouterr().err.split())
+    choice = search.run(only, tokens=300, retain=None)
+    assert choice.trial.kind == "ratio"
+    stderr = " ".join(capsys.readouterr().err.split())
     assert (
         "An energy budget keeps at most 192.0 tokens on average here (the features' rank); for 300.0, take a ratio"
-        in said
+        in stderr
     )
 
 
@@ -226,8 +226,8 @@ def test_a_budget_that_does_not_hold_on_other_pictures_gives_way_to_a_larger_one
         return 0.4 if tokens < 200 and int(picture.label) >= 40 else 0.9
 
     search, _ = searching(tmp_path, accuracy)
-    found = search.run([Candidate("divprune", {"method": "divprune"})], tokens=None, retain=0.95)
-    assert found.trial.mean_tokens == pytest.approx(216)
+    choice = search.run([Candidate("divprune", {"method": "divprune"})], tokens=None, retain=0.95)
+    assert choice.trial.mean_tokens == pytest.approx(216)
     assert "retains 44." in capsys.readouterr().err
 
 
@@ -241,10 +241,10 @@ def test_nothing_that_retains_enough_is_an_error_with_the_table(
 
 
 def test_a_model_that_answers_nothing_right_has_nothing_to_retain(tmp_path: Path) -> None:
-    search, told = searching(tmp_path, lambda *_: 0.0)
+    search, asker = searching(tmp_path, lambda *_: 0.0)
     with pytest.raises(NoPreset, match="the unpruned model answers 0 of 200 questions right, so there is nothing to"):
         search.run(candidates(METHODS_TO_TRY, LLAVA), tokens=None, retain=0.95)
-    assert list(told.asked) == ["unpruned"], "nothing else was asked"
+    assert list(asker.asked) == ["unpruned"], "nothing else was asked"
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

@@ -134,9 +134,9 @@ def test_interrupted_while_it_asks_the_same_command_goes_on_and_tells_where_its_
     assert stand_in.asked == waiting + 3 * 6 - 5, "the answered ones are not asked again"
     out, err = capsys.readouterr()
     [line] = out.splitlines()
-    found = json.loads(line)
-    assert [result["arm"] for result in found["results"]] == ["unpruned", "uniform@64", "random@64"]
-    assert [pair["less"] for pair in found["paired"]] == ["random@64"]
+    results = json.loads(line)
+    assert [result["arm"] for result in results["results"]] == ["unpruned", "uniform@64", "random@64"]
+    assert [pair["less"] for pair in results["paired"]] == ["random@64"]
     assert err.splitlines()[-1] == "Results: eval/results.md, results.json, accuracy.png, gallery.png"
     names = ["accuracy.png", "answers.jsonl", "gallery.png", "results.json", "results.md"]
     assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == names

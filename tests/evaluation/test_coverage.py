@@ -47,6 +47,6 @@ def test_a_question_about_nothing_that_is_there_does_not_count(scene: Scene) -> 
 
 
 def test_methods_on_held_out_scenes() -> None:
-    found = measure(list(pictures("test", 6)), ["scope", "last"], 64)
-    assert list(found) == ["scope", "last"]
-    assert found["scope"].asked_seen > found["last"].asked_seen, "the last tokens are ground more often"
+    coverages = measure(list(pictures("test", 6)), ["scope", "last"], 64)
+    assert list(coverages) == ["scope", "last"]
+    assert coverages["scope"].asked_seen > coverages["last"].asked_seen, "the last tokens are ground more often"

@@ -50,8 +50,8 @@ def test_a_budget_that_follows_the_picture_gains_where_pictures_differ(asked: li
     """A picture of few directions needs few tokens, one of many needs many: a fixed budget fails the second."""
     generator = torch.Generator().manual_seed(0)
     encoded = [torch.zeros(200, 160) for _ in asked]
-    for one, directions in zip(encoded, (8, 40, 140), strict=True):
-        one[:, :directions] = torch.randn(200, directions, generator=generator)
+    for features, directions in zip(encoded, (8, 40, 140), strict=True):
+        features[:, :directions] = torch.randn(200, directions, generator=generator)
     right = {"0": answers(8), "1": answers(32), "2": answers(96)}
     head, *rows = by_spectrum(asked, right, encoded)
     assert head[1] == "mean tokens"

@@ -32,10 +32,10 @@ def answers(tmp_path: Path) -> Iterator[Answers]:
     with Answers(tmp_path / "answers.jsonl", {}) as kept:
         for place, picture in enumerate(ASKED):
             question, name = picture.questions[0], picture.name(0)
-            for turn, one in enumerate([UNPRUNED, *ARMS]):
-                right = one is UNPRUNED or (place + turn) % 2 == 0
+            for turn, variant in enumerate([UNPRUNED, *ARMS]):
+                right = variant is UNPRUNED or (place + turn) % 2 == 0
                 text = question.answer if right else "none of these at all"
-                kept.add(one, Answer(name, question.kind, picture.density, f" {text}", right, 64))
+                kept.add(variant, Answer(name, question.kind, picture.density, f" {text}", right, 64))
         yield kept
 
 
@@ -85,8 +85,8 @@ def test_a_row_tells_question_right_answer_and_what_was_answered(answers: Answer
 def test_an_answer_is_shown_as_it_is_but_for_what_cannot_be_shown(tmp_path: Path) -> None:
     """No mathematics, no control characters, two lines."""
     with Answers(tmp_path / "answers.jsonl", {}) as answers:
-        for one, text in ((UNPRUNED, "$\\frac$ 5\x13"), (ARMS[0], "a long answer " * 9)):
-            answers.add(one, Answer(ASKED[0].name(0), "count", "dense", text, False, 64))
+        for variant, text in ((UNPRUNED, "$\\frac$ 5\x13"), (ARMS[0], "a long answer " * 9)):
+            answers.add(variant, Answer(ASKED[0].name(0), "count", "dense", text, False, 64))
         figure = gallery_figure(str(tiny_checkpoint()), "float32", ASKED[:1], ARMS[:1], answers)
     figure.draw_without_rendering()
     whole, pruned = figure.axes
@@ -110,8 +110,8 @@ def test_texts_neither_overlap_nor_are_cut_off_and_the_file_is_narrow(answers: A
 
     more = [*ARMS, arm("random", 64), arm("divprune", 64), arm("tome", 64)]
     for picture in shown:
-        for one in more[2:]:
-            answers.add(one, answers.of(UNPRUNED)[picture.name(0)])
+        for variant in more[2:]:
+            answers.add(variant, answers.of(UNPRUNED)[picture.name(0)])
     draw_gallery(model, "float32", ASKED, more, answers, tmp_path / "gallery.png")
     with Image.open(tmp_path / "gallery.png") as drawn:
         assert 1200 < drawn.width <= 1600, "five columns"

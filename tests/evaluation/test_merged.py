@@ -81,7 +81,7 @@ def expected(folder: Path, query: str) -> dict[tuple[str, str], tuple[str, float
     def rows(text: str) -> Any:
         return embed(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])).detach()
 
-    given = {}
+    answers = {}
     [picture] = pictures("test", 4)
     features = merged_features(features_of(processor, picture.paint()), merger)
     for arm in ARMS:
@@ -93,17 +93,17 @@ def expected(folder: Path, query: str) -> dict[tuple[str, str], tuple[str, float
             [ids] = model.model.generate(
                 inputs_embeds=whole, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False
             )
-            given[arm.name, picture.name(index)] = tokenizer.decode(ids, skip_special_tokens=True), len(kept)
-    return given
+            answers[arm.name, picture.name(index)] = tokenizer.decode(ids, skip_special_tokens=True), len(kept)
+    return answers
 
 
 def test_answers_are_those_of_transformers_over_merged_tokens(folder: Path) -> None:
     [picture] = pictures("test", 4)
     pending = [(number, range(len(picture.questions))) for number in range(len(ARMS))]
-    given = [one for some in Offline(str(TRAINED), folder).answers(picture, ARMS, pending) for one in some]
-    found = {(ARMS[number].name, answer.question): (answer.text, answer.tokens) for number, answer in given}
-    assert found == expected(folder, "red")
-    assert {tokens for _, tokens in found.values()} == {144, 20}
+    pairs = [pair for batch in Offline(str(TRAINED), folder).answers(picture, ARMS, pending) for pair in batch]
+    answers = {(ARMS[number].name, answer.question): (answer.text, answer.tokens) for number, answer in pairs}
+    assert answers == expected(folder, "red")
+    assert {tokens for _, tokens in answers.values()} == {144, 20}
 
 
 def test_the_likeness_to_the_text_is_that_to_the_words_of_this_language_model(folder: Path) -> None:
@@ -113,9 +113,9 @@ def test_the_likeness_to_the_text_is_that_to_the_words_of_this_language_model(fo
     merger = load_merged(folder, offline._language.model)
     features = merged_features(features_of(offline._processor, picture.paint()), merger)
     policy = PruningPolicy.parse({"rank_by": "relevance", "budget": fixed(20)}).resolve(offline._processor.family)
-    found = offline._plan(features, policy, (40, 41))
-    assert torch.equal(found.order, plan_tokens(features, policy, words[40:42].detach()).order)
-    assert not torch.equal(found.order, offline._processor.runtime.local.plan(features, policy, (40, 41)).order)
+    plan = offline._plan(features, policy, (40, 41))
+    assert torch.equal(plan.order, plan_tokens(features, policy, words[40:42].detach()).order)
+    assert not torch.equal(plan.order, offline._processor.runtime.local.plan(features, policy, (40, 41)).order)
 
 
 def test_an_ablation_asks_the_model_with_the_merger(
@@ -124,15 +124,15 @@ def test_an_ablation_asks_the_model_with_the_merger(
     monkeypatch.setattr("vllm_vtprune_evaluation.offline.CONTEXT", context())
     options = ["--offline", "--ablation", "divprune-features", "--questions", "3"]
     evaluate([*options, "--merged", str(folder), "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["about"]["model"] == weights_digest(str(folder)) != weights_digest(str(TRAINED))
-    unpruned, *pruned = found["results"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["about"]["model"] == weights_digest(str(folder)) != weights_digest(str(TRAINED))
+    unpruned, *pruned = results["results"]
     assert unpruned["mean_tokens"] == 144
-    assert [one["arm"] for one in pruned[:3]] == ["projected @64", "encoder @64", "both @64"]
-    assert set(found["paired_by_kind"]) == {*unpruned["by_kind"], "all"}
-    for pairs in found["paired_by_kind"].values():
-        assert {one["arm"] for one in pairs} == {f"projected @{keep}" for keep in (64, 36, 18)}
-        assert {one["row"] for one in pairs} == {"encoder", "both"}
+    assert [result["arm"] for result in pruned[:3]] == ["projected @64", "encoder @64", "both @64"]
+    assert set(results["paired_by_kind"]) == {*unpruned["by_kind"], "all"}
+    for pairs in results["paired_by_kind"].values():
+        assert {pair["arm"] for pair in pairs} == {f"projected @{keep}" for keep in (64, 36, 18)}
+        assert {pair["row"] for pair in pairs} == {"encoder", "both"}
 
 
 @pytest.mark.parametrize(

@@ -59,16 +59,16 @@ def offline() -> Offline:
     return Offline(str(TRAINED))
 
 
-def said(offline: Offline, arms: Sequence[Arm]) -> dict[tuple[str, str], tuple[str, float]]:
+def answers_of(offline: Offline, arms: Sequence[Arm]) -> dict[tuple[str, str], tuple[str, float]]:
     """Text and tokens of every answer, by arm and question."""
-    found = {}
+    answers = {}
     for picture in asked():
         pending = [(number, range(len(picture.questions))) for number in range(len(arms))]
-        for given in offline.answers(picture, arms, pending):
-            for number, answer in given:
-                assert (arms[number].name, answer.question) not in found, "each is asked once"
-                found[arms[number].name, answer.question] = answer.text, answer.tokens
-    return found
+        for batch in offline.answers(picture, arms, pending):
+            for number, answer in batch:
+                assert (arms[number].name, answer.question) not in answers, "each is asked once"
+                answers[arms[number].name, answer.question] = answer.text, answer.tokens
+    return answers
 
 
 def expected(arms: Sequence[Arm]) -> Iterator[tuple[tuple[str, str], tuple[str, float]]]:
@@ -103,10 +103,10 @@ def expected(arms: Sequence[Arm]) -> Iterator[tuple[tuple[str, str], tuple[str, 
 
 
 def test_answers_are_those_of_transformers_for_the_tokens_that_a_request_would_keep(offline: Offline) -> None:
-    found = said(offline, ARMS)
-    assert found == dict(expected(ARMS))
-    assert len(found) == QUESTIONS * len(ARMS)
-    assert len({text for text, _ in found.values()}) >= QUESTIONS // 2, "the model says different things"
+    answers = answers_of(offline, ARMS)
+    assert answers == dict(expected(ARMS))
+    assert len(answers) == QUESTIONS * len(ARMS)
+    assert len({text for text, _ in answers.values()}) >= QUESTIONS // 2, "the model says different things"
 
 
 def test_the_demo_s_answers_are_right(offline: Offline) -> None:

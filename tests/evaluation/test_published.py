@@ -86,22 +86,22 @@ def test_the_ranking_holds_every_method_of_this_model() -> None:
 
 @pytest.mark.parametrize("keep", [128, 64, 32])
 def test_no_method_is_more_than_a_point_ahead_of_the_default(keep: int) -> None:
-    against = [one for one in PUBLISHED["paired"] if one["keep"] == keep]
+    against = [pair for pair in PUBLISHED["paired"] if pair["keep"] == keep]
     assert len(against) > 15
-    for one in against:
-        assert one["arm"] == f"{DEFAULT}@{keep}"
-        assert one["difference"] > -0.01, f"{one['less']} is better"
+    for pair in against:
+        assert pair["arm"] == f"{DEFAULT}@{keep}"
+        assert pair["difference"] > -0.01, f"{pair['less']} is better"
 
 
 def test_the_default_is_ahead_of_every_other_method_somewhere() -> None:
     """Beyond the paired interval, at one budget at least: so there is no better default."""
-    ahead = {one["row"] for one in PUBLISHED["paired"] if one["ci95"][0] > 0}
-    assert ahead == {one["row"] for one in PUBLISHED["paired"]}
+    ahead = {pair["row"] for pair in PUBLISHED["paired"] if pair["ci95"][0] > 0}
+    assert ahead == {pair["row"] for pair in PUBLISHED["paired"]}
 
 
 def test_the_default_keeps_97_percent_of_the_right_answers_at_128_tokens() -> None:
-    [found] = [one for one in PUBLISHED["ranked_results"] if one["arm"] == f"{DEFAULT}@128"]
-    assert found["retained"] >= 0.97
+    [default] = [result for result in PUBLISHED["ranked_results"] if result["arm"] == f"{DEFAULT}@128"]
+    assert default["retained"] >= 0.97
 
 
 def test_the_plot_shows_the_results(tmp_path: Path) -> None:

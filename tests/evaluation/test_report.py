@@ -114,8 +114,8 @@ def test_labels_do_not_overlap_and_nothing_is_cut_off() -> None:
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without the lines that lead to them
     assert len(boxes) == 8
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.overlaps(other)
+    for label, other in itertools.combinations(boxes, 2):
+        assert not label.overlaps(other)
     for box in [*boxes, figure.axes[0].yaxis.label.get_window_extent()]:
         assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
         assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
@@ -157,16 +157,18 @@ def test_the_plot_is_drawn_anew_from_a_file_of_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot_accuracy(RUN, UNPRUNED, tmp_path / "first.png")
-    ranked = [one.to_json() for one in (UNPRUNED, *RUN)]
+    ranked = [entry.to_json() for entry in (UNPRUNED, *RUN)]
     (tmp_path / "results.json").write_text(json.dumps({"results": [], "ranked_results": ranked}))
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "results.json"), "--out", str(tmp_path / "again.png")])
     main()
     with Image.open(tmp_path / "first.png") as first, Image.open(tmp_path / "again.png") as again:
         assert first.tobytes() == again.tobytes()
         assert first.width <= 1600
-        told = again.text["Description"]
-        assert told == first.text["Description"]
-    assert told.startswith("unpruned: 90.0 % of 50 questions; scope: 80.0 % at 64.0 tokens, 90.0 % at 128.0 tokens,")
+        description = again.text["Description"]
+        assert description == first.text["Description"]
+    assert description.startswith(
+        "unpruned: 90.0 % of 50 questions; scope: 80.0 % at 64.0 tokens, 90.0 % at 128.0 tokens,"
+    )
 
     (tmp_path / "results.json").write_text('{"results": []}')
     with pytest.raises(SystemExit) as refused:

@@ -36,7 +36,7 @@ FEATURES = VisualFeatures(torch.randn(576, 48), torch.randn(576, 32), grid=(24, 
 def answered(right: list[bool], kind: str = "count", tokens: float = 64) -> dict[str, Answer]:
     """Two questions a picture."""
     names = [f"{index // 2}#{index % 2}" for index in range(len(right))]
-    return {name: Answer(name, kind, "dense", "3", one, tokens) for name, one in zip(names, right, strict=True)}
+    return {name: Answer(name, kind, "dense", "3", hit, tokens) for name, hit in zip(names, right, strict=True)}
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -186,9 +186,9 @@ def test_accuracy_is_that_of_the_questions_that_everybody_was_asked() -> None:
 def test_the_interval_resamples_pictures_not_questions() -> None:
     """Twice as many questions about the same pictures, answered alike, tell no more."""
     right = list(np.random.default_rng(0).random(60) < 0.7)
-    once = {f"{index}#0": Answer(f"{index}#0", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)}
+    once = {f"{index}#0": Answer(f"{index}#0", "count", "dense", "", bool(hit), 64) for index, hit in enumerate(right)}
     twice = once | {
-        f"{index}#1": Answer(f"{index}#1", "count", "dense", "", bool(one), 64) for index, one in enumerate(right)
+        f"{index}#1": Answer(f"{index}#1", "count", "dense", "", bool(hit), 64) for index, hit in enumerate(right)
     }
     [single], [double] = (results([(ARM, asked)], asked) for asked in (once, twice))
     assert single.ci95 == pytest.approx(double.ci95)
@@ -210,10 +210,10 @@ def test_kinds_that_the_model_does_not_know_do_not_rank() -> None:
 def test_tables_and_the_plot_of_budgets_show_every_arm(tmp_path: Path) -> None:
     unpruned = answered([True] * 8, tokens=576)
     arms = [ARM, Arm("random+E@64", {"budget": energy(0.9)}, "random", 64, True)]
-    found = results([(UNPRUNED, unpruned), *((arm, answered([True, False] * 4)) for arm in arms)], unpruned)
-    assert "| random@64 | 64.0 | 50.0 % |" in accuracy_table(found)
-    assert "| `random+E` | 50.0 % (-50.0, 64 tokens) |" in budget_table(found[1:])
-    assert "| random@64 | 50.0 % |" in split_table(found, "kind")
+    outcomes = results([(UNPRUNED, unpruned), *((arm, answered([True, False] * 4)) for arm in arms)], unpruned)
+    assert "| random@64 | 64.0 | 50.0 % |" in accuracy_table(outcomes)
+    assert "| `random+E` | 50.0 % (-50.0, 64 tokens) |" in budget_table(outcomes[1:])
+    assert "| random@64 | 50.0 % |" in split_table(outcomes, "kind")
     plot_budgets({64: {"sparse": [32.0, 40.0], "dense": [90.0]}, 128: {"dense": [128.0]}}, tmp_path / "budgets.png")
     assert (tmp_path / "budgets.png").stat().st_size > 10_000
 
@@ -226,15 +226,15 @@ def arm(method: str, keep: int, *, adaptive: bool = False, inside: bool = False)
     return Arm(name, {"method": name}, method, keep, adaptive, inside)
 
 
-def given(*rights: tuple[Arm, str]) -> list[tuple[Arm, dict[str, Answer]]]:
+def answers_from(*rights: tuple[Arm, str]) -> list[tuple[Arm, dict[str, Answer]]]:
     """Answers from strings such as "101 01": right or wrong, by question, a word for each picture."""
     return [
         (
             arm,
             {
-                f"{picture}#{index}": Answer(f"{picture}#{index}", "count", "dense", "", one == "1", arm.keep or 576)
+                f"{picture}#{index}": Answer(f"{picture}#{index}", "count", "dense", "", mark == "1", arm.keep or 576)
                 for picture, word in enumerate(right.split())
-                for index, one in enumerate(word)
+                for index, mark in enumerate(word)
             },
         )
         for arm, right in rights
@@ -243,30 +243,30 @@ def given(*rights: tuple[Arm, str]) -> list[tuple[Arm, dict[str, Answer]]]:
 
 def test_a_paired_difference_and_its_interval_are_those_of_the_pictures() -> None:
     """Of two pictures one is answered better: two drawn again differ by 0 or 1 on average once in four times each."""
-    answers = given(
+    answers = answers_from(
         (UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("scope", 64), "1 0"), (arm("dart", 64), "0 1")
     )
-    found = results(answers, answers[0][1])
-    scope, dart = differences(against_reference(found[1:]), answers, answers[0][1])
+    outcomes = results(answers, answers[0][1])
+    scope, dart = differences(against_reference(outcomes[1:]), answers, answers[0][1])
     assert (scope.arm, scope.less, scope.row, scope.keep) == ("resprune@64", "scope@64", "scope", 64)
     assert (scope.difference, scope.ci95) == (0.5, (0.0, 1.0))
     assert (dart.difference, dart.ci95) == (0.5, (0.0, 1.0))
-    [turned] = differences([(found[2], found[3])], answers, answers[0][1])
+    [turned] = differences([(outcomes[2], outcomes[3])], answers, answers[0][1])
     assert (turned.difference, turned.ci95) == (0.0, (-1.0, 1.0)), "as accurate, but not on the same questions"
 
 
 def test_questions_about_one_picture_are_drawn_together() -> None:
     """Each arm is better about one picture, by four questions: as one question would, that tells nothing."""
-    answers = given((UNPRUNED, "1111 1111"), (arm("resprune", 64), "1111 0000"), (arm("scope", 64), "0000 1111"))
-    found = results(answers, answers[0][1])
-    [scope] = differences(against_reference(found[1:]), answers, answers[0][1])
+    answers = answers_from((UNPRUNED, "1111 1111"), (arm("resprune", 64), "1111 0000"), (arm("scope", 64), "0000 1111"))
+    outcomes = results(answers, answers[0][1])
+    [scope] = differences(against_reference(outcomes[1:]), answers, answers[0][1])
     assert (scope.difference, scope.ci95) == (0.0, (-1.0, 1.0))
 
 
 def test_a_difference_from_the_unpruned_model_is_that_of_the_result() -> None:
     draw = np.random.default_rng(1)
     often, seldom = (" ".join("".join(map(str, row)) for row in draw.binomial(1, p, (20, 3))) for p in (0.9, 0.6))
-    answers = given((UNPRUNED, often), (arm("resprune", 64), seldom))
+    answers = answers_from((UNPRUNED, often), (arm("resprune", 64), seldom))
     unpruned, pruned = results(answers, answers[0][1])
     [difference] = differences([(pruned, unpruned)], answers, answers[0][1])
     assert difference.difference == pytest.approx(pruned.difference)
@@ -274,11 +274,11 @@ def test_a_difference_from_the_unpruned_model_is_that_of_the_result() -> None:
 
 
 def test_only_the_kinds_that_rank_count() -> None:
-    answers = given((UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("scope", 64), "1 0"))
+    answers = answers_from((UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("scope", 64), "1 0"))
     for _, asked in answers:
         asked["1#0"] = Answer("1#0", "reading", "dense", "", asked["1#0"].right, 64)
-    found = results(answers, answers[0][1], ["count"])
-    [scope] = differences(against_reference(found[1:]), answers, answers[0][1], ["count"])
+    outcomes = results(answers, answers[0][1], ["count"])
+    [scope] = differences(against_reference(outcomes[1:]), answers, answers[0][1], ["count"])
     assert scope.difference == 0
 
 
@@ -298,9 +298,9 @@ RUN = [
 
 
 def test_each_other_way_at_the_same_budget_is_compared_and_those_inside_the_language_model_are_not() -> None:
-    answers = given(*RUN)
-    found = results(answers, answers[0][1])
-    ways = comparable(found)
+    answers = answers_from(*RUN)
+    outcomes = results(answers, answers[0][1])
+    ways = comparable(outcomes)
     assert mean_ranks(ways) == {"scope": 1, "resprune": 2.25, "skip": 3, "dart": 3.25}, "2.5 where two share it"
     assert reference_row(ways) == "resprune"
     pairs = differences(against_reference(ways), answers, answers[0][1])
@@ -322,30 +322,30 @@ def test_each_other_way_at_the_same_budget_is_compared_and_those_inside_the_lang
 
 
 def test_without_the_default_method_the_first_is_compared_with_the_others() -> None:
-    answers = given(*(pair for pair in RUN if pair[0].method != "resprune"))
+    answers = answers_from(*(pair for pair in RUN if pair[0].method != "resprune"))
     assert reference_row(comparable(results(answers, answers[0][1]))) == "scope"
     assert against_reference([]) == []
 
 
 def test_where_nothing_has_a_fixed_budget_the_adaptive_ones_are_compared() -> None:
-    answers = given(*(pair for pair in RUN if pair[0].adaptive or pair[0] is UNPRUNED))
+    answers = answers_from(*(pair for pair in RUN if pair[0].adaptive or pair[0] is UNPRUNED))
     ways = comparable(results(answers, answers[0][1]))
-    assert [(one.arm, other.arm) for one, other in against_reference(ways)] == [("resprune+E@64", "dart+E@64")]
+    assert [(result.arm, other.arm) for result, other in against_reference(ways)] == [("resprune+E@64", "dart+E@64")]
 
 
 def test_what_an_adaptive_budget_adds_is_told_with_its_interval() -> None:
-    answers = given(*RUN)
+    answers = answers_from(*RUN)
     pairs = adaptive_against_fixed(results(answers, answers[0][1]))
-    found = differences(pairs, answers, answers[0][1])
-    assert [(one.arm, one.less, one.difference) for one in found] == [
+    gains = differences(pairs, answers, answers[0][1])
+    assert [(gain.arm, gain.less, gain.difference) for gain in gains] == [
         ("resprune+E@64", "resprune@64", 0.25),
         ("dart+E@64", "dart@64", 0.25),
     ]
-    assert "| `resprune` | +25.0 (+0.0 to +75.0) |" in difference_table(found)
+    assert "| `resprune` | +25.0 (+0.0 to +75.0) |" in difference_table(gains)
 
 
 def test_an_interval_without_0_is_bold() -> None:
-    answers = given((UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("dart", 64), "0 0"))
+    answers = answers_from((UNPRUNED, "1 1"), (arm("resprune", 64), "1 1"), (arm("dart", 64), "0 0"))
     pairs = against_reference(results(answers, answers[0][1])[1:])
     table = difference_table(differences(pairs, answers, answers[0][1]))
     assert "| `dart` | **+100.0 (+100.0 to +100.0)** |" in table

@@ -69,7 +69,7 @@ def test_splits_share_no_word_and_no_number(scenes: dict[str, list[Scene]]) -> N
         split: {item.text for scene in scenes[split] for item in scene.items if item.kind in ("word", "number")}
         for split in SPLITS
     }
-    assert all(len(found) > 100 for found in texts.values())
+    assert all(len(words) > 100 for words in texts.values())
     for first, second in pairwise([*SPLITS, SPLITS[0]]):
         assert texts[first].isdisjoint(texts[second])
 
@@ -96,14 +96,14 @@ def test_splits_share_no_background(scenes: dict[str, list[Scene]]) -> None:
 
 def test_density_goes_from_one_thing_to_dozens(scenes: dict[str, list[Scene]]) -> None:
     for split in SPLITS:
-        things = {density: [] for density in ("sparse", "medium", "dense")}
+        counts = {density: [] for density in ("sparse", "medium", "dense")}
         for scene in scenes[split]:
-            things[scene.density].append(len(scene.items))
-        assert min(map(len, things.values())) > SCENES / 5, "each density should be common"
-        assert min(things["sparse"]) == 1
-        assert max(things["sparse"]) <= 3 <= min(things["medium"])
-        assert max(things["dense"]) >= 24
-        assert np.mean(things["dense"]) > 2 * np.mean(things["medium"])
+            counts[scene.density].append(len(scene.items))
+        assert min(map(len, counts.values())) > SCENES / 5, "each density should be common"
+        assert min(counts["sparse"]) == 1
+        assert max(counts["sparse"]) <= 3 <= min(counts["medium"])
+        assert max(counts["dense"]) >= 24
+        assert np.mean(counts["dense"]) > 2 * np.mean(counts["medium"])
         full = [np.mean(patch_labels(scene)[:, 0] > 0) for scene in scenes[split]]
         assert np.quantile(full, 0.1) < 0.03
         assert np.quantile(full, 0.9) > 0.25
@@ -113,8 +113,8 @@ def test_every_kind_of_ground_thing_and_question_is_common(
     scenes: dict[str, list[Scene]], asked: list[tuple[Scene, Question]]
 ) -> None:
     assert min(Counter(scene.ground for scene in scenes["test"]).values()) > SCENES / 5
-    things = Counter(item.kind for scene in scenes["test"] for item in scene.items)
-    assert min(things[kind] for kind in ("shape", "digit", "word", "number")) > SCENES / 4
+    item_kinds = Counter(item.kind for scene in scenes["test"] for item in scene.items)
+    assert min(item_kinds[kind] for kind in ("shape", "digit", "word", "number")) > SCENES / 4
     kinds = Counter(question.kind for _, question in asked)
     assert set(kinds) == set(KINDS)
     assert min(kinds.values()) > len(asked) / 40
@@ -144,8 +144,8 @@ def test_questions_know_the_items_that_they_are_about(asked: list[tuple[Scene, Q
             case _:
                 assert all(len(items) == 1 for items in question.about)
                 [item] = first
-                told = (item.colour, item.shape, item.text, item.mark)
-                assert question.answer in told or question.kind in ("position", "relation")
+                attributes = (item.colour, item.shape, item.text, item.mark)
+                assert question.answer in attributes or question.kind in ("position", "relation")
 
 
 def test_packed_pictures_are_full_of_characters_and_only_on_demand(scenes: dict[str, list[Scene]]) -> None:
@@ -157,7 +157,7 @@ def test_packed_pictures_are_full_of_characters_and_only_on_demand(scenes: dict[
 # What a question asks, worked out from its words alone.
 
 
-def things(scene: Scene, words: str) -> list[Item]:
+def lookup(scene: Scene, words: str) -> list[Item]:
     """What 'red circle', 'circles', 'red shapes', 'handwritten 7', 'word' or 'shape with a red dot' may mean."""
     kind, tests = "shape", []
     if match := re.fullmatch(r"handwritten (\d)", words):
@@ -176,9 +176,9 @@ def things(scene: Scene, words: str) -> list[Item]:
 
 
 def only(scene: Scene, words: str) -> Item:
-    found = things(scene, words)
-    assert len(found) == 1, f"{words!r} should leave no doubt"
-    return found[0]
+    items = lookup(scene, words)
+    assert len(items) == 1, f"{words!r} should leave no doubt"
+    return items[0]
 
 
 def yes(true: bool) -> str:
@@ -207,10 +207,10 @@ def quarter(scene: Scene, match: re.Match[str]) -> str:
 
 
 READERS: list[tuple[str, str, Callable[[Scene, re.Match[str]], str]]] = [
-    ("two facts", r"Is there an? (.+) and an? (.+)\?", lambda s, m: yes(bool(things(s, m[1]) and things(s, m[2])))),
-    ("two facts", r"Is there an? (.+) but no (.+)\?", lambda s, m: yes(bool(things(s, m[1])) and not things(s, m[2]))),
-    ("existence", r"Is there an? (.+)\?", lambda s, m: yes(bool(things(s, m[1])))),
-    ("count", r"How many (.+) are there\?", lambda s, m: str(len(things(s, m[1])))),
+    ("two facts", r"Is there an? (.+) and an? (.+)\?", lambda s, m: yes(bool(lookup(s, m[1]) and lookup(s, m[2])))),
+    ("two facts", r"Is there an? (.+) but no (.+)\?", lambda s, m: yes(bool(lookup(s, m[1])) and not lookup(s, m[2]))),
+    ("existence", r"Is there an? (.+)\?", lambda s, m: yes(bool(lookup(s, m[1])))),
+    ("count", r"How many (.+) are there\?", lambda s, m: str(len(lookup(s, m[1])))),
     ("detail", r"What color is the dot on the (.+)\?", lambda s, m: only(s, m[1]).mark),
     ("colour", r"What color is the (.+)\?", lambda s, m: only(s, m[1]).colour),
     ("shape", r"Which shape (?:is|has an?) (\w+)(?: dot)?\?", shape_with),
@@ -309,9 +309,9 @@ def test_codes_hold_labels_and_places() -> None:
 
 def test_smaller_canvases_are_the_same_world() -> None:
     for grid in (8, 12, 16):
-        found = [make_scene("train", seed, grid=grid) for seed in range(100)]
-        assert {question.kind for scene in found for question in ask(scene, 9)} == set(KINDS)
-        assert all(item.left >= 0 and item.right <= grid * PATCH for scene in found for item in scene.items)
+        canvases = [make_scene("train", seed, grid=grid) for seed in range(100)]
+        assert {question.kind for scene in canvases for question in ask(scene, 9)} == set(KINDS)
+        assert all(item.left >= 0 and item.right <= grid * PATCH for scene in canvases for item in scene.items)
 
 
 def test_pictures_have_the_size_of_the_encoder_s() -> None:

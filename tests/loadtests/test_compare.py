@@ -40,9 +40,9 @@ def turns(**more: list[list[Record]]) -> Turns:
 def options(out: Path, *arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_slo_arguments(parser)
-    given = parser.parse_args(arguments)
+    slo = parser.parse_args(arguments)
     arms = [Arm.parse(arm) for arm in ARMS]
-    return argparse.Namespace(out=out, rounds=2, seconds=4, size="tiny", arms=arms, **vars(given))
+    return argparse.Namespace(out=out, rounds=2, seconds=4, size="tiny", arms=arms, **vars(slo))
 
 
 def concluded(turns: Turns, options: argparse.Namespace) -> list[str]:
@@ -87,10 +87,10 @@ def test_turns_are_put_together_without_the_time_between_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert concluded(turns(), options(tmp_path)) == []
-    found = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
-    assert found[STOCK]["duration"] == 8.0
-    assert found[STOCK]["request_throughput"] == 1.0
-    assert (found[PRUNED]["completed"], found[PRUNED]["median_ttft_ms"]) == (16, pytest.approx(300))
+    results = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
+    assert results[STOCK]["duration"] == 8.0
+    assert results[STOCK]["request_throughput"] == 1.0
+    assert (results[PRUNED]["completed"], results[PRUNED]["median_ttft_ms"]) == (16, pytest.approx(300))
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "users: 2"
     assert shown[1].split() == list(ARMS)
@@ -170,9 +170,9 @@ def test_pictures_have_as_many_tokens_as_was_asked(tmp_path: Path) -> None:
     inputs = {}
     for tokens in (16, 279):
         folder = tmp_path / f"users-1-tokens-{tokens}"
-        found = {arm: json.loads((folder / f"result-{arm}.json").read_text())["vtprune"] for arm in ("stock", "fast")}
-        assert found["fast"]["keep_ratio"] == pytest.approx(round(tokens / 9) / tokens)
-        inputs[tokens] = found["stock"]["kinds"]["FreshImages"]["mean_input_tokens"]
+        results = {arm: json.loads((folder / f"result-{arm}.json").read_text())["vtprune"] for arm in ("stock", "fast")}
+        assert results["fast"]["keep_ratio"] == pytest.approx(round(tokens / 9) / tokens)
+        inputs[tokens] = results["stock"]["kinds"]["FreshImages"]["mean_input_tokens"]
         assert f"users: 1, tokens per image: {tokens}\n" in done.stdout
     assert inputs[279] - inputs[16] == pytest.approx(279 - 16, abs=5), "questions differ by a few tokens"
 
@@ -183,12 +183,12 @@ def test_both_servers_are_loaded_and_compared(tmp_path: Path) -> None:
     arguments = ["--size", "tiny", "--rounds", "2", "--seconds", "3", "--users", "2", "--out", str(tmp_path)]
     done = run("loadtests.compare", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
+    results = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
     for arm, kept in ((STOCK, None), (OFF, 1.0)):
-        assert found[arm]["failed"] == 0
-        assert found[arm]["vtprune"]["keep_ratio"] == kept
-        assert found[arm]["vtprune"]["kinds"]["FreshImages"]["mean_input_tokens"] > 576
-    assert 0 < found[PRUNED]["vtprune"]["keep_ratio"] < 1
+        assert results[arm]["failed"] == 0
+        assert results[arm]["vtprune"]["keep_ratio"] == kept
+        assert results[arm]["vtprune"]["kinds"]["FreshImages"]["mean_input_tokens"] > 576
+    assert 0 < results[PRUNED]["vtprune"]["keep_ratio"] < 1
     first = [json.loads((tmp_path / f"round-1-{arm}" / "requests.jsonl").read_text().split("\n")[0]) for arm in ARMS]
     assert first[0]["input_tokens"] == first[1]["input_tokens"], "the same questions, all visual tokens"
     assert "balanced / stock, median TTFT: " in done.stdout

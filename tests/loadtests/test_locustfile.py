@@ -67,12 +67,12 @@ def test_every_kind_of_user_asks_and_is_recorded(out: Path) -> None:
 
 
 def test_results_are_written(out: Path) -> None:
-    found = json.loads((out / "result.json").read_text())
-    assert (found["label"], found["model_id"], found["max_concurrency"], found["failed"]) == ("first", "fake", 9, 0)
-    assert found["completed"] == len(load_records(out / "requests.jsonl")) >= 9
-    assert found["request_goodput"] == found["request_throughput"] > 0
-    assert found["mean_ttft_ms"] >= 20
-    assert set(found["vtprune"]["kinds"]) == set(KINDS)
+    result = json.loads((out / "result.json").read_text())
+    assert (result["label"], result["model_id"], result["max_concurrency"], result["failed"]) == ("first", "fake", 9, 0)
+    assert result["completed"] == len(load_records(out / "requests.jsonl")) >= 9
+    assert result["request_goodput"] == result["request_throughput"] > 0
+    assert result["mean_ttft_ms"] >= 20
+    assert set(result["vtprune"]["kinds"]) == set(KINDS)
 
 
 def test_the_report_stands_by_itself(out: Path) -> None:

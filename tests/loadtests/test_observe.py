@@ -23,11 +23,11 @@ echo "$@" >"$(dirname "$0")/arguments"
 
 
 def test_prometheus_looks_at_this_server_every_second_with_our_rules() -> None:
-    ours = {"scrape_configs": [{"job_name": "vtprune", "static_configs": []}], "rule_files": ["rules/*.yml"]}
-    found = fast({**ours, "global": {"scrape_interval": "5s"}}, "http://127.0.0.1:81")
-    assert found["global"] == {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    assert found["scrape_configs"] == [{"job_name": "vtprune", "static_configs": [{"targets": ["127.0.0.1:81"]}]}]
-    assert found["rule_files"] == [str(ROOT / "deploy" / "prometheus" / "rules" / "*.yml")]
+    source = {"scrape_configs": [{"job_name": "vtprune", "static_configs": []}], "rule_files": ["rules/*.yml"]}
+    config = fast({**source, "global": {"scrape_interval": "5s"}}, "http://127.0.0.1:81")
+    assert config["global"] == {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    assert config["scrape_configs"] == [{"job_name": "vtprune", "static_configs": [{"targets": ["127.0.0.1:81"]}]}]
+    assert config["rule_files"] == [str(ROOT / "deploy" / "prometheus" / "rules" / "*.yml")]
 
 
 def test_no_line_is_drawn_where_there_was_no_data() -> None:
@@ -89,9 +89,9 @@ def test_a_server_is_watched_under_load(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert set(found["vtprune"]["kinds"]) == set(KINDS)
-    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == found["completed"] > 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["vtprune"]["kinds"]) == set(KINDS)
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == result["completed"] > 0
     assert "panels without data: none\n" in done.stdout
     assert "alerts that fire: " in done.stdout
     for name in ("dashboard.png", "report.html"):

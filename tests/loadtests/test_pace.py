@@ -16,11 +16,11 @@ def gaps(arrivals: Arrivals, seed: int = 0, count: int = 4000) -> list[float]:
 
 
 def test_poisson_arrivals_have_their_rate_and_exponential_gaps() -> None:
-    found = np.array(gaps("poisson"))
-    assert found.mean() == pytest.approx(0.2, rel=0.05)
-    assert found.std() == pytest.approx(0.2, rel=0.05)
-    assert np.median(found) == pytest.approx(0.2 * np.log(2), rel=0.05)
-    assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.05
+    intervals = np.array(gaps("poisson"))
+    assert intervals.mean() == pytest.approx(0.2, rel=0.05)
+    assert intervals.std() == pytest.approx(0.2, rel=0.05)
+    assert np.median(intervals) == pytest.approx(0.2 * np.log(2), rel=0.05)
+    assert abs(np.corrcoef(intervals[1:], intervals[:-1])[0, 1]) < 0.05
 
 
 def test_even_arrivals_have_equal_gaps() -> None:
@@ -44,8 +44,8 @@ def test_every_moment_is_taken_once_and_what_is_not_sent_is_known() -> None:
     assert second == start
     schedule.sent(second)
     third = schedule.take()
-    found = schedule.unsent(until=start + 5)
-    assert sorted(found) == pytest.approx([start + 0.01, third, start + 0.03]), "neither sent nor in the future"
+    backlog = schedule.unsent(until=start + 5)
+    assert sorted(backlog) == pytest.approx([start + 0.01, third, start + 0.03]), "neither sent nor in the future"
 
 
 def test_a_client_that_was_busy_knows_for_how_long() -> None:

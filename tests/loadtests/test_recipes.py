@@ -46,9 +46,9 @@ def test_vllm_s_own_benchmark_drives_the_field(served: Server, tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     [path] = tmp_path.glob("openai-chat-*.json")
-    found = json.loads(path.read_text())
-    assert (found["completed"], found["failed"]) == (8, 0)
-    assert all(KEPT < length < KEPT + 100 for length in found["input_lens"]), "visual tokens were pruned"
+    benchmark = json.loads(path.read_text())
+    assert (benchmark["completed"], benchmark["failed"]) == (8, 0)
+    assert all(KEPT < length < KEPT + 100 for length in benchmark["input_lens"]), "visual tokens were pruned"
     images, tokens = served.metrics().since(
         before, "vtprune:keep_ratio_count|method=resprune", "vtprune:visual_tokens_kept_total|method=resprune"
     )
@@ -59,16 +59,16 @@ def test_vllm_s_own_benchmark_drives_the_field(served: Server, tmp_path: Path) -
         served.url, tmp_path / "ours", users=2, seconds=3, kinds=["FreshImages"], options=["--pruning", "fast"]
     )
     assert {record.error for record in records} == {None}
-    ours = json.loads((tmp_path / "ours" / "result.json").read_text())
-    assert set(found) - set(ours) == ONLY_THEIRS
-    assert ours["vtprune"]["keep_ratio"] == pytest.approx(KEPT / VISUAL_TOKENS)
+    result = json.loads((tmp_path / "ours" / "result.json").read_text())
+    assert set(benchmark) - set(result) == ONLY_THEIRS
+    assert result["vtprune"]["keep_ratio"] == pytest.approx(KEPT / VISUAL_TOKENS)
 
 
 def test_every_kind_of_user_is_served(served: Server, tmp_path: Path) -> None:
     """Also long conversations about the answers of a model that talks nonsense."""
     records = drive(served.url, tmp_path, users=9, seconds=8, kinds=[], options=["--goodput", "ttft:60000"])
     assert {record.error for record in records} == {None}
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert set(found["vtprune"]["kinds"]) == set(KINDS)
-    assert found["vtprune"]["without_usage"] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["vtprune"]["kinds"]) == set(KINDS)
+    assert result["vtprune"]["without_usage"] == 0
     assert all(record.output_tokens == 16 for record in records)

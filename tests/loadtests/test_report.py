@@ -10,7 +10,7 @@ from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import result
 
 
-def one(start: float, ttft: float | None = 0.2, **fields: Any) -> Record:
+def record(start: float, ttft: float | None = 0.2, **fields: Any) -> Record:
     return Record("FreshImages", start, elapsed=1.0, **{"ttft": ttft, "itls": (0.1,), "e2e": 0.9, **fields})
 
 
@@ -19,8 +19,8 @@ def kept(tokens: int) -> dict[str, Any]:
 
 
 RECORDS = {
-    "stock": [one(10.0), one(11.0, 0.4), one(12.0, error="<i>cut</i>")],
-    "ours & pruned": [one(20.0, 0.1, pruning=kept(20)), one(21.0, None, itls=(), pruning=kept(30))],
+    "stock": [record(10.0), record(11.0, 0.4), record(12.0, error="<i>cut</i>")],
+    "ours & pruned": [record(20.0, 0.1, pruning=kept(20)), record(21.0, None, itls=(), pruning=kept(30))],
 }
 RESULTS = {run: result(records, model="m", label=run, users=1) for run, records in RECORDS.items()}
 
@@ -60,7 +60,7 @@ def test_plots_are_well_formed_and_name_the_runs() -> None:
 
 
 def test_plots_of_nothing_say_so() -> None:
-    for svg in plots({"failed": [one(1.0, None, itls=(), e2e=None, error="cut")]}):
+    for svg in plots({"failed": [record(1.0, None, itls=(), e2e=None, error="cut")]}):
         assert "nothing was measured" in "".join(ElementTree.fromstring(svg).itertext())
 
 

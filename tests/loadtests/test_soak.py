@@ -37,12 +37,12 @@ def complaints(
     """What a soak at two requests per second says."""
     parser = argparse.ArgumentParser()
     add_slo_arguments(parser)
-    given = vars(parser.parse_args(arguments))
+    slo = vars(parser.parse_args(arguments))
     return conclude(
         records,
         processes,
         "m",
-        argparse.Namespace(out=out, users=4, minutes=minutes, rate=2.0, pruning="balanced", **given),
+        argparse.Namespace(out=out, users=4, minutes=minutes, rate=2.0, pruning="balanced", **slo),
     )
 
 
@@ -145,11 +145,11 @@ def test_a_soak_of_a_real_server(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["failed"] == 0
-    assert found["completed"] >= 40
-    assert found["vtprune"]["offered_rate"] == 1
-    memory = found["vtprune"]["memory"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["failed"] == 0
+    assert result["completed"] >= 40
+    assert result["vtprune"]["offered_rate"] == 1
+    memory = result["vtprune"]["memory"]
     assert len(memory) >= 2, "the API process and the engine"
     for process in memory:
         assert min(process["mib"]) > 1

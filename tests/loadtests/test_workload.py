@@ -56,7 +56,7 @@ def test_a_conversation_repeats_what_was_said_and_begins_anew() -> None:
     second = conversation.ask()
     conversation.answered("Here.")
     third = conversation.ask()
-    assert [one["role"] for one in second] == ["user", "assistant", "user"]
+    assert [turn["role"] for turn in second] == ["user", "assistant", "user"]
     assert second[:2] == [*first, {"role": "assistant", "content": "There."}]
     assert len(second[2]["content"]) == 1, "the picture is not sent twice in one conversation"
     assert len(third) == 1
@@ -75,11 +75,11 @@ def test_a_conversation_ends_where_no_answer_came() -> None:
 def test_a_conversation_follows_its_seed() -> None:
     def talk(seed: int) -> list[object]:
         conversation = Conversation(Random(seed))
-        said: list[object] = []
+        requests: list[object] = []
         for _ in range(6):
-            said.append(conversation.ask())
+            requests.append(conversation.ask())
             conversation.answered("Yes.")
-        return said
+        return requests
 
     assert talk(3) == talk(3)
     assert talk(3) != talk(4)

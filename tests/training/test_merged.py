@@ -53,11 +53,11 @@ def test_looks_are_at_the_tokens_that_hold_the_patches(tokenizer: Any) -> None:
     targets = torch.zeros(2, 576)
     targets[0, [0, 25, 3]] = 1.0  # the first two in one token
     targets[1, [0, 1, 575]] = 0.125
-    one = torch.ones(2, dtype=torch.long)
-    found = trainee.looks(Looks(one, one, one, targets, one.float())).targets
-    assert found.shape == (2, 144)
-    assert {place: float(found[0, place]) for place in found[0].nonzero()[:, 0].tolist()} == {0: 1.0, 1: 1.0}
-    assert {place: float(found[1, place]) for place in found[1].nonzero()[:, 0].tolist()} == {0: 0.25, 143: 0.125}
+    ones = torch.ones(2, dtype=torch.long)
+    shares = trainee.looks(Looks(ones, ones, ones, targets, ones.float())).targets
+    assert shares.shape == (2, 144)
+    assert {place: float(shares[0, place]) for place in shares[0].nonzero()[:, 0].tolist()} == {0: 1.0, 1: 1.0}
+    assert {place: float(shares[1, place]) for place in shares[1].nonzero()[:, 0].tolist()} == {0: 0.25, 143: 0.125}
 
 
 def test_a_few_steps_lower_the_loss_and_leave_the_encoder(

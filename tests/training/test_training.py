@@ -96,13 +96,13 @@ def test_attention_is_held_to_what_the_question_is_about(train: Batches, tokeniz
                 at = token + 1 + letter
                 assert tokenizer.decode([int(batch.text.ids[row][at + 1])]) == character
                 expected.add((row, at, READING))
-                [found] = ((looks.rows == row) & (looks.tokens == at)).nonzero().tolist()
-                shown = labels[looks.targets[found[0]] > 0, list(FIELDS).index("character")]
+                [index] = ((looks.rows == row) & (looks.tokens == at)).nonzero().tolist()
+                shown = labels[looks.targets[index[0]] > 0, list(FIELDS).index("character")]
                 assert {FIELDS["character"][int(value)] for value in shown} == {character}
         elif question.kind == "count":
             expected.add((row, token, COUNTING))
-            [found] = ((looks.rows == row) & (looks.tokens == token)).nonzero().tolist()
-            assert float(8 * looks.targets[found[0]].sum()) == pytest.approx(int(question.answer))
+            [index] = ((looks.rows == row) & (looks.tokens == token)).nonzero().tolist()
+            assert float(8 * looks.targets[index[0]].sum()) == pytest.approx(int(question.answer))
         else:
             steps = len(tokenizer(f" {question.answer}", add_special_tokens=False)["input_ids"])
             expected |= {(row, token + step, head) for head in range(len(question.about)) for step in range(steps)}

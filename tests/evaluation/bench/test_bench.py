@@ -62,14 +62,14 @@ def test_the_result_is_a_table_json_and_one_file_of_html(ran: Ran) -> None:
     out, tmp_path = ran.printed, ran.folder
     assert max(map(len, out.splitlines())) <= 100
     assert "fast keeps 11% of the visual tokens" in out
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["complaints"] == []
-    arms = {arm["arm"]: arm for arm in found["arms"]}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["complaints"] == []
+    arms = {arm["arm"]: arm for arm in results["arms"]}
     assert {name: arm["kept_tokens"] for name, arm in arms.items()} == {"off": 576, **KEPT}
     assert {name: arm["same"] for name, arm in arms.items()} == {"off": 1.0, "balanced": 1.0, "fast": 0.0}
     assert arms["fast"]["similarity"] == 0.5, "one of two words"
     assert arms["fast"]["plan_share"] == 0.25
-    levels = {(level["clients"], level["new"], level["arm"]): level for level in found["levels"]}
+    levels = {(level["clients"], level["new"], level["arm"]): level for level in results["levels"]}
     assert len(levels) == 3 * 3
     assert {level["requests"] for (clients, *_), level in levels.items() if clients == 1} == {4}
     assert levels[1, True, "balanced"]["ttft_ratio"]["value"] < 0.9
@@ -121,10 +121,10 @@ def test_stock_vllm_takes_turns_with_our_server_and_gets_no_policy(
         bench([*FEW, "--stock", "--presets", "fast", "--requests", "4", "--out", str(tmp_path)])
     assert started == [False, True, True, False]
     assert sum("pruning" not in body for body in fake.bodies) == 2 * 2 + 2 * 4
-    found = json.loads((tmp_path / "results.json").read_text())
-    arms = {arm["arm"]: arm for arm in found["arms"]}
+    results = json.loads((tmp_path / "results.json").read_text())
+    arms = {arm["arm"]: arm for arm in results["arms"]}
     assert (arms["stock"]["kept_tokens"], arms["stock"]["same"]) == (None, 1.0)
-    [stock] = [level for level in found["levels"] if level["arm"] == "stock" and level["new"]]
+    [stock] = [level for level in results["levels"] if level["arm"] == "stock" and level["new"]]
     assert stock["requests"] == 4
     assert stock["ttft_ratio"]["pairs"] == 4
 
@@ -252,8 +252,8 @@ def test_pictures_of_a_folder(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.png", "c.webp"):
         photograph().save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("none")
-    found = files(tmp_path, "What?", 2)
-    assert [(subject.label, subject.kind, subject.question) for subject in found] == [
+    subjects = files(tmp_path, "What?", 2)
+    assert [(subject.label, subject.kind, subject.question) for subject in subjects] == [
         ("a.png", "image/png", "What?"), ("b.jpg", "image/jpeg", "What?"),
     ]  # fmt: skip
     (tmp_path / "a.png").write_text("none")

@@ -20,14 +20,14 @@ from vllm_vtprune_evaluation.load.records import Record
 ONE, FOUR = Level(1), Level(4)
 
 
-def one(start: float = 0.0, ttft: float = 0.2, text: str = "red", kept: int = 576, **fields: Any) -> Record:
+def record(start: float = 0.0, ttft: float = 0.2, text: str = "red", kept: int = 576, **fields: Any) -> Record:
     measured = {"ttft": ttft, "e2e": 2 * ttft, "output_tokens": 4, "pruning": report(kept)}
     return Record("kind", start, elapsed=2 * ttft, text=text, **{**measured, **fields})
 
 
 def block(ttft: float, requests: int, **fields: Any) -> list[Record]:
     """Requests that end one after the other."""
-    return [one(2 * ttft * index, ttft, **fields) for index in range(requests)]
+    return [record(2 * ttft * index, ttft, **fields) for index in range(requests)]
 
 
 def test_ratios_are_paired_by_round() -> None:
@@ -51,19 +51,19 @@ def test_ratios_are_paired_by_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factors", "said"), [([2.0] * 4, "takes 2.00 ["), ([0.5, 2.0, 0.7, 1.2], "no difference in ")]
+    ("factors", "phrase"), [([2.0] * 4, "takes 2.00 ["), ([0.5, 2.0, 0.7, 1.2], "no difference in ")]
 )
-def test_a_ratio_whose_interval_holds_1_shows_no_difference(factors: list[float], said: str) -> None:
+def test_a_ratio_whose_interval_holds_1_shows_no_difference(factors: list[float], phrase: str) -> None:
     rounds = {OFF: [block(0.2, 1)] * 4, "fast": [block(0.2 * factor, 1, kept=64) for factor in factors]}
-    answers = {OFF: [one()], "fast": [one(kept=64)]}
-    measured = Measured(answers=answers, again=[one()], rounds={ONE: rounds})
+    answers = {OFF: [record()], "fast": [record(kept=64)]}
+    measured = Measured(answers=answers, again=[record()], rounds={ONE: rounds})
     [sentence] = sentences(speeds(measured), qualities(measured, [Subject("a", b"", "", "What?")]))
-    assert said in sentence
-    assert ("shown with 1 client" in sentence) == said.startswith("no difference")
+    assert phrase in sentence
+    assert ("shown with 1 client" in sentence) == phrase.startswith("no difference")
 
 
 def test_a_round_that_failed_has_no_ratio_and_the_others_count() -> None:
-    failed = [one(error="cut", ttft=0.0)]
+    failed = [record(error="cut", ttft=0.0)]
     measured = Measured(rounds={ONE: {OFF: [block(0.2, 1)] * 3, "fast": [block(0.1, 1), failed, block(0.1, 1)]}})
     _, fast = speeds(measured)
     assert fast.requests == 2
@@ -77,10 +77,10 @@ def test_a_round_that_failed_has_no_ratio_and_the_others_count() -> None:
 def test_answers_are_compared_with_the_unpruned_ones() -> None:
     subjects = [Subject(str(index), b"", "", "What?", "red") for index in range(4)]
     answers = {
-        OFF: [one(text=text) for text in ("red", "red", "blue", "a red car")],
-        "fast": [one(text=text, kept=64) for text in ("Red.", "blue", "blue", "a blue car")],
+        OFF: [record(text=text) for text in ("red", "red", "blue", "a red car")],
+        "fast": [record(text=text, kept=64) for text in ("Red.", "blue", "blue", "a blue car")],
     }
-    again = [one(text=text) for text in ("red", "red", "blue", "two")]
+    again = [record(text=text) for text in ("red", "red", "blue", "two")]
     off, fast = qualities(Measured(answers=answers, again=again), subjects)
     assert (off.same, off.right, off.share) == (3 / 4, 1 / 2, 1)
     assert (fast.same, fast.right, fast.first_word) == (1 / 2, 1 / 4, 3 / 4)
@@ -91,8 +91,8 @@ def test_answers_are_compared_with_the_unpruned_ones() -> None:
 
 def test_failed_answers_and_unknown_ones_do_not_count() -> None:
     subjects = [Subject("a", b"", "", "What?")] * 2
-    answers = {OFF: [one(), one()], "fast": [one(error="cut", text=""), one(kept=64)]}
-    _, fast = qualities(Measured(answers=answers, again=[one(), one()]), subjects)
+    answers = {OFF: [record(), record()], "fast": [record(error="cut", text=""), record(kept=64)]}
+    _, fast = qualities(Measured(answers=answers, again=[record(), record()]), subjects)
     assert (fast.questions, fast.same, fast.right) == (1, 1.0, None)
 
 
@@ -105,6 +105,6 @@ def test_similarity_is_that_of_the_words() -> None:
 
 def test_the_plan_s_share_of_the_time_to_first_token() -> None:
     timings = {"text": 1.0, "encode": 50.0, "budget": 2.0, "select": 3.0, "ttft": 60.0}
-    assert plan_share(one(pruning={"images": [], "timings_ms": timings})) == pytest.approx(0.1)
-    assert plan_share(one(pruning={"images": [], "timings_ms": {**timings, "select": None}})) is None
-    assert plan_share(one(pruning=None)) is None
+    assert plan_share(record(pruning={"images": [], "timings_ms": timings})) == pytest.approx(0.1)
+    assert plan_share(record(pruning={"images": [], "timings_ms": {**timings, "select": None}})) is None
+    assert plan_share(record(pruning=None)) is None

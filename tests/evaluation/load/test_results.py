@@ -29,7 +29,7 @@ max_concurrent_requests
 """.split()
 
 
-def one(start: float = 0.0, *, kind: str = "kind", error: str | None = None, **fields: Any) -> Record:
+def record(start: float = 0.0, *, kind: str = "kind", error: str | None = None, **fields: Any) -> Record:
     """A request of a second: first token after 0.2 s, three more 0.1 s apart, over after 1 s."""
     measured = {"ttft": 0.2, "itls": (0.1, 0.1, 0.1), "e2e": 0.8, "input_tokens": 50, "output_tokens": 4}
     return Record(kind, start, elapsed=1.0, error=error, **{**measured, **fields})
@@ -55,119 +55,125 @@ def test_percentiles_fall_between_samples() -> None:
 
 
 def test_keys_are_those_of_vllm() -> None:
-    found = of([one()])
-    assert set(THEIR_KEYS) <= set(found)
+    summary = of([record()])
+    assert set(THEIR_KEYS) <= set(summary)
     for metric in ("ttft", "tpot", "itl", "e2el"):
         for statistic in ("mean", "median", "std", "p99"):
-            assert isinstance(found[f"{statistic}_{metric}_ms"], float)
-    rest = {key for key in found if key not in THEIR_KEYS and not key.endswith("_ms")}
+            assert isinstance(summary[f"{statistic}_{metric}_ms"], float)
+    rest = {key for key in summary if key not in THEIR_KEYS and not key.endswith("_ms")}
     assert rest == {"vtprune"}, "what is ours has a name space"
-    json.dumps(found)
+    json.dumps(summary)
 
 
 def test_sums_and_rates() -> None:
-    found = of([one(100.0), one(101.0), failed(103.0)])
-    assert (found["completed"], found["failed"], found["num_prompts"]) == (2, 1, 3)
-    assert found["duration"] == 4.0, "from the first start to the last end, that of the failed one"
-    assert found["request_throughput"] == 0.5
-    assert (found["total_input_tokens"], found["total_output_tokens"]) == (100, 8)
-    assert found["output_throughput"] == 2.0
-    assert found["total_token_throughput"] == 27.0
-    assert found["request_rate"] == "inf"
-    assert found["errors"] == ["", "", "ReadTimeout: "]
-    assert found["vtprune"]["errors"] == {"ReadTimeout: ": 1}
-    assert found["vtprune"]["achieved_rate"] is None, "users asked as they liked"
+    summary = of([record(100.0), record(101.0), failed(103.0)])
+    assert (summary["completed"], summary["failed"], summary["num_prompts"]) == (2, 1, 3)
+    assert summary["duration"] == 4.0, "from the first start to the last end, that of the failed one"
+    assert summary["request_throughput"] == 0.5
+    assert (summary["total_input_tokens"], summary["total_output_tokens"]) == (100, 8)
+    assert summary["output_throughput"] == 2.0
+    assert summary["total_token_throughput"] == 27.0
+    assert summary["request_rate"] == "inf"
+    assert summary["errors"] == ["", "", "ReadTimeout: "]
+    assert summary["vtprune"]["errors"] == {"ReadTimeout: ": 1}
+    assert summary["vtprune"]["achieved_rate"] is None, "users asked as they liked"
 
 
 def test_what_was_due_and_what_was_sent() -> None:
     unsent = Record("unsent", 104.0, elapsed=1.0, error="not sent", lag=None)
-    found = of([one(100.0), one(101.0, lag=0.05), one(102.0, lag=1.0, stall=0.3), unsent], rate=1.0, arrivals="even")
-    pacing = found["vtprune"]
+    summary = of(
+        [record(100.0), record(101.0, lag=0.05), record(102.0, lag=1.0, stall=0.3), unsent], rate=1.0, arrivals="even"
+    )
+    pacing = summary["vtprune"]
     assert (pacing["offered_rate"], pacing["arrivals"]) == (1.0, "even")
     assert pacing["achieved_rate"] == pytest.approx(2 / 3), "the third was sent three seconds after the first was due"
-    assert (pacing["punctual"], pacing["unsent"], found["failed"]) == (0.5, 1, 1)
+    assert (pacing["punctual"], pacing["unsent"], summary["failed"]) == (0.5, 1, 1)
     assert (pacing["median_lag_ms"], pacing["max_lag_ms"]) == (pytest.approx(50), 1000)
     assert pacing["max_stall_ms"] == 300
 
 
 def test_the_duration_can_be_given() -> None:
-    found = of([one(0.0), one(1000.0)], duration=4.0)
-    assert (found["duration"], found["request_throughput"]) == (4.0, 0.5)
+    summary = of([record(0.0), record(1000.0)], duration=4.0)
+    assert (summary["duration"], summary["request_throughput"]) == (4.0, 0.5)
 
 
 def test_milliseconds_of_a_request() -> None:
-    found = of([one()])
-    assert found["mean_ttft_ms"] == pytest.approx(200)
-    assert found["mean_tpot_ms"] == pytest.approx(200), "(800 - 200) / 3"
-    assert found["mean_itl_ms"] == pytest.approx(100)
-    assert found["p99_e2el_ms"] == pytest.approx(800)
+    summary = of([record()])
+    assert summary["mean_ttft_ms"] == pytest.approx(200)
+    assert summary["mean_tpot_ms"] == pytest.approx(200), "(800 - 200) / 3"
+    assert summary["mean_itl_ms"] == pytest.approx(100)
+    assert summary["p99_e2el_ms"] == pytest.approx(800)
 
 
 def test_gaps_of_all_requests_count_alike() -> None:
-    found = samples([one(itls=(0.1, 0.1, 0.1)), one(itls=(0.5,))])
-    assert found["itl"] == pytest.approx([100, 100, 100, 500])
+    latencies = samples([record(itls=(0.1, 0.1, 0.1)), record(itls=(0.5,))])
+    assert latencies["itl"] == pytest.approx([100, 100, 100, 500])
 
 
 def test_failed_requests_are_in_no_percentile() -> None:
-    assert samples([one(), one(error="cut", ttft=9.0)])["ttft"] == pytest.approx([200])
+    assert samples([record(), record(error="cut", ttft=9.0)])["ttft"] == pytest.approx([200])
 
 
 def test_what_was_not_measured_is_none_and_not_zero() -> None:
-    found = of([one(ttft=None, itls=(), output_tokens=None, input_tokens=None), one(start=1.0, ttft=None, itls=())])
-    assert found["mean_ttft_ms"] is None
-    assert found["p99_itl_ms"] is None
-    assert found["request_goodput"] is None
-    assert found["vtprune"]["without_content"] == 2
-    assert found["vtprune"]["without_usage"] == 1
-    assert found["vtprune"]["keep_ratio"] is None
+    summary = of(
+        [record(ttft=None, itls=(), output_tokens=None, input_tokens=None), record(start=1.0, ttft=None, itls=())]
+    )
+    assert summary["mean_ttft_ms"] is None
+    assert summary["p99_itl_ms"] is None
+    assert summary["request_goodput"] is None
+    assert summary["vtprune"]["without_content"] == 2
+    assert summary["vtprune"]["without_usage"] == 1
+    assert summary["vtprune"]["keep_ratio"] is None
 
 
 def test_of_no_request() -> None:
-    found = of([])
-    assert (found["completed"], found["duration"], found["request_throughput"]) == (0, 0.0, 0.0)
-    assert found["p99_ttft_ms"] is None
+    summary = of([])
+    assert (summary["completed"], summary["duration"], summary["request_throughput"]) == (0, 0.0, 0.0)
+    assert summary["p99_ttft_ms"] is None
     assert (span([]), peaks([])) == (0.0, (0.0, 0))
 
 
 def test_goodput_counts_requests_within_all_limits() -> None:
-    records = [one(0.0), one(1.0, ttft=0.4), one(2.0, e2e=3.0), failed(3.0)]
-    found = of(records, goodput={"ttft": 300.0, "e2el": 1000.0})
-    assert found["duration"] == 4.0
-    assert found["request_goodput"] == 0.25
+    records = [record(0.0), record(1.0, ttft=0.4), record(2.0, e2e=3.0), failed(3.0)]
+    summary = of(records, goodput={"ttft": 300.0, "e2el": 1000.0})
+    assert summary["duration"] == 4.0
+    assert summary["request_goodput"] == 0.25
     assert of(records, goodput={"ttft": 500.0})["request_goodput"] == 0.75
 
 
 @pytest.mark.parametrize(
-    ("record", "limits", "good"),
+    ("sample", "limits", "good"),
     [
-        (one(), {"ttft": 200.0}, True),
-        (one(), {"ttft": 199.0}, False),
-        (one(ttft=None), {"ttft": 1e9}, False),
-        (one(output_tokens=1), {"tpot": 0.001}, True),
-        (one(output_tokens=None), {"tpot": 1e9}, False),
-        (one(error="cut"), {"e2el": 1e9}, False),
+        (record(), {"ttft": 200.0}, True),
+        (record(), {"ttft": 199.0}, False),
+        (record(ttft=None), {"ttft": 1e9}, False),
+        (record(output_tokens=1), {"tpot": 0.001}, True),
+        (record(output_tokens=None), {"tpot": 1e9}, False),
+        (record(error="cut"), {"e2el": 1e9}, False),
     ],
 )
-def test_a_good_request(record: Record, limits: dict[str, float], good: bool) -> None:
-    assert is_good(record, limits) is good
+def test_a_good_request(sample: Record, limits: dict[str, float], good: bool) -> None:
+    assert is_good(sample, limits) is good
 
 
 def test_peaks_are_within_a_second() -> None:
-    one_ends_in_the_next = one(10.5, ttft=0.25, itls=(0.1, 0.1, 0.1), e2e=0.8)  # chunks at 10.75, 10.85, 10.95, 11.05
-    assert peaks([one(10.0), one_ends_in_the_next, one(13.0)]) == (7.0, 2)
-    assert peaks([one(10.0), one(11.0)])[1] == 1, "one begins when the other ends"
+    overlap = record(10.5, ttft=0.25, itls=(0.1, 0.1, 0.1), e2e=0.8)  # chunks at 10.75, 10.85, 10.95, 11.05
+    assert peaks([record(10.0), overlap, record(13.0)]) == (7.0, 2)
+    assert peaks([record(10.0), record(11.0)])[1] == 1, "one begins when the other ends"
 
 
 def test_kinds_are_told_apart() -> None:
-    found = kinds([one(kind="a", pruning=kept(20)), one(kind="a", pruning=kept(40)), one(kind="b", ttft=0.6)])
-    assert found["a"]["requests"] == 2
-    assert found["a"]["keep_ratio"] == pytest.approx(0.3)
-    assert found["b"]["keep_ratio"] is None
-    assert found["b"]["median_ttft_ms"] == pytest.approx(600)
+    by_kind = kinds(
+        [record(kind="a", pruning=kept(20)), record(kind="a", pruning=kept(40)), record(kind="b", ttft=0.6)]
+    )
+    assert by_kind["a"]["requests"] == 2
+    assert by_kind["a"]["keep_ratio"] == pytest.approx(0.3)
+    assert by_kind["b"]["keep_ratio"] is None
+    assert by_kind["b"]["median_ttft_ms"] == pytest.approx(600)
 
 
 def test_records_survive_a_file(tmp_path: Path) -> None:
-    records = [one(text="naïve\u2028 猫\n\x85", pruning=kept(3)), failed()]
+    records = [record(text="naïve\u2028 猫\n\x85", pruning=kept(3)), failed()]
     save_records(tmp_path / "records", records)
     assert load_records(tmp_path / "records") == records
 
@@ -176,23 +182,23 @@ def test_records_survive_a_file(tmp_path: Path) -> None:
 
 
 def test_promises_that_hold() -> None:
-    assert broken([one(), one()], {"ttft": 200.0, "tpot": 200.1, "itl": 100.1, "e2el": 800.0}) == []
+    assert broken([record(), record()], {"ttft": 200.0, "tpot": 200.1, "itl": 100.1, "e2el": 800.0}) == []
 
 
 def test_a_percentile_above_its_limit() -> None:
-    assert broken([one()], {"ttft": 150.0, "e2el": 900.0}) == ["ttft p99 was to be 150 ms at most, and is 200.0 ms"]
+    assert broken([record()], {"ttft": 150.0, "e2el": 900.0}) == ["ttft p99 was to be 150 ms at most, and is 200.0 ms"]
 
 
 def test_one_slow_request_in_ten_breaks_a_p99() -> None:
-    assert broken([*[one()] * 9, one(ttft=2.0)], {"ttft": 300.0}) != []
+    assert broken([*[record()] * 9, record(ttft=2.0)], {"ttft": 300.0}) != []
 
 
 def test_a_failed_request_is_a_broken_promise_without_any_limit() -> None:
-    assert broken([one(), failed(), failed()], {}) == ["2 of 3 requests failed: ReadTimeout: "]
+    assert broken([record(), failed(), failed()], {}) == ["2 of 3 requests failed: ReadTimeout: "]
 
 
 def test_a_kind_of_request_of_which_nothing_was_pruned() -> None:
-    records = [one(kind="b", pruning=kept(100)), one(kind="a"), one(kind="c", pruning=kept(99)), failed()]
+    records = [record(kind="b", pruning=kept(100)), record(kind="a"), record(kind="c", pruning=kept(99)), failed()]
     assert broken(records[:3], {}, "fast") == ["a: nothing was pruned", "b: nothing was pruned"]
     assert broken(records[2:], {}, "fast") == ["1 of 2 requests failed: ReadTimeout: "]
     assert broken(records[:3], {}, "off") == broken(records[:3], {}, False) == broken(records[:3], {}) == []
@@ -200,4 +206,4 @@ def test_a_kind_of_request_of_which_nothing_was_pruned() -> None:
 
 def test_nothing_measured_holds_no_promise() -> None:
     assert broken([], {}) == ["no request was finished"]
-    assert broken([one(ttft=None)], {"ttft": 150.0}) == ["ttft p99 was to be 150 ms at most, and was not measured"]
+    assert broken([record(ttft=None)], {"ttft": 150.0}) == ["ttft p99 was to be 150 ms at most, and was not measured"]

@@ -189,16 +189,16 @@ def test_clients_of_one_server_are_read_apart() -> None:
     def reply(body: dict[str, str]) -> Reply:
         return Reply((token(body["text"]), 0.05, token(body["text"]), usage(), DONE))
 
-    found: dict[str, str] = {}
+    answers: dict[str, str] = {}
 
-    def one(url: str, text: str) -> None:
+    def talk(url: str, text: str) -> None:
         with connect(url, timeout=20) as client:
-            found[text] = ask(client, text, {"text": text}).text
+            answers[text] = ask(client, text, {"text": text}).text
 
     with fake_chat(reply) as fake:
-        threads: Sequence[threading.Thread] = [threading.Thread(target=one, args=(fake.url, c)) for c in "abcdef"]
+        threads: Sequence[threading.Thread] = [threading.Thread(target=talk, args=(fake.url, c)) for c in "abcdef"]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert found == {c: 2 * c for c in "abcdef"}
+    assert answers == {c: 2 * c for c in "abcdef"}
