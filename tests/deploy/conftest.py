@@ -21,13 +21,13 @@ LOAD_SECONDS = 20
 
 def values(dockerfile: Path, name: str, stage: str | None = None) -> list[str]:
     """What stands behind each instruction of this name, in all stages or one."""
-    found, current = [], ""
+    arguments, current = [], ""
     for line in DockerfileParser(str(dockerfile)).structure:
         if line["instruction"] == "FROM":
             current = line["value"].rsplit(" AS ", 1)[-1]
         if line["instruction"] == name and stage in (None, current):
-            found.append(line["value"])
-    return found
+            arguments.append(line["value"])
+    return arguments
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,12 @@ def test_it_links_to_vllm_s_dashboards() -> None:
 def test_its_variables_find_the_server(watched: Watched) -> None:
     variables = json.loads(plot.DASHBOARD.read_text())["templating"]["list"]
     queries = [variable["query"]["query"] for variable in variables if variable["type"] == "query"]
-    found = {}
+    label_values = {}
     for query in queries:
         metric, label = re.fullmatch(r"label_values\((.*),(\w+)\)", query).groups()  # type: ignore[union-attr]
-        found[label] = watched.prometheus.get(f"label/{label}/values", **{"match[]": metric})
-    assert found == {"job": ["vtprune"], "instance": found["instance"], "model_name": ["vtprune-demo"]}
-    assert len(found["instance"]) == 1
+        label_values[label] = watched.prometheus.get(f"label/{label}/values", **{"match[]": metric})
+    assert label_values == {"job": ["vtprune"], "instance": label_values["instance"], "model_name": ["vtprune-demo"]}
+    assert len(label_values["instance"]) == 1
 
 
 @pytest.mark.engine
@@ -66,7 +66,7 @@ def test_every_query_of_every_panel_has_an_answer(watched: Watched, panel: plot.
         series = watched.prometheus.over(query, watched.start, watched.end, 1)
         assert series, f"no data for {query}"
         if not any(name in expr for name in MAY_BE_ZERO):
-            assert any(value > 0 for one in series for _, value in one.values), f"nothing but zeros for {query}"
+            assert any(value > 0 for curve in series for _, value in curve.values), f"nothing but zeros for {query}"
 
 
 @pytest.mark.engine

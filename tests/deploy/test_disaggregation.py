@@ -211,7 +211,7 @@ def test_the_consumer_loads_what_the_producer_saved(deployment: Deployment, name
     assert [len(rows) for rows in saved.values()] == kept(expected)
     save_file({name: -rows for name, rows in saved.items()}, file)
     altered = logprobs(deployment.consumer.ask(**body))
-    assert max(abs(ours - theirs) for ours, theirs in zip(altered, logprobs(expected), strict=True)) > 0.1
+    assert max(abs(value - reference) for value, reference in zip(altered, logprobs(expected), strict=True)) > 0.1
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -60,11 +60,11 @@ def test_the_text_pipeline_s_model_is_pinned_for_the_spacy_that_is_installed() -
 
 
 def test_nothing_that_vllm_brings_is_pinned_and_what_we_ask_for_is() -> None:
-    theirs = closure(vllm_package())
+    vllm_packages = closure(vllm_package())
     assert set(PINNED) == set(missing_beside_vllm()), "run deploy/docker/lock.py"
     for line in requires("vllm-vtprune") or ():
         need = Requirement(line)
-        if "extra ==" not in line and canonicalize_name(need.name) not in theirs:
+        if "extra ==" not in line and canonicalize_name(need.name) not in vllm_packages:
             assert need.specifier.contains(PINNED[canonicalize_name(need.name)]), "run deploy/docker/lock.py"
 
 
@@ -82,7 +82,9 @@ def test_what_it_copies_is_not_ignored() -> None:
     copied += re.findall(r"type=bind,source=([^,]+)", " ".join(values(DOCKERFILE, "RUN")))
     assert "deploy/docker/requirements.txt" in copied
     for path in copied:
-        assert any(f"{path}/".startswith(f"{one}/") for one in kept), f"{path} is not in .dockerignore's exceptions"
+        assert any(f"{path}/".startswith(f"{prefix}/") for prefix in kept), (
+            f"{path} is not in .dockerignore's exceptions"
+        )
         assert (ROOT / path).exists(), path
 
 
@@ -90,7 +92,7 @@ def test_what_it_copies_is_not_ignored() -> None:
 def test_a_user_that_nobody_knows_has_a_name(named: bool) -> None:
     """Clusters choose users that are not in /etc/passwd, and torch asks for the name."""
     (setting,) = [value for value in values(DOCKERFILE, "ENV", "server") if "HOME=" in value]
-    environment = dict(one.split("=") for one in setting.split()) if named else {}
+    environment = dict(pair.split("=") for pair in setting.split()) if named else {}
     code = "import getpass, os; os.getuid = lambda: 1000540000; print(getpass.getuser())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == ("vllm\n" if named else ""), done.stderr

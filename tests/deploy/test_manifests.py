@@ -136,7 +136,7 @@ def test_every_service_of_compose_is_limited_and_restarts(file: str) -> None:
 
 @pytest.mark.parametrize("profile", ["gpu", "cpu"])
 def test_a_profile_of_compose_brings_all_three(profile: str) -> None:
-    services = {name: one for name, one in composed()["services"].items() if profile in one["profiles"]}
+    services = {name: service for name, service in composed()["services"].items() if profile in service["profiles"]}
     assert set(services) == {f"server-{profile}", "prometheus", "grafana"}
     assert services[f"server-{profile}"]["image"].startswith(f"vllm-vtprune:{__version__}")
 
@@ -149,8 +149,8 @@ def test_what_compose_mounts_is_there() -> None:
     scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     assert scraped[0]["static_configs"][0]["targets"] == ["server:8000"]
     assert all(
-        composed()["services"][f"server-{one}"]["networks"]["default"]["aliases"] == ["server"]
-        for one in ("gpu", "cpu")
+        composed()["services"][f"server-{device}"]["networks"]["default"]["aliases"] == ["server"]
+        for device in ("gpu", "cpu")
     )
 
 
@@ -190,7 +190,11 @@ def test_manifests_are_valid(document: Document) -> None:
 
 
 def test_pods_of_a_producer_and_a_consumer_differ_in_role_alone() -> None:
-    deployments = {one["metadata"]["name"]: one for one in documents(DISAGGREGATION) if one["kind"] == "Deployment"}
+    deployments = {
+        document["metadata"]["name"]: document
+        for document in documents(DISAGGREGATION)
+        if document["kind"] == "Deployment"
+    }
     pods = []
     for role in ("producer", "consumer"):
         deployment = deployments[f"vtprune-{role}"]
@@ -208,7 +212,7 @@ def test_pods_of_a_producer_and_a_consumer_differ_in_role_alone() -> None:
 
 
 def test_a_proxy_in_kubernetes_finds_its_script_and_the_instances() -> None:
-    everything = {(one["kind"], one["metadata"]["name"]): one for one in documents(DISAGGREGATION)}
+    everything = {(document["kind"], document["metadata"]["name"]): document for document in documents(DISAGGREGATION)}
     pod = everything["Deployment", "vtprune-proxy"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     for address in (word for word in container["args"] if word.startswith("http")):
@@ -295,7 +299,12 @@ def test_servers_are_scraped_under_the_job_that_rules_ask_for() -> None:
     assert relabelling == {"targetLabel": "job", "replacement": scrape["job_name"]}
     assert service["metadata"]["name"] == scrape["job_name"]
     asked = re.findall(r'job="(\w+)"', (DEPLOY / "kubernetes" / "rules.yaml").read_text())
-    asked += [job for one in autoscalers() for trigger in one["spec"]["triggers"] for job in queried_jobs(trigger)]
+    asked += [
+        job
+        for autoscaler in autoscalers()
+        for trigger in autoscaler["spec"]["triggers"]
+        for job in queried_jobs(trigger)
+    ]
     assert set(asked) == {scrape["job_name"]}
 
 

@@ -120,15 +120,15 @@ def test_the_engine_leaves_room_for_the_vision_encoder_of_its_replica(tmp_path: 
     config = AsyncEngineArgs(model=str(checkpoint), **model["engine_kwargs"]).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(config)
     need = footprint_of(config, processor.family, processor.info.get_max_image_tokens())
-    given = config.get_multimodal_config().mm_ipc_gpu_memory_gb
-    assert reserve(need, processes=1, card=80 * GIB, operator_gib=given).warning == ""
+    operator_gib = config.get_multimodal_config().mm_ipc_gpu_memory_gb
+    assert reserve(need, processes=1, card=80 * GIB, operator_gib=operator_gib).warning == ""
 
 
 def test_it_says_what_ray_must_be_started_with_and_the_image_does_so() -> None:
     comment = FILE.read_text().partition("\napplications:")[0]
     assert all(f"{name}={value}" in comment for name, value in DIRECT.items())
     (setting,) = values(DOCKERFILE, "ENV")
-    assert dict(one.split("=") for one in setting.split()) == DIRECT
+    assert dict(pair.split("=") for pair in setting.split()) == DIRECT
 
 
 def test_the_image_with_ray_is_made_of_ours() -> None:
@@ -180,20 +180,20 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
     )
     assert done.returncode == 0, done.stderr[-5000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"answers"')]
-    found = json.loads(line)
+    outcome = json.loads(line)
     kept = [VISUAL_TOKENS // 9, 100, VISUAL_TOKENS, None, VISUAL_TOKENS, VISUAL_TOKENS // 9]
-    for (status, answer, header), tokens in zip(found["answers"], kept, strict=True):
+    for (status, answer, header), tokens in zip(outcome["answers"], kept, strict=True):
         if tokens is None:
             assert (status, answer["error"]["param"]) == (400, "pruning.method")
         else:
             assert status == 200, answer
             assert [image["kept_tokens"] for image in answer["pruning"]["images"]] == [tokens]
             assert f"kept={tokens}" in header
-    assert found["visible"] is None, "a replica is to see the GPU of its engine"
-    (tmp_path / "replica.txt").write_text(found["replica"])
-    (tmp_path / "node.txt").write_text(found["node"])
-    assert names(found["replica"], "vllm") == set(), "vLLM's are where they are without Ray"
-    assert names(found["node"], "vtprune") == names(found["node"], "vllm:") == set()
+    assert outcome["visible"] is None, "a replica is to see the GPU of its engine"
+    (tmp_path / "replica.txt").write_text(outcome["replica"])
+    (tmp_path / "node.txt").write_text(outcome["node"])
+    assert names(outcome["replica"], "vllm") == set(), "vLLM's are where they are without Ray"
+    assert names(outcome["node"], "vtprune") == names(outcome["node"], "vllm:") == set()
     with scraped(tmp_path) as prometheus:
         for metric, count in {
             "vtprune:visual_tokens_total": 5 * VISUAL_TOKENS,
@@ -201,7 +201,7 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
             "vtprune:errors_total": 1,
             "vllm:request_success_total": 5,
         }.items():
-            ((_, value),) = [one["value"] for one in prometheus.get("query", query=f"sum({metric})")["result"]]
+            ((_, value),) = [sample["value"] for sample in prometheus.get("query", query=f"sum({metric})")["result"]]
             assert float(value) == count, metric
         there = set(prometheus.get("label/__name__/values"))
         assert {"ray_serve_deployment_replica_healthy", "ray_serve_deployment_replica_starts_total"} <= there

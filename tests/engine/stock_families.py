@@ -47,8 +47,8 @@ def answers(engine: Engine, family: Family, chat: Chat, pruning: object = None) 
     """Prompt, answer and log-probabilities, one by one from emptied caches, so that batches are the same every time."""
     engine.forget_prompts()
     asked = map(engine.ask, questions(family, chat, pruning))
-    found = [[each.prompt_ids, each.token_ids, [sorted(step.items()) for step in each.logprobs]] for each in asked]
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+    results = [[each.prompt_ids, each.token_ids, [sorted(step.items()) for step in each.logprobs]] for each in asked]
+    return json.loads(json.dumps(results))  # type: ignore[no-any-return]
 
 
 def serve(name: str, checkpoint: Path, prunings: Sequence[object] = (None,)) -> dict[str, Any]:

@@ -70,16 +70,16 @@ def test_two_policies_two_questions_and_two_turns_encode_an_image_once(
 
 
 def test_a_conversation_that_grows_by_an_image(cached: Engine, uncached: Engine) -> None:
-    one, two = sample_images(2, stamp="grows")
+    image_a, image_b = sample_images(2, stamp="grows")
     encoded_before = cached.encodings()
     first = ask_about(f"{BUS} {LONG}")
     second = ask_about(DOG, before=f"{first} Nothing. ")
     third = ask_about("Anything else?", images=0, before=f"{second} No. ")
     answers = []
     for prompt, images, texts in (
-        (first, [one], [BUS]),
-        (second, [one, two], [BUS, DOG]),
-        (third, [one, two], [BUS, DOG]),
+        (first, [image_a], [BUS]),
+        (second, [image_a, image_b], [BUS, DOG]),
+        (third, [image_a, image_b], [BUS, DOG]),
     ):
         request = Ask(prompt, images, {**ENERGY, "texts": texts})
         answers.append(cached.ask(request))
@@ -123,11 +123,12 @@ def test_identical_requests(cached: Engine, uncached: Engine, monkeypatch: pytes
     planned = []
     plan = cached.runtime.local.plan
     monkeypatch.setattr(cached.runtime.local, "plan", lambda *arguments: planned.append(1) or plan(*arguments))
-    one, two = sample_images(2, stamp="identical")
+    image_a, image_b = sample_images(2, stamp="identical")
     for request in (
-        Ask(ask_about(BUS), [one], ENERGY),
-        Ask(ask_about(BUS), [one], False),
-        Ask(ask_about("Which is older?", images=3), [two, one, two], TOKENS),  # the first comes twice in one prompt
+        Ask(ask_about(BUS), [image_a], ENERGY),
+        Ask(ask_about(BUS), [image_a], False),
+        # the first comes twice in one prompt
+        Ask(ask_about("Which is older?", images=3), [image_b, image_a, image_b], TOKENS),
     ):
         expected = uncached.ask(request)
         answers = [cached.ask(request) for _ in range(3)]
@@ -275,14 +276,14 @@ def test_an_unknown_uuid_without_data_is_refused(cached: Engine, pruning: Any) -
 def test_an_image_that_every_cache_forgot_is_refused(
     chunked: Engine, uncached: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = sample_images(2, stamp="forgotten")
-    uncached.ask(Ask(ask_about(BUS), [one], TOKENS, uuids=["forgotten"]))
+    image_a, image_b = sample_images(2, stamp="forgotten")
+    uncached.ask(Ask(ask_about(BUS), [image_a], TOKENS, uuids=["forgotten"]))
     with pytest.raises(ValueError, match="forgotten but data is not provided"):
         uncached.ask(Ask(ask_about(BUS), [None], TOKENS, uuids=["forgotten"]))
 
     monkeypatch.setattr(chunked.runtime.local, "cache", FeatureCache(0))
-    chunked.ask(Ask(ask_about(BUS), [one], TOKENS, uuids=["forgotten"]))
-    chunked.ask(Ask(ask_about(BUS), [two], TOKENS))  # takes the one place in the table of reports
+    chunked.ask(Ask(ask_about(BUS), [image_a], TOKENS, uuids=["forgotten"]))
+    chunked.ask(Ask(ask_about(BUS), [image_b], TOKENS))  # takes the one place in the table of reports
     with pytest.raises(ValueError, match="forgotten but data is not provided"):
         chunked.ask(Ask(ask_about(BUS), [None], TOKENS, uuids=["forgotten"]))
 
@@ -292,14 +293,14 @@ def test_chunks_smaller_than_an_image(
 ) -> None:
     scheduler = chunked.llm.llm_engine.vllm_config.scheduler_config
     assert (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill) == (64, True)
-    one, two, three = sample_images(3, stamp="chunks")
+    image_a, image_b, image_c = sample_images(3, stamp="chunks")
     differences = []
     for request in (
-        Ask(ask_about(BUS), [one], {"budget": {"type": "tokens", "keep": 200}}),
-        Ask(ask_about(BUS, before=LONG), [one], UNIFORM),
-        Ask(ask_about(BUS), [one]),
-        Ask(ask_about(BUS, images=3), [one, two, three], {"images": [UNIFORM, False, RANDOM]}),
-        Ask(ask_about(BUS, images=3), [three, one, two], {"images": [RANDOM, UNIFORM, False]}),
+        Ask(ask_about(BUS), [image_a], {"budget": {"type": "tokens", "keep": 200}}),
+        Ask(ask_about(BUS, before=LONG), [image_a], UNIFORM),
+        Ask(ask_about(BUS), [image_a]),
+        Ask(ask_about(BUS, images=3), [image_a, image_b, image_c], {"images": [UNIFORM, False, RANDOM]}),
+        Ask(ask_about(BUS, images=3), [image_c, image_a, image_b], {"images": [RANDOM, UNIFORM, False]}),
     ):
         expected = uncached.ask(request)
         assert len(expected.prompt_ids) > 2 * 64
@@ -312,9 +313,11 @@ def test_chunks_smaller_than_an_image(
 
 
 def test_an_item_that_outlived_its_report_is_reported_in_full(chunked: Engine, uncached: Engine) -> None:
-    one, two = sample_images(2, stamp="reports")
+    image_a, image_b = sample_images(2, stamp="reports")
     encoded_before = chunked.encodings()
-    requests = [Ask(ask_about(BUS), [image], ENERGY, uuids=[f"report {i}"]) for i, image in enumerate((one, two))]
+    requests = [
+        Ask(ask_about(BUS), [image], ENERGY, uuids=[f"report {i}"]) for i, image in enumerate((image_a, image_b))
+    ]
     expected = [uncached.ask(request) for request in requests]
     by_name = [Ask(ask_about(BUS), [None], ENERGY, uuids=[f"report {i}"]) for i in range(2)]
     for asked, known in ((requests, False), (requests, True), (by_name, True)):  # the table holds one report

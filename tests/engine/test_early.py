@@ -145,17 +145,17 @@ def test_what_has_not_begun_when_the_client_leaves_is_dropped(cached: Engine, ga
     running, waiting = (media_of(image) for image in sample_images(2, stamp="dropped"))
     encoded_before = cached.encodings()
     stays, leaves = expected("running"), expected("waiting")
-    with early(cached, stays) as one:
-        one.start("running", running, {})
+    with early(cached, stays) as encoding:
+        encoding.start("running", running, {})
         assert gate.entered.wait(LIMIT)
-        with early(cached, leaves) as other:
-            other.start("waiting", waiting, {})
+        with early(cached, leaves) as late_encoding:
+            late_encoding.start("waiting", waiting, {})
             with ThreadPoolExecutor(1) as thread:
                 processing = thread.submit(cached.ask, asking([waiting], leaves))
-                other.__exit__()
+                late_encoding.__exit__()
                 with pytest.raises(CancelledError):  # at once: the only processing thread is free for others
                     processing.result(LIMIT)
-                other.__enter__()
+                late_encoding.__enter__()
         gate.opened.set()
         assert stays.encoding is not None
         assert stays.encoding.result(LIMIT)

@@ -60,5 +60,5 @@ def test_the_text_decides_which_tokens_stay(cached: Engine, reference: UnprunedR
     policy = {"budget": {"type": "tokens", "keep": 64}}
     for number, question, nouns in CASES:
         ask(cached, number, question, policy)
-        with_text, without = (plan(cached, reference, number, its, policy).kept for its in (nouns, ()))
+        with_text, without = (plan(cached, reference, number, words, policy).kept for words in (nouns, ()))
         assert torch.equal(with_text, without) == (nouns == ())

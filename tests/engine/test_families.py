@@ -166,8 +166,8 @@ class Checker:
         assert answer.images is not None
         image_token = self.reference.model.config.image_token_id
         assert sum(report.kept_tokens for report in answer.images) == answer.prompt_ids.count(image_token)
-        for report, each, its in zip(answer.images, shown, kept, strict=True):
-            everything = its is not None and len(its) == len(self._features[each.name])
+        for report, each, positions in zip(answer.images, shown, kept, strict=True):
+            everything = positions is not None and len(positions) == len(self._features[each.name])
             assert report.bypass_reason == ("budget_not_below_tokens" if everything else None)
             assert report.nouns == (NOUNS if PruningPolicy.parse(each.policy).conditions_on_text else ())
 
@@ -198,7 +198,7 @@ def test_greedy_answers_are_those_of_transformers(
     turns = [Turn(QUESTION, len(shown)), Turn("Is there a bus?")]
     once = checker.ask(turns[:1], shown)
     again = checker.ask(turns, shown)
-    same = [one == other for one, other in zip(once.prompt_ids, again.prompt_ids, strict=False)]
+    same = [token == other for token, other in zip(once.prompt_ids, again.prompt_ids, strict=False)]
     shared = [*same, False].index(False)
     assert shared >= len(once.prompt_ids) - 2, "templates may open an answer with something that they drop later"
     assert shared > BLOCK
@@ -339,9 +339,9 @@ def test_off_is_stock(family: Family, checker: Checker, stock: Any) -> None:
     worker = checker.engine.llm.collective_rpc("worker_state")[0]
     assert stock["worker"]["model_runner"] == worker["model_runner"]
     assert worker["model_class"].startswith("vllm_vtprune.plugin.")
-    [theirs] = stock["answers"]
-    assert len(theirs) == len(questions(family, checker.chat, None))
-    assert all(math.isfinite(value) for _, _, steps in theirs for step in steps for _, value in step)
-    assert len({tuple(token_ids) for _, token_ids, _ in theirs}) > 3, "answers depend on what was asked"
+    [stock_answers] = stock["answers"]
+    assert len(stock_answers) == len(questions(family, checker.chat, None))
+    assert all(math.isfinite(value) for _, _, steps in stock_answers for step in steps for _, value in step)
+    assert len({tuple(token_ids) for _, token_ids, _ in stock_answers}) > 3, "answers depend on what was asked"
     for pruning in (None, False):
-        assert answers(checker.engine, family, checker.chat, pruning) == theirs
+        assert answers(checker.engine, family, checker.chat, pruning) == stock_answers

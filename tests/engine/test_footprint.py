@@ -79,8 +79,8 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     images = [preprocess(processor, Image.new("RGB", (672, 672), "gray")) for _ in range(count)]
     tower = processor.runtime.local.tower
     with Held() as held:
-        found = tower.encode(images)
-    need = footprint_of(model_config, processor.family, found[0].num_tokens)
+        features = tower.encode(images)
+    need = footprint_of(model_config, processor.family, features[0].num_tokens)
     layer = need.weights / DEPTH
     assert tower.nbytes <= need.weights <= tower.nbytes + layer, "of LLaVA, the last layer is not used"
     assert held.most <= need.encoding, "for fewer images than may be encoded together"

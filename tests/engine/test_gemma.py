@@ -76,7 +76,7 @@ def ranges_of(result: Any, window: int | None) -> list[tuple[int, int]]:
     places = result["mm_placeholders"]["image"]
     features = [SimpleNamespace(modality="image", mm_position=place) for place in places]
     ranges = compute_mm_prefix_ranges(["request"], {"request": features}, window)[0]  # type: ignore[dict-item]
-    assert ranges == [found for place in places for found in place.extract_embeds_range()]
+    assert ranges == [span for place in places for span in place.extract_embeds_range()]
     return ranges
 
 
@@ -180,5 +180,5 @@ def test_the_text_of_a_prompt_is_what_was_said(checkpoint: str, mark: str, reque
     hf_processor = processor.info.get_hf_processor()
     text = hf_processor.apply_chat_template(turns, add_generation_prompt=True)
     assert mark in text
-    said = processor.prompt_text(tokenizer.encode(text, add_special_tokens=False))
-    assert said.split() == ["What", "is", "it?", "A", "cat.", "And", "the", "dog?"]
+    prompt = processor.prompt_text(tokenizer.encode(text, add_special_tokens=False))
+    assert prompt.split() == ["What", "is", "it?", "A", "cat.", "And", "the", "dog?"]

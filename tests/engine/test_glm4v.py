@@ -73,6 +73,6 @@ def test_a_video_between_pruned_images(processor: Any, model_config: Any) -> Non
             left[begin : begin + before.mm_position.length] = False
             left[begin + after.data[KEPT_POSITIONS].data] = True
     assert torch.tensor(whole_ids)[left].tolist() == ids
-    found, its_delta = model.get_mrope_input_positions(ids, features)
-    assert torch.equal(found, positions[:, left])
-    assert its_delta + len(ids) == delta + len(whole_ids)
+    pruned_positions, pruned_delta = model.get_mrope_input_positions(ids, features)
+    assert torch.equal(pruned_positions, positions[:, left])
+    assert pruned_delta + len(ids) == delta + len(whole_ids)

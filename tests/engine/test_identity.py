@@ -140,8 +140,8 @@ def test_a_plan_that_was_forgotten_is_made_anew_beside_vllm_s_item(noisy: Any) -
     """The item of the first plan is then not taken for that of the second."""
     cache = LruKeyReplicatedSenderCache(noisy.info.ctx.model_config)
     noisy.runtime.planned = BoundedTable(1)
-    one, two = sample_images(2)
-    results = [process(noisy, [image], ENERGY, cache) for image in (one, two, one)]
+    image_a, image_b = sample_images(2)
+    results = [process(noisy, [image], ENERGY, cache) for image in (image_a, image_b, image_a)]
     first, again = results[0], results[2]
     assert first["mm_hashes"] != again["mm_hashes"]
     assert counts(again) == [len(embeds_of(again))] == [again[REPORT_KEY].images[0].kept_tokens]
@@ -159,12 +159,18 @@ def test_a_cache_too_small_for_one_request_costs_time_alone(
     too_small = []
     monkeypatch.setattr(compat, "without_items", lambda *arguments: too_small.append(1) or without_items(*arguments))
     config = processor.info.ctx.model_config
-    one, two, three = sample_images(3)
-    whole = process(processor, [one, two, three], pruning)
+    image_a, image_b, image_c = sample_images(3)
+    whole = process(processor, [image_a, image_b, image_c], pruning)
     held = sum(MultiModalCache.get_item_size(item) for item in whole["mm_kwargs"]["image"])
     config.multimodal_config.mm_processor_cache_gb = 0.99 * held / 2**30
     sender, receiver = LruKeyReplicatedSenderCache(config), LruKeyReplicatedReceiverCache(config)
-    for images in ([one, two, three], [two, one, three], [three, two, one], [one, one, two], [two, three, one]):
+    for images in (
+        [image_a, image_b, image_c],
+        [image_b, image_a, image_c],
+        [image_c, image_b, image_a],
+        [image_a, image_a, image_b],
+        [image_b, image_c, image_a],
+    ):
         expected = process(processor, images, pruning)
         result = process(processor, images, pruning, sender)
         assert result["prompt_token_ids"] == expected["prompt_token_ids"]
@@ -202,10 +208,10 @@ def test_after_a_load_nothing_of_the_old_weights_is_left(tmp_path: Path) -> None
     expected = process(processor_of(new), [image], uuids=["one"])
     afresh, named, on_its_way = (image, TOKENS), (None, TOKENS), (image, early)
     for shown, asked in (afresh, named, on_its_way):
-        found = process(processor, [shown], asked, uuids=["one"])
-        torch.testing.assert_close(embeds_of(found), embeds_of(expected))
-        assert found["mm_hashes"] != before["mm_hashes"]
-    assert not torch.allclose(embeds_of(before), embeds_of(found))
+        result = process(processor, [shown], asked, uuids=["one"])
+        torch.testing.assert_close(embeds_of(result), embeds_of(expected))
+        assert result["mm_hashes"] != before["mm_hashes"]
+    assert not torch.allclose(embeds_of(before), embeds_of(result))
 
 
 def test_weights_that_are_in_no_checkpoint_prune_nothing(tmp_path: Path) -> None:

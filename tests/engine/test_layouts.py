@@ -77,8 +77,8 @@ SQUARES = [(27 * 14 * rows, 27 * 14 * columns) for rows in range(1, 7) for colum
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = values.unique(return_inverse=True)[1]
-    return found
+    inverse: torch.Tensor = values.unique(return_inverse=True)[1]
+    return inverse
 
 
 @examples(200)

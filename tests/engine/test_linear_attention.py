@@ -63,19 +63,23 @@ def test_pruned_answers_are_near_to_those_in_float32(
     ]
     assert all(answer.prefix_hits >= (len(answer.prompt_ids) - 1) // BLOCK * BLOCK > 0 for answer in answers[2:])
     features = [engine.runtime.local.cache.get(name) for name in NAMES]
-    kept = [plan_tokens(found, PruningPolicy.parse(POLICY)).kept for found in features if found is not None]
+    kept = [
+        plan_tokens(image_features, PruningPolicy.parse(POLICY)).kept
+        for image_features in features
+        if image_features is not None
+    ]
     assert len(kept) == len(PICTURES)
-    found = []
+    differences = []
     for answer, request in zip(answers, requests * 3, strict=True):
         prompt_ids, logprobs = reference.read(
             request.prompt, request.images, kept[: len(request.images)], answer.token_ids
         )
         assert answer.prompt_ids == prompt_ids
         behind = logprobs.max(dim=1).values - logprobs[range(len(logprobs)), answer.token_ids]
-        found += [worst(answer, logprobs), float(behind.max()) / 2]
-    record_property("worst_logprob_difference", max(found))
-    assert max(found) < ROUNDING
-    others = [torch.tensor(sorted(set(range(int(its[-1]) + 1)) - set(its.tolist()))) for its in kept]
+        differences += [worst(answer, logprobs), float(behind.max()) / 2]
+    record_property("worst_logprob_difference", max(differences))
+    assert max(differences) < ROUNDING
+    others = [torch.tensor(sorted(set(range(int(tokens[-1]) + 1)) - set(tokens.tolist()))) for tokens in kept]
     logprobs = reference.logprobs(requests[1].prompt, PICTURES, others, answers[1].token_ids)
     assert worst(answers[1], logprobs) > 2 * ROUNDING, "the tokens that were dropped would be seen"
 

@@ -145,8 +145,8 @@ class Requests:
 def requests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Requests]:
     family = FAMILIES[request.param]
     checkpoint = family.write(tmp_path_factory.mktemp(request.param), dtype="float32")
-    with served(checkpoint) as its:
-        yield Requests(family, checkpoint, its)
+    with served(checkpoint) as served_model:
+        yield Requests(family, checkpoint, served_model)
 
 
 @torch.inference_mode()
@@ -170,25 +170,25 @@ def test_media_of_all_kinds_in_one_batch(requests: Requests) -> None:
     width = reference.model.config.get_text_config().hidden_size
     runner = EncoderRunner(model, 4096, width, cache, torch.float32, torch.device("cpu"))
     ids = [f"request-{number}" for number in range(len(asked))]
-    for its, request in zip(ids, asked, strict=True):
-        cache.add_request(its, [item.feature for item in request.items])
+    for request_id, request in zip(ids, asked, strict=True):
+        cache.add_request(request_id, [item.feature for item in request.items])
     calls: list[set[int]] = []  # of each call of the model, the embeddings it returned
 
     def embed(**batch: Any) -> Any:
-        found = type(model).embed_multimodal(model, **batch)
-        calls.append(set(map(id, found)))
-        return found
+        embeddings = type(model).embed_multimodal(model, **batch)
+        calls.append(set(map(id, embeddings)))
+        return embeddings
 
     model.embed_multimodal = embed
     hashes, inputs = runner.prepare_mm_inputs(
-        {its: list(range(len(request.items))) for its, request in zip(ids, asked, strict=True)}
+        {request_id: list(range(len(request.items))) for request_id, request in zip(ids, asked, strict=True)}
     )
-    found = runner.execute_mm_encoder(inputs)
+    outputs = runner.execute_mm_encoder(inputs)
     items = [item for request in asked for item in request.items]
-    assert len(found) == len(items) == 9 + 2 * len(moving)
-    for item, embeds in zip(items, found, strict=True):
+    assert len(outputs) == len(items) == 9 + 2 * len(moving)
+    for item, embeds in zip(items, outputs, strict=True):
         torch.testing.assert_close(embeds, item.embeds, rtol=0, atol=CLOSE)
-    kinds = [{item.pruned for item, embeds in zip(items, found, strict=True) if id(embeds) in call} for call in calls]
+    kinds = [{item.pruned for item, embeds in zip(items, outputs, strict=True) if id(embeds) in call} for call in calls]
     assert {True, False} not in kinds, "what is pruned and what is not come in one call"
 
     images = [index for index, (modality, _) in enumerate(inputs) if modality == "image"]
@@ -198,7 +198,7 @@ def test_media_of_all_kinds_in_one_batch(requests: Requests) -> None:
             torch.testing.assert_close(embeds, items[index].embeds, rtol=0, atol=CLOSE)
 
     # Two steps: every prompt but the first is cut inside of an image, the first has an answer's token by then.
-    cache.encoder_outputs.update(zip(hashes, found, strict=True))
+    cache.encoder_outputs.update(zip(hashes, outputs, strict=True))
     lengths = np.array([len(request.prompt_ids) for request in asked])
     cuts = np.array([lengths[0], *(int(request.items[-1].places[7]) for request in asked[1:])])
     prompts = [torch.tensor([*request.prompt_ids, ANSWERED]) for request in asked]
@@ -209,9 +209,9 @@ def test_media_of_all_kinds_in_one_batch(requests: Requests) -> None:
         embeds, is_media = runner.gather_mm_embeddings(
             ids, int(starts[-1]), scheduled, starts, prefill_lens=lengths, num_computed_tokens=computed
         )
-        tokens = torch.cat([its[begin:end] for its, begin, end in zip(prompts, computed, ends, strict=True)])
+        tokens = torch.cat([rows[begin:end] for rows, begin, end in zip(prompts, computed, ends, strict=True)])
         read = runner.get_inputs_embeds(tokens, embeds, is_media)[: starts[-1]]
-        expected = torch.cat([its[begin:end] for its, begin, end in zip(whole, computed, ends, strict=True)])
+        expected = torch.cat([rows[begin:end] for rows, begin, end in zip(whole, computed, ends, strict=True)])
         torch.testing.assert_close(read, expected, rtol=0, atol=CLOSE)
 
 

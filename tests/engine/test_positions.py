@@ -57,8 +57,8 @@ def expected(config: Any) -> Any:
     def positions(prompt: list[int], grids: Tensor) -> tuple[Tensor, int]:
         ids = torch.tensor([prompt])
         kinds = (ids == model.config.image_token_id).int()
-        found, delta = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
-        return found[:, 0], len(prompt) + int(delta)
+        position_ids, delta = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+        return position_ids[:, 0], len(prompt) + int(delta)
 
     return positions
 
@@ -100,12 +100,12 @@ def test_each_token_stands_where_it_does_unpruned(
             type(item)({name: field for name, field in item.items() if field.field.keep_on_cpu or not on_cpu})
             for item in pruned["mm_kwargs"]["image"]
         ]
-        found, delta = model.get_mrope_input_positions(
+        position_ids, delta = model.get_mrope_input_positions(
             ids,
             [
                 MultiModalFeatureSpec(data=data, modality="image", identifier=str(index), mm_position=place)
                 for index, (data, place) in enumerate(zip(fields, places, strict=True))
             ],
         )
-        assert torch.equal(found, positions[:, torch.cat(left)])
+        assert torch.equal(position_ids, positions[:, torch.cat(left)])
         assert delta + len(ids) == following

@@ -41,17 +41,21 @@ def test_profiling_measures_the_stock_encoder(cached: Engine) -> None:
 
 
 def test_requests_at_the_same_time_answer_as_one_by_one(cached: Engine, uncached: Engine) -> None:
-    one, two, three = sample_images(3, stamp="together")
+    image_a, image_b, image_c = sample_images(3, stamp="together")
     tokens = {"budget": {"type": "tokens", "keep": 48}}
     requests = [
-        Ask(ask_about("Where is the bus?"), [one], tokens),
-        Ask(ask_about("Where is the bus?"), [one], False),
-        Ask(ask_about("Where is the dog?"), [one], {"budget": {"type": "energy", "threshold": 0.95}}),
+        Ask(ask_about("Where is the bus?"), [image_a], tokens),
+        Ask(ask_about("Where is the bus?"), [image_a], False),
+        Ask(ask_about("Where is the dog?"), [image_a], {"budget": {"type": "energy", "threshold": 0.95}}),
         Ask(ask_about("Why?", images=0)),
-        Ask(ask_about("Where is the bus?"), [two], {"method": "uniform", "budget": {"type": "ratio", "keep": 0.5}}),
-        Ask(ask_about("Compare them.", images=2), [two, three], {"images": [False, tokens]}),
-        Ask(ask_about("Where is the bus?"), [three]),
-        Ask(ask_about("Compare them.", images=3), [three, two, one], {"images": [tokens, {"method": "random"}, False]}),
+        Ask(ask_about("Where is the bus?"), [image_b], {"method": "uniform", "budget": {"type": "ratio", "keep": 0.5}}),
+        Ask(ask_about("Compare them.", images=2), [image_b, image_c], {"images": [False, tokens]}),
+        Ask(ask_about("Where is the bus?"), [image_c]),
+        Ask(
+            ask_about("Compare them.", images=3),
+            [image_c, image_b, image_a],
+            {"images": [tokens, {"method": "random"}, False]},
+        ),
     ]
     for answer, request in zip(cached.ask_together(requests), requests, strict=True):
         assert_same(answer, uncached.ask(request))

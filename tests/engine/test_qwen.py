@@ -52,8 +52,8 @@ def test_other_positions_would_be_seen(
         for wrong in (in_order, later):
 
             def moved(inputs: Any, change: Any, wrong: Any = wrong) -> Any:
-                def changed(given: Any) -> Any:
-                    pruned = change(given)
+                def changed(keywords: Any) -> Any:
+                    pruned = change(keywords)
                     return pruned | {"position_ids": wrong(pruned["position_ids"])}
 
                 return run(inputs, changed)

@@ -16,7 +16,7 @@ def test_an_llm_reports_by_request_id(cached: Engine, monkeypatch: pytest.Monkey
     processor = cached.llm.llm_engine.input_processor
     monkeypatch.setattr(processor, "process_inputs", processor.process_inputs)  # restored at the end
     reports = Reports(cached.llm)
-    one, two = sample_images(2, stamp="reports")
+    image_a, image_b = sample_images(2, stamp="reports")
 
     def prompt(*images: Any, pruning: object = None) -> dict[str, Any]:
         body: dict[str, Any] = {"prompt": ask_about("Where is the bus?", images=len(images))}
@@ -25,10 +25,10 @@ def test_an_llm_reports_by_request_id(cached: Engine, monkeypatch: pytest.Monkey
         return body if pruning is None else {**body, "mm_processor_kwargs": {"pruning": pruning}}
 
     prompts = [
-        prompt(one, pruning={"budget": {"type": "tokens", "keep": 40}}),
-        prompt(one),
+        prompt(image_a, pruning={"budget": {"type": "tokens", "keep": 40}}),
+        prompt(image_a),
         prompt(),
-        prompt(one, two, pruning={"images": [False, "fast"]}),
+        prompt(image_a, image_b, pruning={"images": [False, "fast"]}),
     ]
     outputs = cached.llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
     assert list(reports) == [outputs[0].request_id, outputs[3].request_id]

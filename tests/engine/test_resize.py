@@ -74,9 +74,9 @@ def grid_at(size: tuple[int, int], area: int) -> tuple[int, int]:
 def best_grid(size: tuple[int, int], k: int) -> tuple[tuple[int, int], int]:
     """Of those with at most `k` tokens, the grid with the most, and the smallest area found that leads to it."""
     step = max(1, k * UNIT**2 // 4000)
-    found = {grid_at(size, area): area for area in range(4 * k * UNIT**2, 0, -step)}
-    grid = max((grid for grid in found if grid[0] * grid[1] <= k), key=lambda grid: grid[0] * grid[1])
-    return grid, found[grid]
+    areas = {grid_at(size, area): area for area in range(4 * k * UNIT**2, 0, -step)}
+    grid = max((grid for grid in areas if grid[0] * grid[1] <= k), key=lambda grid: grid[0] * grid[1])
+    return grid, areas[grid]
 
 
 # --- the processor ----------------------------------------------------------------------------------------------------
@@ -173,37 +173,37 @@ def test_whatever_size_is_asked_for(engine: dict[str, Any], qwen_checkpoint: Pat
 def test_what_enters_the_engine_is_the_stock_item_of_the_smaller_picture(processor: PrunedQwen2_5_VLProcessor) -> None:
     image = Image.effect_noise((500, 400), 60).convert("RGB")
     grid, area = best_grid(image.size, 60)
-    found = process(processor, [image], resize(60))
+    result = process(processor, [image], resize(60))
     stock = process(processor, [image], size={"shortest_edge": area, "longest_edge": area})
-    assert grid_of(found) == grid_of(stock) == grid
-    ours, theirs = found["mm_kwargs"]["image"][0], stock["mm_kwargs"]["image"][0]
-    assert ours.keys() == theirs.keys() == {"pixel_values", "image_grid_thw"}
-    assert torch.equal(ours["pixel_values"].data, theirs["pixel_values"].data)
-    assert found["prompt_token_ids"] == stock["prompt_token_ids"]
-    assert found["mm_hashes"] != stock["mm_hashes"]
+    assert grid_of(result) == grid_of(stock) == grid
+    item, stock_item = result["mm_kwargs"]["image"][0], stock["mm_kwargs"]["image"][0]
+    assert item.keys() == stock_item.keys() == {"pixel_values", "image_grid_thw"}
+    assert torch.equal(item["pixel_values"].data, stock_item["pixel_values"].data)
+    assert result["prompt_token_ids"] == stock["prompt_token_ids"]
+    assert result["mm_hashes"] != stock["mm_hashes"]
 
 
 def test_each_picture_policy_and_option_has_a_hash_of_its_own(processor: PrunedQwen2_5_VLProcessor) -> None:
-    one, other = (Image.effect_noise((500, 400), sigma).convert("RGB") for sigma in (60, 90))
+    picture, other = (Image.effect_noise((500, 400), sigma).convert("RGB") for sigma in (60, 90))
 
     def item_hash(image: Image.Image, pruning: Mapping[str, Any] | None = None, **kwargs: Any) -> str:
-        found: str = process(processor, [image], pruning, **kwargs)["mm_hashes"]["image"][0]
-        return found
+        digest: str = process(processor, [image], pruning, **kwargs)["mm_hashes"]["image"][0]
+        return digest
 
     hashes = [
-        item_hash(one),
-        item_hash(one, TOKENS),
-        item_hash(one, resize(24)),
-        item_hash(one, resize(60)),
+        item_hash(picture),
+        item_hash(picture, TOKENS),
+        item_hash(picture, resize(24)),
+        item_hash(picture, resize(60)),
         item_hash(other, resize(60)),
-        item_hash(one, resize(60), do_convert_rgb=False),
-        item_hash(one, resize(60), max_pixels=100_000),
+        item_hash(picture, resize(60), do_convert_rgb=False),
+        item_hash(picture, resize(60), max_pixels=100_000),
     ]
     assert len(set(hashes)) == len(hashes)
-    assert item_hash(one, resize(60)) == hashes[3]
-    assert item_hash(one, resize(59)) == hashes[3], "the same grid"
-    assert item_hash(one, resize(252)) == item_hash(one, resize(1.0)) == hashes[0], "the stock item"
-    assert item_hash(one, resize(251)) not in hashes
+    assert item_hash(picture, resize(60)) == hashes[3]
+    assert item_hash(picture, resize(59)) == hashes[3], "the same grid"
+    assert item_hash(picture, resize(252)) == item_hash(picture, resize(1.0)) == hashes[0], "the stock item"
+    assert item_hash(picture, resize(251)) not in hashes
 
 
 def test_a_name_without_a_picture_is_told_so_unless_its_size_is_known(processor: PrunedQwen2_5_VLProcessor) -> None:
@@ -253,8 +253,9 @@ def photo() -> Image.Image:
 @pytest.fixture(scope="module")
 def checker(qwen: Engine, qwen_checkpoint: Path) -> Checker:
     reference = VideoReference(qwen_checkpoint)
-    its = reference.processor.image_processor
-    its.size = {"shortest_edge": UNIT**2, "longest_edge": its.size["longest_edge"]}  # or the smallest would be enlarged
+    image_processor = reference.processor.image_processor
+    # or the smallest would be enlarged
+    image_processor.size = {"shortest_edge": UNIT**2, "longest_edge": image_processor.size["longest_edge"]}
     return Checker(FAMILIES["qwen2_5_vl"], qwen, reference, Chat(qwen_checkpoint))
 
 

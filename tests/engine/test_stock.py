@@ -17,17 +17,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     """LLaVA's, with the plugin and without it, at the same time."""
     checkpoint = FAMILIES["llava"].write(tmp_path_factory.mktemp("llava"))
     with fresh_process({}) as with_plugin, fresh_process(WITHOUT_PLUGIN) as without:
-        ours = with_plugin.submit(serve, "llava", checkpoint, (False, None))  # the very first request is unpruned
+        plugin_run = with_plugin.submit(serve, "llava", checkpoint, (False, None))  # the very first request is unpruned
         stock = without.submit(serve, "llava", checkpoint)
-        return ours.result(), stock.result()
+        return plugin_run.result(), stock.result()
 
 
 def test_off_is_stock(runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    ours, stock = runs
+    plugin_run, stock = runs
     assert stock["worker"]["model_class"] == "vllm.model_executor.models.llava.LlavaForConditionalGeneration"
     pruned = "vllm_vtprune.plugin.families.llava.PrunedLlavaForConditionalGeneration"
-    assert ours["worker"]["model_class"] == pruned
-    assert ours["answers"] == stock["answers"] * 2  # floats too: not a bit may differ
+    assert plugin_run["worker"]["model_class"] == pruned
+    assert plugin_run["answers"] == stock["answers"] * 2  # floats too: not a bit may differ
 
 
 @pytest.mark.parametrize("moment", ["started", "served"])

@@ -26,12 +26,12 @@ BUS = "Where is the bus?"
 
 def test_llava_answers_as_on_v1(chunked: Engine, uncached: Engine) -> None:
     assert chunked.model_runner == "V2"
-    one, two = sample_images(2, stamp="V2")
+    image_a, image_b = sample_images(2, stamp="V2")
     requests = [
-        Ask(ask_about(BUS), [one], {"budget": {"type": "tokens", "keep": 200}}, max_tokens=4),
-        Ask(ask_about(BUS), [one], ENERGY, max_tokens=4),
+        Ask(ask_about(BUS), [image_a], {"budget": {"type": "tokens", "keep": 200}}, max_tokens=4),
+        Ask(ask_about(BUS), [image_a], ENERGY, max_tokens=4),
         Ask(ask_about(BUS, images=0), max_tokens=4),
-        Ask(ask_about(BUS, images=2), [one, two], {"images": [False, TOKENS]}, max_tokens=4),
+        Ask(ask_about(BUS, images=2), [image_a, image_b], {"images": [False, TOKENS]}, max_tokens=4),
     ]
     expected = [uncached.ask(request) for request in requests]
     assert sum(len(answer.prompt_ids) > 2 * CHUNK for answer in expected) >= 2

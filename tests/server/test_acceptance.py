@@ -53,15 +53,15 @@ def served(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
     options: dict[str, Any] = {"limit_mm_per_prompt": {"image": 2, "video": 1}, "enable_mm_embeds": True}
     if family == "llava":
         del options["limit_mm_per_prompt"]["video"]
-    with endpoint(checkpoint, trust_request_mm_kwargs=True, **options) as found:
-        yield found
+    with endpoint(checkpoint, trust_request_mm_kwargs=True, **options) as instance:
+        yield instance
 
 
 @pytest.fixture(scope="module")
 def closed() -> Iterator[Endpoint]:
     """With the settings that `vllm serve` has on its own."""
-    with endpoint(tiny_checkpoint()) as found:
-        yield found
+    with endpoint(tiny_checkpoint()) as instance:
+        yield instance
 
 
 def asked(*parts: Any, **fields: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def breaking() -> Iterator[Endpoint]:
     """Its engine gives up after one word."""
 
     async def generate(prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[RequestOutput]:
-        said = CompletionOutput(0, "yes", [5], None, None)
-        yield RequestOutput(request_id, None, prompt["prompt_token_ids"], None, [said], finished=False)
+        completion = CompletionOutput(0, "yes", [5], None, None)
+        yield RequestOutput(request_id, None, prompt["prompt_token_ids"], None, [completion], finished=False)
         raise ServerStopping
 
     with endpoint(tiny_checkpoint()) as served:

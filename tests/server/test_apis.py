@@ -45,14 +45,14 @@ def test_every_api_keeps_the_same_tokens_and_says_the_same(server: Server, pruni
     for name, ask in WHOLE.items():
         # vLLM begins the prompts of responses with a special token, as of chat completions on request
         expected = WHOLE["chat"](server, image, pruning=pruning, add_special_tokens=name == "responses")
-        said = ask(server, image, pruning=pruning)
-        assert (said.text, said.kept, said.nouns) == (expected.text, expected.kept, expected.nouns), name
-        assert (said.header, said.tokens) == (expected.header, expected.tokens), name
+        answer = ask(server, image, pruning=pruning)
+        assert (answer.text, answer.kept, answer.nouns) == (expected.text, expected.kept, expected.nouns), name
+        assert (answer.header, answer.tokens) == (expected.header, expected.tokens), name
         if name != "messages":  # its usage has no place for it
-            assert said.usage == {"visual_tokens": VISUAL_TOKENS, "kept_tokens": said.kept[0]}, name
+            assert answer.usage == {"visual_tokens": VISUAL_TOKENS, "kept_tokens": answer.kept[0]}, name
         for key in ("method", "preset", "budget", "text_pipeline", "untuned"):
-            assert said.report[key] == expected.report[key], name
-        assert 0 < said.report["timings_ms"]["ttft"] <= said.report["timings_ms"]["total"], name
+            assert answer.report[key] == expected.report[key], name
+        assert 0 < answer.report["timings_ms"]["ttft"] <= answer.report["timings_ms"]["total"], name
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -74,8 +74,8 @@ def test_each_image_may_have_a_policy_of_its_own(server: Server, ask: Ask, defau
 
 @every_api
 def test_a_preset_in_the_model_s_name(server: Server, ask: Ask) -> None:
-    said = ask(server, fresh(), model="llava@fast")
-    assert (said.kept, said.report["preset"]) == ([64], "fast")
+    answer = ask(server, fresh(), model="llava@fast")
+    assert (answer.kept, answer.report["preset"]) == ([64], "fast")
     assert ask(server, fresh(), model="llava@fast", pruning=tokens(30)).kept == [30]
 
 
@@ -160,7 +160,7 @@ def test_an_image_of_a_type_that_is_none(server: Server, path: str) -> None:
 
 
 def test_unknown_routes_and_methods_are_answered_in_the_shape_of_the_api(server: Server) -> None:
-    for method, path, status, kind, said in (
+    for method, path, status, kind, message in (
         ("GET", "/v1/nowhere", 404, "NotFoundError", "/v1/nowhere: no such route; expected one of "),
         ("GET", "/v1/chat/completions", 405, "MethodNotAllowedError", "GET is not accepted; expected POST."),
         ("GET", "/v1/messages", 405, "invalid_request_error", "GET is not accepted; expected POST."),
@@ -170,14 +170,14 @@ def test_unknown_routes_and_methods_are_answered_in_the_shape_of_the_api(server:
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
         assert error["type"] == kind
-        assert said in error["message"]
+        assert message in error["message"]
     with pytest.raises(openai.NotFoundError, match="no such route"):
         openai_client(server).images.generate(model=server.model, prompt="Hello.")
 
 
 def test_images_that_would_not_reach_the_prompt_are_refused(server: Server) -> None:
-    said = {"role": "assistant", "content": [{"type": "output_text", "text": "A dog."}, input_image(fresh_url())]}
-    answer = server.post({"input": [response_user("Hello."), said, response_user("Where?")]}, "/v1/responses")
+    turn = {"role": "assistant", "content": [{"type": "output_text", "text": "A dog."}, input_image(fresh_url())]}
+    answer = server.post({"input": [response_user("Hello."), turn, response_user("Where?")]}, "/v1/responses")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input.1.content.1")
 
 
@@ -216,7 +216,7 @@ def test_images_in_the_results_of_tools_of_messages(server: Server) -> None:
     client = anthropic_client(server)
     answer = client.messages.create(**request, max_tokens=4)
     counted = client.messages.count_tokens(**request)
-    reports = [(said.model_extra or {})["pruning"]["images"] for said in (answer, counted)]
+    reports = [(response.model_extra or {})["pruning"]["images"] for response in (answer, counted)]
     for images in reports:
         assert [image["kept_tokens"] for image in images] == [10, 20, 30]
         assert [image["nouns"] for image in images] == [["dog"]] * 3
@@ -238,11 +238,11 @@ def test_the_count_is_that_of_the_pruned_prompt(server: Server, pruning: object)
     counted = raw.parse()
     counters = "vtprune:requests_total", "vtprune:visual_tokens_total"
     assert server.metrics().since(before, *counters) == (0, 0), "nothing was prefilled"
-    said = WHOLE["messages"](server, image, pruning=pruning)
-    assert counted.input_tokens == said.tokens
-    assert raw.headers["x-vtprune"] == said.header
+    answer = WHOLE["messages"](server, image, pruning=pruning)
+    assert counted.input_tokens == answer.tokens
+    assert raw.headers["x-vtprune"] == answer.header
     report = (counted.model_extra or {})["pruning"]
-    assert [image["kept_tokens"] for image in report["images"]] == said.kept
+    assert [image["kept_tokens"] for image in report["images"]] == answer.kept
 
 
 def test_the_count_of_an_alias(server: Server) -> None:
@@ -280,9 +280,9 @@ def test_images_of_earlier_turns_keep_their_policies(server: Server, default_kee
     assert [image["cached"] for image in reports[2]["images"]] == [True, True, False]
     assert client.responses.retrieve(third.id).model_extra == third.model_extra
     # a placeholder token in a stored text would take the place of an image
-    said = turn(None, "Where is <image>?")
+    stored = turn(None, "Where is <image>?")
     with pytest.raises(openai.BadRequestError) as refused:
-        turn(said.id, "And here?", fresh())
+        turn(stored.id, "And here?", fresh())
     assert refused.value.param == "previous_response_id"
 
 

@@ -161,7 +161,7 @@ def test_the_schema_describes_the_field(server: Server) -> None:
     field = schemas[body]["properties"]["pruning"]
     assert "server's default" in field["description"]
     assert field["examples"]
-    [policy] = [schemas[one["$ref"].rsplit("/", 1)[1]] for one in field["anyOf"] if "$ref" in one]
+    [policy] = [schemas[option["$ref"].rsplit("/", 1)[1]] for option in field["anyOf"] if "$ref" in option]
     methods = {part["$ref"].rsplit("/", 1)[1]: schemas[part["$ref"].rsplit("/", 1)[1]] for part in policy["oneOf"]}
     assert {"method", "budget", "text", "alpha", "seed"} <= set(methods["ResPrune"]["properties"])
     assert all(method["additionalProperties"] is False for method in methods.values())
@@ -177,8 +177,8 @@ def references(schema: Any) -> Iterator[str]:
             yield schema["$ref"]
         schema = list(schema.values())
     if isinstance(schema, list):
-        for one in schema:
-            yield from references(one)
+        for element in schema:
+            yield from references(element)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -231,8 +231,8 @@ def test_one_budget_is_divided_over_the_images(server: Server) -> None:
     refused = server.post({"messages": [user("Where is the dog?", alone)]})
     error = refused.json()["error"]
     assert (refused.status_code, error["param"]) == (400, "messages.0.content.0.pruning.budget.scope")
-    one: Body = {"budget": {"type": "tokens", "keep": 1, "scope": "request"}}
-    refused = server.post({"messages": [user("Where?", *[fresh_url()] * 2)], "pruning": one})
+    policy: Body = {"budget": {"type": "tokens", "keep": 1, "scope": "request"}}
+    refused = server.post({"messages": [user("Where?", *[fresh_url()] * 2)], "pruning": policy})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning.budget.keep")
 
 
@@ -268,8 +268,8 @@ def test_the_openai_client_reads_it(client: OpenAI, server: Server) -> None:
         chunks = list(client.chat.completions.create(**request, stream=True, **options))
         reports = [chunk.model_extra["pruning"] for chunk in chunks if "pruning" in (chunk.model_extra or {})]
         assert [kept({"pruning": report}) for report in reports] == [[48]]
-        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-        assert said == answer.choices[0].message.content
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == answer.choices[0].message.content
 
 
 @pytest.mark.parametrize("options", [None, *OPTIONS_OF_STREAMS], ids=["whole", "stream", "stream-usage"])
@@ -363,7 +363,7 @@ def test_a_stream_is_valid_server_sent_events(server: Server) -> None:
 @pytest.mark.parametrize("pruning", [[False], [tokens(1)], [tokens(77)], [tokens(33), tokens(44)], [False, "fast"]])
 def test_the_prompt_is_the_text_and_the_tokens_kept(server: Server, pruning: list[object]) -> None:
     question = "Where is the dog beside the red bus?"
-    answer = server.ask(messages=[user(question, *[image_part(fresh_url(), pruning=one) for one in pruning])])
+    answer = server.ask(messages=[user(question, *[image_part(fresh_url(), pruning=policy) for policy in pruning])])
     prompt = "USER: " + "<image>\n" * len(pruning) + question + " ASSISTANT:"
     tokenized = server.post({"prompt": prompt, "add_special_tokens": False}, "/tokenize").json()
     text_tokens = tokenized["count"] - len(pruning)
@@ -381,25 +381,25 @@ def test_answers_do_not_depend_on_what_is_cached(server: Server) -> None:
     first, again = server.ask(**request), server.ask(**request)
     assert [image["cached"] for image in first["pruning"]["images"]] == [False, False]
     assert [image["cached"] for image in again["pruning"]["images"]] == [True, True]
-    one, other = (answer["choices"][0]["logprobs"]["content"] for answer in (first, again))
-    assert [entry["token"] for entry in one] == [entry["token"] for entry in other]
-    assert [entry["logprob"] for entry in one] == pytest.approx([entry["logprob"] for entry in other], abs=1e-3)
+    uncached, cached = (answer["choices"][0]["logprobs"]["content"] for answer in (first, again))
+    assert [entry["token"] for entry in uncached] == [entry["token"] for entry in cached]
+    assert [entry["logprob"] for entry in uncached] == pytest.approx([entry["logprob"] for entry in cached], abs=1e-3)
 
 
 def test_requests_at_the_same_time_get_their_own_reports(server: Server) -> None:
-    things = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
+    objects = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
 
     def ask(index: int) -> Body:
-        message = user(f"Where is the {things[index]}?", fresh_url(), fresh_url())
+        message = user(f"Where is the {objects[index]}?", fresh_url(), fresh_url())
         if index % 2:
             return server.ask(messages=[message], pruning=tokens(20 + index))
         return server.stream(messages=[message], pruning=tokens(20 + index))[-1]
 
-    with ThreadPoolExecutor(len(things)) as threads:
-        answers = list(threads.map(ask, range(len(things))))
+    with ThreadPoolExecutor(len(objects)) as threads:
+        answers = list(threads.map(ask, range(len(objects))))
     for index, answer in enumerate(answers):
         assert kept(answer) == [20 + index] * 2
-        assert nouns(answer) == [[things[index]]] * 2
+        assert nouns(answer) == [[objects[index]]] * 2
 
 
 def test_a_client_that_hangs_up_ends_its_request(server: Server) -> None:

@@ -65,10 +65,10 @@ def test_streams_at_the_same_time_do_not_mix(server: Server, record_property: An
     with ThreadPoolExecutor(REQUESTS) as threads:
         together = [outcome(chunks) for chunks in threads.map(lambda body: server.stream(**body), requests)]
     alone = [outcome(server.stream(**body)) for body in requests]
-    wrong = [index for index, (one, other) in enumerate(zip(together, alone, strict=True)) if one != other]
+    wrong = [index for index, (result, other) in enumerate(zip(together, alone, strict=True)) if result != other]
     assert wrong == [], f"first: {requests[wrong[0]]}\n{together[wrong[0]]}\n{alone[wrong[0]]}"
-    assert len({str(one["report"]) for one in together}) > REQUESTS / 4, "a mixture, or the test sees nothing"
-    assert len({one["text"] for one in together}) > REQUESTS / 4
+    assert len({str(result["report"]) for result in together}) > REQUESTS / 4, "a mixture, or the test sees nothing"
+    assert len({result["text"] for result in together}) > REQUESTS / 4
     record_property("requests", REQUESTS)
 
 

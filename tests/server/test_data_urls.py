@@ -57,10 +57,10 @@ def test_base64_of_one_reading_is_read(write: Callable[[str], str], padding: int
 @pytest.mark.parametrize("write", WAYS.values(), ids=WAYS.keys())
 def test_such_an_image_is_the_same_to_every_cache(write: Callable[[str], str]) -> None:
     connector = GuardedConnector()
-    ours = connector.fetch_image(f"data:image/png;base64,{write(PLAIN)}")
+    variant = connector.fetch_image(f"data:image/png;base64,{write(PLAIN)}")
     plain = connector.fetch_image(f"data:image/png;base64,{PLAIN}")
-    assert ours.media.tobytes() == plain.media.tobytes()
-    keys = [MultiModalHasher.hash_kwargs("sha256", image=image) for image in (ours, plain)]
+    assert variant.media.tobytes() == plain.media.tobytes()
+    keys = [MultiModalHasher.hash_kwargs("sha256", image=image) for image in (variant, plain)]
     assert keys[0] == keys[1]
 
 

@@ -22,20 +22,23 @@ def fresh(**fields: Any) -> Body:
 @pytest.mark.engine
 @pytest.mark.parametrize("ask", EVERY_API, ids=IDS)
 def test_each_detail_chooses_its_policy(server: Server, ask: Ask, default_keep: int) -> None:
-    said = ask(server, fresh(detail="low"), fresh(detail="high"), fresh(detail="original"))
-    assert said.kept == [FAST, QUALITY, VISUAL_TOKENS]
-    assert [image["detail"] for image in said.report["images"]] == ["low", "high", "original"]
-    assert "preset=mixed" in said.header
-    said = ask(server, fresh(detail="auto"), fresh())
-    assert (said.kept, [image["detail"] for image in said.report["images"]]) == ([default_keep] * 2, [None] * 2)
+    answer = ask(server, fresh(detail="low"), fresh(detail="high"), fresh(detail="original"))
+    assert answer.kept == [FAST, QUALITY, VISUAL_TOKENS]
+    assert [image["detail"] for image in answer.report["images"]] == ["low", "high", "original"]
+    assert "preset=mixed" in answer.header
+    answer = ask(server, fresh(detail="auto"), fresh())
+    assert (answer.kept, [image["detail"] for image in answer.report["images"]]) == ([default_keep] * 2, [None] * 2)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("ask", WHOLE.values(), ids=WHOLE.keys())
 def test_a_policy_beside_the_image_wins_and_one_of_the_request_yields(server: Server, ask: Ask) -> None:
     images = [fresh(detail="low", pruning=tokens(20)), fresh(detail="low"), fresh(detail="auto")]
-    said = ask(server, *images, pruning=tokens(30))
-    assert (said.kept, [image["detail"] for image in said.report["images"]]) == ([20, FAST, 30], [None, "low", None])
+    answer = ask(server, *images, pruning=tokens(30))
+    assert (answer.kept, [image["detail"] for image in answer.report["images"]]) == (
+        [20, FAST, 30],
+        [None, "low", None],
+    )
     assert ask(server, *images, model="llava@off").kept == [20, FAST, VISUAL_TOKENS]
 
 

@@ -103,7 +103,7 @@ def test_a_body_in_parts_is_read_to_its_end(client: TestClient) -> None:
     parts = [text[at : at + 100] for at in range(0, len(text), 100)]
     headers = {"content-type": "application/json"}
     assert client.post("/v1/completions", content=iter(parts), headers=headers).status_code == 400
-    plain = [one.replace(b"x", b"y") for one in parts[:-1]] + [b'"}']
+    plain = [part.replace(b"x", b"y") for part in parts[:-1]] + [b'"}']
     answer = client.post("/v1/completions", content=iter(plain), headers=headers)
     assert answer.json()["body"].encode() == b"".join(plain)
 

@@ -91,8 +91,8 @@ def process_called(server: Server, title: str) -> psutil.Process:
     """The process below the server's that has this in its name."""
     port = server.url.rpartition(":")[2]
     [supervisor] = [child for child in psutil.Process().children() if port in child.cmdline()]
-    [found] = [child for child in supervisor.children(recursive=True) if title in " ".join(child.cmdline())]
-    return found
+    [process] = [child for child in supervisor.children(recursive=True) if title in " ".join(child.cmdline())]
+    return process
 
 
 @pytest.mark.timeout(900)
@@ -144,10 +144,10 @@ def test_to_be_told_to_stop_is_no_failure(supervised: Server) -> None:
     before = supervised.log.stat().st_size
     process_called(supervised, "vllm_vtprune.cli").terminate()
     deadline = time.monotonic() + 60
-    while not (found := statuses(supervised, before)):
+    while not (codes := statuses(supervised, before)):
         assert time.monotonic() < deadline, "it does not stop"
         time.sleep(0.1)
-    assert found == ["0"]
+    assert codes == ["0"]
 
 
 def statuses(server: Server, since: int) -> list[str]:

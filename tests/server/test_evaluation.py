@@ -56,8 +56,8 @@ def test_every_question_is_asked_once_in_every_way(
         "--gallery",
     ]
     evaluate(options)
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    by_arm = {result["arm"]: result for result in found}
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    by_arm = {result["arm"]: result for result in results}
     assert list(by_arm) == ["unpruned", "random@64", "random@100", "random3x3@64", "fast"]
     assert {arm: result["mean_tokens"] for arm, result in by_arm.items()} == {
         "unpruned": VISUAL_TOKENS,
@@ -66,7 +66,7 @@ def test_every_question_is_asked_once_in_every_way(
         "random3x3@64": 64,
         "fast": 64,
     }
-    assert {result["questions"] for result in found} == {8}
+    assert {result["questions"] for result in results} == {8}
     answers = (tmp_path / "answers.jsonl").read_text()
     assert len(answers.splitlines()) == 1 + 8 * len(by_arm)
     assert "| random3x3@64 | 64.0 |" in (tmp_path / "results.md").read_text()
@@ -116,15 +116,15 @@ def test_adaptive_budgets_on_the_server_and_inside_the_language_model(
         "--in-llm",
     ]
     evaluate(options)
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    by_arm = {result["arm"]: result for result in found["results"]}
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    by_arm = {result["arm"]: result for result in summary["results"]}
     assert {"unpruned", "fastervlm@24", "fastervlm+E@24", "transformers", "fastv@24", "fastv+E@24"} <= by_arm.keys()
     assert by_arm["fastervlm@24"]["mean_tokens"] == 24
     assert 12 < by_arm["fastervlm+E@24"]["mean_tokens"] < 48, "on other pictures its mean was 24"
     assert by_arm["transformers"]["accuracy"] == by_arm["unpruned"]["accuracy"]
     assert (tmp_path / "budgets.png").exists()
-    assert found["about"]["pictures"] == 1
-    assert "--adaptive" in found["about"]["command"]
+    assert summary["about"]["pictures"] == 1
+    assert "--adaptive" in summary["about"]["command"]
 
 
 @pytest.mark.parametrize("table", [*ABLATIONS, pytest.param(SOLVERS, marks=pytest.mark.verify)])
@@ -232,7 +232,7 @@ def test_a_running_server_is_benchmarked(server: Server, tmp_path: Path, capsys:
     bench([*options, "--presets", "balanced", "thumbnail", "--size", "320x240", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "thumbnail keeps 4% of the visual tokens" in out
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert {arm["arm"]: arm["kept_tokens"] for arm in found["arms"]} == {"off": 576, "balanced": 128, "thumbnail": 24}
-    assert [level["requests"] for level in found["levels"]] == [4] * 3 + [4] * 3 + [32] * 3
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {arm["arm"]: arm["kept_tokens"] for arm in results["arms"]} == {"off": 576, "balanced": 128, "thumbnail": 24}
+    assert [level["requests"] for level in results["levels"]] == [4] * 3 + [4] * 3 + [32] * 3
     assert (tmp_path / "report.html").stat().st_size < 2_000_000

@@ -121,8 +121,8 @@ def test_a_foreign_model_is_served_unpruned(foreign: Path, tmp_path: Path) -> No
     for server in serving(foreign, tmp_path / "log", "--pruning-default", "off"):
         message = user("Where is the flag?", first, image_part(second, pruning=False))
         answer = server.ask(messages=[message], pruning="fast")
-        found = [(image["visual_tokens"], image["bypass_reason"]) for image in answer["pruning"]["images"]]
-        assert found == [(8 * 10, "unsupported_model"), (12 * 4, None)]
+        reports = [(image["visual_tokens"], image["bypass_reason"]) for image in answer["pruning"]["images"]]
+        assert reports == [(8 * 10, "unsupported_model"), (12 * 4, None)]
         assert kept(answer) == [8 * 10, 12 * 4]
         plain = server.ask(messages=[message])
         assert plain["choices"][0]["message"] == answer["choices"][0]["message"]

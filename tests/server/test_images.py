@@ -41,27 +41,27 @@ def colours(image: Image.Image) -> list[tuple[int, ...]]:
     return [image.getpixel((image.width * quarter // 4, image.height // 2)) for quarter in (1, 3)]
 
 
-def near(found: list[tuple[int, ...]], expected: list[tuple[int, ...]], tolerance: int = 3) -> bool:
-    return np.abs(np.array(found) - np.array(expected)).max() <= tolerance
+def near(pixels: list[tuple[int, ...]], expected: list[tuple[int, ...]], tolerance: int = 3) -> bool:
+    return np.abs(np.array(pixels) - np.array(expected)).max() <= tolerance
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_ordinary_images_are_as_stock_vllm_decodes_and_identifies_them(format: str) -> None:
     for image in sample_images(4):
         data = saved(image, format)
-        ours, stock = ImageIntake().load_bytes(data), ImageMediaIO().load_bytes(data)
-        assert ours.media.mode == stock.media.mode == "RGB"
-        assert ours.media.tobytes() == stock.media.tobytes()
-        assert (ours.original_bytes, ours.io_config) == (stock.original_bytes, stock.io_config)
+        intake, stock = ImageIntake().load_bytes(data), ImageMediaIO().load_bytes(data)
+        assert intake.media.mode == stock.media.mode == "RGB"
+        assert intake.media.tobytes() == stock.media.tobytes()
+        assert (intake.original_bytes, intake.io_config) == (stock.original_bytes, stock.io_config)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_so_are_images_in_other_modes_of_8_bits(mode: str) -> None:
     image = fresh_picture().convert(mode)
     data = saved(image, "TIFF" if mode == "CMYK" else "PNG")
-    ours, stock = ImageIntake().load_bytes(data), ImageMediaIO().load_bytes(data)
-    assert ours.media.tobytes() == stock.media.tobytes()
-    assert ours.io_config == stock.io_config
+    intake, stock = ImageIntake().load_bytes(data), ImageMediaIO().load_bytes(data)
+    assert intake.media.tobytes() == stock.media.tobytes()
+    assert intake.io_config == stock.io_config
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -81,9 +81,9 @@ def test_a_photograph_is_turned_upright(orientation: int) -> None:
     as_taken = halves(RED, BLUE)
     turn = turns[orientation]
     upright = as_taken if turn is None else as_taken.transpose(turn)
-    found = decoded(saved(as_taken, "PNG", exif=exif))
-    assert found.size == upright.size
-    assert found.tobytes() == upright.tobytes()
+    picture = decoded(saved(as_taken, "PNG", exif=exif))
+    assert picture.size == upright.size
+    assert picture.tobytes() == upright.tobytes()
 
 
 def test_of_an_animation_the_first_frame_is_taken() -> None:
@@ -112,9 +112,9 @@ def test_what_is_transparent_becomes_white_or_the_colour_asked_for() -> None:
 def test_a_colour_that_means_transparent_is_as_in_the_vllm_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.33 replaces it by the background; 0.32 leaves an image that is in RGB already."""
     data = saved(halves(RED, GREEN), transparency=GREEN)
-    ours, stock = ImageIntake().load_bytes(data), ImageMediaIO().load_bytes(data)
-    assert ours.media.tobytes() == stock.media.tobytes()
-    assert ours.io_config == stock.io_config
+    intake, stock = ImageIntake().load_bytes(data), ImageMediaIO().load_bytes(data)
+    assert intake.media.tobytes() == stock.media.tobytes()
+    assert intake.io_config == stock.io_config
 
     replaced = halves(RED, WHITE)
     monkeypatch.setattr(images, "convert_image_mode", lambda image, mode, background: replaced)
@@ -147,9 +147,9 @@ def test_wide_channels_are_scaled_instead_of_clipped(values: np.ndarray, format:
     image = Image.fromarray(np.tile(values, (3, 1)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = decoded(saved(image, format))
-    assert found.mode == "RGB"
-    assert np.abs(np.asarray(found)[1].astype(int) - np.array(expected)[:, None]).max() <= 1
+        picture = decoded(saved(image, format))
+    assert picture.mode == "RGB"
+    assert np.abs(np.asarray(picture)[1].astype(int) - np.array(expected)[:, None]).max() <= 1
 
 
 def test_a_mode_that_the_operator_asked_to_keep_is_kept() -> None:
@@ -181,7 +181,7 @@ def test_the_header_is_looked_at_before_anything_is_decoded(
 
 
 @pytest.mark.parametrize(
-    ("ours", "vllms", "accepted"),
+    ("megapixels", "vllms", "accepted"),
     [
         ("0.01", "20000", "at most 0.01 megapixels (VTPRUNE_MAX_IMAGE_MEGAPIXELS)"),
         ("0.02", "10000", "at most 0.01 megapixels (VLLM_MAX_IMAGE_PIXELS)"),
@@ -190,9 +190,9 @@ def test_the_header_is_looked_at_before_anything_is_decoded(
     ],
 )
 def test_the_stricter_limit_of_pixels_holds_and_is_named(
-    monkeypatch: pytest.MonkeyPatch, ours: str, vllms: str, accepted: str
+    monkeypatch: pytest.MonkeyPatch, megapixels: str, vllms: str, accepted: str
 ) -> None:
-    monkeypatch.setenv(envs.max_image_megapixels.name, ours)
+    monkeypatch.setenv(envs.max_image_megapixels.name, megapixels)
     monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", vllms)
     with pytest.raises(MediaProblem, match="has 200 x 150 pixels") as refused:
         decoded(saved_without_loading((200, 150)))

@@ -22,33 +22,33 @@ RUNS, IMAGES = "vtprune:encode_batch_size_count", "vtprune:encode_batch_size_sum
 def at_once(asks: Iterable[Callable[[], Body]]) -> list[Body]:
     asks = list(asks)
     with ThreadPoolExecutor(len(asks)) as threads:
-        return [one.result() for one in [threads.submit(ask) for ask in asks]]
+        return [future.result() for future in [threads.submit(ask) for ask in asks]]
 
 
-def asker(server: Server, thing: str, parts: list[Body], **fields: Any) -> Callable[[], Body]:
-    return lambda: server.ask(messages=[user(f"Where is the {thing}?", *parts)], **fields)
+def asker(server: Server, noun: str, parts: list[Body], **fields: Any) -> Callable[[], Body]:
+    return lambda: server.ask(messages=[user(f"Where is the {noun}?", *parts)], **fields)
 
 
 def test_images_of_requests_at_the_same_time_are_encoded_together(server: Server) -> None:
     """And belong to who sent them: each answer is that of the request alone, with its images encoded alone."""
     policy = {"budget": {"type": "energy", "threshold": 0.95, "min_tokens": 1}}
-    urls = {thing: [fresh_url() for _ in range(3)] for thing in THINGS}
+    urls = {noun: [fresh_url() for _ in range(3)] for noun in THINGS}
     before = server.metrics()
     together = at_once(
-        asker(server, thing, [image_part(url) for url in urls[thing]], pruning=policy, max_tokens=8) for thing in THINGS
+        asker(server, noun, [image_part(url) for url in urls[noun]], pruning=policy, max_tokens=8) for noun in THINGS
     )
     runs, images = server.metrics().since(before, RUNS, IMAGES)
     assert images == 3 * len(THINGS)
     assert runs < images, "one by one"
     assert server.metrics().since(before, "vtprune:feature_cache_misses_total") == (images,)
 
-    for thing, answer in zip(THINGS, together, strict=True):
-        parts = [image_part(url, uuid=f"alone {thing} {i}") for i, url in enumerate(urls[thing])]
-        alone = asker(server, thing, parts, pruning=policy, max_tokens=8)()
+    for noun, answer in zip(THINGS, together, strict=True):
+        parts = [image_part(url, uuid=f"alone {noun} {i}") for i, url in enumerate(urls[noun])]
+        alone = asker(server, noun, parts, pruning=policy, max_tokens=8)()
         assert answer["choices"][0]["message"] == alone["choices"][0]["message"]
-        assert [image["nouns"] for image in answer["pruning"]["images"]] == [[thing]] * 3
+        assert [image["nouns"] for image in answer["pruning"]["images"]] == [[noun]] * 3
         assert kept(answer) == kept(alone)
-        energies = [[image["energy"] for image in one["pruning"]["images"]] for one in (answer, alone)]
+        energies = [[image["energy"] for image in response["pruning"]["images"]] for response in (answer, alone)]
         assert energies[0] == pytest.approx(energies[1], abs=1e-3)
     assert server.metrics().since(before, IMAGES) == (6 * len(THINGS),), "not encoded again"
 
@@ -58,8 +58,8 @@ def test_one_image_in_many_requests_is_encoded_once(server: Server) -> None:
     before = server.metrics()
     policies = [by_energy(20 + i) for i in range(8)]
     answers = at_once(
-        asker(server, thing, [image_part(url), image_part(url)], pruning=policy)
-        for thing, policy in zip(THINGS, policies, strict=True)
+        asker(server, noun, [image_part(url), image_part(url)], pruning=policy)
+        for noun, policy in zip(THINGS, policies, strict=True)
     )
     assert [kept(answer) for answer in answers] == [[20 + i] * 2 for i in range(8)]
     assert server.metrics().since(before, RUNS, IMAGES) == (1, 1)
@@ -79,8 +79,8 @@ def test_one_image_written_in_several_ways_is_encoded_once(server: Server) -> No
     }
     before = server.metrics()
     answers = at_once(
-        asker(server, thing, [part], pruning=by_energy(30 + i))
-        for i, (thing, part) in enumerate(zip(THINGS, ways.values(), strict=True))
+        asker(server, noun, [part], pruning=by_energy(30 + i))
+        for i, (noun, part) in enumerate(zip(THINGS, ways.values(), strict=True))
     )
     assert [kept(answer) for answer in answers] == [[30 + i] for i in range(len(ways))]
     assert server.metrics().since(before, RUNS, IMAGES) == (1, 1)
@@ -88,7 +88,7 @@ def test_one_image_written_in_several_ways_is_encoded_once(server: Server) -> No
 
 def test_images_that_are_not_pruned_are_not_encoded(server: Server) -> None:
     before = server.metrics()
-    at_once(asker(server, thing, [image_part(fresh_url())], pruning=False) for thing in THINGS)
+    at_once(asker(server, noun, [image_part(fresh_url())], pruning=False) for noun in THINGS)
     assert server.metrics().since(before, IMAGES) == (0,)
     mixed = [image_part(fresh_url(), pruning=False), image_part(fresh_url(), pruning=by_energy(64))]
     assert kept(asker(server, "dog", mixed)()) == [576, 64]

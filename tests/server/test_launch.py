@@ -213,7 +213,7 @@ def test_a_default_that_names_a_preset(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"preset": "fst"}', '--pruning-default.preset: "fst" is not accepted (did you mean fast?); expected one of '),
         (
@@ -237,10 +237,10 @@ def test_a_default_that_names_a_preset(text: str) -> None:
         ('{"budget": ', '--pruning-default: "{\\"budget\\": " is not accepted; expected '),
     ],
 )
-def test_another_default_is_refused_by_name(text: str, said: str) -> None:
+def test_another_default_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(PolicyError) as refused:
         Policies.of(launch.policy_argument(text))
-    assert str(refused.value).startswith(said)
+    assert str(refused.value).startswith(message)
 
 
 def test_a_default_may_be_a_preset_of_the_file(tmp_path: Path) -> None:

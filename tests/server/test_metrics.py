@@ -186,8 +186,8 @@ def test_requests_whose_images_are_not_ready_are_waiting(server: Server) -> None
             wait_for(lambda: server.metrics()[name] >= 2)
         finally:
             seen.set()
-        for one in asked:
-            one.result()
+        for future in asked:
+            future.result()
     assert server.metrics()[name] == 0
 
 
@@ -226,9 +226,9 @@ def test_one_gauge_says_what_runs(server: Server) -> None:
 def test_metrics_carry_the_served_name_and_help(server: Server) -> None:
     server.ask(messages=[user("Where is the dog?", fresh_url())])
     text = server.get("/metrics").text
-    ours = [line for line in text.splitlines() if line.startswith("vtprune:")]
-    assert ours
-    assert all(f'model_name="{server.model}"' in line for line in ours)
+    lines = [line for line in text.splitlines() if line.startswith("vtprune:")]
+    assert lines
+    assert all(f'model_name="{server.model}"' in line for line in lines)
     assert "# HELP vtprune:visual_tokens_kept_total " in text
     assert server.metrics()["vtprune:feature_cache_bytes"] > 0
     assert server.metrics()["vtprune:keep_ratio_sum"] < server.metrics()["vtprune:keep_ratio_count"]

@@ -113,7 +113,7 @@ def test_without_images_usage_is_vllm_s(server: Server) -> None:
 
 def test_each_image_says_its_method_and_the_request_says_what_they_share(server: Server) -> None:
     def report(first: object, second: object, asked: object) -> Any:
-        images = [image_part(fresh_url(), pruning=one) for one in (first, second)]
+        images = [image_part(fresh_url(), pruning=policy) for policy in (first, second)]
         return server.ask(messages=[user("Compare them.", *images)], pruning=asked)["pruning"]
 
     uniform = POLICY["pruning"]
@@ -166,11 +166,11 @@ def test_a_tool_s_result_continues_the_conversation(client: OpenAI, request_: di
 def test_an_answer_keeps_to_a_schema(client: OpenAI, request_: dict[str, Any]) -> None:
     request_ |= {"response_format": SCHEMA, "max_tokens": 100, "logit_bias": no_blanks()}
     answer = client.chat.completions.create(**request_)
-    said = answer.choices[0].message.content or ""
-    assert json.loads(said)["side"] in ("left", "right")
+    content = answer.choices[0].message.content or ""
+    assert json.loads(content)["side"] in ("left", "right")
     assert kept(answer.model_extra or {}) == [48]
     chunks = list(client.chat.completions.create(**request_, stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == said
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == content
     assert kept(chunks[-1].model_extra or {}) == [48]
 
 
@@ -203,7 +203,7 @@ def test_a_conversation_reuses_its_prefix_turn_after_turn(client: OpenAI, server
     assert cached == sorted(set(cached)), f"it does not grow: {cached}"
     for before, hits in zip(prompts, cached[1:], strict=False):
         assert hits >= before // block * block - block, "all of the turn before, but for the last block"
-    assert [one["nouns"] for turn in images for one in turn] == [["dog"]] * 4
+    assert [image["nouns"] for turn in images for image in turn] == [["dog"]] * 4
     assert images[1:] == [[{**images[0][0], "cached": True}]] * 3
 
 
@@ -214,10 +214,10 @@ def test_the_client_lists_models_and_their_aliases(client: OpenAI, server: Serve
 def test_the_client_retrieves_a_model_and_an_alias(client: OpenAI, server: Server) -> None:
     listed = {model.id: model for model in client.models.list()}
     for name in (server.model, f"{server.model}@balanced"):
-        found = client.models.retrieve(name)
-        assert found.id == name
-        assert found.model_extra is not None
-        assert found.model_extra["root"] == (listed[name].model_extra or {})["root"]
+        entry = client.models.retrieve(name)
+        assert entry.id == name
+        assert entry.model_extra is not None
+        assert entry.model_extra["root"] == (listed[name].model_extra or {})["root"]
     for name, words in (
         ("another", "does not exist"),
         ("some/other", "does not exist"),

@@ -80,13 +80,13 @@ def spans_of(collector: Collector, trace_id: str, *expected: str) -> dict[str, l
     """The spans of one trace by name, when those that are expected have come."""
     deadline = time.monotonic() + 120
     while True:
-        found = [span for span in list(collector.spans) if span.trace_id.hex() == trace_id]
-        if Counter(expected) <= Counter(span.name for span in found):
+        spans = [span for span in list(collector.spans) if span.trace_id.hex() == trace_id]
+        if Counter(expected) <= Counter(span.name for span in spans):
             by_name: dict[str, list[Any]] = {}
-            for span in found:
+            for span in spans:
                 by_name.setdefault(span.name, []).append(span)
             return by_name
-        assert time.monotonic() < deadline, f"only {[span.name for span in found]} of {len(collector.spans)} spans"
+        assert time.monotonic() < deadline, f"only {[span.name for span in spans]} of {len(collector.spans)} spans"
         time.sleep(0.1)
 
 
@@ -105,7 +105,7 @@ def test_stages_are_spans_below_the_request_s(operated: Server, collector: Colle
     spans = spans_of(collector, trace_id, *OF_A_REQUEST, *OF_AN_IMAGE)
     forwards = len(spans["vtprune.encode"])
     assert forwards in (1, 2), "one for both images, or the first was on its way when the second came"
-    assert {name: len(found) for name, found in spans.items()} == {
+    assert {name: len(group) for name, group in spans.items()} == {
         "chat_completion": 1,
         "llm_request": 1,
         "vtprune.text": 2,
@@ -116,14 +116,14 @@ def test_stages_are_spans_below_the_request_s(operated: Server, collector: Colle
     [request] = spans.pop("chat_completion")
     assert request.parent_span_id.hex() == PARENT_ID, "the client's"
     assert began <= request.start_time_unix_nano < request.end_time_unix_nano <= time.time_ns()
-    for span in (span for found in spans.values() for span in found):
+    for span in (span for group in spans.values() for span in group):
         assert span.parent_span_id == request.span_id
         assert request.start_time_unix_nano <= span.start_time_unix_nano < span.end_time_unix_nano
         assert span.end_time_unix_nano <= request.end_time_unix_nano + 50_000_000
     planning = [spans[f"vtprune.{stage}"][index] for index in range(2) for stage in ("budget", "select")]
     order = sorted([*spans["vtprune.encode"], *planning], key=lambda span: span.start_time_unix_nano)
     assert all(span.name == "vtprune.encode" for span in order[:forwards])
-    assert all(one.end_time_unix_nano <= other.start_time_unix_nano for one, other in pairwise(order))
+    assert all(earlier.end_time_unix_nano <= later.start_time_unix_nano for earlier, later in pairwise(order))
     attributes = collector.attributes_of(request)
     assert attributes["gen_ai.request.id"] == collector.attributes_of(spans["llm_request"][0])["gen_ai.request.id"]
     report = {name: attributes[f"vtprune.{name}"] for name in ("method", "visual_tokens", "kept_tokens", "outcome")}

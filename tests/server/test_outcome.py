@@ -205,22 +205,22 @@ REFUSALS: dict[str, tuple[list[Any], str, str | None]] = {
 }
 
 
-@pytest.mark.parametrize(("script", "told", "reason"), REFUSALS.values(), ids=REFUSALS.keys())
+@pytest.mark.parametrize(("script", "detail", "reason"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_a_refusal_is_one_line_without_the_client_s_words(
-    script: list[Any], told: str, reason: str | None, lines: list[logging.LogRecord]
+    script: list[Any], detail: str, reason: str | None, lines: list[logging.LogRecord]
 ) -> None:
     def refused() -> list[float]:
-        labels = [{"model_name": run.model, "reason": one} for one in get_args(metrics.RefusalReason)]
-        return [REGISTRY.get_sample_value("vtprune:errors_total", one) or 0 for one in labels]
+        labels = [{"model_name": run.model, "reason": name} for name in get_args(metrics.RefusalReason)]
+        return [REGISTRY.get_sample_value("vtprune:errors_total", label) or 0 for label in labels]
 
     run = Run(*script, headers=[(b"x-request-id", b"mine")])
     [line] = lines
     assert line.levelno == logging.INFO
-    assert line.getMessage() == f"Request chatcmpl-mine to {ROUTE} refused: {told}"
+    assert line.getMessage() == f"Request chatcmpl-mine to {ROUTE} refused: {detail}"
     fields = line.pruning  # type: ignore[attr-defined]
     assert (fields["request_id"], fields["outcome"]) == ("chatcmpl-mine", "refused")
-    assert " ".join([str(fields["code"]), fields["type"]]) == told.split(",")[0]
-    assert refused() == [float(reason == one) for one in get_args(metrics.RefusalReason)]
+    assert " ".join([str(fields["code"]), fields["type"]]) == detail.split(",")[0]
+    assert refused() == [float(reason == name) for name in get_args(metrics.RefusalReason)]
 
 
 def test_what_is_answered_or_fails_is_no_refusal(lines: list[logging.LogRecord]) -> None:

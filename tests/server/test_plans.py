@@ -88,8 +88,8 @@ def images_of(answer: Body, *ignored: str) -> list[Body]:
 
 
 def hashes(served: Endpoint) -> list[str]:
-    found: list[str] = served.prompts[-1]["mm_hashes"]["image"]
-    return found
+    identifiers: list[str] = served.prompts[-1]["mm_hashes"]["image"]
+    return identifiers
 
 
 POLICIES: dict[str, Body] = {

@@ -243,7 +243,7 @@ def test_it_is_accessible_and_fits(browser: Browser, server: Server, viewport: A
             expect(side(page, name).locator("[data-fact=total]")).to_contain_text("ms")
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
         violations = Axe().run(page).response["violations"]
-        assert [(found["id"], found["impact"], found["nodes"][0]["html"]) for found in violations] == []
+        assert [(violation["id"], violation["impact"], violation["nodes"][0]["html"]) for violation in violations] == []
 
 
 def test_a_server_with_a_key(browser: Browser, server: Server) -> None:

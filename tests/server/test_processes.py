@@ -117,8 +117,8 @@ def test_answers_and_reports_are_those_of_a_server_with_one_process(
 def test_every_request_is_pruned_and_reported(two_processes: Server) -> None:
     before = two_processes.metrics()
     counts = []
-    for index, thing in enumerate(THINGS):
-        messages = [user(f"Where is the {thing}?", fresh_url())]
+    for index, noun in enumerate(THINGS):
+        messages = [user(f"Where is the {noun}?", fresh_url())]
         if index % 2:
             answer = two_processes.ask(messages=messages)
         else:
@@ -129,7 +129,7 @@ def test_every_request_is_pruned_and_reported(two_processes: Server) -> None:
         assert image["visual_tokens"] == VISUAL_TOKENS
         assert 128 <= image["kept_tokens"] < VISUAL_TOKENS
         assert image["energy"] >= 0.99
-        assert nouns(answer) == [[thing]]
+        assert nouns(answer) == [[noun]]
         counts += kept(answer)
         text_tokens = answer["usage"]["prompt_tokens"] - counts[-1]
         assert 0 < text_tokens < 20
@@ -168,11 +168,11 @@ def test_an_image_that_both_api_processes_get_is_encoded_once(two_processes: Ser
 def test_refusals_bypasses_and_bytes_add_up_too(two_processes: Server) -> None:
     """Requests take turns between the processes, so each of them counted some."""
     before = two_processes.metrics()
-    for thing in THINGS:
-        two_processes.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning=by_energy(64))
-        assert two_processes.post({"messages": [user(thing, fresh_url())], "pruning": "no such"}).status_code == 400
+    for noun in THINGS:
+        two_processes.ask(messages=[user(f"Where is the {noun}?", fresh_url())], pruning=by_energy(64))
+        assert two_processes.post({"messages": [user(noun, fresh_url())], "pruning": "no such"}).status_code == 400
         everything = {"budget": {"type": "tokens", "keep": VISUAL_TOKENS}}
-        answer = two_processes.ask(messages=[user(f"Where is the {thing}?", fresh_url())], pruning=everything)
+        answer = two_processes.ask(messages=[user(f"Where is the {noun}?", fresh_url())], pruning=everything)
         assert answer["pruning"]["images"][0]["bypass_reason"] == "budget_not_below_tokens"
     after = two_processes.metrics()
     grown = after.since(

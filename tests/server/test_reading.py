@@ -19,8 +19,8 @@ def responses(*items: Any, **fields: Any) -> PruningRequest:
     return PruningResponsesRequest.model_validate({"input": list(items), **fields})
 
 
-def messages(*said: Any, **fields: Any) -> PruningRequest:
-    return PruningMessagesRequest.model_validate({"model": "m", "max_tokens": 5, "messages": list(said), **fields})
+def messages(*turns: Any, **fields: Any) -> PruningRequest:
+    return PruningMessagesRequest.model_validate({"model": "m", "max_tokens": 5, "messages": list(turns), **fields})
 
 
 def read(request: PruningRequest) -> list[tuple[str, str, object]]:
@@ -144,9 +144,9 @@ PARAMS = [
 
 @pytest.mark.parametrize(("case", "param"), zip(REFUSED.values(), PARAMS, strict=True), ids=REFUSED)
 def test_what_would_be_ignored_or_fail_is_refused(case: Any, param: str) -> None:
-    make, said = case
+    make, turn = case
     with pytest.raises(InvalidField) as refused:
-        make(said)
+        make(turn)
     field = "input" if make is responses else "messages"
     assert refused.value.parameter == f"{field}.0.{param}"
     assert "expected" in str(refused.value)

@@ -50,7 +50,7 @@ def recipes() -> dict[str, list[Block]]:
     fence = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
     sections = re.split(r"^## (.+)$", (ROOT / "docs" / "recipes.md").read_text(), flags=re.M)[1:]
     return {
-        name: [Block(*found) for found in fence.findall(text)]
+        name: [Block(*groups) for groups in fence.findall(text)]
         for name, text in zip(sections[::2], sections[1::2], strict=True)
     }
 
@@ -86,10 +86,10 @@ def environment(folder: Path) -> dict[str, str]:
     torchvision, which PyPI has for CUDA only, is left out: no recipe needs it.
     """
     (folder / "overrides.txt").write_text(f"torch=={version('torch')}\ntorchvision; python_version < '3'\n")
-    found = subprocess.run(
+    pip_config = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
-    links = {link for links in re.findall(r"find-links='(.*)'$", found, re.M) for link in links.split()}
+    links = {link for links in re.findall(r"find-links='(.*)'$", pip_config, re.M) for link in links.split()}
     return {
         **{name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")},
         "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),

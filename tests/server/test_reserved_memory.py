@@ -106,7 +106,7 @@ def test_other_models_take_what_vllm_takes(parse: Callable[..., argparse.Namespa
 
 
 @pytest.mark.parametrize(
-    ("free", "fraction", "kv_cache", "said"),
+    ("free", "fraction", "kv_cache", "message"),
     [
         (15, 0.92, None, ""),
         (10, 0.92, None, "92% of this machine's memory, which is 14.7 GiB, and 10.0 of 16.0 GiB are free; set VLLM_"),
@@ -116,11 +116,11 @@ def test_other_models_take_what_vllm_takes(parse: Callable[..., argparse.Namespa
         (-1, 0.92, 4, "and 0.0 of 16.0 GiB are free"),
     ],
 )
-def test_lack_of_memory_says_what_to_set(free: int, fraction: float, kv_cache: int | None, said: str) -> None:
+def test_lack_of_memory_says_what_to_set(free: int, fraction: float, kv_cache: int | None, message: str) -> None:
     asked = None if kv_cache is None else kv_cache * GIB
-    found = memory.lack_of_memory(total=16 * GIB, free=free * GIB, fraction=fraction, kv_cache=asked)
-    assert said in found
-    assert bool(found) is bool(said)
+    warning = memory.lack_of_memory(total=16 * GIB, free=free * GIB, fraction=fraction, kv_cache=asked)
+    assert message in warning
+    assert bool(warning) is bool(message)
 
 
 def test_a_machine_without_an_engine_lacks_nothing(parse: Callable[..., argparse.Namespace]) -> None:
@@ -157,8 +157,8 @@ def test_a_machine_without_an_engine_lacks_nothing(parse: Callable[..., argparse
 def test_api_processes_are_those_that_vllm_starts(
     parse: Callable[..., argparse.Namespace], options: list[str], devices: list[int]
 ) -> None:
-    found = [device_for("auto", process) for process in memory.api_processes(parse(*options))]
-    assert found == [f"cuda:{device}" for device in devices]
+    placements = [device_for("auto", process) for process in memory.api_processes(parse(*options))]
+    assert placements == [f"cuda:{device}" for device in devices]
 
 
 @pytest.mark.usefixtures("eight_gpus")

@@ -146,16 +146,16 @@ def test_it_ends_with_the_process_that_runs_it(
 
 def test_a_handler_of_the_process_s_own_stays(stubborn: Stubborn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "STOP_TIMEOUT", 0.5)
-    told = []
+    calls = []
 
     def note(*_: object) -> None:
-        told.append(True)
+        calls.append(True)
 
     before = signal.signal(signal.SIGTERM, note)
     try:
         with running_server(**stubborn.options("healthy")):
             os.kill(os.getpid(), signal.SIGTERM)
-            assert told == [True]
+            assert calls == [True]
         assert signal.getsignal(signal.SIGTERM) is note
     finally:
         signal.signal(signal.SIGTERM, before)

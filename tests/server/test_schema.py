@@ -82,8 +82,8 @@ def check(cases: Any, examples: int, server: Server, statuses: dict[int, int]) -
             assert error["message"]
             assert len(response.content) <= MAX_REFUSAL, response.text
             sent = repr(case.body)  # which may come back
-            told = [leak for leak in leaks(error["message"]) if re.split("['\"]", leak)[0] not in sent]
-            assert told == [], response.text
+            disclosures = [leak for leak in leaks(error["message"]) if re.split("['\"]", leak)[0] not in sent]
+            assert disclosures == [], response.text
             assert "body." not in response.text, response.text
 
     run()

@@ -107,7 +107,7 @@ def test_who_comes_meanwhile_may_be_faster() -> None:
 def test_in_whatever_order_nothing_is_missing(items: int, steps: list[tuple[str, str]], choice: random.Random) -> None:
     pair = Pair(items)
     waiting: list[list[Feature]] = []
-    for step, hashes in [*steps, *[("render", one) for one in HASHES], *[("send", "")] * 2]:
+    for step, hashes in [*steps, *[("render", letter) for letter in HASHES], *[("send", "")] * 2]:
         if step == "render":
             waiting.append(pair.render(*hashes))
         elif waiting:
@@ -165,7 +165,9 @@ def test_the_images_of_a_refused_request_are_answered_next_time(server: Server, 
         body = {key: value for key, value in fields.items() if key != "messages_after"}
         refused = server.post({"messages": [user(text, url)], "pruning": pruning, "stream": stream, **body})
         events = (
-            [json.loads(one) for one in data_of(refused.text)[:-1]] if refused.status_code == 200 else [refused.json()]
+            [json.loads(event) for event in data_of(refused.text)[:-1]]
+            if refused.status_code == 200
+            else [refused.json()]
         )
         assert events[0]["error"]["code"] == 400, f"{name}: {refused.text[:300]}"
         answer = server.post({"messages": [user("Where?", url)], "pruning": pruning})
@@ -199,8 +201,8 @@ def test_clients_that_leave_harm_nobody(server: Server) -> None:
     with ThreadPoolExecutor(100) as threads:
         leaving = [threads.submit(leave, index) for index in range(50)]
         staying = [threads.submit(stay, index) for index in range(50)]
-        assert {one.result() for one in staying} == {"answered"}
-        for one in leaving:
-            one.result()
+        assert {future.result() for future in staying} == {"answered"}
+        for future in leaving:
+            future.result()
     assert {stay(index) for index in range(24)} == {"answered"}, "and afterwards"
     assert server.metrics().since(before, aborted)[0] > 10, "too few left for the test to see anything"

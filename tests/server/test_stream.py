@@ -40,11 +40,11 @@ def passed(events: Iterable[str], value: Callable[[], Any] = lambda: REPORT) -> 
     """What comes out for these events."""
 
     async def source() -> AsyncGenerator[str, None]:
-        for one in events:
-            yield one
+        for chunk in events:
+            yield chunk
 
     async def collect() -> list[str]:
-        return [one async for one in with_last_event_completed(source(), lambda data: data.update(pruning=value()))]
+        return [chunk async for chunk in with_last_event_completed(source(), lambda data: data.update(pruning=value()))]
 
     return asyncio.run(collect())
 
@@ -64,7 +64,7 @@ def check(events: list[str], last: int) -> None:
     assert data(out[last]) == with_report(events[last])
     assert out[last].endswith("}\n\n")
     assert "\n" not in out[last][:-2], "a line break would end the event early"
-    assert [one for i, one in enumerate(out) if i != last] == [one for i, one in enumerate(events) if i != last]
+    assert [chunk for i, chunk in enumerate(out) if i != last] == [chunk for i, chunk in enumerate(events) if i != last]
 
 
 def test_the_event_that_ends_the_only_choice_carries_the_report() -> None:
@@ -132,9 +132,9 @@ def test_the_report_is_asked_for_once_and_after_everything_else() -> None:
     seen = []
 
     def events() -> Iterable[str]:
-        for one in (token("a"), finish(1), finish(0), usage(), DONE):
-            seen.append(one)
-            yield one
+        for chunk in (token("a"), finish(1), finish(0), usage(), DONE):
+            seen.append(chunk)
+            yield chunk
 
     passed(events(), lambda: asked_after.append(len(seen)))
     assert asked_after == [5]
@@ -147,9 +147,9 @@ def pulled_before_each(events: list[str]) -> list[int]:
 
     async def source() -> AsyncGenerator[str, None]:
         nonlocal pulled
-        for one in events:
+        for chunk in events:
             pulled += 1
-            yield one
+            yield chunk
 
     async def run() -> None:
         async for _ in with_last_event_completed(source(), lambda data: data.update(pruning=REPORT)):
@@ -198,9 +198,9 @@ events_of_a_stream = st.lists(
 def comparable(events: list[str]) -> list[Any]:
     """The events but for comments, which may overtake a held one, and for the report."""
     return [
-        one if one == DONE else {key: value for key, value in data(one).items() if key != "pruning"}
-        for one in events
-        if one != COMMENT
+        chunk if chunk == DONE else {key: value for key, value in data(chunk).items() if key != "pruning"}
+        for chunk in events
+        if chunk != COMMENT
     ]
 
 
@@ -211,12 +211,12 @@ def test_nothing_is_lost_changed_or_reordered(events: list[str], done: bool) -> 
     assert comparable(out) == comparable(events)
     assert out.count(COMMENT) == events.count(COMMENT)
 
-    last = [one for one in events if one not in (DONE, COMMENT)][-1:]
+    last = [chunk for chunk in events if chunk not in (DONE, COMMENT)][-1:]
     reports = done and last != [ERROR] and last != [] and not _is_token(last[0])
-    reported = [i for i, one in enumerate(out) if one not in (DONE, COMMENT) and "pruning" in data(one)]
+    reported = [i for i, chunk in enumerate(out) if chunk not in (DONE, COMMENT) and "pruning" in data(chunk)]
     assert len(reported) == reports
-    assert all(one in (DONE, COMMENT) for i in reported for one in out[i + 1 :])
+    assert all(chunk in (DONE, COMMENT) for i in reported for chunk in out[i + 1 :])
 
 
-def _is_token(one: str) -> bool:
-    return any(choice["finish_reason"] is None for choice in data(one).get("choices", ()))
+def _is_token(chunk: str) -> bool:
+    return any(choice["finish_reason"] is None for choice in data(chunk).get("choices", ()))

@@ -60,13 +60,13 @@ def test_a_process_that_ends_is_replaced_by_one_that_loads_at_once(
     supervise: Callable[[Any], Supervisor], note: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor = supervise(fake_encoder.serve)
-    [[first, *told]] = starts(note, 1)
-    assert told == ["False", "False"]
+    [[first, *flags]] = starts(note, 1)
+    assert flags == ["False", "False"]
     (tmp_path / f"gauge_livesum_{first}.db").touch()
     os.kill(int(first), signal.SIGTERM)  # ignored: a supervisor of the whole server may send it to every process
     os.kill(int(first), signal.SIGKILL)
-    _, [second, *told] = starts(note, 2)
-    assert told == ["True", "True"]
+    _, [second, *flags] = starts(note, 2)
+    assert flags == ["True", "True"]
     assert not (tmp_path / f"gauge_livesum_{first}.db").exists(), "a dead process's share of a gauge"
     assert "the process ended with status -9; it is restarted in 0 s" in capsys.readouterr().err
     supervisor.stop()

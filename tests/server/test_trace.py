@@ -199,8 +199,8 @@ SECRETIVE: dict[str, tuple[Body | bytes, str]] = {
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("body", "told"), SECRETIVE.values(), ids=SECRETIVE.keys())
-def test_a_refusal_is_one_line_of_the_server_s_log(server: Server, body: Body | bytes, told: str) -> None:
+@pytest.mark.parametrize(("body", "reason"), SECRETIVE.values(), ids=SECRETIVE.keys())
+def test_a_refusal_is_one_line_of_the_server_s_log(server: Server, body: Body | bytes, reason: str) -> None:
     request_id = f"refused-{time.monotonic_ns()}"
     if isinstance(body, dict):
         body = {"messages": [user(f"Where is the {SECRET}?", fresh_url())], **body}
@@ -208,7 +208,7 @@ def test_a_refusal_is_one_line_of_the_server_s_log(server: Server, body: Body | 
     assert response.status_code in (400, 404)
     [line] = lines_about(server.log, request_id)
     assert "INFO" in line
-    assert f"Request chatcmpl-{request_id} to /v1/chat/completions refused: {told}" in line
+    assert f"Request chatcmpl-{request_id} to /v1/chat/completions refused: {reason}" in line
     assert "\\" not in line
     for secret in (SECRET, HIDDEN, "https:", "file:", ";base64"):
         assert secret not in line.partition("refused: ")[2]

@@ -26,12 +26,12 @@ PROGRAMS: dict[str, tuple[list[str], str | None, str | None, str | None]] = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "imported", "plugins", "said"), PROGRAMS.values(), ids=PROGRAMS.keys())
-def test_what_is_said(arguments: list[str], imported: str | None, plugins: str | None, said: str | None) -> None:
+@pytest.mark.parametrize(("arguments", "imported", "plugins", "message"), PROGRAMS.values(), ids=PROGRAMS.keys())
+def test_what_is_said(arguments: list[str], imported: str | None, plugins: str | None, message: str | None) -> None:
     environment = {} if plugins is None else {"VLLM_PLUGINS": plugins}
     warning = unserved.ignored_by(arguments, {} if imported is None else {imported: None}, environment)
-    assert (warning is None) == (said is None)
-    assert said is None or said in str(warning)
+    assert (warning is None) == (message is None)
+    assert message is None or message in str(warning)
 
 
 @pytest.mark.parametrize("child", [False, True])

@@ -23,7 +23,7 @@ TYPES = f"one of {', '.join(PART_TYPES)}"
 URL = "a URL, or an object with a url"
 
 
-def said(*parts: Any) -> dict[str, Any]:
+def body_of(*parts: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(parts)}]}
 
 
@@ -93,48 +93,48 @@ def refusal(body: Any) -> tuple[str, str | None]:
             {"messages": [USER, {"role": "assistant", "tool_calls": 5}]},
             "messages.1.tool_calls: 5 is not accepted; expected a list of calls.",
         ),
-        (said("Hello"), "messages.0.content.0: 'Hello' is not accepted; expected an object with a type."),
-        (said({"type": "text", "text": 5}), "messages.0.content.0.text: 5 is not accepted; expected a string."),
-        (said({"type": "text"}), "messages.0.content.0.text: nothing given; expected a string."),
+        (body_of("Hello"), "messages.0.content.0: 'Hello' is not accepted; expected an object with a type."),
+        (body_of({"type": "text", "text": 5}), "messages.0.content.0.text: 5 is not accepted; expected a string."),
+        (body_of({"type": "text"}), "messages.0.content.0.text: nothing given; expected a string."),
         (
-            said({"type": "tool_reference", "name": None}),
+            body_of({"type": "tool_reference", "name": None}),
             "messages.0.content.0.name: null is not accepted; expected a string.",
         ),
-        (said({"type": "foo"}), f"messages.0.content.0.type: 'foo' is not accepted; expected {TYPES}."),
-        (said({"type": "image_pil"}), f"messages.0.content.0.type: 'image_pil' is not accepted; expected {TYPES}."),
-        (said({"type": 5}), f"messages.0.content.0.type: 5 is not accepted; expected {TYPES}."),
-        (said({}), f"messages.0.content.0.type: nothing given; expected {TYPES}."),
-        (said({"type": "image_url"}), f"messages.0.content.0.image_url: nothing given; expected {URL}."),
+        (body_of({"type": "foo"}), f"messages.0.content.0.type: 'foo' is not accepted; expected {TYPES}."),
+        (body_of({"type": "image_pil"}), f"messages.0.content.0.type: 'image_pil' is not accepted; expected {TYPES}."),
+        (body_of({"type": 5}), f"messages.0.content.0.type: 5 is not accepted; expected {TYPES}."),
+        (body_of({}), f"messages.0.content.0.type: nothing given; expected {TYPES}."),
+        (body_of({"type": "image_url"}), f"messages.0.content.0.image_url: nothing given; expected {URL}."),
         (
-            said({"type": "image_url", "image_url": None}),
+            body_of({"type": "image_url", "image_url": None}),
             f"messages.0.content.0.image_url: null is not accepted; expected {URL}.",
         ),
         (
-            said({"type": "video_url", "video_url": {"url": 5}}),
+            body_of({"type": "video_url", "video_url": {"url": 5}}),
             "messages.0.content.0.video_url.url: 5 is not accepted; expected a string.",
         ),
         (
-            said({"type": "input_image", "file_id": "x"}),
+            body_of({"type": "input_image", "file_id": "x"}),
             "messages.0.content.0.image_url: nothing given; expected a URL.",
         ),
         (
-            said({"type": "image_url", "image_url": {"url": "data:", "detail": "best"}}),
+            body_of({"type": "image_url", "image_url": {"url": "data:", "detail": "best"}}),
             "messages.0.content.0.image_url.detail: 'best' is not accepted; expected one of low, high, auto, original.",
         ),
         (
-            said({"type": "input_audio", "input_audio": "AAAA"}),
+            body_of({"type": "input_audio", "input_audio": "AAAA"}),
             "messages.0.content.0.input_audio: 'AAAA' is not accepted; expected an object with data and format.",
         ),
         (
-            said({"type": "input_audio", "input_audio": {"data": 5, "format": "wav"}}),
+            body_of({"type": "input_audio", "input_audio": {"data": 5, "format": "wav"}}),
             "messages.0.content.0.input_audio.data: 5 is not accepted; expected a string.",
         ),
         (
-            said({"type": "image_embeds", "image_embeds": 5}),
+            body_of({"type": "image_embeds", "image_embeds": 5}),
             "messages.0.content.0.image_embeds: 5 is not accepted; expected a string, or an object of strings.",
         ),
         (
-            said({"type": "image_url", "image_url": None, "uuid": ["a"]}),
+            body_of({"type": "image_url", "image_url": None, "uuid": ["a"]}),
             "messages.0.content.0.uuid: ['a'] is not accepted; expected a string.",
         ),
         (
@@ -150,8 +150,8 @@ def refusal(body: Any) -> tuple[str, str | None]:
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
 def test_the_field_the_value_and_what_is_accepted(body: dict[str, Any], message: str) -> None:
-    said, param = refusal(body if "messages" in body or not body else {"messages": [USER], **body})
-    assert said == message
+    text, param = refusal(body if "messages" in body or not body else {"messages": [USER], **body})
+    assert text == message
     assert param == message.partition(":")[0]
 
 
@@ -175,7 +175,7 @@ def test_a_part_that_is_validated_later_is_told_by_its_own_name() -> None:
     ids=json.dumps,
 )
 def test_an_image_has_one_reading_in_whichever_form(part: dict[str, Any]) -> None:
-    request = PruningChatCompletionRequest.model_validate(said({**part, "pruning": "fast"}))
+    request = PruningChatCompletionRequest.model_validate(body_of({**part, "pruning": "fast"}))
     [image] = request.conversation.images
     assert (image.field, image.url, image.pruning) == ("messages.0.content.0.image_url", "data:,x", "fast")
     [taken] = request.messages[0]["content"]
@@ -187,7 +187,7 @@ def test_the_types_of_content_parts_are_vllm_s() -> None:
 
 
 def test_a_video_in_a_string_is_read_like_one_in_an_object() -> None:
-    request = PruningChatCompletionRequest.model_validate(said({"type": "video_url", "video_url": "data:,x"}))
+    request = PruningChatCompletionRequest.model_validate(body_of({"type": "video_url", "video_url": "data:,x"}))
     assert [(part.param, part.url) for part in request.conversation.other_media] == [
         ("messages.0.content.0.video_url", "data:,x")
     ]
@@ -208,19 +208,19 @@ def test_a_field_that_is_meant_to_be_ours_is_named(key: str) -> None:
     assert refusal({"messages": [USER], key: "fast"}) == (f"{key}: {meant}", key)
     image = {"type": "image_url", "image_url": {"url": "data:"}, key: "fast"}
     path = f"messages.0.content.0.{key}"
-    assert refusal(said(image)) == (f"{path}: {meant}", path)
+    assert refusal(body_of(image)) == (f"{path}: {meant}", path)
     inside = {"type": "image_url", "image_url": {"url": "data:", key: "fast"}}
     path = f"messages.0.content.0.image_url.{key}"
-    assert refusal(said(inside))[1] == path
+    assert refusal(body_of(inside))[1] == path
 
 
 @pytest.mark.parametrize("key", ["pruning", "prunning"])
 def test_our_field_where_it_would_not_be_read_is_named(key: str) -> None:
-    said_of, param = refusal({"messages": [USER], "extra_body": {key: "fast"}})
+    text, param = refusal({"messages": [USER], "extra_body": {key: "fast"}})
     assert param == f"extra_body.{key}"
-    assert "an argument of the openai client" in said_of
+    assert "an argument of the openai client" in text
     assert refusal({"messages": [{**USER, key: "fast"}]})[1] == f"messages.0.{key}"
-    assert refusal(said({"type": "text", "text": "Hello", key: "fast"}))[1] == f"messages.0.content.0.{key}"
+    assert refusal(body_of({"type": "text", "text": "Hello", key: "fast"}))[1] == f"messages.0.content.0.{key}"
 
 
 def test_no_field_of_an_api_is_taken_for_ours() -> None:
@@ -241,24 +241,24 @@ def test_no_field_of_an_api_is_taken_for_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "cause", "told"),
+    ("message", "cause", "detail"),
     [
         ("Failed to apply XProcessor on data={}", ValueError("ratio too large"), "ratio too large"),
         ("Failed to apply XProcessor on data={}", ValueError("in /usr/lib/x.py"), "no reason stated"),
         ("bad <PIL.Image.Image image mode=RGB>", None, "no reason stated"),
     ],
 )
-def test_the_inside_of_the_server_is_not_shown(message: str, cause: Exception | None, told: str) -> None:
+def test_the_inside_of_the_server_is_not_shown(message: str, cause: Exception | None, detail: str) -> None:
     error = ValueError(message)
     error.__cause__ = cause
     answer = explain(error)
     assert answer is not None
-    assert answer.error.message == f"The model's processor rejects this request: {told}"
+    assert answer.error.message == f"The model's processor rejects this request: {detail}"
 
 
 def test_what_vllm_says_itself_stays_without_its_repetitions() -> None:
-    said, param = refusal({"messages": [USER], "top_logprobs": -3, "logprobs": True})
-    assert (said, param) == ("`top_logprobs` must be a positive value or -1.", "top_logprobs")
+    text, param = refusal({"messages": [USER], "top_logprobs": -3, "logprobs": True})
+    assert (text, param) == ("`top_logprobs` must be a positive value or -1.", "top_logprobs")
 
 
 @pytest.mark.parametrize(
@@ -276,10 +276,10 @@ def test_what_vllm_says_itself_stays_without_its_repetitions() -> None:
     ids=lambda body: next(reversed(body)),
 )
 def test_a_large_mistake_is_told_briefly(body: dict[str, Any]) -> None:
-    said, param = refusal({"messages": [USER], **body})
-    assert 0 < len(said) <= MAX_MESSAGE
+    text, param = refusal({"messages": [USER], **body})
+    assert 0 < len(text) <= MAX_MESSAGE
     assert len(param or "") <= MAX_PARAM
-    (said + (param or "")).encode()
+    (text + (param or "")).encode()
 
 
 def test_an_error_that_repeats_a_large_value_is_cut() -> None:

@@ -62,7 +62,7 @@ def asked(parts: Mapping[str, Body], order: Sequence[str], **fields: Any) -> Bod
     return {"messages": [{"role": "user", "content": content}], "logprobs": True, "top_logprobs": 5, **fields}
 
 
-def said(answer: Body) -> tuple[Any, Any, int]:
+def summary_of(answer: Body) -> tuple[Any, Any, int]:
     [choice] = answer["choices"]
     return choice["message"]["content"], choice["logprobs"], answer["usage"]["prompt_tokens"]
 
@@ -98,7 +98,7 @@ def stock(checkpoint: Path, parts: Mapping[str, Body]) -> list[tuple[Any, Any, i
     for server in serving(
         ["--model", str(checkpoint)], checkpoint.with_suffix(".stock.log"), *command, VLLM_PLUGINS=""
     ):
-        return [said(server.ask(**asked(parts, order))) for order in ORDERS]
+        return [summary_of(server.ask(**asked(parts, order))) for order in ORDERS]
     raise AssertionError
 
 
@@ -111,7 +111,7 @@ def test_without_pruning_the_answer_is_stock_vllms(
     server: Server, stock: list[tuple[Any, Any, int]], parts: Mapping[str, Body]
 ) -> None:
     for fields in ({}, {"pruning": False}):
-        answers = [said(server.ask(**asked(parts, order, **fields))) for order in ORDERS]
+        answers = [summary_of(server.ask(**asked(parts, order, **fields))) for order in ORDERS]
         assert answers == stock
     assert len({content for content, _, _ in stock}) > 1, "answers depend on what was asked"
 
@@ -122,11 +122,11 @@ def test_images_are_pruned_and_videos_pass_in_every_order(
     counts = TOKENS[checkpoint.name]
     for order, (_, _, unpruned) in zip(ORDERS, stock, strict=True):
         answer = server.ask(**asked(parts, order, pruning=POLICY))
-        found = [
+        reports = [
             (entry["method"], entry["visual_tokens"], entry["kept_tokens"], entry["bypass_reason"])
             for entry in answer["pruning"]["images"]
         ]
-        assert found == [
+        assert reports == [
             ("resprune", counts[name], counts[name], "unsupported_modality")
             if name == "video"
             else ("resprune", counts[name], KEEP, None)
@@ -136,7 +136,7 @@ def test_images_are_pruned_and_videos_pass_in_every_order(
         assert answer["usage"]["prompt_tokens"] == unpruned - saved
         streamed = server.stream(**asked(parts, order, pruning=POLICY))
         assert [entry["kept_tokens"] for entry in streamed[-1]["pruning"]["images"]] == [
-            kept for _, _, kept, _ in found
+            kept for _, _, kept, _ in reports
         ]
 
 

@@ -24,9 +24,9 @@ def logprobs_of(server: Server, url: str, pruning: Any) -> list[dict[str, float]
     return [{entry["token"]: entry["logprob"] for entry in step["top_logprobs"]} for step in steps]
 
 
-def difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
+def difference(first: list[dict[str, float]], second: list[dict[str, float]]) -> float:
     """The largest, of the first token: the later ones may follow from others. Infinite where no token is in both."""
-    return max((abs(one[0][token] - other[0][token]) for token in one[0].keys() & other[0]), default=math.inf)
+    return max((abs(first[0][token] - second[0][token]) for token in first[0].keys() & second[0]), default=math.inf)
 
 
 def reload(server: Server, checkpoint: Path) -> None:

@@ -105,9 +105,9 @@ def ask_chat(server: Server, *images: Body, text: str = QUESTION, model: str | N
     answer = raw.parse()
     assert answer.usage is not None
     report = (answer.model_extra or {})["pruning"]
-    said = answer.choices[0].message.content or ""
+    reply = answer.choices[0].message.content or ""
     usage = details(answer.usage.prompt_tokens_details)
-    return Said(said, report, raw.headers["x-vtprune"], answer.usage.prompt_tokens, usage)
+    return Said(reply, report, raw.headers["x-vtprune"], answer.usage.prompt_tokens, usage)
 
 
 def ask_batch(server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any) -> Said:
@@ -145,8 +145,8 @@ def ask_messages(server: Server, *images: Body, text: str = QUESTION, model: str
     )
     answer = raw.parse()
     report = (answer.model_extra or {})["pruning"]
-    said = "".join(block.text for block in answer.content if block.type == "text")
-    return Said(said, report, raw.headers["x-vtprune"], input_tokens(answer.usage))
+    reply = "".join(block.text for block in answer.content if block.type == "text")
+    return Said(reply, report, raw.headers["x-vtprune"], input_tokens(answer.usage))
 
 
 def stream_chat(server: Server, *images: Body, text: str = QUESTION, **extra: Any) -> Said:
@@ -176,7 +176,7 @@ def stream_responses(server: Server, *images: Body, text: str = QUESTION, **extr
     ) as raw:
         header = raw.headers["x-vtprune"]
         events = list(raw.parse())
-    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    reply = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     *_, last = events
     assert last.type in ("response.completed", "response.incomplete"), "the latter from vLLM 0.33 on"
     assert last.response.usage is not None
@@ -184,7 +184,7 @@ def stream_responses(server: Server, *images: Body, text: str = QUESTION, **extr
     assert reported == [last]
     report = (last.response.model_extra or {})["pruning"]
     return Said(
-        said, report, header, last.response.usage.input_tokens, details(last.response.usage.input_tokens_details)
+        reply, report, header, last.response.usage.input_tokens, details(last.response.usage.input_tokens_details)
     )
 
 
@@ -201,8 +201,8 @@ def stream_messages(server: Server, *images: Body, text: str = QUESTION, **extra
         final = stream.get_final_message()
     [last] = [event for event in events if event.type == "message_delta"]
     report = (last.model_extra or {})["pruning"]
-    said = "".join(block.text for block in final.content if block.type == "text")
-    return Said(said, report, header, input_tokens(final.usage))
+    reply = "".join(block.text for block in final.content if block.type == "text")
+    return Said(reply, report, header, input_tokens(final.usage))
 
 
 Ask = Callable[..., Said]

@@ -16,7 +16,10 @@ class Collector:
     spans: list[Span] = field(default_factory=list)
 
     def attributes_of(self, span: Span) -> dict[str, object]:
-        return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in span.attributes}
+        return {
+            attribute.key: getattr(attribute.value, attribute.value.WhichOneof("value"))
+            for attribute in span.attributes
+        }
 
 
 @contextmanager

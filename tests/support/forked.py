@@ -35,8 +35,8 @@ def run(code: str) -> CompletedProcess[str]:
         process.join(TIMEOUT)
         process.kill()
         process.join()
-        said = [(folder / stream).read_text() for stream in ("stdout", "stderr")]
-        return CompletedProcess(code, process.exitcode or 0, *said)
+        outputs = [(folder / stream).read_text() for stream in ("stdout", "stderr")]
+        return CompletedProcess(code, process.exitcode or 0, *outputs)
 
 
 def set_environment(variables: Mapping[str, str]) -> None:

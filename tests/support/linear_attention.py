@@ -42,9 +42,9 @@ def in_float32(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, l
         slot = metadata.non_spec_state_indices_tensor[index]
         if index >= metadata.num_decodes and not metadata.has_initial_state[index]:
             windows[slot] = states[slot] = 0
-        given = torch.cat([windows[slot], mixed_qkv[tokens].T], dim=1)
-        windows[slot] = given[:, -windows.shape[2] :]
-        mixed = silu(conv1d(given[None], layer.conv1d.weight, groups=len(given)))[0].T
+        sequence = torch.cat([windows[slot], mixed_qkv[tokens].T], dim=1)
+        windows[slot] = sequence[:, -windows.shape[2] :]
+        mixed = silu(conv1d(sequence[None], layer.conv1d.weight, groups=len(sequence)))[0].T
         query, key, value = layer.rearrange_mixed_qkv(mixed)
         query, key = (heads.repeat_interleave(value.shape[2] // heads.shape[2], dim=2) for heads in (query, key))
         seen, state = torch_recurrent_gated_delta_rule(

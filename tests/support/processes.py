@@ -12,7 +12,7 @@ def state(model: object = None) -> dict[str, Any]:
     """What this process holds of the package: its modules, and how many runtimes and loaded towers there are."""
     runtime_class = getattr(sys.modules.get("vllm_vtprune.runtime"), "PruningRuntime", None)
     gc.unfreeze()  # an engine in this process has hidden what it found when it started
-    runtimes = [thing for thing in gc.get_objects() if type(thing) is runtime_class]
+    runtimes = [instance for instance in gc.get_objects() if type(instance) is runtime_class]
     return {
         "pid": os.getpid(),
         "modules": sorted(name for name in sys.modules if name.startswith("vllm_vtprune.")),

@@ -10,7 +10,7 @@ import pytest
 def program(name: str) -> str:
     """The path of a program: beside this Python, where the set-up puts it, or on the PATH. A test fails without it."""
     beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if path is None:
         pytest.fail(f"{name} is missing: `make setup` brings it; see CONTRIBUTING.md for what it needs")
-    return found
+    return path

@@ -82,12 +82,12 @@ class QwenReference(Reference):
         position, whatever was kept.
         """
         remaining = iter(media)
-        found: list[tuple[int, int, int]] = []
+        coordinates: list[tuple[int, int, int]] = []
         following = 0
         index = 0
         while index < len(prompt_ids):
             if prompt_ids[index] not in (self.image_token, self.video_token):
-                found.append((following,) * 3)
+                coordinates.append((following,) * 3)
                 following += 1
                 index += 1
                 continue
@@ -96,8 +96,8 @@ class QwenReference(Reference):
             for token in medium.kept.tolist():
                 frame, place = divmod(token, height * width)
                 row, column = divmod(place, width)
-                found.append((following + frame * medium.time_step, following + row, following + column))
+                coordinates.append((following + frame * medium.time_step, following + row, following + column))
             index += len(medium.kept)
             following += max((frames - 1) * medium.time_step, height - 1, width - 1) + 1
-        found += [(following + step,) * 3 for step in range(answer)]
-        return torch.tensor(found).T
+        coordinates += [(following + step,) * 3 for step in range(answer)]
+        return torch.tensor(coordinates).T

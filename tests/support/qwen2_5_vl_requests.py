@@ -58,7 +58,7 @@ def requests_to(
         (IMAGE, [other], [False]),
         (IMAGE * 2, [other, wide], [keep, keep]),
     ]
-    found = []
+    requests = []
     for media, images, policies in cases:
         data: dict[str, Any] = {"image": images}
         if VIDEO in media:
@@ -68,8 +68,8 @@ def requests_to(
             processor.info.parse_mm_data(data),
             hf_processor_mm_kwargs={"pruning": {"images": policies, "texts": [""] * len(images)}},
         )
-        found.append(_request(processed, reference, images, video))
-    return reference, model_of(reference), found
+        requests.append(_request(processed, reference, images, video))
+    return reference, model_of(reference), requests
 
 
 def _request(processed: Any, reference: QwenReference, images: Sequence[Any], video: tuple[Any, Any]) -> Request:

@@ -79,13 +79,13 @@ def main(config: Path, checkpoint: str, requests: Path) -> None:
             httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60) for body in json.loads(requests.read_text())
         ]
         (replica,) = replicas()
-        found = {
+        outcome = {
             "answers": [[answer.status_code, answer.json(), answer.headers.get("x-vtprune")] for answer in answers],
             "replica": httpx.get(f"http://{replica}/metrics", timeout=60).text,
             "node": exported(),
             "visible": ray.get(Replica.options(runtime_env=environment).remote().visible.remote()),
         }
-        print(json.dumps(found))
+        print(json.dumps(outcome))
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -141,5 +141,5 @@ async def _generate(
     prompts: list[Any], prompt: Any, params: Any, request_id: str, **options: Any
 ) -> AsyncIterator[RequestOutput]:
     prompts.append(prompt)
-    said = CompletionOutput(0, "yes", [5], None, None, finish_reason="stop")
-    yield RequestOutput(request_id, None, prompt["prompt_token_ids"], None, [said], finished=True)
+    completion = CompletionOutput(0, "yes", [5], None, None, finish_reason="stop")
+    yield RequestOutput(request_id, None, prompt["prompt_token_ids"], None, [completion], finished=True)

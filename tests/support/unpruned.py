@@ -56,7 +56,7 @@ class UnprunedReference:
         """(N, d): the content of an image as the language model reads it."""
         inputs = self._alone(image)
         seen: list[Tensor] = []
-        self._run(inputs, lambda given: seen.append(given["inputs_embeds"][0]))
+        self._run(inputs, lambda keywords: seen.append(keywords["inputs_embeds"][0]))
         ids = inputs["input_ids"][0]
         return seen[0][(ids == self._image_token) & ~self._structure(ids, seen[0])]
 
@@ -92,9 +92,9 @@ class UnprunedReference:
         lengths = [self._length(image) for image in images]
         left: list[Tensor] = []
 
-        def prune(given: Mapping[str, Any]) -> dict[str, Any]:
-            left.append(self._left(ids, given["inputs_embeds"][0], lengths, kept))
-            return _pruned(given, left[0], getattr(self.model.config.get_text_config(), "sliding_window", None))
+        def prune(keywords: Mapping[str, Any]) -> dict[str, Any]:
+            left.append(self._left(ids, keywords["inputs_embeds"][0], lengths, kept))
+            return _pruned(keywords, left[0], getattr(self.model.config.get_text_config(), "sliding_window", None))
 
         logits = self._run(inputs, prune)
         prompt_ids = ids[left[0]][: len(left[0]) - len(answer) + 1]
@@ -128,9 +128,9 @@ class UnprunedReference:
     def _run(self, inputs: Mapping[str, Tensor], change: Change) -> Tensor:
         """(L, vocabulary): logits of the model, whose language model is given what `change` makes of it."""
 
-        def hook(_: object, arguments: tuple[()], given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        def hook(_: object, arguments: tuple[()], keywords: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
             assert not arguments
-            changed = change(given)
+            changed = change(keywords)
             return None if changed is None else (arguments, changed)
 
         handle = self.model.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
@@ -194,21 +194,21 @@ class TwinReference(UnprunedReference):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
 
 
-def _pruned(given: Mapping[str, Any], left: Tensor, window: int | None) -> dict[str, Any]:
+def _pruned(keywords: Mapping[str, Any], left: Tensor, window: int | None) -> dict[str, Any]:
     """What a language model is given, without the tokens at other places than `left` (S,); `window` as in `_mask`."""
-    pruned = dict(given)
-    for name, value in given.items():
+    pruned = dict(keywords)
+    for name, value in keywords.items():
         if name in ("inputs_embeds", "visual_pos_masks", "per_layer_inputs") and value is not None:
             pruned[name] = value[:, left]
         elif name == "attention_mask":
             pruned[name] = _mask(value, left, window)
         elif name == "deepstack_visual_embeds" and value is not None:
-            stays = torch.isin(given["visual_pos_masks"][0].nonzero()[:, 0], left)
+            stays = torch.isin(keywords["visual_pos_masks"][0].nonzero()[:, 0], left)
             pruned[name] = [rows[stays] for rows in value]
         else:
             assert name == "position_ids" or not isinstance(value, Tensor), f"whether {name} has tokens is not known"
     in_order = torch.arange(len(left))[None]
-    positions = given["position_ids"]
+    positions = keywords["position_ids"]
     if positions is None or positions.ndim == 2:
         pruned["position_ids"] = in_order
     else:  # before the three there may be those of a text, by which transformers sees where sequences are packed

@@ -203,7 +203,7 @@ def references_of(model: Any, row: Row, directory: Path, images: Sequence[Prepar
 
     def note(name: str, path: str) -> None:
         module = model.get_submodule(path)
-        module.register_forward_hook(lambda _, given, out: seen.update({name: (given, out)}))
+        module.register_forward_hook(lambda _, arguments, out: seen.update({name: (arguments, out)}))
 
     note("connector", row.connector)
     note("features", row.features or row.connector)
@@ -217,8 +217,8 @@ def references_of(model: Any, row: Row, directory: Path, images: Sequence[Prepar
         pixels = None if row.twin is None else squares_of(image)
         rows, deepstack = image_features(model, row, directory, picture, pixels)
         outputs = seen["connector"][1].flatten(0, -2)
-        given = seen["features"][0]
-        inputs = given[0].reshape(len(outputs), -1, width) if row.patches is None else row.patches(*given)
+        arguments = seen["features"][0]
+        inputs = arguments[0].reshape(len(outputs), -1, width) if row.patches is None else row.patches(*arguments)
         return Reference(
             rows,
             deepstack,

@@ -165,7 +165,7 @@ def test_grids_and_tiles(
         assert features.tiles.overview is not None
         whole = torch.tensor(np.asarray(picture.resize((8, 8), Image.Resampling.BOX), dtype=np.float32)).mean(dim=2)
         seen = torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(dim=1), 8)
-        alike = [float(torch.corrcoef(torch.stack([whole.flatten(), its.flatten()]))[0, 1]) for its in seen]
+        alike = [float(torch.corrcoef(torch.stack([whole.flatten(), tile.flatten()]))[0, 1]) for tile in seen]
         assert int(np.nanargmax(alike)) == dict(pairs)[features.tiles.overview]
 
 

@@ -31,16 +31,16 @@ def test_random_weights_keep_tokens_apart(
     """And are those of the seed; no weights are read."""
     monkeypatch.setenv("VTPRUNE_LOAD_FORMAT", "dummy")
     directory = write(family, tmp_path, weights=False)
-    one, same, other = (encoder_of(directory, seed=seed) for seed in (0, 0, 1))
-    assert one.weights == "dummy"
+    base, same, other = (encoder_of(directory, seed=seed) for seed in (0, 0, 1))
+    assert base.weights == "dummy"
     image = preprocess(processor, noise(300, 300))
-    first, again, different = (encoder.encode([image])[0] for encoder in (one, same, other))
+    first, again, different = (encoder.encode([image])[0] for encoder in (base, same, other))
     unit = torch.nn.functional.normalize(first.embeds - first.embeds.mean(dim=0), dim=1)
     assert (unit @ unit.T).fill_diagonal_(0).abs().max() < 0.99
     assert torch.equal(first.embeds, again.embeds)
     assert not torch.allclose(first.embeds, different.embeds)
-    assert torch.equal(one.token_rows([3]), same.token_rows([3]))
-    assert not torch.equal(one.token_rows([3]), other.token_rows([3]))
+    assert torch.equal(base.token_rows([3]), same.token_rows([3]))
+    assert not torch.equal(base.token_rows([3]), other.token_rows([3]))
 
 
 def changed(directory: Path, ending: str, change: Any) -> tuple[str, Path]:
