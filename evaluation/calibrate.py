@@ -170,7 +170,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     else:
         tried = candidates(args.methods or METHODS_TO_TRY, encoded.family)
     if not tried:
-        raise NoPreset("--methods: none given that this model can run with any number of tokens")
+        raise NoPreset("--methods: this model can run none of these with any number of tokens")
     args.work.mkdir(parents=True, exist_ok=True)
     depends_on = subject(model, SERVED_AS if args.offline else args.url or dtype, sample)
     with (

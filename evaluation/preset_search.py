@@ -34,7 +34,7 @@ class NoPreset(Exception):
 
 
 @dataclass(frozen=True)
-class Found:
+class ChosenPreset:
     """A policy, and what it keeps.
 
     Attributes:
@@ -106,7 +106,7 @@ class Search:
         self._shares: list[float] = []  # at which methods are compared
         self._compared: dict[str, tuple[int, list[float]]] = {}  # method -> questions, and its share retained at each
 
-    def run(self, tried: Sequence[Candidate], *, tokens: int | None, retain: float | None) -> Found:
+    def run(self, tried: Sequence[Candidate], *, tokens: int | None, retain: float | None) -> ChosenPreset:
         """Find a policy: the one that retains most with ``tokens``, or the fewest tokens that retain ``retain``.
 
         Raises:
@@ -129,7 +129,7 @@ class Search:
         if chosen is None:
             where = "held-out pictures" if checked else "the searched pictures"
             raise NoPreset(f"nothing that was tried retains {retain:g} on {where}; the budgets are above")
-        return Found(best, chosen, whole, checked)
+        return ChosenPreset(best, chosen, whole, checked)
 
     def _trials(self, candidate: Candidate, shares: Sequence[float], retain: float | None) -> list[Trial]:
         """Ratios from the largest on, until one retains too little; from the last that does not, energy budgets."""

@@ -27,11 +27,11 @@ def names(tree: ast.AST) -> set[str]:
             bound.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             bound.add(node.attr)
-    return {name.strip("_") for name in bound}
+    return {name.strip("_").lower() for name in bound}
 
 
 @pytest.mark.parametrize(
-    "code", ["given = 1", "def told(): ...", "def f(one): ...", "f.its = 1", "for _found in x: ..."]
+    "code", ["given = 1", "class Told: ...", "def f(one): ...", "f.its = 1", "for _found in x: ..."]
 )
 def test_the_rule_finds_them(code: str) -> None:
     assert names(ast.parse(code)) & no_names()

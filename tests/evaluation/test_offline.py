@@ -228,17 +228,17 @@ def test_thresholds_are_found_on_scenes_that_are_not_asked_about(
 ) -> None:
     sampled: list[Picture] = []
 
-    class Found(Exception):
+    class Reached(Exception):
         pass
 
     def sample(model: str, pictures: list[Picture], dtype: str) -> None:
         sampled.extend(pictures)
-        raise Found
+        raise Reached
 
     monkeypatch.setattr(command, "sample_pictures", sample)
     monkeypatch.setattr(command, "CALIBRATION_QUESTIONS", 9)
     options = ["--offline", "--split", split, "--questions", "14", "--seed", "1", "--adaptive"]
-    with pytest.raises(Found):
+    with pytest.raises(Reached):
         evaluate([*options, "--out", str(tmp_path)])
     assert {picture.source.split for picture in sampled} == {"validation"}
     asked = pictures("validation", 14, 1)

@@ -39,7 +39,7 @@ from vllm_vtprune_server.supervisor import BEAT, PATIENCE
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]  # test_shared_encoder.py has the parts in one process
 
-THINGS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
+NOUNS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
 TOWER_LOADED = "Vision encoder loaded"
 AT_ONCE = 30  # seconds
 RESTARTED_WITHIN = 120
@@ -95,7 +95,7 @@ def test_only_the_api_process_loads_the_tower(server: Server) -> None:
 def test_one_encoder_process_loads_it_and_neither_api_process_nor_engine_does(two_processes: Server) -> None:
     [process] = processes_that_loaded_a_tower(two_processes)
     assert re.fullmatch(r"Encoder pid=\d+", process)
-    for _ in THINGS:  # either API process answers some
+    for _ in NOUNS:  # either API process answers some
         tower = two_processes.get("/v1/pruning").json()["tower"]
         assert (tower["device"], tower["shared"]) == ("cpu", True)
         assert tower["parameters"] > 0
@@ -117,7 +117,7 @@ def test_answers_and_reports_are_those_of_a_server_with_one_process(
 def test_every_request_is_pruned_and_reported(two_processes: Server) -> None:
     before = two_processes.metrics()
     counts = []
-    for index, noun in enumerate(THINGS):
+    for index, noun in enumerate(NOUNS):
         messages = [user(f"Where is the {noun}?", fresh_url())]
         if index % 2:
             answer = two_processes.ask(messages=messages)
@@ -137,7 +137,7 @@ def test_every_request_is_pruned_and_reported(two_processes: Server) -> None:
     names = ["visual_tokens_total", "visual_tokens_kept_total", "keep_ratio_count", "feature_cache_misses_total"]
     names.append("time_to_first_token_seconds_count")
     grown = two_processes.metrics().since(before, *(f"vtprune:{name}" for name in names))
-    assert grown == (len(THINGS) * VISUAL_TOKENS, sum(counts), *[len(THINGS)] * 3)
+    assert grown == (len(NOUNS) * VISUAL_TOKENS, sum(counts), *[len(NOUNS)] * 3)
     assert two_processes.metrics()["vtprune:build_info"] == 1, "the same in both processes, once"
 
 
@@ -168,7 +168,7 @@ def test_an_image_that_both_api_processes_get_is_encoded_once(two_processes: Ser
 def test_refusals_bypasses_and_bytes_add_up_too(two_processes: Server) -> None:
     """Requests take turns between the processes, so each of them counted some."""
     before = two_processes.metrics()
-    for noun in THINGS:
+    for noun in NOUNS:
         two_processes.ask(messages=[user(f"Where is the {noun}?", fresh_url())], pruning=by_energy(64))
         assert two_processes.post({"messages": [user(noun, fresh_url())], "pruning": "no such"}).status_code == 400
         everything = {"budget": {"type": "tokens", "keep": VISUAL_TOKENS}}
@@ -178,9 +178,9 @@ def test_refusals_bypasses_and_bytes_add_up_too(two_processes: Server) -> None:
     grown = after.since(
         before, "vtprune:errors_total|reason=policy", "vtprune:bypass_total|reason=budget_not_below_tokens"
     )
-    assert grown == (len(THINGS),) * 2
+    assert grown == (len(NOUNS),) * 2
     bytes_grown, encoded = after.since(before, "vtprune:feature_cache_bytes", "vtprune:feature_cache_misses_total")
-    assert encoded >= len(THINGS)
+    assert encoded >= len(NOUNS)
     per_image = after["vtprune:feature_cache_bytes"] / after["vtprune:feature_cache_misses_total"]
     assert bytes_grown == encoded * per_image, "the bytes are of every image that was encoded"
 

@@ -18,7 +18,7 @@ Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Said:
+class ApiAnswer:
     """What an API answered.
 
     Attributes:
@@ -94,7 +94,7 @@ def details(usage: Any) -> Any:
     return None if usage is None else (usage.model_extra or {}).get("vtprune")
 
 
-def ask_chat(server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any) -> Said:
+def ask_chat(server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any) -> ApiAnswer:
     raw = openai_client(server).chat.completions.with_raw_response.create(
         model=model or server.model,
         messages=[chat_user(text, *images)],  # type: ignore[list-item]
@@ -107,10 +107,10 @@ def ask_chat(server: Server, *images: Body, text: str = QUESTION, model: str | N
     report = (answer.model_extra or {})["pruning"]
     reply = answer.choices[0].message.content or ""
     usage = details(answer.usage.prompt_tokens_details)
-    return Said(reply, report, raw.headers["x-vtprune"], answer.usage.prompt_tokens, usage)
+    return ApiAnswer(reply, report, raw.headers["x-vtprune"], answer.usage.prompt_tokens, usage)
 
 
-def ask_batch(server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any) -> Said:
+def ask_batch(server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any) -> ApiAnswer:
     body = {"messages": [[chat_user(text, *images)]], "max_tokens": 8, "model": model or server.model, **extra}
     response = server.post(body, "/v1/chat/completions/batch")
     assert response.status_code == 200, response.text
@@ -118,10 +118,12 @@ def ask_batch(server: Server, *images: Body, text: str = QUESTION, model: str | 
     [choice] = answer["choices"]
     usage = (answer["usage"]["prompt_tokens_details"] or {}).get("vtprune")
     header = response.headers["x-vtprune"]
-    return Said(choice["message"]["content"], choice["pruning"], header, answer["usage"]["prompt_tokens"], usage)
+    return ApiAnswer(choice["message"]["content"], choice["pruning"], header, answer["usage"]["prompt_tokens"], usage)
 
 
-def ask_responses(server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any) -> Said:
+def ask_responses(
+    server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any
+) -> ApiAnswer:
     raw = openai_client(server).responses.with_raw_response.create(
         model=model or server.model,
         input=[response_user(text, *images)],  # type: ignore[list-item]
@@ -133,10 +135,12 @@ def ask_responses(server: Server, *images: Body, text: str = QUESTION, model: st
     assert answer.usage is not None
     report = (answer.model_extra or {})["pruning"]
     usage = details(answer.usage.input_tokens_details)
-    return Said(answer.output_text, report, raw.headers["x-vtprune"], answer.usage.input_tokens, usage)
+    return ApiAnswer(answer.output_text, report, raw.headers["x-vtprune"], answer.usage.input_tokens, usage)
 
 
-def ask_messages(server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any) -> Said:
+def ask_messages(
+    server: Server, *images: Body, text: str = QUESTION, model: str | None = None, **extra: Any
+) -> ApiAnswer:
     raw = anthropic_client(server).messages.with_raw_response.create(
         model=model or server.model,
         messages=[message_user(text, *images)],  # type: ignore[list-item]
@@ -146,10 +150,10 @@ def ask_messages(server: Server, *images: Body, text: str = QUESTION, model: str
     answer = raw.parse()
     report = (answer.model_extra or {})["pruning"]
     reply = "".join(block.text for block in answer.content if block.type == "text")
-    return Said(reply, report, raw.headers["x-vtprune"], input_tokens(answer.usage))
+    return ApiAnswer(reply, report, raw.headers["x-vtprune"], input_tokens(answer.usage))
 
 
-def stream_chat(server: Server, *images: Body, text: str = QUESTION, **extra: Any) -> Said:
+def stream_chat(server: Server, *images: Body, text: str = QUESTION, **extra: Any) -> ApiAnswer:
     with openai_client(server).chat.completions.with_streaming_response.create(
         model=server.model,
         messages=[chat_user(text, *images)],  # type: ignore[list-item]
@@ -162,10 +166,10 @@ def stream_chat(server: Server, *images: Body, text: str = QUESTION, **extra: An
         header = raw.headers["x-vtprune"]
         events = [event.model_dump() for event in raw.parse()]
     assert [index for index, event in enumerate(events) if "pruning" in event] == [len(events) - 1]
-    return Said(text_of(events), events[-1]["pruning"], header, events[-1]["usage"]["prompt_tokens"])
+    return ApiAnswer(text_of(events), events[-1]["pruning"], header, events[-1]["usage"]["prompt_tokens"])
 
 
-def stream_responses(server: Server, *images: Body, text: str = QUESTION, **extra: Any) -> Said:
+def stream_responses(server: Server, *images: Body, text: str = QUESTION, **extra: Any) -> ApiAnswer:
     with openai_client(server).responses.with_streaming_response.create(
         model=server.model,
         input=[response_user(text, *images)],  # type: ignore[list-item]
@@ -183,12 +187,12 @@ def stream_responses(server: Server, *images: Body, text: str = QUESTION, **extr
     reported = [event for event in events if "pruning" in str(event.model_dump())]
     assert reported == [last]
     report = (last.response.model_extra or {})["pruning"]
-    return Said(
+    return ApiAnswer(
         reply, report, header, last.response.usage.input_tokens, details(last.response.usage.input_tokens_details)
     )
 
 
-def stream_messages(server: Server, *images: Body, text: str = QUESTION, **extra: Any) -> Said:
+def stream_messages(server: Server, *images: Body, text: str = QUESTION, **extra: Any) -> ApiAnswer:
     """Through the client's own assembly of the message."""
     with anthropic_client(server).messages.stream(
         model=server.model,
@@ -202,9 +206,9 @@ def stream_messages(server: Server, *images: Body, text: str = QUESTION, **extra
     [last] = [event for event in events if event.type == "message_delta"]
     report = (last.model_extra or {})["pruning"]
     reply = "".join(block.text for block in final.content if block.type == "text")
-    return Said(reply, report, header, input_tokens(final.usage))
+    return ApiAnswer(reply, report, header, input_tokens(final.usage))
 
 
-Ask = Callable[..., Said]
+Ask = Callable[..., ApiAnswer]
 WHOLE: dict[str, Ask] = {"chat": ask_chat, "batch": ask_batch, "responses": ask_responses, "messages": ask_messages}
 STREAMS: dict[str, Ask] = {"chat": stream_chat, "responses": stream_responses, "messages": stream_messages}

@@ -94,10 +94,10 @@ class EncoderClient:
         encoded: Future[Encoded[Ticket]] = Future()
         answer = self._ask({number: Future(), ticket: encoded}, messages.Find(number, ticket, key))[number]
         try:
-            found = answer.result()
+            known = answer.result()
         except EncoderUnavailable:  # as `encoded` will say
-            found = True
-        if found:
+            known = True
+        if known:
             return self._released_on_cancel(ticket, encoded)
         with self._lock:
             self._pending.pop(ticket, None)
@@ -186,8 +186,8 @@ class EncoderClient:
             match reply:
                 case messages.Failed():
                     future.set_exception(reply.error())
-                case messages.Found(found=found):
-                    future.set_result(found)
+                case messages.Known(known=known):
+                    future.set_result(known)
                 case messages.Encoded(id=number, fresh=fresh, began=began, seconds=seconds):
                     forward = None if began is None else Forward(began, seconds)
                     future.set_result(Encoded(Ticket(channel, number), forward, fresh))

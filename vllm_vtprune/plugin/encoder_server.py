@@ -99,7 +99,7 @@ class _Session:
                 case messages.Find(id=number, ticket=ticket, key=key):
                     server.follow()
                     encoding = server.runtime.encoder.find(key)
-                    self.channel.send(messages.Found(number, encoding is not None))
+                    self.channel.send(messages.Known(number, encoding is not None))
                     if encoding is not None:
                         self._hold(ticket, key, encoding)
                 case messages.Submit(id=ticket, key=key, item=item, layout=layout):

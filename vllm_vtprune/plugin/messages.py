@@ -22,7 +22,7 @@ ERRORS: dict[str, type[Exception]] = {"tower": TowerError, "value": ValueError, 
 
 
 class Find(msgspec.Struct, tag=True):
-    """Give the ticket to an image that is cached or in progress; answered by `Found`."""
+    """Give the ticket to an image that is cached or in progress; answered by `Known`."""
 
     id: int
     ticket: int
@@ -75,11 +75,11 @@ class ForgetImages(msgspec.Struct, tag=True):
 Request: TypeAlias = Find | Submit | Release | Plan | Measure | WarmUp | ForgetImages
 
 
-class Found(msgspec.Struct, tag=True):
+class Known(msgspec.Struct, tag=True):
     """Whether the image is cached or in progress; if so, `Encoded` follows for its ticket."""
 
     id: int
-    found: bool
+    known: bool
 
 
 class Encoded(msgspec.Struct, tag=True):
@@ -136,4 +136,4 @@ class Loaded(msgspec.Struct, tag=True):
     parameters: int | None
 
 
-Reply: TypeAlias = Found | Encoded | Planned | Measured | Done | Failed | Loaded
+Reply: TypeAlias = Known | Encoded | Planned | Measured | Done | Failed | Loaded
