@@ -22,7 +22,7 @@ from vllm_vtprune.devices import (
 from vllm_vtprune.footprint import Shape, footprint
 from vllm_vtprune.tower import TowerError
 
-ONE = Process("cuda", visible=(0,))
+ONE_GPU = Process("cuda", visible=(0,))
 EIGHT = Process("cuda", visible=tuple(range(8)))
 UNKNOWN = Process("cuda", visible=(0, 1), gpus=None)  # of vllm.LLM
 
@@ -32,19 +32,19 @@ UNKNOWN = Process("cuda", visible=(0, 1), gpus=None)  # of vllm.LLM
 @pytest.mark.parametrize(
     ("process", "device"),
     [
-        (ONE, "cuda:0"),
+        (ONE_GPU, "cuda:0"),
         (Process("rocm", visible=(0,)), "cuda:0"),
         (replace(EIGHT, gpus=4), "cuda:0"),  # tensor parallel
         *((replace(EIGHT, engines=8, rank=rank), f"cuda:{rank}") for rank in (0, 1, 7)),  # data parallel
         *((replace(EIGHT, engines=2, gpus=4, rank=rank), f"cuda:{4 * (rank % 2)}") for rank in range(4)),
-        *((replace(ONE, rank=rank), "cuda:0") for rank in range(3)),  # more API processes than engines
+        *((replace(ONE_GPU, rank=rank), "cuda:0") for rank in range(3)),  # more API processes than engines
         (replace(EIGHT, engines=2, rank=3), "cuda:1"),  # half of the engines are on another machine
         (replace(EIGHT, first_engine=3), "cuda:3"),  # one of several servers of this machine
         (replace(EIGHT, assigned=(4, 5)), "cuda:4"),
         (replace(EIGHT, assigned=(4, 5), engines=2, rank=1), "cuda:5"),
         (Process("cuda", visible=(2, 3), assigned=(3,)), "cuda:1"),  # CUDA_VISIBLE_DEVICES=2,3 and a choice of them
         (Process("cuda", visible=(2, 3)), "cuda:0"),
-        (replace(ONE, ray=True), "cuda:0"),
+        (replace(ONE_GPU, ray=True), "cuda:0"),
         (replace(EIGHT, ray=True, gpus=16), "cuda:0"),  # over two machines
         (replace(EIGHT, ray=True, engines=2, gpus=4, rank=1), "cuda:4"),
         (UNKNOWN, "cuda:0"),
@@ -111,9 +111,9 @@ def test_without_a_gpu_or_the_cpu_build_no_device_will_do(asked: str, process: P
 @pytest.mark.parametrize(
     ("process", "processes", "asked", "most"),
     [
-        (ONE, 1, "auto", 1),
-        (ONE, 4, "auto", 4),
-        (ONE, 0, "auto", 0),  # headless
+        (ONE_GPU, 1, "auto", 1),
+        (ONE_GPU, 4, "auto", 4),
+        (ONE_GPU, 0, "auto", 0),  # headless
         (replace(EIGHT, engines=8), 8, "auto", 1),
         (replace(EIGHT, engines=2), 8, "auto", 4),
         (replace(EIGHT, engines=2), 3, "auto", 2),
@@ -141,7 +141,9 @@ def test_one_encoder_process_on_each_device_serves_the_api_processes_of_its_engi
         EncoderPlace("cuda:0", True, processes=1, clients=3),
         EncoderPlace("cuda:4", True, processes=1, clients=2),
     ]
-    assert encoder_places("cuda:7", [replace(ONE, visible=EIGHT.visible, rank=rank) for rank in range(2)], shared=True)
+    assert encoder_places(
+        "cuda:7", [replace(ONE_GPU, visible=EIGHT.visible, rank=rank) for rank in range(2)], shared=True
+    )
     assert encoder_places("auto", [Process("cpu", rank=rank) for rank in range(3)], shared=True) == [
         EncoderPlace("cpu", clients=3)
     ]

@@ -13,7 +13,7 @@ from tests.support.rendering import Endpoint, endpoint
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_server.shutdown import ServerStopping
 
-SAID = "shutting down"
+SHUTTING_DOWN = "shutting down"
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +39,20 @@ def streamed(served: Endpoint, body: Body, path: str) -> list[Body]:
 
 def test_a_chat_completion(breaking: Endpoint) -> None:
     *_, last = streamed(breaking, {"messages": [user("Where?", fresh_url())]}, "/v1/chat/completions")
-    assert SAID in last["error"]["message"]
+    assert SHUTTING_DOWN in last["error"]["message"]
     assert last["error"]["code"] == 503
 
 
 def test_a_response(breaking: Endpoint) -> None:
     *before, last = streamed(breaking, {"input": [response_user("Where?", {"url": fresh_url()})]}, "/v1/responses")
     assert (last["type"], last["sequence_number"]) == ("error", before[-1]["sequence_number"] + 1)
-    assert SAID in last["message"]
+    assert SHUTTING_DOWN in last["message"]
 
 
 def test_a_message(breaking: Endpoint) -> None:
     *_, last = streamed(breaking, {"messages": [message_user("Where?", {"url": fresh_url()})]}, "/v1/messages")
     assert last["type"] == "error"
-    assert SAID in last["error"]["message"]
+    assert SHUTTING_DOWN in last["error"]["message"]
     assert last["error"]["code"] == 503
 
 
@@ -67,5 +67,5 @@ def test_a_message(breaking: Endpoint) -> None:
 def test_what_is_no_stream_has_the_status(breaking: Endpoint, path: str, body: Body) -> None:
     answer = breaking.post({**body, "pruning": "fast"}, path)
     assert answer.status_code == 503, answer.text
-    assert SAID in answer.json()["error"]["message"]
+    assert SHUTTING_DOWN in answer.json()["error"]["message"]
     assert (answer.json().get("type") == "error") == (path == "/v1/messages")

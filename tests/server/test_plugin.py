@@ -10,12 +10,16 @@ from starlette.datastructures import State
 from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune_server.plugin import ServerPlugin
 
-OURS = object.__new__(PrunedLlavaProcessor)  # without the tower that the test would have to load
+PRUNED = object.__new__(PrunedLlavaProcessor)  # without the tower that the test would have to load
 
 
 @pytest.mark.parametrize(
     ("processor", "encodes_only", "why"),
-    [(None, False, "NoneType"), (object(), False, "object"), (OURS, True, r"this instance encodes only \(mm_encoder")],
+    [
+        (None, False, "NoneType"),
+        (object(), False, "object"),
+        (PRUNED, True, r"this instance encodes only \(mm_encoder"),
+    ],
 )
 def test_a_model_that_is_not_pruned_stops_the_start_if_it_is_to_be_pruned(
     processor: object, encodes_only: bool, why: str

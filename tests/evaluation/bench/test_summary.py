@@ -17,7 +17,7 @@ from vllm_vtprune_evaluation.bench.summary import (
 )
 from vllm_vtprune_evaluation.load.records import Record
 
-ONE, FOUR = Level(1), Level(4)
+ONE_CLIENT, FOUR_CLIENTS = Level(1), Level(4)
 
 
 def record(start: float = 0.0, ttft: float = 0.2, text: str = "red", kept: int = 576, **fields: Any) -> Record:
@@ -35,7 +35,7 @@ def test_ratios_are_paired_by_round() -> None:
     times = [0.1, 0.2, 0.3, 0.4]
     measured = Measured(
         rounds={
-            FOUR: {OFF: [block(2 * t, 8) for t in times], "fast": [block(t, 8, kept=64) for t in times]},
+            FOUR_CLIENTS: {OFF: [block(2 * t, 8) for t in times], "fast": [block(t, 8, kept=64) for t in times]},
         }
     )
     off, fast = speeds(measured)
@@ -56,7 +56,7 @@ def test_ratios_are_paired_by_round() -> None:
 def test_a_ratio_whose_interval_holds_1_shows_no_difference(factors: list[float], phrase: str) -> None:
     rounds = {OFF: [block(0.2, 1)] * 4, "fast": [block(0.2 * factor, 1, kept=64) for factor in factors]}
     answers = {OFF: [record()], "fast": [record(kept=64)]}
-    measured = Measured(answers=answers, again=[record()], rounds={ONE: rounds})
+    measured = Measured(answers=answers, again=[record()], rounds={ONE_CLIENT: rounds})
     [sentence] = sentences(speeds(measured), qualities(measured, [Subject("a", b"", "", "What?")]))
     assert phrase in sentence
     assert ("shown with 1 client" in sentence) == phrase.startswith("no difference")
@@ -64,7 +64,7 @@ def test_a_ratio_whose_interval_holds_1_shows_no_difference(factors: list[float]
 
 def test_a_round_that_failed_has_no_ratio_and_the_others_count() -> None:
     failed = [record(error="cut", ttft=0.0)]
-    measured = Measured(rounds={ONE: {OFF: [block(0.2, 1)] * 3, "fast": [block(0.1, 1), failed, block(0.1, 1)]}})
+    measured = Measured(rounds={ONE_CLIENT: {OFF: [block(0.2, 1)] * 3, "fast": [block(0.1, 1), failed, block(0.1, 1)]}})
     _, fast = speeds(measured)
     assert fast.requests == 2
     assert fast.ttft_ratio is not None
