@@ -47,10 +47,11 @@ def models_inspected_here() -> Iterator[None]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not os.environ.get("VTPRUNE_VERIFY"):
+        config.hook.pytest_deselected(items=[item for item in items if takes_minutes(item)])
+        items[:] = [item for item in items if not takes_minutes(item)]
     for item in items:
-        if not os.environ.get("VTPRUNE_VERIFY"):
-            leave_to_verify(item)
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=turn)
@@ -66,10 +67,9 @@ def turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
     return group != SHARED["server"], engine, group not in SHARED.values(), "tests/engine/" in item.nodeid
 
 
-def leave_to_verify(item: pytest.Item) -> None:
-    """Skip what takes minutes, outside `make verify`."""
-    if item.get_closest_marker("verify") or "watched" in fixtures_of(item):
-        item.add_marker(pytest.mark.skip(reason="takes minutes: part of `make verify`"))
+def takes_minutes(item: pytest.Item) -> bool:
+    """Whether only `make verify` runs this test."""
+    return item.get_closest_marker("verify") is not None or "watched" in fixtures_of(item)
 
 
 def group_of(item: pytest.Item) -> str:

@@ -158,7 +158,7 @@ def ray_python(tmp_path: Path) -> Path:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="takes three minutes and downloads Ray: `make verify`")
+@pytest.mark.verify
 def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, tmp_path: Path) -> None:
     messages = [user("Where is the dog?", fresh_url())]
     # twice whole: the second time, the prefix cache has it

@@ -7,10 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="a server for each family: in `make verify`"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 
 VISUAL_TOKENS = {"qwen2_5_vl": 18 * 18, "qwen3_vl": 16 * 16, "llava_next": 24 * 24 + 48 * 49, "internvl": 16 * 16}

@@ -161,7 +161,7 @@ def test_a_run_says_how_large_its_pictures_are() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="two servers; part of make verify")
+@pytest.mark.verify
 def test_pictures_have_as_many_tokens_as_was_asked(tmp_path: Path) -> None:
     arguments = ["--size", "tiny", "--rounds", "1", "--seconds", "2", "--users", "1", "--max-tokens", "2"]
     arguments += ["--tokens-per-image", "16", "279", "--arms", "stock", "fast", "--out", str(tmp_path)]
@@ -178,7 +178,7 @@ def test_pictures_have_as_many_tokens_as_was_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="two servers; part of make verify")
+@pytest.mark.verify
 def test_both_servers_are_loaded_and_compared(tmp_path: Path) -> None:
     arguments = ["--size", "tiny", "--rounds", "2", "--seconds", "3", "--users", "2", "--out", str(tmp_path)]
     done = run("loadtests.compare", *arguments)

@@ -136,7 +136,7 @@ def test_memory_of_a_process_that_has_ended_is_not_made_up() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="a minute and a half; part of make verify")
+@pytest.mark.verify
 def test_a_soak_of_a_real_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loadtests.soak", "--out", str(tmp_path)]
     done = subprocess.run(

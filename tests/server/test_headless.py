@@ -1,6 +1,5 @@
 """Data parallel over machines, on one: a head that serves, with one engine, and a headless node with the other."""
 
-import os
 import subprocess
 import sys
 import time
@@ -12,10 +11,7 @@ import pytest
 from tests.support.chat import SMALL_KV_CACHE, VISUAL_TOKENS, Server, fresh_url, kept, random_model, user
 from vllm_vtprune_server.process import free_port, running_server, stop
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not os.environ.get("VTPRUNE_VERIFY"), reason="takes a minute and a half: `make verify`"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 
 @pytest.fixture(scope="module")
