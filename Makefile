@@ -27,7 +27,7 @@ help: ## show this list
 setup: ## make .venv: vLLM for this machine's CPU or GPU, the project, the tools
 	@scripts/setup.sh
 
-demo: ## prune one photograph's tokens in a running vLLM and compare
+demo: ## ask about one picture without and with pruning, and compare
 	@TOOLS=none scripts/setup.sh
 	@mkdir -p build
 	@$(BIN)/vtprune demo --out build/demo.png

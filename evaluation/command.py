@@ -141,7 +141,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--merged",
         type=Path,
         metavar="DIR",
-        help="ask the embedded model with the 2 x 2 merger, of 144 tokens, that `python -m training.merged` put "
+        help="ask the demo model with the 2 x 2 merger, of 144 tokens, that `python -m training.merged` put "
         "in the place of its projector (with --offline and --ablation)",
     )
     parser.add_argument(

@@ -109,7 +109,7 @@ class Subject:
 
 
 def scene() -> Subject:
-    """One of the scenes that the model in the package is made for, on a photograph."""
+    """One of the scenes that the demo model is made for, on a photograph."""
     from vllm_vtprune_evaluation.scenes import ask as questions_about
     from vllm_vtprune_evaluation.scenes import make_scene, paint
 
@@ -139,14 +139,14 @@ def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, 
 
     Args:
         subject: what is asked about.
-        arguments: of `vtprune serve`, its model first; without one, it serves the model that comes with the package.
+        arguments: of `vtprune serve`, its model first; without one, it serves the demo model.
 
     Returns:
         For each arm ``ttft_ms`` (milliseconds from sending the request to the first token, seen by the client),
         ``answer`` and ``pruning``, the server's report.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
-    name = arguments[0] if named else "the model that comes with the package"
+    name = arguments[0] if named else "the demo model"
     with announced_server(name, [*arguments, *SERVE_OPTIONS]) as url:
         print(f"Serving on {url}. Warming up ...", file=sys.stderr)
         for policy in ARMS.values():

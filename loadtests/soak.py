@@ -44,7 +44,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VTPRUNE_FEATURE_CACHE_GB": str(FEATURE_CACHE_GB),
     "VTPRUNE_REPORT_TABLE_SIZE": "100",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # default 1,000: one entry per weight and token count of a batch
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # default 1,024: one entry per weight and token count of a batch
 }
 TOLERANCE = 0.05  # accepted growth of a process, as a share of its memory, once caches are full
 LABEL = "soak"
