@@ -178,7 +178,7 @@ def _pending(picture: Picture, arms: Sequence[Arm], answers: Answers) -> Pending
 def _work(connection: Connection, model: str, merged: Path | None) -> None:
     """Answer tasks. Sends answers, None at the end of a task, a string for an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    os.environ["VTPRUNE_TOWER_THREADS"] = "1"  # one core per worker
+    os.environ["VTPRUNE_ENCODER_THREADS"] = "1"  # one core per worker
     quiet()
     torch.set_num_threads(1)
     try:

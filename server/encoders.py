@@ -23,7 +23,7 @@ from vllm_vtprune.plugin.encoder_client import SOCKETS
 from vllm_vtprune.plugin.encoder_server import EncoderServer
 from vllm_vtprune.plugin.image import BLANK, preprocess
 from vllm_vtprune.plugin.weights import EngineWeights
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 from vllm_vtprune_server import memory
 from vllm_vtprune_server.supervisor import Life, Supervisor
 
@@ -45,7 +45,7 @@ def running_encoders(args: argparse.Namespace, model_config: ModelConfig) -> Ite
         return
     try:
         places = memory.places_of(args)
-    except TowerError as error:
+    except EncoderError as error:
         sys.exit(f"vtprune serve: {error}")
     with tempfile.TemporaryDirectory(prefix="vtprune-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         os.environ[SOCKETS] = folder  # API processes inherit it

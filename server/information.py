@@ -35,7 +35,7 @@ class Method(BaseModel):
     cost: Cost = Field(description="How the time to select grows. " + "; ".join(f"{c}: {w}" for c, w in COSTS.items()))
 
 
-class Tower(BaseModel):
+class VisionEncoder(BaseModel):
     """The vision encoder."""
 
     weights: Literal["checkpoint", "dummy"]
@@ -74,7 +74,7 @@ class PruningInformation(BaseModel):
     placement: Literal["auto", "api", "engine"] | None = Field(
         description="Where tokens are selected (--pruning-placement); null if the model is served unpruned."
     )
-    tower: Tower | None = Field(
+    vision_encoder: VisionEncoder | None = Field(
         description="null if there is none beside the engine's: the model is served unpruned, or placement is engine."
     )
     text_pipeline: str = Field(description="Pipeline that finds the nouns of a question.")
@@ -111,7 +111,7 @@ def pruning_information(
         untuned=family is not None and not family.tuned,
         methods=[_method(name, method, family) for name, method in METHODS.items()],
         placement=choice,
-        tower=None if processor is None or choice == "engine" else _tower(processor),
+        vision_encoder=None if processor is None or choice == "engine" else _vision_encoder(processor),
         text_pipeline=text_pipeline_name(),
         versions=Versions(
             vllm_vtprune=vllm_vtprune.__version__,
@@ -122,10 +122,10 @@ def pruning_information(
     )
 
 
-def _tower(processor: PruningProcessor) -> Tower:
+def _vision_encoder(processor: PruningProcessor) -> VisionEncoder:
     weights, device, dtype = processor.encoder_facts.labels
     encoder = processor.runtime.encoder
-    return Tower(
+    return VisionEncoder(
         weights=weights,
         device=device,
         shared=isinstance(encoder, EncoderClient),

@@ -19,7 +19,7 @@ from vllm_vtprune.plugin.compat.server import assigned_gpus
 from vllm_vtprune.plugin.gpu import footprint_of, local_process
 from vllm_vtprune.plugin.placement import role_of
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 from vllm_vtprune_checkpoints import embedded_checkpoint
 
 CPU_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
@@ -129,7 +129,7 @@ def reserve_gpu_memory(args: argparse.Namespace, model_config: ModelConfig) -> N
         need = footprint_of(model_config, processor.family, processor.max_image_tokens()).for_clients(busiest.clients)
         card = current_platform.get_device_total_memory()
         reservation = reserve(need, processes=busiest.processes, card=card, operator_gib=option)
-    except TowerError as error:
+    except EncoderError as error:
         sys.exit(f"vtprune serve: {error}")
     args.mm_ipc_gpu_memory_gb = reservation.gib
     message = f"vtprune serve: --mm-ipc-gpu-memory-gb is {reservation.gib:g}, for image encoding on each GPU. "
@@ -154,7 +154,7 @@ def places_of(args: argparse.Namespace) -> list[EncoderPlace]:
     """Where this server encodes images.
 
     Raises:
-        TowerError: the device is missing or unknown.
+        EncoderError: the device is missing or unknown.
     """
     return encoder_places(envs.device(), api_processes(args), shared=shares_encoders(args))
 

@@ -18,7 +18,7 @@ from vllm_vtprune.plugin.encoder_client import EncoderClient, socket_of
 from vllm_vtprune.plugin.image import warm_up
 from vllm_vtprune.plugin.placement import role_of
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_tower
+from vllm_vtprune.plugin.unpruned import UnprunedProcessor, runtime_without_encoder
 from vllm_vtprune.text import text_pipeline_name
 from vllm_vtprune_server import media  # noqa: F401  (registers the media connector)
 from vllm_vtprune_server.aliases import AliasedModels
@@ -73,7 +73,7 @@ class ServerPlugin:
         Raises:
             RuntimeError: the model cannot be pruned, and the default policy prunes.
             PolicyError: the default or a preset is invalid, or not supported by this model.
-            TowerError: the weights of the vision encoder are missing or do not fit, or its process did not start.
+            EncoderError: the weights of the vision encoder are missing or do not fit, or its process did not start.
         """
         assert engine_client is not None  # the render server has none, and does not run the generate task
         mm_processor = engine_client.renderer.mm_processor
@@ -87,13 +87,15 @@ class ServerPlugin:
             fixed_counts=fixed_counts(engine_client.vllm_config.kv_transfer_config),
             follows_detail=getattr(args, "pruning_detail", False),
         )
+        placement = "none"
+        encoder_labels: tuple[str, ...] = ("none",) * 3
         if processor is not None:
+            placement = str(processor.engine_placement.choice)
             processor.engine = engine_client.vllm_config
             placements = policies.placements(processor)
             if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
                 logger.warning("No engine runs on this machine: restart this process after an engine reloads weights")
             runtime = processor.runtime
-            encoder_labels: tuple[str, ...] = "none", "none", "none"
             if processor.engine_placement.choice != "engine":
                 facts = processor.encoder_facts
                 encoder_labels = facts.labels
@@ -114,12 +116,11 @@ class ServerPlugin:
         else:
             logger.warning("%s is served UNPRUNED: its processor cannot prune (%s)", args.model, reason)
             has_runtime = isinstance(mm_processor, UnprunedProcessor | PruningProcessor)
-            runtime = mm_processor.runtime if has_runtime else runtime_without_tower(engine_client.model_config)
-            encoder_labels = "none", "none", "none"
+            runtime = mm_processor.runtime if has_runtime else runtime_without_encoder(engine_client.model_config)
         runtime.clients_write_prompts = True
         metrics.start(runtime.model_name, policies.available)
-        versions = (__version__, vllm.__version__)
-        metrics.BUILD_INFO.labels(runtime.model_name, *versions, *encoder_labels, text_pipeline_name()).set(1)
+        labels = (__version__, vllm.__version__, placement, *encoder_labels, text_pipeline_name())
+        metrics.BUILD_INFO.labels(runtime.model_name, *labels).set(1)
         models = state.openai_serving_models
         replace_registry(models, AliasedModels(models, policies.available))
         renderer = PruningRenderer.take_over(

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # several engines run at a time: each has its own, smaller setting
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more crawl where engines keep the cores busy
-os.environ.setdefault("VTPRUNE_TOWER_THREADS", "1")
+os.environ.setdefault("VTPRUNE_ENCODER_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM binds every engine to the same core
 os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "0")  # idle ones have nothing to finish, and take 10 s
 

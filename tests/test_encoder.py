@@ -15,7 +15,7 @@ MAX_BATCH = 4
 LIMIT = 60  # seconds: nothing here should take any
 
 
-class FakeTower:
+class FakeModel:
     """Computes 2 x pixels, when the test lets it; an image of -1 cannot be encoded."""
 
     def __init__(self) -> None:
@@ -40,15 +40,15 @@ class FakeTower:
 
 
 @pytest.fixture
-def tower() -> Iterator[FakeTower]:
-    tower = FakeTower()
-    yield tower
-    tower.go_on()
+def model() -> Iterator[FakeModel]:
+    model = FakeModel()
+    yield model
+    model.go_on()
 
 
-def encoder_of(tower: FakeTower, sizes: list[int] | None = None, cache_bytes: int = 10**6) -> BatchingEncoder:
+def encoder_of(model: FakeModel, sizes: list[int] | None = None, cache_bytes: int = 10**6) -> BatchingEncoder:
     return BatchingEncoder(
-        tower.encode,
+        model.encode,
         FeatureCache(cache_bytes),
         to_cache=lambda key, features: features,
         max_batch=MAX_BATCH,
@@ -57,8 +57,8 @@ def encoder_of(tower: FakeTower, sizes: list[int] | None = None, cache_bytes: in
 
 
 @pytest.fixture
-def encoder(tower: FakeTower) -> BatchingEncoder:
-    return encoder_of(tower)
+def encoder(model: FakeModel) -> BatchingEncoder:
+    return encoder_of(model)
 
 
 def submit(encoder: BatchingEncoder, value: float) -> Future[Encoded]:
@@ -69,8 +69,8 @@ def value_of(future: Future[Encoded]) -> float:
     return float(future.result(LIMIT).features.embeds[0, 0])
 
 
-def test_one_image_alone(tower: FakeTower, encoder: BatchingEncoder) -> None:
-    tower.go_on()
+def test_one_image_alone(model: FakeModel, encoder: BatchingEncoder) -> None:
+    model.go_on()
     encoded = submit(encoder, 1).result(LIMIT)
     assert encoded.features.embeds.tolist() == [[2, 2, 2]]
     assert encoded.fresh
@@ -78,45 +78,45 @@ def test_one_image_alone(tower: FakeTower, encoder: BatchingEncoder) -> None:
     assert encoded.forward.seconds > 0
 
 
-def test_what_waits_goes_together_in_order_up_to_the_largest_batch(tower: FakeTower) -> None:
+def test_what_waits_goes_together_in_order_up_to_the_largest_batch(model: FakeModel) -> None:
     sizes: list[int] = []
-    encoder = encoder_of(tower, sizes)
+    encoder = encoder_of(model, sizes)
     first = submit(encoder, 0)
-    tower.wait_until_busy()
+    model.wait_until_busy()
     others = [submit(encoder, value) for value in range(1, 7)]
-    tower.go_on()
+    model.go_on()
     assert [value_of(future) for future in (first, *others)] == [0, 2, 4, 6, 8, 10, 12]
-    assert tower.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    assert model.batches == [[0], [1, 2, 3, 4], [5, 6]]
     assert sizes == [1, 4, 2]
     forwards = [future.result().forward for future in others]
     assert len({id(forward) for forward in forwards}) == 2, "a batch is one run"
 
 
-def test_an_image_is_encoded_once_for_all_who_want_it(tower: FakeTower, encoder: BatchingEncoder) -> None:
+def test_an_image_is_encoded_once_for_all_who_want_it(model: FakeModel, encoder: BatchingEncoder) -> None:
     running = submit(encoder, 1)
-    tower.wait_until_busy()
+    model.wait_until_busy()
     askers = [running, submit(encoder, 1), submit(encoder, 2), submit(encoder, 2), encoder.find("image 2")]
-    tower.go_on()
+    model.go_on()
     assert [value_of(asker) for asker in askers if asker is not None] == [2, 2, 4, 4, 4]
     later = submit(encoder, 1).result(LIMIT)
     assert (later.forward, later.fresh) == (None, False)
     assert [asker.result().fresh for asker in askers if asker is not None] == [True, False, True, False, False]
-    assert tower.batches == [[1], [2]]
+    assert model.batches == [[1], [2]]
 
 
-def test_many_threads_that_want_the_same_images(tower: FakeTower, encoder: BatchingEncoder) -> None:
-    tower.go_on()
+def test_many_threads_that_want_the_same_images(model: FakeModel, encoder: BatchingEncoder) -> None:
+    model.go_on()
     with ThreadPoolExecutor(16) as threads:
         futures = list(threads.map(lambda i: submit(encoder, i % 20), range(400)))
     assert [value_of(future) for future in futures] == [2 * (i % 20) for i in range(400)]
-    assert sorted(value for batch in tower.batches for value in batch) == list(range(20))
+    assert sorted(value for batch in model.batches for value in batch) == list(range(20))
 
 
-def test_without_a_cache_an_image_is_encoded_anew(tower: FakeTower) -> None:
-    encoder = encoder_of(tower, cache_bytes=0)
-    tower.go_on()
+def test_without_a_cache_an_image_is_encoded_anew(model: FakeModel) -> None:
+    encoder = encoder_of(model, cache_bytes=0)
+    model.go_on()
     assert value_of(submit(encoder, 1)) == value_of(submit(encoder, 1)) == 2
-    assert tower.batches == [[1], [1]]
+    assert model.batches == [[1], [1]]
 
 
 def test_what_is_neither_cached_nor_on_its_way_is_not_found(encoder: BatchingEncoder) -> None:
@@ -124,12 +124,12 @@ def test_what_is_neither_cached_nor_on_its_way_is_not_found(encoder: BatchingEnc
 
 
 def test_an_error_reaches_those_who_asked_for_the_image_and_no_others(
-    tower: FakeTower, encoder: BatchingEncoder
+    model: FakeModel, encoder: BatchingEncoder
 ) -> None:
     first = submit(encoder, 0)
-    tower.wait_until_busy()
+    model.wait_until_busy()
     bad, also_bad, good = submit(encoder, -1), submit(encoder, -1), [submit(encoder, value) for value in (1, 2)]
-    tower.go_on()
+    model.go_on()
     for future in (bad, also_bad):
         with pytest.raises(RuntimeError, match="no such image"):
             future.result(LIMIT)
@@ -141,7 +141,7 @@ def test_an_error_reaches_those_who_asked_for_the_image_and_no_others(
 
 
 @pytest.mark.parametrize("broken", ["to_cache", "on_batch"])
-def test_an_error_after_the_encoder_reaches_them_too(tower: FakeTower, broken: str) -> None:
+def test_an_error_after_the_encoder_reaches_them_too(model: FakeModel, broken: str) -> None:
     """On a GPU that is where those of the encoder itself surface."""
 
     def fail(_: object) -> None:
@@ -155,32 +155,32 @@ def test_an_error_after_the_encoder_reaches_them_too(tower: FakeTower, broken: s
 
     broken_now = True
     on_batch = fail if broken == "on_batch" else lambda size: None
-    encoder = BatchingEncoder(tower.encode, FeatureCache(0), to_cache=keep, max_batch=MAX_BATCH, on_batch=on_batch)
-    tower.go_on()
+    encoder = BatchingEncoder(model.encode, FeatureCache(0), to_cache=keep, max_batch=MAX_BATCH, on_batch=on_batch)
+    model.go_on()
     with pytest.raises(RuntimeError, match="too late"):
         submit(encoder, 1).result(LIMIT)
     broken_now = False
     assert value_of(submit(encoder, 1)) == 2, "the encoder goes on, and the image is asked for anew"
 
 
-def test_what_nobody_waits_for_any_more_is_not_encoded(tower: FakeTower, encoder: BatchingEncoder) -> None:
+def test_what_nobody_waits_for_any_more_is_not_encoded(model: FakeModel, encoder: BatchingEncoder) -> None:
     first = submit(encoder, 0)
-    tower.wait_until_busy()
+    model.wait_until_busy()
     given_up, wanted, also_given_up = submit(encoder, 1), submit(encoder, 2), submit(encoder, 3)
     shared, sharer = submit(encoder, 4), submit(encoder, 4)
     for future in (given_up, also_given_up, shared):
         assert future.cancel()
-    tower.go_on()
+    model.go_on()
     assert [value_of(future) for future in (first, wanted, sharer)] == [0, 4, 8]
-    assert tower.batches == [[0], [2, 4]]
+    assert model.batches == [[0], [2, 4]]
     assert value_of(submit(encoder, 1)) == 2, "asked for again"
 
 
 def test_giving_up_wakes_whoever_waits_even_while_the_image_is_being_encoded(
-    tower: FakeTower, encoder: BatchingEncoder
+    model: FakeModel, encoder: BatchingEncoder
 ) -> None:
     future = submit(encoder, 1)
-    tower.wait_until_busy()
+    model.wait_until_busy()
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(future.result, LIMIT)
         future.cancel()
@@ -188,6 +188,6 @@ def test_giving_up_wakes_whoever_waits_even_while_the_image_is_being_encoded(
     with pytest.raises(CancelledError):
         waiting.result()
     joined = submit(encoder, 1)
-    tower.go_on()
+    model.go_on()
     assert value_of(joined) == 2
-    assert tower.batches == [[1]]
+    assert model.batches == [[1]]

@@ -1,4 +1,4 @@
-"""What moves between the tower and the cache, and what is forgotten. The tower pretends a device: torch's "meta"."""
+"""What moves between vision encoder and cache, and what is forgotten. The encoder pretends a device: torch's "meta"."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ POLICY = PruningPolicy.parse({"method": "resprune", "budget": FIXED}).resolve(LL
 Copies = list[tuple[torch.device, torch.device]]
 
 
-class FakeTower:
+class FakeVisionEncoder:
     device = DEVICE
 
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
@@ -51,7 +51,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[VisualFeatures]:
 
 @pytest.fixture
 def runtime() -> PruningRuntime:
-    return PruningRuntime(lambda: FakeTower(), LLAVA, "runtime")  # type: ignore[return-value, arg-type]
+    return PruningRuntime(lambda: FakeVisionEncoder(), LLAVA, "runtime")  # type: ignore[return-value, arg-type]
 
 
 def encode(runtime: PruningRuntime, key: str) -> VisualFeatures:

@@ -1,4 +1,4 @@
-"""One encoder for several API processes: the protocol, over a real socket, with a tower that computes nothing."""
+"""One encoder for several API processes: the protocol, over a real socket, with a model that computes nothing."""
 
 import gc
 import shutil
@@ -28,7 +28,7 @@ from vllm_vtprune.plugin.encoder_client import EncoderClient, EncoderUnavailable
 from vllm_vtprune.plugin.encoder_server import EncoderServer
 from vllm_vtprune.policy import LLAVA, PolicyError, PruningPolicy
 from vllm_vtprune.runtime import PruningRuntime
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 POLICY = PruningPolicy.parse({"budget": {"type": "energy", "min_tokens": 3, "max_tokens": 6}}).resolve(LLAVA)
 PARAMETERS = 7
@@ -45,7 +45,7 @@ def image_of(seed: int, **layout: Any) -> PreparedImage:
     return PreparedImage(MultiModalKwargsItem(fields), Layout(12, **{"grid": (3, 4), **layout}))
 
 
-class Tower:
+class VisionEncoder:
     device, dtype, weights, num_parameters, nbytes = torch.device("cpu"), torch.bfloat16, "checkpoint", PARAMETERS, 0
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Shared:
     """An encoder server in this process, and how to end it as a killed process would."""
 
     def __init__(self, path: Path) -> None:
-        self.tower = Tower()
+        self.vision_encoder = VisionEncoder()
         self.loads = 0
         self.runtime = PruningRuntime(self._load, LLAVA, "shared")  # type: ignore[arg-type]
         self.renewals: list[object] = []
@@ -100,11 +100,11 @@ class Shared:
         with suppress(OSError):
             self.server.serve(self._listener)
 
-    def _load(self) -> Tower:
-        if self.tower.error is not None:
-            raise self.tower.error
+    def _load(self) -> VisionEncoder:
+        if self.vision_encoder.error is not None:
+            raise self.vision_encoder.error
         self.loads += 1
-        return self.tower
+        return self.vision_encoder
 
     def _follow(self) -> None:
         if self.renewals:
@@ -112,7 +112,7 @@ class Shared:
             self.runtime.renew()
 
     def _warm_up(self) -> None:
-        self.runtime.local.tower.token_rows([0])
+        self.runtime.local.vision_encoder.token_rows([0])
 
     def end(self) -> None:
         with suppress(OSError):
@@ -137,7 +137,7 @@ def path() -> Iterator[Path]:
 def shared(path: Path) -> Iterator[Shared]:
     shared = Shared(path)
     yield shared
-    shared.tower.gate.set()
+    shared.vision_encoder.gate.set()
     shutil.rmtree(path.parent)
     shared.end()
 
@@ -170,7 +170,7 @@ TILES = Tiles(torch.tensor([0] * 6 + [1] * 6), ((2, 3), (2, 3)), (None, (0.0, 0.
 )
 @pytest.mark.parametrize("nouns", [(), (1, 5)])
 def test_an_image_is_planned_as_in_this_process(client: EncoderClient, layout: Any, nouns: tuple[int, ...]) -> None:
-    runtime = PruningRuntime(Tower, LLAVA, "local")  # type: ignore[arg-type]
+    runtime = PruningRuntime(VisionEncoder, LLAVA, "local")  # type: ignore[arg-type]
     policy = PruningPolicy.parse(POLICY.dump()).resolve(LLAVA)
     image = image_of(1, **layout)
     plans = [
@@ -191,30 +191,30 @@ def test_an_image_is_planned_as_in_this_process(client: EncoderClient, layout: A
 def test_an_image_of_two_processes_is_encoded_once(shared: Shared, client: EncoderClient, path: Path) -> None:
     other = client_of(path)
     assert client.find("a") is None
-    shared.tower.gate.clear()
+    shared.vision_encoder.gate.clear()
     first = client.submit("a", image_of(1))
-    assert shared.tower.began.wait(60)
+    assert shared.vision_encoder.began.wait(60)
     future = other.find("a")
     assert future is not None
     assert not future.done()
-    shared.tower.gate.set()
+    shared.vision_encoder.gate.set()
     encoded = [first.result(60), future.result(60), other.submit("a", image_of(1)).result(60)]
     assert [image.fresh for image in encoded] == [True, False, False]
     assert encoded[0].forward == encoded[1].forward is not None
     assert encoded[2].forward is None
-    assert shared.tower.batches == [1]
+    assert shared.vision_encoder.batches == [1]
 
 
 def test_images_of_two_processes_share_a_batch(shared: Shared, client: EncoderClient, path: Path) -> None:
     other = client_of(path)
-    shared.tower.gate.clear()
+    shared.vision_encoder.gate.clear()
     waiting = [client.submit("first", image_of(0))]
-    assert shared.tower.began.wait(60)
+    assert shared.vision_encoder.began.wait(60)
     waiting += [client.submit("a", image_of(1)), other.submit("b", image_of(2))]
     eventually(lambda: shared.tickets == 3)
-    shared.tower.gate.set()
+    shared.vision_encoder.gate.set()
     encoded = [future.result(60) for future in waiting]
-    assert shared.tower.batches == [1, 2]
+    assert shared.vision_encoder.batches == [1, 2]
     assert encoded[1].forward == encoded[2].forward
 
 
@@ -223,9 +223,9 @@ def test_an_image_that_nobody_waits_for_is_not_encoded(
     shared: Shared, client: EncoderClient, path: Path, leave: str
 ) -> None:
     leaving = client_of(path)
-    shared.tower.gate.clear()
+    shared.vision_encoder.gate.clear()
     first = client.submit("first", image_of(0))
-    assert shared.tower.began.wait(60)
+    assert shared.vision_encoder.began.wait(60)
     unwanted = leaving.submit("unwanted", image_of(1))
     eventually(lambda: shared.tickets == 2)
     if leave == "cancel":
@@ -234,10 +234,10 @@ def test_an_image_that_nobody_waits_for_is_not_encoded(
         assert leaving._channel is not None
         leaving._channel.close()
     eventually(lambda: shared.tickets == 1)
-    shared.tower.gate.set()
+    shared.vision_encoder.gate.set()
     first.result(60)
     client.submit("last", image_of(2)).result(60)
-    assert shared.tower.batches == [1, 1]
+    assert shared.vision_encoder.batches == [1, 1]
     with pytest.raises(CancelledError if leave == "cancel" else EncoderUnavailable):
         unwanted.result(60)
 
@@ -266,7 +266,7 @@ def test_emptying_the_cache_is_done_when_it_returns(shared: Shared, client: Enco
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
-        (TowerError("no weights"), TowerError),
+        (EncoderError("no weights"), EncoderError),
         (ValueError("not finite"), ValueError),
         (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError),
         (KeyError("x"), RuntimeError),
@@ -276,11 +276,11 @@ def test_errors_keep_message_and_kind(
     shared: Shared, client: EncoderClient, error: Exception, raised: type[Exception]
 ) -> None:
     client.submit("a", image_of(1)).result(60)
-    shared.tower.error = error
+    shared.vision_encoder.error = error
     with pytest.raises(raised, match=str(error)) as failed:
         client.submit("b", image_of(2)).result(60)
     assert type(failed.value) is raised
-    shared.tower.error = None
+    shared.vision_encoder.error = None
     assert client.submit("b", image_of(2)).result(60).fresh, "the next one is not affected"
 
 
@@ -318,8 +318,8 @@ def test_the_encoder_is_loaded_once_and_every_process_knows(shared: Shared, clie
 
 
 def test_weights_that_cannot_be_loaded_fail_the_start(shared: Shared, client: EncoderClient) -> None:
-    shared.tower.error = TowerError("model: cannot load the vision encoder")
-    with pytest.raises(TowerError, match="cannot load the vision encoder"):
+    shared.vision_encoder.error = EncoderError("model: cannot load the vision encoder")
+    with pytest.raises(EncoderError, match="cannot load the vision encoder"):
         client.warm_up(image_of(0))
 
 
@@ -327,10 +327,10 @@ def test_its_death_fails_everything_at_once_until_the_next_one_is_ready(
     shared: Shared, client: EncoderClient, path: Path
 ) -> None:
     kept = client.submit("kept", image_of(0)).result(60)
-    shared.tower.gate.clear()
-    shared.tower.began.clear()
+    shared.vision_encoder.gate.clear()
+    shared.vision_encoder.began.clear()
     waiting: Future[Any] = client.submit("a", image_of(1))
-    assert shared.tower.began.wait(60)
+    assert shared.vision_encoder.began.wait(60)
     shared.end()
     with pytest.raises(EncoderUnavailable, match=r"^The vision encoder process ended; it is being restarted. Retry.$"):
         waiting.result(10)
@@ -355,5 +355,5 @@ def test_its_death_fails_everything_at_once_until_the_next_one_is_ready(
 
 def test_a_process_that_never_started_ends_the_wait(path: Path) -> None:
     shutil.rmtree(path.parent)
-    with pytest.raises(TowerError, match="did not start"):
+    with pytest.raises(EncoderError, match="did not start"):
         EncoderClient(path).connect()

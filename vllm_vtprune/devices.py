@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 __all__ = [
     "EncoderPlace",
@@ -79,19 +79,19 @@ def device_for(requested: str, process: Process) -> str:
         A torch device: cpu or cuda:INDEX.
 
     Raises:
-        TowerError: the device is not on vLLM's platform, not visible, or unknown.
+        EncoderError: the device is not on vLLM's platform, not visible, or unknown.
     """
     if process.platform == "cpu":
         if requested not in ("auto", "cpu"):
             raise _device_error(f"this build of vLLM encodes images on the CPU, not on {requested}", "auto")
         return "cpu"
     if process.platform not in GPU_PLATFORMS:
-        raise TowerError(
+        raise EncoderError(
             f"images cannot be encoded on vLLM's platform {process.platform!r}; expected {', '.join(GPU_PLATFORMS)} or "
             "cpu: a GPU that vLLM finds, or vLLM's CPU build"
         )
     if not process.visible:
-        raise TowerError("this process sees no GPU to encode images on; expected one in CUDA_VISIBLE_DEVICES")
+        raise EncoderError("this process sees no GPU to encode images on; expected one in CUDA_VISIBLE_DEVICES")
     if requested == "cpu":
         raise _device_error("this build of vLLM encodes images on GPUs, not on the CPU", "auto or cuda:INDEX")
     if requested in ("auto", "cuda"):
@@ -129,8 +129,8 @@ def _gpu(process: Process) -> int:
     return process.visible.index(gpus[first])
 
 
-def _device_error(problem: str, accepted: str) -> TowerError:
-    return TowerError(f"{problem}; set VTPRUNE_DEVICE to {accepted}")
+def _device_error(problem: str, accepted: str) -> EncoderError:
+    return EncoderError(f"{problem}; set VTPRUNE_DEVICE to {accepted}")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def encoder_places(requested: str, processes: Sequence[Process], *, shared: bool
         shared: whether one encoder process per device serves all its API processes; else each has its own encoder.
 
     Raises:
-        TowerError: see `device_for`.
+        EncoderError: see `device_for`.
     """
     devices = [device_for(requested, process) for process in processes]
     of_engines = {f"cuda:{index}" for process in processes for index in _engine_gpus(process)}
@@ -235,7 +235,7 @@ def reserve(need: Footprint, *, processes: int, card: int, operator_gib: float |
         operator_gib: the operator's ``--mm-ipc-gpu-memory-gb`` in GiB, which takes precedence; None: unset.
 
     Raises:
-        TowerError: the operator's value is too small for the weights.
+        EncoderError: the operator's value is too small for the weights.
     """
     if not processes:
         return Reservation(operator_gib or 0.0)
@@ -247,7 +247,7 @@ def reserve(need: Footprint, *, processes: int, card: int, operator_gib: float |
         reserved = int(operator_gib * GIB)
         reason = f"--mm-ipc-gpu-memory-gb={operator_gib:g} reserves less than the vision encoder may need"
         if reserved < least:
-            raise TowerError(
+            raise EncoderError(
                 f"--mm-ipc-gpu-memory-gb={operator_gib:g} does not hold {_encoders(processes)}; "
                 f"expected {_gib(least):g} or more, and {_gib(most):g} for the largest images"
             )

@@ -21,6 +21,7 @@ __all__ = [
     "any_vllm",
     "device",
     "download_dir",
+    "encoder_threads",
     "feature_cache_gb",
     "fetch_private_addresses",
     "load_format",
@@ -29,7 +30,6 @@ __all__ = [
     "max_image_megapixels",
     "placement",
     "report_table_size",
-    "tower_threads",
 ]
 
 T = TypeVar("T")
@@ -157,8 +157,8 @@ download_dir: Variable[Path | None] = Variable(
     doc="Where to download the weights of the vision encoder outside the engine. Default: the hub's cache. `vtprune "
     "serve` sets it from --download-dir; with LLM(download_dir=...), set it yourself.",
 )
-tower_threads = Variable(
-    name="VTPRUNE_TOWER_THREADS",
+encoder_threads = Variable(
+    name="VTPRUNE_ENCODER_THREADS",
     default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     parse=_count,
     accepts="a whole number of threads, 1 or more",
@@ -206,5 +206,5 @@ VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool
     max_image_megapixels,
     placement,
     report_table_size,
-    tower_threads,
+    encoder_threads,
 )

@@ -18,7 +18,7 @@ from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.plan import PruningPlan, plan_tokens
 from vllm_vtprune.policy import EnergyBudget, FamilyDefaults, PruningPolicy
 from vllm_vtprune.sequence import sequence, sequence_length
-from vllm_vtprune.tower import VisionTower
+from vllm_vtprune.vision_encoder import VisionEncoder
 
 HOST = torch.device("cpu")
 """Device of the feature cache: the engine uses the GPU's memory, and copying back is fast compared to encoding."""
@@ -34,14 +34,14 @@ WARM_UP_TOKENS, WARM_UP_KEPT = 1152, 128
 
 
 @dataclass(eq=False)
-class LazyTower:
+class LazyVisionEncoder:
     """A vision encoder that is loaded on first use, because not every process that could encode does."""
 
-    load: Callable[[], VisionTower]
-    loaded: VisionTower | None = None
+    load: Callable[[], VisionEncoder]
+    loaded: VisionEncoder | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def get(self) -> VisionTower:
+    def get(self) -> VisionEncoder:
         with self._lock:
             if self.loaded is None:
                 self.loaded = self.load()
@@ -56,13 +56,13 @@ class LocalEncoder(BatchingEncoder):
     """Encodes images in this process and plans which of their tokens to keep; see `ImageEncoder`.
 
     Args:
-        tower: the vision encoder.
+        vision_encoder: the vision encoder.
         family: defaults of the model family.
         model_name: label of the metrics.
     """
 
-    def __init__(self, tower: LazyTower, family: FamilyDefaults, model_name: str) -> None:
-        self._lazy_tower, self._family, self._model_name = tower, family, model_name
+    def __init__(self, vision_encoder: LazyVisionEncoder, family: FamilyDefaults, model_name: str) -> None:
+        self._lazy, self._family, self._model_name = vision_encoder, family, model_name
         self._on_device = FeatureCache(ON_DEVICE_BYTES)
         super().__init__(
             self._run,
@@ -77,9 +77,9 @@ class LocalEncoder(BatchingEncoder):
 
         Encodings in progress reach only the requests that already wait for them.
         """
-        self._lazy_tower.drop()
+        self._lazy.drop()
         self._count_bytes(0)
-        return LocalEncoder(self._lazy_tower, self._family, self._model_name)
+        return LocalEncoder(self._lazy, self._family, self._model_name)
 
     def forget_images(self) -> None:
         self.cache.clear()
@@ -87,14 +87,14 @@ class LocalEncoder(BatchingEncoder):
         self._count_bytes(0)
 
     @property
-    def tower(self) -> VisionTower:
+    def vision_encoder(self) -> VisionEncoder:
         """The vision encoder; loads it on first use."""
-        return self._lazy_tower.get()
+        return self._lazy.get()
 
     @property
     def num_parameters(self) -> int | None:
-        tower = self._lazy_tower.loaded
-        return None if tower is None else tower.num_parameters
+        vision_encoder = self._lazy.loaded
+        return None if vision_encoder is None else vision_encoder.num_parameters
 
     def warm_up(self, image: PreparedImage) -> None:
         """Load the encoder; plan a blank image, then random features.
@@ -120,12 +120,12 @@ class LocalEncoder(BatchingEncoder):
         self, features: VisualFeatures, policy: PruningPolicy, noun_ids: Sequence[int], key: str | None = None
     ) -> PruningPlan:
         """Plan one image; arguments as of `plan_image`, with the image's N visual tokens."""
-        tower = self.tower
+        vision_encoder = self.vision_encoder
         on_device = None if key is None else self._on_device.get(key)
         if policy.selects and (policy.chosen.runs_on == "device" or isinstance(policy.budget, EnergyBudget)):
-            features = on_device or features.to(tower.device)
+            features = on_device or features.to(vision_encoder.device)
         with cpu_threads(HOST):  # with a GPU, too: most methods run on the CPU
-            text_embeds = tower.token_rows(noun_ids) if noun_ids else None
+            text_embeds = vision_encoder.token_rows(noun_ids) if noun_ids else None
             return plan_tokens(features, policy, text_embeds, family=self._family)
 
     def plan_image(
@@ -141,7 +141,7 @@ class LocalEncoder(BatchingEncoder):
         """What a request needs of a plan of these features."""
         return PlannedImage(
             plan.kept.cpu(),
-            sequence(features, plan).to(HOST, self.tower.dtype),
+            sequence(features, plan).to(HOST, self.vision_encoder.dtype),
             features.num_tokens,
             sequence_length(features),
             plan.energy,
@@ -158,9 +158,9 @@ class LocalEncoder(BatchingEncoder):
             return Energies.of(self._on_device.get(key) or encoded.features)
 
     def _run(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
-        tower = self.tower
-        with cpu_threads(tower.device):
-            return tower.encode(images)
+        vision_encoder = self.vision_encoder
+        with cpu_threads(vision_encoder.device):
+            return vision_encoder.encode(images)
 
     def _count_batch(self, size: int) -> None:
         metrics.ENCODE_BATCH_SIZE.labels(self._model_name).observe(size)
@@ -184,14 +184,14 @@ def _to_host(key: str, features: VisualFeatures, *, on_device: FeatureCache) -> 
 
 
 class cpu_threads:
-    """Within this context, CPU kernels of the calling thread use `envs.tower_threads` threads.
+    """Within this context, CPU kernels of the calling thread use `envs.encoder_threads` threads.
 
     vLLM processes multimodal input with one thread by default, which suits image decoding but not a vision encoder. No
     effect for other devices.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._threads = envs.tower_threads() if device.type == "cpu" else None
+        self._threads = envs.encoder_threads() if device.type == "cpu" else None
 
     def __enter__(self) -> None:
         if self._threads is not None:

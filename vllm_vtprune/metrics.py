@@ -102,8 +102,17 @@ ERRORS = Counter(
 )
 BUILD_INFO = Gauge(
     "vtprune:build_info",
-    "Always 1; the labels name versions, vision encoder and text pipeline.",
-    ["model_name", "version", "vllm_version", "tower_weights", "tower_device", "tower_dtype", "text_pipeline"],
+    "Always 1; the labels name versions, placement, vision encoder and text pipeline.",
+    [
+        "model_name",
+        "version",
+        "vllm_version",
+        "placement",
+        "encoder_weights",
+        "encoder_device",
+        "encoder_dtype",
+        "text_pipeline",
+    ],
     multiprocess_mode="livemax",
 )
 

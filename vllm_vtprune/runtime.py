@@ -14,26 +14,26 @@ from vllm_vtprune.allotment import Energies
 from vllm_vtprune.cache import BoundedTable
 from vllm_vtprune.encoder import Encoded, ImageEncoder
 from vllm_vtprune.features import PreparedImage
-from vllm_vtprune.local_encoder import LazyTower, LocalEncoder
+from vllm_vtprune.local_encoder import LazyVisionEncoder, LocalEncoder
 from vllm_vtprune.policy import FamilyDefaults, PruningPolicy
 from vllm_vtprune.report import ImageReport, RequestReport
-from vllm_vtprune.tower import VisionTower
+from vllm_vtprune.vision_encoder import VisionEncoder
 
 
 class PruningRuntime:
     """Has images encoded and planned, and remembers what was made of them.
 
     Args:
-        load_tower: loads the vision encoder on first use, because vLLM's engine processes also build processors and
+        load_encoder: loads the vision encoder on first use, because vLLM's engine processes also build processors and
             must not load it.
         family: defaults of the model family.
         model_name: label of the metrics.
     """
 
-    def __init__(self, load_tower: Callable[[], VisionTower], family: FamilyDefaults, model_name: str) -> None:
+    def __init__(self, load_encoder: Callable[[], VisionEncoder], family: FamilyDefaults, model_name: str) -> None:
         self.family = family
         self.model_name = model_name
-        self.encoder: ImageEncoder[Any] = LocalEncoder(LazyTower(load_tower), family, model_name)
+        self.encoder: ImageEncoder[Any] = LocalEncoder(LazyVisionEncoder(load_encoder), family, model_name)
         """The encoder of this process, or the client of a shared one."""
         self.clients_write_prompts = False
         """Whether a server's clients write the prompts' options; then only a `PromptPruning` sets the policy."""

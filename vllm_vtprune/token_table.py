@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 INDEX = "model.safetensors.index.json"
 NAMES = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight", "wte.weight")
@@ -56,11 +56,11 @@ class TokenTable:
             dim: width of the table.
 
         Raises:
-            TowerError: the directory holds no floating-point table of that width, or files are missing or damaged.
+            EncoderError: the directory holds no floating-point table of that width, or files are missing or damaged.
         """
         candidates = [(path, name) for name, path in _files_of(directory).items() if name.endswith(NAMES)]
         if not candidates:
-            raise TowerError(f"{directory} holds no embedding table of a language model (…{', …'.join(NAMES)})")
+            raise EncoderError(f"{directory} holds no embedding table of a language model (…{', …'.join(NAMES)})")
         problems = []
         for path, name in candidates:
             table = _slice_of(path, name)
@@ -68,7 +68,7 @@ class TokenTable:
             if len(shape) == 2 and shape[1] == dim and dtype in ("F64", "F32", "F16", "BF16"):
                 return cls(partial(_rows, table), shape[0], dim)
             problems.append(f"{name} is {dtype} of shape {tuple(shape)}")
-        raise TowerError(f"{directory}: {'; '.join(problems)}; expected floating-point numbers of shape (n, {dim})")
+        raise EncoderError(f"{directory}: {'; '.join(problems)}; expected floating-point numbers of shape (n, {dim})")
 
     def rows(self, token_ids: Sequence[int]) -> Tensor:
         """(M, dim) rows of ``token_ids``, in order, on the CPU, in the checkpoint's dtype.
@@ -105,10 +105,10 @@ def _files_of(directory: Path) -> dict[str, Path]:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
             return {name: directory / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TowerError(f"{index} is not a safetensors index: {error!r}") from error
+            raise EncoderError(f"{index} is not a safetensors index: {error!r}") from error
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
-        raise TowerError(f"{directory} holds no *.safetensors, which the token embeddings are read from")
+        raise EncoderError(f"{directory} holds no *.safetensors, which the token embeddings are read from")
     return {name: path for path in paths for name in sorted(_opened(path).keys())}
 
 
@@ -116,11 +116,11 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise TowerError(f"{path} cannot be read as safetensors: {error}") from error
+        raise EncoderError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _slice_of(path: Path, name: str) -> Any:
     try:
         return _opened(path).get_slice(name)
     except SafetensorError as error:
-        raise TowerError(f"{path} does not hold {name!r}, which {INDEX} places there: {error}") from error
+        raise EncoderError(f"{path} does not hold {name!r}, which {INDEX} places there: {error}") from error

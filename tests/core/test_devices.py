@@ -20,7 +20,7 @@ from vllm_vtprune.devices import (
     reserve,
 )
 from vllm_vtprune.footprint import Shape, footprint
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 ONE_GPU = Process("cuda", visible=(0,))
 EIGHT = Process("cuda", visible=tuple(range(8)))
@@ -70,7 +70,7 @@ def test_on_cpus_there_is_one_device() -> None:
     ],
 )
 def test_where_nobody_can_tell_it_is_asked_for(process: Process, problem: str) -> None:
-    with pytest.raises(TowerError, match=f"{problem}.*; set VTPRUNE_DEVICE to cuda:INDEX$"):
+    with pytest.raises(EncoderError, match=f"{problem}.*; set VTPRUNE_DEVICE to cuda:INDEX$"):
         device_for("auto", process)
     assert device_for("cuda:1", process) == "cuda:1"
 
@@ -86,7 +86,7 @@ def test_where_nobody_can_tell_it_is_asked_for(process: Process, problem: str) -
     ],
 )
 def test_a_device_that_vllm_s_code_does_not_run_on_is_refused(asked: str, process: Process, problem: str) -> None:
-    with pytest.raises(TowerError, match=problem):
+    with pytest.raises(EncoderError, match=problem):
         device_for(asked, process)
 
 
@@ -103,7 +103,7 @@ def test_a_device_that_vllm_s_code_does_not_run_on_is_refused(asked: str, proces
     ],
 )
 def test_without_a_gpu_or_the_cpu_build_no_device_will_do(asked: str, process: Process, problem: str) -> None:
-    with pytest.raises(TowerError, match=problem) as error:
+    with pytest.raises(EncoderError, match=problem) as error:
         device_for(asked, process)
     assert "VTPRUNE_DEVICE" not in str(error.value), "no value of it helps"
 
@@ -208,7 +208,7 @@ def test_what_is_given_is_kept_where_it_holds_the_encoders() -> None:
 def test_what_does_not_hold_the_weights_is_refused_with_both_numbers(gib: float, processes: int) -> None:
     least, most = in_gib(processes * LLAVA.least), in_gib(processes * LLAVA.total)
     problem = f"--mm-ipc-gpu-memory-gb={gib:g} does not hold .*; expected {least} or more, and {most} for the largest"
-    with pytest.raises(TowerError, match=problem):
+    with pytest.raises(EncoderError, match=problem):
         reserve(LLAVA, processes=processes, card=80 * GIB, operator_gib=gib)
 
 

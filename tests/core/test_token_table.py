@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_vtprune import token_table
 from vllm_vtprune.token_table import INDEX, TokenTable
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 NAME = "model.language_model.embed_tokens.weight"
 TABLE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -131,7 +131,7 @@ def test_no_table_or_one_that_is_quantised_or_does_not_fit(
     stored: dict[str, Tensor], problem: str, tmp_path: Path
 ) -> None:
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(TowerError) as error:
+    with pytest.raises(EncoderError) as error:
         TokenTable.of_checkpoint(tmp_path, 8)
     assert problem in str(error.value)
     assert str(tmp_path) in str(error.value)
@@ -139,25 +139,25 @@ def test_no_table_or_one_that_is_quantised_or_does_not_fit(
 
 def test_no_safetensors(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(TowerError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(EncoderError, match=r"holds no \*\.safetensors"):
         TokenTable.of_checkpoint(tmp_path, 8)
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "1.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(TowerError, match=r"1\.safetensors cannot be read as safetensors"):
+    with pytest.raises(EncoderError, match=r"1\.safetensors cannot be read as safetensors"):
         TokenTable.of_checkpoint(tmp_path, 8)
     save_file({"a": torch.zeros(1)}, path)
     index(tmp_path, {NAME: "2.safetensors"})
-    with pytest.raises(TowerError, match=r"2\.safetensors cannot be read as safetensors"):
+    with pytest.raises(EncoderError, match=r"2\.safetensors cannot be read as safetensors"):
         TokenTable.of_checkpoint(tmp_path, 8)
     index(tmp_path, {NAME: "1.safetensors"})
-    with pytest.raises(TowerError, match=rf"1\.safetensors does not hold '{NAME}'"):
+    with pytest.raises(EncoderError, match=rf"1\.safetensors does not hold '{NAME}'"):
         TokenTable.of_checkpoint(tmp_path, 8)
     for text in ("{", "{}", "[]", '{"weight_map": [1]}'):
         (tmp_path / INDEX).write_text(text)
-        with pytest.raises(TowerError, match="is not a safetensors index"):
+        with pytest.raises(EncoderError, match="is not a safetensors index"):
             TokenTable.of_checkpoint(tmp_path, 8)
 
 

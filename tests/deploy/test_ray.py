@@ -208,7 +208,7 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
         assert asked_for() - there == NOT_UNDER_RAY
         (inactive,) = [rule["expr"] for rule in rules() if rule.get("alert") == "VtpruneInactive"]
         assert prometheus.get("query", query=inactive)["result"] == []
-        unpruned = inactive.replace('tower_weights!="none"', 'tower_weights="none"')
+        unpruned = inactive.replace('placement!="none"', 'placement="none"')
         assert prometheus.get("query", query=unpruned)["result"] != [], (
             "would not be raised either where nothing is pruned"
         )

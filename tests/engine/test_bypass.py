@@ -20,7 +20,7 @@ QUESTION = ask_about("Where is the bus?")
 def test_keeping_every_token_is_the_unpruned_answer(cached: Engine, budget: dict[str, Any]) -> None:
     for image in sample_images(5, stamp=str(budget["keep"])):
         answer = cached.ask(Ask(QUESTION, [image], {"budget": budget}))
-        unpruned = cached.ask(Ask(QUESTION, [image]))  # from the engine's own tower
+        unpruned = cached.ask(Ask(QUESTION, [image]))  # from the engine's own vision encoder
         assert answer.images is not None
         assert [(report.kept_tokens, report.bypass_reason) for report in answer.images] == [
             (576, "budget_not_below_tokens")

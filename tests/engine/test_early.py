@@ -47,7 +47,7 @@ def early(engine: Engine, *images: ImageJob) -> EarlyEncoding:
 
 
 class Gate:
-    """Holds the tower back while the test prepares something."""
+    """Holds the vision encoder back while the test prepares something."""
 
     def __init__(self) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
@@ -56,14 +56,14 @@ class Gate:
 @pytest.fixture
 def gate(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
-    encode = cached.runtime.local.tower.encode
+    encode = cached.runtime.local.vision_encoder.encode
 
     def gated(images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         gate.entered.set()
         assert gate.opened.wait(LIMIT)
         return encode(images)
 
-    monkeypatch.setattr(cached.runtime.local.tower, "encode", gated)
+    monkeypatch.setattr(cached.runtime.local.vision_encoder, "encode", gated)
     yield gate
     gate.opened.set()
 
@@ -166,14 +166,14 @@ def test_what_has_not_begun_when_the_client_leaves_is_dropped(cached: Engine, ga
 
 def test_an_error_of_the_encoder_is_that_request_s_alone(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     bad, good = sample_images(2, stamp="an error")
-    encode = cached.runtime.local.tower.encode
+    encode = cached.runtime.local.vision_encoder.encode
 
     def failing(images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(cached.runtime.local.tower, "encode", failing)
+    monkeypatch.setattr(cached.runtime.local.vision_encoder, "encode", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         cached.ask(Ask(ask_about(QUESTION), [bad], TOKENS))
-    monkeypatch.setattr(cached.runtime.local.tower, "encode", encode)
+    monkeypatch.setattr(cached.runtime.local.vision_encoder, "encode", encode)
     for image in (good, bad):
         assert cached.ask(Ask(ask_about(QUESTION), [image], TOKENS)).token_ids

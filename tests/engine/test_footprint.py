@@ -77,12 +77,12 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
     images = [preprocess(processor, Image.new("RGB", (672, 672), "gray")) for _ in range(count)]
-    tower = processor.runtime.local.tower
+    encoder = processor.runtime.local.vision_encoder
     with Held() as held:
-        features = tower.encode(images)
+        features = encoder.encode(images)
     need = footprint_of(model_config, processor.family, features[0].num_tokens)
     layer = need.weights / DEPTH
-    assert tower.nbytes <= need.weights <= tower.nbytes + layer, "of LLaVA, the last layer is not used"
+    assert encoder.nbytes <= need.weights <= encoder.nbytes + layer, "of LLaVA, the last layer is not used"
     assert held.most <= need.encoding, "for fewer images than may be encoded together"
     alone = need.encoding * sum(image.layout.patches for image in images) / 16_384
     assert alone <= 2 * held.most

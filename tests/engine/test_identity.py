@@ -80,7 +80,7 @@ def counts(result: Any) -> list[int]:
 @pytest.fixture
 def noisy(processor: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A processor whose encoder never gives the same features twice, far beyond what rounding does."""
-    encode = processor.runtime.local.tower.encode
+    encode = processor.runtime.local.vision_encoder.encode
     noise = torch.Generator().manual_seed(0)
 
     def encode_otherwise(images: Sequence[PreparedImage]) -> list[VisualFeatures]:
@@ -92,7 +92,7 @@ def noisy(processor: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             for features in encode(images)
         ]
 
-    monkeypatch.setattr(processor.runtime.local.tower, "encode", encode_otherwise)
+    monkeypatch.setattr(processor.runtime.local.vision_encoder, "encode", encode_otherwise)
     monkeypatch.setattr(processor.runtime.local, "cache", FeatureCache(0))
     return processor
 

@@ -94,7 +94,7 @@ def test_each_token_stands_where_it_does_unpruned(
     left.append(torch.arange(read, len(whole["prompt_token_ids"])))
 
     ids, places = pruned["prompt_token_ids"], pruned["mm_placeholders"]["image"]
-    model = processor.runtime.local.tower._model
+    model = processor.runtime.local.vision_encoder._model
     for on_cpu in (False, True):  # alone, as the engine has an image that it does not encode
         fields = [
             type(item)({name: field for name, field in item.items() if field.field.keep_on_cpu or not on_cpu})

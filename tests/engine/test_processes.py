@@ -13,16 +13,16 @@ from vllm_vtprune.plugin.compat import refuse_unsupported
 
 pytestmark = pytest.mark.engine
 
-TOWER = "vllm_vtprune.plugin.vision"
+VISION = "vllm_vtprune.plugin.vision"
 PLUGIN = "vllm_vtprune.plugin.families.llava"
 
 
-def test_the_engines_processes_never_load_the_tower(cached: Engine) -> None:
+def test_the_engines_processes_never_load_the_encoder(cached: Engine) -> None:
     for image in sample_images(2, stamp="processes"):
         cached.ask(Ask(ask_about("What is it?"), [image], {"budget": {"type": "tokens", "keep": 32}}))
     frontend = state()
-    assert frontend["towers"] >= 1
-    assert TOWER in frontend["modules"]
+    assert frontend["vision_encoders"] >= 1
+    assert VISION in frontend["modules"]
 
     (core,) = cached.llm.collective_rpc("engine_core_state")
     (worker,) = cached.llm.collective_rpc("worker_state")
@@ -30,8 +30,8 @@ def test_the_engines_processes_never_load_the_tower(cached: Engine) -> None:
     assert worker["model_class"] == f"{PLUGIN}.PrunedLlavaForConditionalGeneration"
     for process in (core, worker):
         assert PLUGIN in process["modules"]
-        assert TOWER not in process["modules"]
-        assert process["towers"] == 0
+        assert VISION not in process["modules"]
+        assert process["vision_encoders"] == 0
 
 
 def test_profiling_measures_the_stock_encoder(cached: Engine) -> None:

@@ -31,9 +31,9 @@ def test_off_is_stock(runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("moment", ["started", "served"])
-def test_off_never_loads_the_tower(moment: str, runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_off_never_load_the_encoder(moment: str, runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
     frontend = runs[0][moment]
     assert "vllm_vtprune.plugin.families.llava" in frontend["modules"]
     assert "vllm_vtprune.plugin.vision" not in frontend["modules"]
     assert frontend["runtimes"] >= 1
-    assert frontend["towers"] == 0
+    assert frontend["vision_encoders"] == 0

@@ -73,9 +73,9 @@ def test_methods_and_budgets_over_shapes(policy: Any, checker: Checker) -> None:
         checker.ask(ASKED, [Shown(f"methods-{aspect}", picture(number, aspect), policy)])
 
 
-def test_the_tower_is_loaded_here(checker: Checker) -> None:
-    assert state()["towers"] >= 1
-    assert checker.engine.runtime.local.tower.weights == "checkpoint"
+def test_the_encoder_is_loaded_here(checker: Checker) -> None:
+    assert state()["vision_encoders"] >= 1
+    assert checker.engine.runtime.local.vision_encoder.weights == "checkpoint"
 
 
 @pytest.mark.parametrize("family", [INTERNVL], indirect=True, scope="module")

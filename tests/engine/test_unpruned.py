@@ -1,4 +1,4 @@
-"""A model of an architecture that we prune, with an encoder for which there is no tower: the report says why not."""
+"""A model of an architecture that we prune, with a vision encoder that we cannot load: the report says why not."""
 
 import json
 from pathlib import Path

@@ -105,7 +105,7 @@ def test_a_model_that_cannot_be_pruned_is_served_with_the_reason(tmp_path: Path,
         refused = server.post({"messages": [user("Why?", url_of(picture))], "pruning": {"method": "no such"}})
         assert refused.status_code == 400
         information = server.get("/v1/pruning").json()
-        assert information["tower"] is None
+        assert information["vision_encoder"] is None
         assert not any(method["available"] for method in information["methods"])
         assert "served UNPRUNED" in server.log.read_text()
 
@@ -134,7 +134,8 @@ def test_a_foreign_model_is_served_unpruned(foreign: Path, tmp_path: Path) -> No
         assert text["pruning"]["images"] == []
         refused = server.post({"messages": [message], "pruning": {"method": "no such"}})
         assert refused.status_code == 400
-        assert server.get("/v1/pruning").json()["tower"] is None
+        assert server.get("/v1/pruning").json()["vision_encoder"] is None
+        assert server.metrics()["vtprune:build_info|placement=none"] == 1
         log = server.log.read_text()
         assert "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned yet: it is served" in log
         assert "is served UNPRUNED" in log

@@ -79,11 +79,11 @@ def test_a_model_that_is_named_like_an_alias_is_listed_once_and_is_what_it_says(
 def test_it_tells_what_runs(server: Server) -> None:
     server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=by_energy(64))  # loads the encoder
     information = server.get("/v1/pruning").json()
-    tower = information["tower"]
-    assert (tower["weights"], tower["dtype"]) == ("checkpoint", "float32")
-    assert tower["device"].startswith(("cpu", "cuda"))
-    assert tower["parameters"] > 0
-    assert tower["shared"] is False, "there is one API process"
+    vision_encoder = information["vision_encoder"]
+    assert (vision_encoder["weights"], vision_encoder["dtype"]) == ("checkpoint", "float32")
+    assert vision_encoder["device"].startswith(("cpu", "cuda"))
+    assert vision_encoder["parameters"] > 0
+    assert vision_encoder["shared"] is False, "there is one API process"
     assert information["text_pipeline"] == text_pipeline_name()
     versions = {"vllm_vtprune": __version__} | {name: version(name) for name in ("torch", "transformers")}
     assert versions.items() <= information["versions"].items()
@@ -94,9 +94,9 @@ def test_the_first_request_that_prunes_loads_the_encoder() -> None:
     with endpoint(tiny_checkpoint()) as served:
 
         def parameters() -> int | None:
-            tower = served.client.get("/v1/pruning").json()["tower"]
-            assert (tower["weights"], tower["dtype"]) == ("checkpoint", "bfloat16")
-            loaded: int | None = tower["parameters"]
+            vision_encoder = served.client.get("/v1/pruning").json()["vision_encoder"]
+            assert (vision_encoder["weights"], vision_encoder["dtype"]) == ("checkpoint", "bfloat16")
+            loaded: int | None = vision_encoder["parameters"]
             return loaded
 
         messages = [user("Where?", fresh_url())]
@@ -148,7 +148,7 @@ def test_an_engine_that_selects_alone() -> None:
         patch.setenv("VTPRUNE_PLACEMENT", "engine")
         with endpoint(tiny_checkpoint()) as served:
             information = served.client.get("/v1/pruning").json()
-            assert (information["placement"], information["tower"]) == ("engine", None)
+            assert (information["placement"], information["vision_encoder"]) == ("engine", None)
             messages = [user("Where?", fresh_url())]
             [image] = served.post({"messages": messages}).json()["pruning"]["images"]
             assert (image["kept_tokens"], image["placement"]) == (8, "engine")
@@ -167,7 +167,7 @@ def test_its_schema_is_typed(server: Server) -> None:
     document = server.get("/openapi.json").json()
     answer = document["paths"]["/v1/pruning"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert answer == {"$ref": "#/components/schemas/PruningInformation"}
-    assert {"Method", "Tower", "Versions"} <= set(document["components"]["schemas"])
+    assert {"Method", "VisionEncoder", "Versions"} <= set(document["components"]["schemas"])
 
 
 def test_a_ready_server_says_what_it_serves_and_how_to_ask(server: Server) -> None:

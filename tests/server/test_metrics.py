@@ -216,9 +216,10 @@ def test_one_gauge_says_what_runs(server: Server) -> None:
         f'version="{__version__}"',
         'vllm_version="0.32',
         f'text_pipeline="{text_pipeline_name()}"',
-        'tower_dtype="float32"',
-        'tower_device="',
-        'tower_weights="checkpoint"',
+        'encoder_dtype="float32"',
+        'encoder_device="',
+        'placement="auto"',
+        'encoder_weights="checkpoint"',
     ):
         assert label in line
 

@@ -10,7 +10,7 @@ from starlette.datastructures import State
 from vllm_vtprune.plugin.families.llava import PrunedLlavaProcessor
 from vllm_vtprune_server.plugin import ServerPlugin
 
-PRUNED = object.__new__(PrunedLlavaProcessor)  # without the tower that the test would have to load
+PRUNED = object.__new__(PrunedLlavaProcessor)  # without the vision encoder that the test would have to load
 
 
 @pytest.mark.parametrize(

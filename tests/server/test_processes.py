@@ -40,7 +40,7 @@ from vllm_vtprune_server.supervisor import BEAT, PATIENCE
 pytestmark = [pytest.mark.engine, pytest.mark.verify]  # test_shared_encoder.py has the parts in one process
 
 NOUNS = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
-TOWER_LOADED = "Vision encoder loaded"
+ENCODER_LOADED = "Vision encoder loaded"
 AT_ONCE = 30  # seconds
 RESTARTED_WITHIN = 120
 STOPPED_WITHIN = 60
@@ -80,25 +80,25 @@ def processes_of(server: Server) -> list[psutil.Process]:
     return family(root.pid)
 
 
-def processes_that_loaded_a_tower(server: Server) -> list[str]:
+def processes_that_loaded_an_encoder(server: Server) -> list[str]:
     """As their lines in the log begin: role and process id."""
-    lines = [line for line in server.log.read_text(errors="replace").splitlines() if TOWER_LOADED in line]
+    lines = [line for line in server.log.read_text(errors="replace").splitlines() if ENCODER_LOADED in line]
     return [line[: line.index(")")].lstrip("(") for line in lines]
 
 
-def test_only_the_api_process_loads_the_tower(server: Server) -> None:
+def test_only_the_api_process_load_the_encoder(server: Server) -> None:
     server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=by_energy(64))
-    [process] = processes_that_loaded_a_tower(server)
+    [process] = processes_that_loaded_an_encoder(server)
     assert re.fullmatch(r"APIServer pid=\d+", process)
 
 
 def test_one_encoder_process_loads_it_and_neither_api_process_nor_engine_does(two_processes: Server) -> None:
-    [process] = processes_that_loaded_a_tower(two_processes)
+    [process] = processes_that_loaded_an_encoder(two_processes)
     assert re.fullmatch(r"Encoder pid=\d+", process)
     for _ in NOUNS:  # either API process answers some
-        tower = two_processes.get("/v1/pruning").json()["tower"]
-        assert (tower["device"], tower["shared"]) == ("cpu", True)
-        assert tower["parameters"] > 0
+        vision_encoder = two_processes.get("/v1/pruning").json()["vision_encoder"]
+        assert (vision_encoder["device"], vision_encoder["shared"]) == ("cpu", True)
+        assert vision_encoder["parameters"] > 0
 
 
 @pytest.mark.parametrize("policy", [by_energy(64), {"method": "prumerge", "budget": {"type": "method"}}])

@@ -22,7 +22,7 @@ from vllm_vtprune.plugin.compat import counts_must_be_fixed
 from vllm_vtprune.plugin.families.llava import WITH_CLIP
 from vllm_vtprune.plugin.register import register
 from vllm_vtprune.policy import PolicyError
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 from vllm_vtprune_checkpoints import embedded_checkpoint
 from vllm_vtprune_server import memory
 from vllm_vtprune_server.policies import Policies
@@ -301,7 +301,7 @@ def test_an_api_process_encodes_beside_its_engine(parallel: dict[str, Any], devi
 def test_of_a_processor_of_llm_nothing_is_known_but_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_for("auto", gpu.process_of(None)) == "cuda:0"
     monkeypatch.setenv("VLLM_DP_RANK_LOCAL", "1")
-    with pytest.raises(TowerError, match="the GPU of data-parallel rank 1 is unknown here"):
+    with pytest.raises(EncoderError, match="the GPU of data-parallel rank 1 is unknown here"):
         device_for("auto", gpu.process_of(None))
 
 
@@ -335,18 +335,18 @@ def test_torch_takes_no_more_than_was_reserved(
     assert (f"--mm-ipc-gpu-memory-gb={reserved:g}" in caplog.text) is warned
 
 
-def test_one_line_says_where_the_tower_is_and_how_large(
+def test_one_line_says_where_the_encoder_is_and_how_large(
     model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="vllm.vtprune"):
-        tower = vision.load(WITH_CLIP, model_config, largest=576, place=gpu.place_of(None))
+        vision_encoder = vision.load(WITH_CLIP, model_config, largest=576, place=gpu.place_of(None))
     [line] = {
         message for message in caplog.messages if "ision encoder" in message
     }  # other tests may have it caught twice
-    assert line.endswith(f", {tower.nbytes / 2**20:.0f} MiB on cpu")
+    assert line.endswith(f", {vision_encoder.nbytes / 2**20:.0f} MiB on cpu")
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda")
-    with pytest.raises(TowerError, match="encodes images on the CPU, not on cuda; set VTPRUNE_DEVICE to auto"):
+    with pytest.raises(EncoderError, match="encodes images on the CPU, not on cuda; set VTPRUNE_DEVICE to auto"):
         gpu.place_of(None)
 
 

@@ -167,7 +167,7 @@ class Engine:
         )
 
     def encodings(self) -> int:
-        """Images that the tower of this engine's frontend has encoded so far, by its metrics."""
+        """Images that the vision encoder of this engine's frontend has encoded so far, by its metrics."""
         sample = {"model_name": self.runtime.model_name}
         return int(REGISTRY.get_sample_value("vtprune:feature_cache_misses_total", sample) or 0)
 

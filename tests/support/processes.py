@@ -9,7 +9,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 
 def state(model: object = None) -> dict[str, Any]:
-    """What this process holds of the package: its modules, and how many runtimes and loaded towers there are."""
+    """What this process holds of the package: its modules, runtimes and loaded vision encoders."""
     runtime_class = getattr(sys.modules.get("vllm_vtprune.runtime"), "PruningRuntime", None)
     gc.unfreeze()  # an engine in this process has hidden what it found when it started
     runtimes = [instance for instance in gc.get_objects() if type(instance) is runtime_class]
@@ -17,7 +17,7 @@ def state(model: object = None) -> dict[str, Any]:
         "pid": os.getpid(),
         "modules": sorted(name for name in sys.modules if name.startswith("vllm_vtprune.")),
         "runtimes": len(runtimes),
-        "towers": sum(runtime.encoder.num_parameters is not None for runtime in runtimes),
+        "vision_encoders": sum(runtime.encoder.num_parameters is not None for runtime in runtimes),
         "model_class": None if model is None else f"{type(model).__module__}.{type(model).__name__}",
     }
 

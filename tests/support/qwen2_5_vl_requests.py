@@ -1,6 +1,6 @@
 """Requests as they reach a model runner of vLLM, without an engine: items of the real processor, a model of our class.
 
-Neither the vision tower nor the language model is there: only positions can be asked for.
+Neither the vision encoder nor the language model is there: only positions can be asked for.
 """
 
 from collections.abc import Sequence

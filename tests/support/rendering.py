@@ -29,7 +29,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_vtprune.plugin.placement import role_of
 from vllm_vtprune.plugin.processor import PruningProcessor
-from vllm_vtprune.plugin.unpruned import runtime_without_tower
+from vllm_vtprune.plugin.unpruned import runtime_without_encoder
 from vllm_vtprune_server import media
 from vllm_vtprune_server.aliases import AliasedModels
 from vllm_vtprune_server.outcome import OutcomeMiddleware
@@ -116,7 +116,7 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
     renderer = PruningRenderer.take_over(
         online_renderer,
         processor=processor if isinstance(processor, PruningProcessor) else None,
-        runtime=processor.runtime if hasattr(processor, "runtime") else runtime_without_tower(engine.model_config),
+        runtime=processor.runtime if hasattr(processor, "runtime") else runtime_without_encoder(engine.model_config),
         policies=policies,
     )
     renderer.role = role

@@ -24,7 +24,7 @@ from vllm_vtprune.features import PreparedImage
 from vllm_vtprune.plugin import messages
 from vllm_vtprune.plugin.channel import Channel
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 logger = init_logger("vllm.vtprune")
 
@@ -80,12 +80,12 @@ class EncoderClient:
         """Wait for the encoder process to start.
 
         Raises:
-            TowerError: it ended instead.
+            EncoderError: it ended instead.
         """
         deadline = time.monotonic() + START_TIMEOUT
         while not self._connect():
             if not self._path.parent.exists() or time.monotonic() > deadline:
-                raise TowerError("the vision encoder process did not start; see its last log lines above")
+                raise EncoderError("the vision encoder process did not start; see its last log lines above")
             time.sleep(POLL)
 
     def find(self, key: str) -> Future[Encoded[Ticket]] | None:

@@ -28,7 +28,7 @@ from vllm_vtprune.footprint import Shape, footprint
 from vllm_vtprune.local_encoder import ENCODE_BATCH, ON_DEVICE_BYTES
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 logger = init_logger("vllm.vtprune")
 
@@ -96,7 +96,7 @@ def place_of(engine: VllmConfig | None) -> EncoderPlace:
         engine: the engine's config; None in `vllm.LLM`.
 
     Raises:
-        TowerError: see `device_for`.
+        EncoderError: see `device_for`.
     """
     process = process_of(engine)
     count = 1 if engine is None else compat.api_process(engine.parallel_config)[1]
@@ -120,7 +120,7 @@ def limit_memory(place: EncoderPlace, need: Footprint, reserved: float) -> None:
     card = torch.cuda.get_device_properties(device).total_memory
     try:
         warning = reserve(need, processes=place.processes, card=card, operator_gib=reserved).warning
-    except TowerError as error:
+    except EncoderError as error:
         warning = str(error)
     if warning:
         logger.warning(warning)

@@ -82,7 +82,7 @@ class TokenSelector:
         config: vLLM's config of the model.
 
     Raises:
-        TowerError: an instance that only encodes, and the checkpoint holds no input embeddings.
+        EncoderError: an instance that only encodes, and the checkpoint holds no input embeddings.
     """
 
     def __init__(self, model: nn.Module, family: Family, config: ModelConfig) -> None:

@@ -15,9 +15,9 @@ from vllm_vtprune.allotment import Energies
 from vllm_vtprune.encoder import PlannedImage
 from vllm_vtprune.options import shown
 from vllm_vtprune.policy import PolicyError
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
-ERRORS: dict[str, type[Exception]] = {"tower": TowerError, "value": ValueError, "type": TypeError}
+ERRORS: dict[str, type[Exception]] = {"encoder": EncoderError, "value": ValueError, "type": TypeError}
 """Errors that keep their type; others become a RuntimeError."""
 
 

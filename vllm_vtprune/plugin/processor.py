@@ -56,7 +56,7 @@ from vllm_vtprune.plugin.weights import EngineWeights
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.report import Placement, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
-from vllm_vtprune.tower import VisionTower
+from vllm_vtprune.vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
     from vllm_vtprune.plugin.vision import EncoderFacts
@@ -101,7 +101,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
                 "or as --pruning-default of `vtprune serve`"
             )
         self.weights = EngineWeights(self.model_config.model)
-        self.runtime = PruningRuntime(self._load_tower, self.family, compat.model_name(self.model_config))
+        self.runtime = PruningRuntime(self._load_encoder, self.family, compat.model_name(self.model_config))
 
     @classmethod
     def family_of(cls, config: Any) -> Family:
@@ -124,7 +124,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """Whether this process selects the tokens of an image whose policy selects tokens."""
         return image.sent_plan is None and self.place(image.policy, return_kept=image.return_kept)[0] == "api"
 
-    def _load_tower(self) -> VisionTower:
+    def _load_encoder(self) -> VisionEncoder:
         from vllm_vtprune.plugin import vision  # not needed in engine processes
 
         config = copy(self.model_config)
@@ -138,7 +138,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """Facts about this API process's encoder that need no loading.
 
         Raises:
-            TowerError: there is no device for it.
+            EncoderError: there is no device for it.
         """
         from vllm_vtprune.plugin import vision
 

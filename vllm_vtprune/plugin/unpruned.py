@@ -15,7 +15,7 @@ from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY, PromptPruning, 
 from vllm_vtprune.policy import FamilyDefaults
 from vllm_vtprune.report import RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
-from vllm_vtprune.tower import TowerError, VisionTower
+from vllm_vtprune.vision_encoder import EncoderError, VisionEncoder
 
 
 class UnprunedProcessor(BaseMultiModalProcessor[Any]):
@@ -23,7 +23,7 @@ class UnprunedProcessor(BaseMultiModalProcessor[Any]):
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
-        self.runtime = runtime_without_tower(info.ctx.model_config)
+        self.runtime = runtime_without_encoder(info.ctx.model_config)
 
     @rejects_bad_input
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
@@ -45,10 +45,10 @@ def unpruned(processor: Any, info: Any, dummy_inputs: Any) -> Any:
     return type(f"Unpruned{stock.__name__}", (UnprunedProcessor, stock), {})(info, dummy_inputs)
 
 
-def runtime_without_tower(model_config: ModelConfig) -> PruningRuntime:
+def runtime_without_encoder(model_config: ModelConfig) -> PruningRuntime:
     """The runtime of a model that cannot be pruned; it only counts requests."""
 
-    def refuse() -> VisionTower:
-        raise TowerError(f"{model_config.model}: the model cannot be pruned, so it has no vision encoder to load")
+    def refuse() -> VisionEncoder:
+        raise EncoderError(f"{model_config.model}: the model cannot be pruned, so it has no vision encoder to load")
 
     return PruningRuntime(refuse, FamilyDefaults(clip_alpha=0, provides=frozenset()), compat.model_name(model_config))

@@ -47,7 +47,7 @@ from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
 from vllm_vtprune.plugin.reading import FeatureReader, batches
-from vllm_vtprune.tower import TowerError, VisionTower, Weights
+from vllm_vtprune.vision_encoder import EncoderError, VisionEncoder, Weights
 
 logger = init_logger("vllm.vtprune")
 
@@ -57,7 +57,7 @@ class EncoderFacts:
     """Facts about an encoder that need no loading.
 
     Attributes:
-        weights: see `VisionTower.weights`.
+        weights: see `VisionEncoder.weights`.
         device: device on which this process encodes.
         dtype: dtype of the features.
     """
@@ -75,7 +75,7 @@ class EncoderFacts:
             engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
 
         Raises:
-            TowerError: the device is not on vLLM's platform or unknown.
+            EncoderError: the device is not on vLLM's platform or unknown.
         """
         weights: Weights = "dummy" if envs.load_format() == "dummy" else "checkpoint"
         return cls(weights, torch.device(device_for(envs.device(), process_of(engine))), model_config.dtype)
@@ -108,7 +108,7 @@ def build(model_config: ModelConfig, device: torch.device) -> BuiltModel:
         device: device on vLLM's platform.
 
     Raises:
-        TowerError: weights are missing or do not fit, or this process is one of several that share a model.
+        EncoderError: weights are missing or do not fit, or this process is one of several that share a model.
     """
     if device.type == "cpu":
         loading.report_cpu_memory()
@@ -161,14 +161,14 @@ def _read_weights(model: Any, config: VllmConfig) -> None:
         get_model_loader(config.load_config).load_weights(model, config.model_config)
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise TowerError(
+        raise EncoderError(
             f"{config.model_config.model}: cannot load the vision encoder: {reason} (last weight read: {last_name})"
         ) from error
     finally:
         del model.load_weights
     missing = [name for name, weights in model.named_parameters() if check_missing and weights.isnan().any()]
     if missing:
-        raise TowerError(
+        raise EncoderError(
             f"{config.model_config.model}: cannot load the vision encoder: {len(missing)} tensors are missing, "
             f"incomplete or NaN: {', '.join(missing[:5])}"
         )
@@ -226,7 +226,7 @@ def _init_single_process_group() -> None:
             init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
     if get_tensor_model_parallel_world_size() > 1:
-        raise TowerError("this process holds only a tensor-parallel part of the model; expected an API process")
+        raise EncoderError("this process holds only a tensor-parallel part of the model; expected an API process")
 
 
 def load(family: Family, model_config: ModelConfig, *, largest: int, place: EncoderPlace) -> Encoder:
@@ -239,7 +239,7 @@ def load(family: Family, model_config: ModelConfig, *, largest: int, place: Enco
         place: where this process encodes.
 
     Raises:
-        TowerError: weights are missing or do not fit.
+        EncoderError: weights are missing or do not fit.
     """
     device = torch.device(place.device)
     if device.type == "cuda":
@@ -253,7 +253,7 @@ def load(family: Family, model_config: ModelConfig, *, largest: int, place: Enco
     return encoder
 
 
-class Encoder(VisionTower):
+class Encoder(VisionEncoder):
     """A vLLM model's vision encoder, read by a `FeatureReader`.
 
     Args:
@@ -262,7 +262,7 @@ class Encoder(VisionTower):
         device: see `build`.
 
     Raises:
-        TowerError: see `build`; or the checkpoint holds no input embeddings of the language model.
+        EncoderError: see `build`; or the checkpoint holds no input embeddings of the language model.
     """
 
     def __init__(self, family: Family, model_config: ModelConfig, device: torch.device) -> None:

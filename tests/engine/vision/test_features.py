@@ -51,7 +51,7 @@ from vllm_vtprune.sequence import sequence, sequence_length
 
 @pytest.fixture(scope="module")
 def encoder(processor: Any) -> Any:
-    return processor.runtime.local.tower
+    return processor.runtime.local.vision_encoder
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +282,9 @@ def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path) -> None:
     row, model = clip(deepest - 1), loaded(directory)
     processor = MULTIMODAL_REGISTRY.create_processor(config_of(directory))
     images = [preprocess(processor, picture) for picture in PICTURES]
-    encoded, references = processor.runtime.local.tower.encode(images), references_of(model, row, directory, images)
+    encoder = processor.runtime.local.vision_encoder
+    encoded, references = encoder.encode(images), references_of(model, row, directory, images)
     test_what_the_language_model_reads(encoded, references, model)
     test_what_feeds_the_connector_belongs_to_its_token(encoded, references, images)
     test_attention_and_keys(encoded, references, row, processor)
-    test_the_vision_encoder_is_all_that_is_held(processor.runtime.local.tower, model, row, directory)
+    test_the_vision_encoder_is_all_that_is_held(encoder, model, row, directory)

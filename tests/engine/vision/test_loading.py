@@ -21,7 +21,7 @@ from tests.engine.vision.references import (
 )
 from tests.support.samples import fifth
 from vllm_vtprune.plugin.image import preprocess
-from vllm_vtprune.tower import TowerError
+from vllm_vtprune.vision_encoder import EncoderError
 
 
 @pytest.mark.parametrize("family", fifth(ROWS), indirect=True, scope="module")
@@ -57,10 +57,10 @@ def test_a_tensor_that_is_missing_or_does_not_fit(row: Row, checkpoint: Path) ->
     connector = row.file_name
     name = next(name for name in load_file(checkpoint / "model.safetensors") if f"{connector}." in name)
     _, without = changed(checkpoint, name, lambda _: None)
-    with pytest.raises(TowerError, match=f"{connector}.*{name.rsplit(connector)[1]}"):
+    with pytest.raises(EncoderError, match=f"{connector}.*{name.rsplit(connector)[1]}"):
         encoder_of(without)
     _, other = changed(checkpoint, name, lambda weights: weights[:-1])
-    with pytest.raises(TowerError, match=name):
+    with pytest.raises(EncoderError, match=name):
         encoder_of(other)
 
 
@@ -69,17 +69,17 @@ def test_a_part_of_the_attention_that_is_missing(checkpoint: Path) -> None:
     stored = [name for name in load_file(checkpoint / "model.safetensors") if "vis" in name]
     name = next(name for name in stored if name.endswith(("k_proj.weight", "k_proj.linear.weight", "qkv.weight")))
     _, without = changed(checkpoint, name, lambda _: None)
-    with pytest.raises(TowerError, match=re.split("k_proj|qkv", name.removeprefix("model."))[0]):
+    with pytest.raises(EncoderError, match=re.split("k_proj|qkv", name.removeprefix("model."))[0]):
         encoder_of(without)
 
 
 def test_another_device_than_vllm_s_is_refused(model_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda:0")
-    with pytest.raises(TowerError, match=r"on the CPU, not on cuda:0; set VTPRUNE_DEVICE to auto"):
-        _ = MULTIMODAL_REGISTRY.create_processor(model_config).runtime.local.tower
+    with pytest.raises(EncoderError, match=r"on the CPU, not on cuda:0; set VTPRUNE_DEVICE to auto"):
+        _ = MULTIMODAL_REGISTRY.create_processor(model_config).runtime.local.vision_encoder
 
 
 def test_several_layers_side_by_side_in_llava(tmp_path: Path) -> None:
     """vLLM's class does not have them: it reads one layer, for which the connector of the checkpoint is too wide."""
-    with pytest.raises(TowerError, match=r"multi_modal_projector\.linear_1\.weight"):
+    with pytest.raises(EncoderError, match=r"multi_modal_projector\.linear_1\.weight"):
         encoder_of(write("llava", tmp_path, feature_layer=[-3, -2]))

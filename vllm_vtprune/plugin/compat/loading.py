@@ -74,7 +74,7 @@ def token_table(model_config: ModelConfig) -> TokenTable:
     """The input embeddings of a model's language model, from its checkpoint; random with the load format dummy.
 
     Raises:
-        TowerError: the checkpoint holds no such table.
+        EncoderError: the checkpoint holds no such table.
     """
     text = model_config.hf_text_config
     if envs.load_format() == "dummy":

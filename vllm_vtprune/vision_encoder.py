@@ -13,11 +13,11 @@ from vllm_vtprune.features import PreparedImage, VisualFeatures
 Weights = Literal["checkpoint", "dummy"]
 
 
-class TowerError(RuntimeError):
+class EncoderError(RuntimeError):
     """The vision encoder cannot be loaded: unsupported model or device, incomplete or mismatched files."""
 
 
-class VisionTower(Protocol):
+class VisionEncoder(Protocol):
     """A model's vision encoder and projector, in the API process. Thread-safe.
 
     Attributes:
