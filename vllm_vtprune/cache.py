@@ -34,6 +34,11 @@ class BoundedTable(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def capacity(self) -> int:
+        """Upper bound of the total size."""
+        return int(self._entries.maxsize)
+
     def __iter__(self) -> Iterator[K]:
         with self._lock:
             return iter(list(self._entries))

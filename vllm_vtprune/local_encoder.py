@@ -59,14 +59,21 @@ class LocalEncoder(BatchingEncoder):
         vision_encoder: the vision encoder.
         family: defaults of the model family.
         model_name: label of the metrics.
+        cache_bytes: capacity of the feature cache; None: that of `envs.feature_cache_gb`.
     """
 
-    def __init__(self, vision_encoder: LazyVisionEncoder, family: FamilyDefaults, model_name: str) -> None:
+    def __init__(
+        self,
+        vision_encoder: LazyVisionEncoder,
+        family: FamilyDefaults,
+        model_name: str,
+        cache_bytes: int | None = None,
+    ) -> None:
         self._lazy, self._family, self._model_name = vision_encoder, family, model_name
         self._on_device = FeatureCache(ON_DEVICE_BYTES)
         super().__init__(
             self._run,
-            FeatureCache(int(envs.feature_cache_gb() * 1024**3)),
+            FeatureCache(int(envs.feature_cache_gb() * 1024**3) if cache_bytes is None else cache_bytes),
             to_cache=partial(_to_host, on_device=self._on_device),
             max_batch=ENCODE_BATCH,
             on_batch=self._count_batch,
@@ -79,7 +86,7 @@ class LocalEncoder(BatchingEncoder):
         """
         self._lazy.drop()
         self._count_bytes(0)
-        return LocalEncoder(self._lazy, self._family, self._model_name)
+        return LocalEncoder(self._lazy, self._family, self._model_name, self.cache.capacity)
 
     def forget_images(self) -> None:
         self.cache.clear()

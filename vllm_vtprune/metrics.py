@@ -133,7 +133,7 @@ def keep_ratio_band(kept: int, visual: int) -> str:
 
 
 def start(model_name: str, presets: Iterable[str]) -> None:
-    """Set the start time, and create the series of requests, bypasses and errors at 0.
+    """Set the start time, and create the series of counters at 0.
 
     Otherwise Prometheus's ``rate`` would miss the first event of each series.
 
@@ -143,7 +143,8 @@ def start(model_name: str, presets: Iterable[str]) -> None:
     """
     START_TIME.labels(model_name).set_to_current_time()
     REQUESTS_WAITING.labels(model_name)
-    ENCODER_RESTARTS.labels(model_name)
+    for counter in (ENCODER_RESTARTS, FEATURE_CACHE_HITS, FEATURE_CACHE_MISSES):
+        counter.labels(model_name)
     for preset in (*presets, NO_PRESET, CUSTOM, MIXED, INVALID):
         for outcome in get_args(Outcome):
             REQUESTS.labels(model_name, outcome, preset)

@@ -13,7 +13,7 @@ from dockerfile_parse import DockerfileParser
 
 from deploy.grafana.plot import Prometheus
 from loadtests.observe import ENVIRONMENT, SERVE_OPTIONS, running_prometheus
-from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, user
+from tests.support.chat import VISUAL_TOKENS, Body, Server, by_energy, fresh_url, user
 from vllm_vtprune_server.process import running_server
 
 LOAD_SECONDS = 20
@@ -65,7 +65,7 @@ def load(server: Server, seconds: float) -> None:
         while time.monotonic() < deadline:
             for pruning in ("balanced", "fast", keep(300), False):
                 server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=pruning)
-            server.stream(messages=[user("Where is the bus?", seen)], pruning=keep(next(counts)))
+            server.stream(messages=[user("Where is the bus?", seen)], pruning=by_energy(next(counts)))
             server.ask(messages=[user("Where is the cat?", seen)], pruning=keep(300))  # two blocks of the prefix cache
             bypassed = server.ask(messages=[user("Where is the cat?", fresh_url())], pruning=keep(VISUAL_TOKENS))
             assert bypassed["pruning"]["images"][0]["bypass_reason"] == "budget_not_below_tokens"

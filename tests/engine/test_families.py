@@ -125,6 +125,12 @@ def checker(
         yield Checker(family, engine, reference, Chat(checkpoint))
 
 
+def until_an_image(answer: Answer, image_token: int) -> Answer:
+    """An answer up to a token that stands for images: random weights may give it, transformers does not read it."""
+    end = [*answer.token_ids, image_token].index(image_token)
+    return replace(answer, token_ids=answer.token_ids[: end + 1], logprobs=answer.logprobs[: end + 1])
+
+
 class Checker:
     """Asks the engine, and compares with the reference."""
 
@@ -152,6 +158,7 @@ class Checker:
         """The prompt is that of the reference, each token of the answer its likeliest, log-probabilities are equal."""
         kept = [self.kept(each) for each in shown]
         images = [each.image for each in shown]
+        answer = until_an_image(answer, self.reference.image_token)
         prompt_ids, logprobs = self.reference.read(request.prompt, images, kept, answer.token_ids)
         assert answer.prompt_ids == prompt_ids
         behind = logprobs.max(dim=1).values - logprobs[range(len(logprobs)), answer.token_ids]
@@ -201,7 +208,7 @@ def test_greedy_answers_are_those_of_transformers(
     same = [token == other for token, other in zip(once.prompt_ids, again.prompt_ids, strict=False)]
     shared = [*same, False].index(False)
     assert shared >= len(once.prompt_ids) - 2, "templates may open an answer with something that they drop later"
-    assert shared > BLOCK
+    assert shared > BLOCK or len(once.prompt_ids) <= BLOCK + 2, "the prefix cache has whole blocks only"
     assert again.prefix_hits >= (shared - 1) // checker.family.block * checker.family.block
     assert [report.cached for report in again.images or ()] == [True] * len(shown)
     record_property("worst_logprob_difference", checker.worst)

@@ -21,6 +21,7 @@ from tests.support.processes import state
 from tests.support.unpruned import UnprunedReference
 from tests.support.videos import VideoReference
 from vllm_vtprune.plugin.image import feature_key
+from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
 from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
 
@@ -86,7 +87,8 @@ def test_a_client_may_ask_for_fewer_tiles(checker: Checker) -> None:
         answer = engine.ask(Ask(checker.chat.prompt(ASKED), [shown], TOKENS, processor_kwargs=kwargs))
         tiles = rows * columns + 1
         assert [(report.visual_tokens, report.kept_tokens) for report in reports(answer)] == [(tiles * 16, 24)]
-        features = engine.runtime.local.cache.get(feature_key(engine.processor, shown, hf_kwargs=kwargs))
+        key = feature_key(engine.processor, PruningPolicy.parse(TOKENS), shown, hf_kwargs=kwargs)
+        features = engine.runtime.local.cache.get(key)
         assert features is not None
         assert features.tiles is not None
         tops = {box[0] for box in features.tiles.boxes if box is not None}

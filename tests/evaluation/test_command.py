@@ -148,7 +148,7 @@ def test_interrupted_while_it_asks_the_same_command_goes_on_and_tells_where_its_
 def test_calibrate_interrupted_while_it_asks(stand_in: StandIn, tmp_path: Path) -> None:
     photograph().save(tmp_path / "0.png")
     photograph().crop((0, 0, 256, 256)).save(tmp_path / "1.png")
-    lines = [{"image": f"{number % 2}.png", "question": f"Is it {number}?"} for number in range(10)]
+    lines = [{"image": f"{number % 2}.png", "question": f"Is it {number}?"} for number in range(40)]
     (tmp_path / "sample.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     stand_in.model = str(tiny_checkpoint())
     options = [

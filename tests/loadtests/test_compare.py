@@ -192,4 +192,4 @@ def test_both_servers_are_loaded_and_compared(tmp_path: Path) -> None:
     first = [json.loads((tmp_path / f"round-1-{arm}" / "requests.jsonl").read_text().split("\n")[0]) for arm in ARMS]
     assert first[0]["input_tokens"] == first[1]["input_tokens"], "the same questions, all visual tokens"
     assert "balanced / stock, median TTFT: " in done.stdout
-    assert "images per run of the encoder: " in done.stdout
+    assert "CPU time of the API process: " in done.stdout

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.support.chat import DONE, ENDLESS, Body, Server, data_of, fresh_url, kept, random_model, user
+from tests.support.process_tree import command_of
 from vllm_vtprune_evaluation.load.client import ask, connect
 from vllm_vtprune_evaluation.load.records import Record
 
@@ -90,8 +91,8 @@ def healthy(server: Server) -> bool:
 def process_called(server: Server, title: str) -> psutil.Process:
     """The process below the server's that has this in its name."""
     port = server.url.rpartition(":")[2]
-    [supervisor] = [child for child in psutil.Process().children() if port in child.cmdline()]
-    [process] = [child for child in supervisor.children(recursive=True) if title in " ".join(child.cmdline())]
+    [supervisor] = [child for child in psutil.Process().children() if port in command_of(child)]
+    [process] = [child for child in supervisor.children(recursive=True) if title in command_of(child)]
     return process
 
 

@@ -1,6 +1,5 @@
 """Chat requests to a server of each family with tiles, and to servers whose models cannot be pruned."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,28 +87,6 @@ def test_a_stream(server: tuple[str, Server], picture: Image.Image) -> None:
     assert text_of(events) == whole["choices"][0]["message"]["content"]
 
 
-def test_a_model_that_cannot_be_pruned_is_served_with_the_reason(tmp_path: Path, picture: Image.Image) -> None:
-    checkpoint = write_internvl_checkpoint(tmp_path / "model", image_size=112)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["architectures"] = ["InternS1ForConditionalGeneration"]  # the same model under a name that is not ours
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    for server in serving(checkpoint, tmp_path / "log"):
-        answer = server.ask(messages=[user("Where is the flag?", url_of(picture))], pruning="fast")
-        [image] = answer["pruning"]["images"]
-        assert image["bypass_reason"] == "unsupported_model"
-        assert image["kept_tokens"] == image["visual_tokens"] == VISUAL_TOKENS["internvl"]
-        assert answer["pruning"]["method"] == "none"
-        plain = server.ask(messages=[user("Where is the flag?", url_of(picture))])
-        assert plain["choices"][0]["message"] == answer["choices"][0]["message"]
-        assert plain["pruning"]["images"][0]["bypass_reason"] is None
-        refused = server.post({"messages": [user("Why?", url_of(picture))], "pruning": {"method": "no such"}})
-        assert refused.status_code == 400
-        information = server.get("/v1/pruning").json()
-        assert information["vision_encoder"] is None
-        assert not any(method["available"] for method in information["methods"])
-        assert "served UNPRUNED" in server.log.read_text()
-
-
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_foreign_checkpoint(tmp_path_factory.mktemp("foreign") / "model")
@@ -137,14 +114,14 @@ def test_a_foreign_model_is_served_unpruned(foreign: Path, tmp_path: Path) -> No
         assert server.get("/v1/pruning").json()["vision_encoder"] is None
         assert server.metrics()["vtprune:build_info|placement=none"] == 1
         log = server.log.read_text()
-        assert "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned yet: it is served" in log
+        assert "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned: it is served" in log
         assert "is served UNPRUNED" in log
 
 
 def test_a_foreign_model_is_refused_where_the_default_prunes(foreign: Path, tmp_path: Path) -> None:
     expected = (
-        "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned yet, but --pruning-default asks "
-        "for it; expected one of Llava"
+        "has the architecture Qwen2VLForConditionalGeneration, which cannot be pruned, but --pruning-default asks for "
+        "it; expected one of Llava"
     )
     with pytest.raises(ServerFailed, match=re.escape(expected)):
         next(serving(foreign, tmp_path / "log", "--pruning-default", "balanced"))

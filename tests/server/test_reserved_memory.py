@@ -318,7 +318,6 @@ def test_of_a_processor_of_llm_nothing_is_known_but_its_rank(monkeypatch: pytest
 def test_torch_takes_no_more_than_was_reserved(
     model_config: ModelConfig,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     reserved: float,
     processes: int,
     share: float | None,
@@ -326,13 +325,14 @@ def test_torch_takes_no_more_than_was_reserved(
 ) -> None:
     limits: list[tuple[float, torch.device]] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    warnings: list[str] = []
+    monkeypatch.setattr(gpu.logger, "warning", warnings.append)
     need = gpu.footprint_of(model_config, WITH_CLIP, 576)
     gpu.limit_memory(gpu.place_of(engine(_api_process_count=processes)), need, reserved)
     [(fraction, device)] = limits
     allowed = need.total if share is None else share * GIB
     assert (fraction * CARD, str(device)) == (pytest.approx(max(allowed - CONTEXT, 2**28)), "cuda:0")
-    assert (f"--mm-ipc-gpu-memory-gb={reserved:g}" in caplog.text) is warned
+    assert (f"--mm-ipc-gpu-memory-gb={reserved:g}" in "".join(warnings)) is warned
 
 
 def test_one_line_says_where_the_encoder_is_and_how_large(

@@ -48,7 +48,7 @@ class UnprunedReference:
         assert not any(loading.values()), f"not every weight of the checkpoint was used: {loading}"
         self.model.eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self._image_token = self.model.config.image_token_id
+        self.image_token = self.model.config.image_token_id
         self._break_token = getattr(self.processor, "image_break_token_id", -1)
         self._newline = getattr(self.model.model, "image_newline", None)
 
@@ -58,7 +58,7 @@ class UnprunedReference:
         seen: list[Tensor] = []
         self._run(inputs, lambda keywords: seen.append(keywords["inputs_embeds"][0]))
         ids = inputs["input_ids"][0]
-        return seen[0][(ids == self._image_token) & ~self._structure(ids, seen[0])]
+        return seen[0][(ids == self.image_token) & ~self._structure(ids, seen[0])]
 
     @torch.inference_mode()
     def words(self, words: Sequence[str]) -> Tensor:
@@ -108,7 +108,7 @@ class UnprunedReference:
     def _length(self, image: Image.Image) -> int:
         """How many tokens stand for an image, of content and structure."""
         ids = self._alone(image)["input_ids"]
-        return int(((ids == self._image_token) | (ids == self._break_token)).sum())
+        return int(((ids == self.image_token) | (ids == self._break_token)).sum())
 
     def _inputs(self, prompt: str, images: Sequence[Image.Image], answer: Sequence[int]) -> dict[str, Tensor]:
         """What the model takes of a prompt and of an answer's first tokens."""
@@ -144,13 +144,13 @@ class UnprunedReference:
         """(L,): which of a sequence's tokens (L,), with what the language model reads of them (L, d), are structure."""
         structure = ids == self._break_token
         if self._newline is not None:
-            structure |= (ids == self._image_token) & (embeds == self._newline).all(dim=1)
+            structure |= (ids == self.image_token) & (embeds == self._newline).all(dim=1)
         return structure
 
     def _left(self, ids: Tensor, embeds: Tensor, lengths: list[int], kept: Sequence[Tensor | None]) -> Tensor:
         """(S,): the places of the tokens that are left; `lengths`: of images, content and structure."""
         structure = self._structure(ids, embeds)
-        of_images = (structure | (ids == self._image_token)).nonzero()[:, 0]
+        of_images = (structure | (ids == self.image_token)).nonzero()[:, 0]
         left = torch.ones(len(ids), dtype=torch.bool)
         for run, chosen in zip(of_images.split(lengths), kept, strict=True):
             content = run[~structure[run]]

@@ -86,7 +86,7 @@ def test_the_command_trains_and_writes_what_the_evaluation_reads(
 ) -> None:
     monkeypatch.setattr(merged, "SCENES", 1)
     main(["--minutes", "50", "--stop-after", "0", "--out", str(tmp_path), *(["--fresh"] if fresh else [])])
-    assert f"stopped; the same command goes on: vtprune eval --merged {tmp_path}" in capsys.readouterr().out
+    assert f"stopped; run the same command to continue: vtprune eval --merged {tmp_path}" in capsys.readouterr().out
     model = InLLM(TRAINED).model
     before = model.lm_head.weight.clone()
     merger = load_merged(tmp_path, model)
