@@ -31,7 +31,7 @@ from tests.support.chat import (
     url_of,
     user,
 )
-from tests.support.process_tree import command_of, family, kill
+from tests.support.process_tree import arguments_of, family, kill
 from vllm_vtprune.sent_plan import PLANS
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_server.process import running_server
@@ -264,7 +264,7 @@ def test_a_killed_producer_hangs_nobody_and_a_new_one_is_used(
             time.sleep(0.2)
 
     port = int(deployment.producer.url.rpartition(":")[2])
-    (process,) = [child for child in psutil.Process().children() if str(port) in command_of(child)]
+    (process,) = [child for child in psutil.Process().children() if str(port) in arguments_of(child)]
     threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
     for thread in threads:
         thread.start()

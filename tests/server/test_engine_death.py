@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.support.chat import DONE, ENDLESS, Body, Server, data_of, fresh_url, kept, random_model, user
-from tests.support.process_tree import command_of
+from tests.support.process_tree import arguments_of, command_of
 from vllm_vtprune_evaluation.load.client import ask, connect
 from vllm_vtprune_evaluation.load.records import Record
 
@@ -34,6 +34,7 @@ SUPERVISOR = 'while :; do "$@"; echo "supervisor: ended with status $?"; sleep 1
 # answered, it may not be cut off without a word.
 CLEAR = re.compile(
     r"InternalServerError: EngineCore encountered an issue"
+    r"|Service Unavailable: The server is shutting down and did not finish this request"
     r"|status 50[03], (InternalServerError|ServiceUnavailableError|ServiceUnavailable): "
     r"|ConnectError: |ReadError: |RemoteProtocolError: Server disconnected without sending a response"
 )
@@ -91,7 +92,7 @@ def healthy(server: Server) -> bool:
 def process_called(server: Server, title: str) -> psutil.Process:
     """The process below the server's that has this in its name."""
     port = server.url.rpartition(":")[2]
-    [supervisor] = [child for child in psutil.Process().children() if port in command_of(child)]
+    [supervisor] = [child for child in psutil.Process().children() if port in arguments_of(child)]
     [process] = [child for child in supervisor.children(recursive=True) if title in command_of(child)]
     return process
 

@@ -34,10 +34,15 @@ def kill(processes: list[psutil.Process]) -> None:
 
 def command_of(process: psutil.Process) -> str:
     """Its command line; empty for one that has ended."""
+    return " ".join(arguments_of(process))
+
+
+def arguments_of(process: psutil.Process) -> list[str]:
+    """Its command line, in parts; none for one that has ended."""
     try:
-        return " ".join(process.cmdline())
+        return process.cmdline()
     except psutil.NoSuchProcess:  # or a zombie
-        return ""
+        return []
 
 
 def _runs(process: psutil.Process) -> bool:
