@@ -8,6 +8,7 @@ from argparse import Namespace
 import vllm
 from fastapi import FastAPI
 from starlette.datastructures import State
+from starlette.types import ASGIApp
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
@@ -129,9 +130,7 @@ class ServerPlugin:
         renderer.role = role_of(config.ec_transfer_config)
         for name, handler in HANDLERS.items():
             setattr(state, name, handler.take_over(getattr(state, name), renderer))
-        # Built once, as vLLM has done: in a second stack, what counts HTTP requests finds its metrics taken.
-        stack = self._app.middleware_stack or self._app.build_middleware_stack()
-        self._app.middleware_stack = OutcomeMiddleware(ErrorShapeMiddleware(stack), runtime.model_name)
+        watch_outcomes(self._app, runtime.model_name)
         if getattr(args, "pruning_playground", False):
             self._app.include_router(playground_router)
         resend_unsent_images(engine_client)
@@ -141,3 +140,21 @@ class ServerPlugin:
             name = models.base_model_paths[0].name
             ready = say_when_ready(args, name, policies, prunes=processor is not None)
             state.pruning_ready = asyncio.create_task(ready)
+
+
+def watch_outcomes(app: FastAPI, model_name: str) -> None:
+    """Put our middleware around the app's, now and whenever the app's are built anew, as Ray Serve does.
+
+    Here they are built once only: in a second stack, what counts HTTP requests finds its metrics taken.
+
+    Args:
+        app: vLLM's app.
+        model_name: label of the metrics.
+    """
+    build = app.build_middleware_stack
+
+    def watched(stack: ASGIApp) -> ASGIApp:
+        return OutcomeMiddleware(ErrorShapeMiddleware(stack), model_name)
+
+    app.middleware_stack = watched(app.middleware_stack or build())
+    app.build_middleware_stack = lambda: watched(build())  # type: ignore[method-assign]
