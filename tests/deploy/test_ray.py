@@ -23,7 +23,7 @@ from vllm.plugins import load_general_plugins
 from deploy.grafana import plot
 from deploy.grafana.plot import Prometheus
 from tests.deploy.conftest import values
-from tests.support.chat import VISUAL_TOKENS, fresh_url, user
+from tests.support.chat import VISUAL_TOKENS, by_energy, fresh_url, user
 from tests.support.programs import program
 from vllm_vtprune import __version__
 from vllm_vtprune.devices import GIB, reserve
@@ -162,7 +162,7 @@ def ray_python(tmp_path: Path) -> Path:
 def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, tmp_path: Path) -> None:
     messages = [user("Where is the dog?", fresh_url())]
     # twice whole: the second time, the prefix cache has it
-    policies = ["fast", {"budget": {"type": "tokens", "keep": 100}}, False, {"method": "no such"}, False]
+    policies = ["fast", by_energy(100), False, {"method": "no such"}, False]
     bodies = [{"model": "llava", "max_tokens": 4, "messages": messages, "pruning": policy} for policy in policies]
     bodies.append({"model": "llava@fast", "max_tokens": 4, "messages": messages})
     (tmp_path / "requests.json").write_text(json.dumps(bodies))
