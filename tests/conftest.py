@@ -58,13 +58,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
-    """The shared server's tests come first: they are the longest chain, and the server idles between them.
+    """What is shared comes first, since it makes the longest chains, and of it the server, which idles between tests.
 
-    Then tests without an engine. Other engines use the cores until the last test ends: large groups, servers, others.
+    Then tests without an engine; then the others' engines, servers before those in the tests' own processes.
     """
     group = group_of(item)
     engine = item.get_closest_marker("engine") is not None
-    return group != SHARED["server"], engine, group not in SHARED.values(), "tests/engine/" in item.nodeid
+    return group != SHARED["server"], group not in SHARED.values(), engine, "tests/engine/" in item.nodeid
 
 
 def takes_minutes(item: pytest.Item) -> bool:

@@ -157,11 +157,12 @@ def test_a_handler_of_the_process_s_own_stays(stubborn: Stubborn, monkeypatch: p
             os.kill(os.getpid(), signal.SIGTERM)
             assert calls == [True]
         assert signal.getsignal(signal.SIGTERM) is note
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with running_server(**stubborn.options("healthy")):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
-    with running_server(**stubborn.options("healthy")):
-        assert signal.getsignal(signal.SIGTERM) is not before
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_interrupt_while_it_stops_does_not_leave_it_running(stubborn: Stubborn) -> None:
