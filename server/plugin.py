@@ -143,9 +143,9 @@ class ServerPlugin:
 
 
 def watch_outcomes(app: FastAPI, model_name: str) -> None:
-    """Put our middleware around the app's, now and whenever the app's are built anew, as Ray Serve does.
+    """Wrap the app's middleware stack in ours, now and whenever the stack is built anew, as by Ray Serve.
 
-    Here they are built once only: in a second stack, what counts HTTP requests finds its metrics taken.
+    A stack that vLLM has built is kept: in a second one, the counter of HTTP requests fails to register its metrics.
 
     Args:
         app: vLLM's app.
