@@ -38,6 +38,8 @@ class Recorder:
         self.seconds[file] += report.duration
         if report.failed:
             self.failures.append(f"{name} ({report.when})")
+            # pytest itself shows failures at the end, an hour later.
+            print(f"\n{name} ({report.when})\n{report.longreprtext}", file=sys.stderr, flush=True)
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[file][report.outcome] += 1
         if report.when == "teardown" and report.user_properties:
