@@ -49,7 +49,7 @@ def openai_client(server: Server) -> OpenAI:
 
 
 def anthropic_client(server: Server) -> Anthropic:
-    from anthropic import Anthropic  # hundreds of classes: not in every process
+    from anthropic import Anthropic  # thousands of modules: not in every process
 
     return Anthropic(base_url=server.url, api_key="EMPTY", max_retries=0)
 
