@@ -6,10 +6,11 @@ LLaVA, whose counted budgets an engine follows alone, and Qwen3-VL, whose kept t
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ from vllm_vtprune_server.process import running_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify, pytest.mark.timeout(1200)]
 
-FAMILIES = ("llava", "qwen3_vl")
 PROXY = Path(__file__).parents[2] / "deploy" / "disaggregation" / "proxy.py"
 QUESTION = "Where is the dog and the red bus?"
 OPTIONS = ["--max-model-len", "2048", *SMALL_KV_CACHE, "--dtype", "float32", "--enforce-eager"]
@@ -76,8 +76,8 @@ CASES = {
     "two images": ask(tokens(60), picture(), image_part(picture(), pruning=ENERGY)),
     "beside an unpruned one": ask(ENERGY, picture(), image_part(picture(), pruning=False)),
 }
-OF_LLAVA = ("hooks", "merged")
-"""Cases of methods that Qwen3-VL has no inputs for."""
+LACKING = {"llava": (), "qwen3_vl": ("hooks", "merged")}
+"""Cases of methods that a family has no inputs for."""
 STREAMED = ask(ENERGY, stream_options={"include_usage": True})
 COUNTS: dict[str, Body] = {"tokens": tokens(25), "energy": ENERGY, "merged": {**ENERGY, "method": "tome"}}
 ALTERED = {name: ask(policy) for name, policy in COUNTS.items()}
@@ -107,11 +107,6 @@ class Deployment:
         """The embeddings that the producer has saved."""
         return set(self.store.glob("*/*.safetensors"))
 
-    def skip_if_missing(self, name: str) -> None:
-        """Skip a case of a method that the family does not have."""
-        if name in OF_LLAVA and self.family != "llava":
-            pytest.skip("the family lacks what this method needs")
-
     def produce(self, body: Body) -> tuple[Body, Path]:
         """Have the producer encode an image: the consumer's request, as the proxy makes it, and the file saved."""
         before = self.files
@@ -130,17 +125,27 @@ def model(family: str) -> list[str]:
     return [str(tiny_checkpoint(family)), "--served-model-name", "vtprune-demo"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    family = request.param
+@pytest.fixture(scope="module")
+def deployments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Deployment]]:
+    """Those of the families, each started at its first test."""
+    with ExitStack() as stack:
+        yield cache(lambda family: stack.enter_context(deployed(family, tmp_path_factory)))
+
+
+@pytest.fixture
+def deployment(deployments: Callable[[str], Deployment], family: str) -> Deployment:
+    return deployments(family)
+
+
+@contextmanager
+def deployed(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("disaggregation")
     store = folder / "store"
     store.mkdir()
     with running_server([*model(family), *OPTIONS, *DEFAULT], log=folder / "alone.log") as url:
         server = Server(url, folder / "alone.log")
         bodies = {**CASES, **numbered("altered", ALTERED), **numbered("missing", MISSING)}
-        lacking = () if family == "llava" else OF_LLAVA
-        alone = {name: server.ask(**body) for name, body in bodies.items() if name.split()[-1] not in lacking}
+        alone = {name: server.ask(**body) for name, body in bodies.items() if name.split()[-1] not in LACKING[family]}
         streamed = server.stream(**STREAMED)
         refused = {name: refusal(server, body) for name, body in REFUSED.items()}
     with ExitStack() as stack:
@@ -182,9 +187,17 @@ def assert_same(answer: Body, expected: Body) -> None:
     assert report(answer) == report(expected)
 
 
-@pytest.mark.parametrize("name", CASES)
+every_family = pytest.mark.parametrize("family", LACKING)
+
+
+def every(cases: Iterable[str]) -> pytest.MarkDecorator:
+    """Every case of every family that has it."""
+    rows = [(family, name) for family, lacking in LACKING.items() for name in cases if name not in lacking]
+    return pytest.mark.parametrize(("family", "name"), rows)
+
+
+@every(CASES)
 def test_the_answer_is_that_of_one_server(deployment: Deployment, name: str) -> None:
-    deployment.skip_if_missing(name)
     before = deployment.files
     answer = deployment.proxy.ask(**CASES[name])
     assert_same(answer, deployment.alone[name])
@@ -195,6 +208,7 @@ def test_the_answer_is_that_of_one_server(deployment: Deployment, name: str) -> 
     assert [image["cached"] for image in again["pruning"]["images"] if image["method"] != "none"].count(False) == 0
 
 
+@every_family
 def test_a_stream_is_that_of_one_server(deployment: Deployment) -> None:
     chunks = deployment.proxy.stream(**STREAMED)
     expected = deployment.alone_streamed
@@ -202,9 +216,8 @@ def test_a_stream_is_that_of_one_server(deployment: Deployment) -> None:
     assert report(chunks[-1]) == report(expected[-1])
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@every(COUNTS)
 def test_the_consumer_loads_what_the_producer_saved(deployment: Deployment, name: str) -> None:
-    deployment.skip_if_missing(name)
     body, file = deployment.produce(ALTERED[name])
     expected = deployment.alone[f"altered {name}"]
     saved = load_file(file)
@@ -214,9 +227,8 @@ def test_the_consumer_loads_what_the_producer_saved(deployment: Deployment, name
     assert max(abs(value - reference) for value, reference in zip(altered, logprobs(expected), strict=True)) > 0.1
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@every(COUNTS)
 def test_a_consumer_encodes_and_prunes_what_is_not_saved(deployment: Deployment, name: str) -> None:
-    deployment.skip_if_missing(name)
     body, file = deployment.produce(MISSING[name])
     file.unlink()
     before = deployment.files
@@ -224,11 +236,12 @@ def test_a_consumer_encodes_and_prunes_what_is_not_saved(deployment: Deployment,
     assert deployment.files == before
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@every(REFUSED)
 def test_an_error_is_that_of_one_server(deployment: Deployment, name: str) -> None:
     assert refusal(deployment.proxy, REFUSED[name]) == deployment.refused_alone[name]
 
 
+@every_family
 def test_without_the_proxy_a_consumer_refuses_what_needs_a_plan(deployment: Deployment) -> None:
     status, answer = refusal(deployment.consumer, ask(ENERGY))
     assert (status, answer["error"]["param"]) == (400, "pruning.budget.type")
@@ -241,11 +254,10 @@ def test_without_the_proxy_a_consumer_refuses_what_needs_a_plan(deployment: Depl
     assert deployment.consumer.metrics()["vtprune:build_info|placement=auto"] == 1
 
 
+@pytest.mark.parametrize("family", ["llava"])  # the proxy knows no families
 def test_a_killed_producer_hangs_nobody_and_a_new_one_is_used(
     deployment: Deployment, record_property: Callable[[str, object], None]
 ) -> None:
-    if deployment.family != "llava":
-        pytest.skip("the proxy knows no families")
     answers: list[tuple[float, float, int, str]] = []  # begun, ended, status, body
     done = threading.Event()
 

@@ -246,9 +246,8 @@ SIZES = {
 }
 
 
+@pytest.mark.parametrize("family", SIZES, indirect=True)  # which options a foreign engine survives is not known
 def test_options_that_change_shapes_are_refused(served: Endpoint, family: str) -> None:
-    if family == "foreign":
-        pytest.skip("which options its engine survives is not known")
     for pruning in (False, "fast"):
         for name in SHAPES:
             error = served.error(asked(image_part(URL), mm_processor_kwargs={name: 7}, pruning=pruning))
