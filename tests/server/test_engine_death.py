@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
 RED_WITHIN = 10.0  # seconds
 ERROR_WITHIN = 30.0
-BACK_WITHIN = 240.0
+BACK_WITHIN = 600.0
 STREAMS, WHOLE = 4, 2
 SHORT: Body = {"pruning": "fast", "max_tokens": 4, "ignore_eos": True}
 # What a restart policy does: start it again whenever it has ended.
@@ -97,7 +97,7 @@ def process_called(server: Server, title: str) -> psutil.Process:
     return process
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
 def test_clients_are_told_health_goes_red_and_a_restart_recovers(
     supervised: Server, api_processes: int, victim: str, record_property: Callable[[str, object], None]

@@ -30,7 +30,7 @@ PORTS = {"4000": "/health/liveliness", "8080": "/health"}
 VLLM = """#!{python}
 import importlib.metadata
 version = importlib.metadata.version
-importlib.metadata.version = lambda package: "{vllm}" if package == "vllm" else version(package)
+importlib.metadata.version = lambda package: "{vllm}+cpu" if package == "vllm" else version(package)
 from vllm.entrypoints.cli.main import main
 main()
 """
