@@ -85,16 +85,16 @@ class ServerPlugin:
         policies = Policies.of(
             getattr(args, "pruning_default", None),
             getattr(args, "pruning_presets", None),
-            fixed_counts=fixed_counts(engine_client.vllm_config.kv_transfer_config),
+            fixed_counts=fixed_counts(config.kv_transfer_config),
             follows_detail=getattr(args, "pruning_detail", False),
         )
         placement = "none"
         encoder_labels: tuple[str, ...] = ("none",) * 3
         if processor is not None:
+            processor.use_engine(config)
             placement = str(processor.engine_placement.choice)
-            processor.engine = engine_client.vllm_config
             placements = policies.placements(processor)
-            if engine_client.vllm_config.parallel_config.data_parallel_size_local == 0:
+            if config.parallel_config.data_parallel_size_local == 0:
                 logger.warning("No engine runs on this machine: restart this process after an engine reloads weights")
             runtime = processor.runtime
             if processor.engine_placement.choice != "engine":
@@ -136,7 +136,7 @@ class ServerPlugin:
         resend_unsent_images(engine_client)
         watch_shutdown(state, engine_client)
         state.pruning_shutdown = asyncio.create_task(fail_unfinished_requests(state, engine_client))
-        if api_process(engine_client.vllm_config.parallel_config)[0] == 0:
+        if api_process(config.parallel_config)[0] == 0:
             name = models.base_model_paths[0].name
             ready = say_when_ready(args, name, policies, prunes=processor is not None)
             state.pruning_ready = asyncio.create_task(ready)

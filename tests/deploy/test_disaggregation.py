@@ -251,7 +251,7 @@ def test_without_the_proxy_a_consumer_refuses_what_needs_a_plan(deployment: Depl
     assert (status, answer["error"]["param"]) == (400, f"{PLANS}.0")
     assert deployment.consumer.get("/health").status_code == 200
     assert "Vision encoder loaded" not in deployment.consumer.log.read_text()
-    assert deployment.consumer.metrics()["vtprune:build_info|placement=auto"] == 1
+    assert deployment.consumer.metrics()["vtprune:build_info|placement=engine"] == 1
 
 
 @pytest.mark.parametrize("family", ["llava"])  # the proxy knows no families

@@ -106,7 +106,7 @@ def _app(engine: Any, names: tuple[str, ...], trust_request_mm_kwargs: bool) -> 
     processor = engine.renderer.mm_processor
     role = role_of(engine.vllm_config.ec_transfer_config)
     if role is not None:
-        processor.engine = engine.vllm_config
+        processor.use_engine(engine.vllm_config)
     policies = Policies.of({"budget": {"type": "tokens", "keep": 8}}, None, fixed_counts=fixed_counts())
     models.registry = AliasedModels(models, policies.available)
 

@@ -93,7 +93,8 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self.model_config = info.ctx.model_config
-        self.engine: VllmConfig | None = None  # set by a server; vLLM passes processors only the model's config
+        self.engine: VllmConfig | None = None
+        self.engine_placement = self._engine_placement()
         self.encoder_place: EncoderPlace | None = None  # set in an encoder process, which has no engine
         if PRUNING_KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise ValueError(
@@ -108,9 +109,13 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
         """The family of a model with this config."""
         return cls.family
 
-    @cached_property
-    def engine_placement(self) -> EnginePlacement:
-        """Which policies the engine can follow in its encoder step; settled when first asked."""
+    def use_engine(self, engine: VllmConfig) -> None:
+        """Take the facts of a server's engine; vLLM passes processors only the model's config."""
+        self.engine = engine
+        self.engine_placement = self._engine_placement()
+
+    def _engine_placement(self) -> EnginePlacement:
+        """Which policies the engine can follow in its encoder step."""
         choice: Any = envs.placement()
         return EnginePlacement.of(choice, self.model_config, self.engine)
 
