@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +16,10 @@ VISUAL_TOKENS = {"qwen2_5_vl": 18 * 18, "qwen3_vl": 16 * 16, "llava_next": 24 * 
 
 
 @pytest.mark.parametrize(("family", "visual_tokens"), VISUAL_TOKENS.items())
-def test_one_photograph_unpruned_and_pruned(family: str, visual_tokens: int) -> None:
+def test_one_photograph_unpruned_and_pruned(family: str, visual_tokens: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vllm_vtprune.cli", "demo", "--family", family, "--json"],
+        cwd=tmp_path,  # where the picture is written
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
