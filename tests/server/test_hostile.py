@@ -5,12 +5,9 @@ import json
 import pytest
 
 from tests.server.hostile import bodies
-from tests.support.chat import Server, fresh_url, kept, leaks, user
+from tests.support.chat import MAX_REFUSAL, Server, fresh_url, kept, leaks, user
 
 pytestmark = pytest.mark.engine
-
-MAX_REFUSAL = 2048  # bytes
-
 
 ANSWERS = {
     "/v1/chat/completions": "choices",

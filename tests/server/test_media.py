@@ -49,7 +49,7 @@ def test_the_budgets_of_a_request_reach_its_images(monkeypatch: pytest.MonkeyPat
     [
         ("https://example.com/x", "is on the web, and --allowed-media-domains is not set"),
         ("HTTP://example.com/x", "is on the web, and --allowed-media-domains is not set"),
-        ("file:///etc/passwd", "is a local file, and --allowed-local-media-path is not set"),
+        ("FILE://localhost/etc/passwd", "is a local file, and --allowed-local-media-path is not set"),
         ("ftp://example.com/x", "is not a URL of a"),
         ("nonsense", "is not a URL of a"),
         ("data", "is not a URL of a"),

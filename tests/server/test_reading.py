@@ -1,5 +1,6 @@
 """What is read of a request in the words of each API: its images in the prompt's order, their texts and policies."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from vllm_vtprune_server.responses import PruningResponsesRequest
 from vllm_vtprune_server.validation import InvalidField
 
 URL = url_of_bytes(b"x")
+TEXT = {"type": "input_text", "text": "Where?"}
 CALL = {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"}
 
 
@@ -93,58 +95,51 @@ def test_a_batch_has_no_stream() -> None:
     assert PruningBatchRequest.model_validate({**body, "stream": False})
 
 
-TEXT = {"type": "input_text", "text": "Where?"}
-REFUSED: dict[str, tuple[Any, Body]] = {
-    "an image without a URL": (responses, {"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}),
-    "a URL in an object": (responses, {"role": "user", "content": [input_image({"url": URL})]}),
-    "an answer without parts": (responses, {"type": "message", "role": "assistant", "content": []}),
-    "an answer that is a refusal": (
-        responses,
-        {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
-    ),
-    "a policy of a text": (responses, {"role": "user", "content": [{**TEXT, "pruning": "fast"}]}),
-    "a policy of an item": (responses, {"role": "user", "content": "Where?", "pruning": "fast"}),
-    "a block without a source": (messages, {"role": "user", "content": [{"type": "image"}]}),
-    "a source that is a file": (
-        messages,
-        {"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]},
-    ),
-    "a source without data": (
-        messages,
-        {"role": "user", "content": [{"type": "image", "source": {"type": "base64", "media_type": "image/png"}}]},
-    ),
+def asked(*parts: Any, **fields: Any) -> Body:
+    return {"role": "user", "content": list(parts), **fields}
+
+
+def answered(*parts: Any) -> Body:
+    return {"type": "message", "role": "assistant", "content": list(parts)}
+
+
+def block(**source: Any) -> Body:
+    return {"type": "image", "source": source}
+
+
+def result(*parts: Any, **fields: Any) -> Body:
+    return {"type": "tool_result", "tool_use_id": "1", "content": list(parts), **fields}
+
+
+# what reads it, a turn, and the path of the mistake in the turn
+REFUSED: dict[str, tuple[Callable[..., PruningRequest], Body, str]] = {
+    "an image without a URL": (responses, asked({"type": "input_image", "file_id": "f"}), "content.0.image_url"),
+    "a URL in an object": (responses, asked(input_image({"url": URL})), "content.0.image_url"),
+    "another detail": (responses, asked(input_image(URL, detail="best")), "content.0.detail"),
+    "an answer without parts": (responses, answered(), "content"),
+    "an answer that is a refusal": (responses, answered({"type": "refusal", "refusal": "No."}), "content.0.text"),
+    "a policy of a text": (responses, asked({**TEXT, "pruning": "fast"}), "content.0.pruning"),
+    "a policy of an item": (responses, asked(TEXT, pruning="fast"), "pruning"),
+    "a block without a source": (messages, asked({"type": "image"}), "content.0.source"),
+    "a source that is a file": (messages, asked(block(type="file", file_id="f")), "content.0.source"),
+    "a source without data": (messages, asked(block(type="base64", media_type="image/png")), "content.0.source"),
+    "another detail of a block": (messages, asked(image_block(URL, detail="best")), "content.0.detail"),
     "a policy inside the source": (
         messages,
-        {"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": URL, "pruning": "fast"}}]},
+        asked(block(type="url", url=URL, pruning="fast")),
+        "content.0.source.pruning",
     ),
-    "a policy of a result": (
-        messages,
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [], "pruning": "fast"}]},
-    ),
+    "a policy of a result": (messages, asked(result(pruning="fast")), "content.0.pruning"),
     "a policy of a text in a result": (
         messages,
-        {
-            "role": "user",
-            "content": [
-                {
-                    "type": "tool_result",
-                    "tool_use_id": "1",
-                    "content": [{"type": "text", "text": "x", "pruning": "fast"}],
-                }
-            ],
-        },
+        asked(result({"type": "text", "text": "x", "pruning": "fast"})),
+        "content.0.content.0.pruning",
     ),
 }
-PARAMS = [
-    "content.0.image_url", "content.0.image_url", "content", "content.0.text", "content.0.pruning", "pruning",
-    "content.0.source", "content.0.source", "content.0.source", "content.0.source.pruning", "content.0.pruning",
-    "content.0.content.0.pruning",
-]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "param"), zip(REFUSED.values(), PARAMS, strict=True), ids=REFUSED)
-def test_what_would_be_ignored_or_fail_is_refused(case: Any, param: str) -> None:
-    make, turn = case
+@pytest.mark.parametrize(("make", "turn", "param"), REFUSED.values(), ids=REFUSED)
+def test_what_would_be_ignored_or_fail_is_refused(make: Any, turn: Body, param: str) -> None:
     with pytest.raises(InvalidField) as refused:
         make(turn)
     field = "input" if make is responses else "messages"

@@ -9,7 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from tests.support.chat import Server, fresh_url, kept, leaks, user
+from tests.support.chat import MAX_REFUSAL, Server, fresh_url, kept, leaks, user
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +22,6 @@ ROUTES = {
     "/v1/pruning/plan": (500, 8),
 }
 """Route -> cases in `make verify`, and otherwise."""
-MAX_REFUSAL = 2048  # bytes
 # A schema knows no cost: these are valid up to minutes of generation for one case.
 LIMITS = {"/v1/responses": "max_output_tokens"}
 CAPS = {

@@ -86,6 +86,10 @@ def refusal(body: Any) -> tuple[str, str | None]:
         ({"structured_outputs": 5}, "structured_outputs: 5 is not accepted; expected an object."),
         ({"mm_processor_kwargs": 5}, "mm_processor_kwargs: 5 is not accepted; expected an object."),
         (
+            {"mm_processor_kwargs": {"pruning": None}},
+            "mm_processor_kwargs.pruning: misplaced policy; expected it in the field pruning.",
+        ),
+        (
             {"messages": [{"role": "assistant", "tool_calls": [{"id": 5}]}]},
             "messages.0.tool_calls.0.id: 5 is not accepted; expected a string.",
         ),
@@ -103,6 +107,7 @@ def refusal(body: Any) -> tuple[str, str | None]:
         (body_of({"type": "foo"}), f"messages.0.content.0.type: 'foo' is not accepted; expected {TYPES}."),
         (body_of({"type": "image_pil"}), f"messages.0.content.0.type: 'image_pil' is not accepted; expected {TYPES}."),
         (body_of({"type": 5}), f"messages.0.content.0.type: 5 is not accepted; expected {TYPES}."),
+        (body_of({"type": ["text"]}), f"messages.0.content.0.type: ['text'] is not accepted; expected {TYPES}."),
         (body_of({}), f"messages.0.content.0.type: nothing given; expected {TYPES}."),
         (body_of({"type": "image_url"}), f"messages.0.content.0.image_url: nothing given; expected {URL}."),
         (

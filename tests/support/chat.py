@@ -29,6 +29,9 @@ _seeds = count()
 # Requests do not share connections, so that several processes behind one address all get some.
 _http = httpx.Client(timeout=500, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 
+MAX_REFUSAL = 2048
+"""Bytes of an answer that is an error."""
+
 Body = dict[str, Any]
 
 ENDLESS: Body = {"stream": True, "max_tokens": 1800, "ignore_eos": True, "n": 4, "temperature": 1}
