@@ -69,6 +69,7 @@ def test_each_image_may_have_a_policy_of_its_own(server: Server, ask: Ask, defau
     images = [fresh(pruning="fast"), fresh(pruning=False), fresh()]
     assert ask(server, *images).kept == [64, VISUAL_TOKENS, default_keep]
     assert ask(server, *images, pruning=tokens(30)).kept == [64, VISUAL_TOKENS, 30]
+    assert ask(server, *images[::-1]).kept == [default_keep, VISUAL_TOKENS, 64], "from the caches, in another order"
 
 
 @every_api
@@ -84,6 +85,7 @@ PLACES = {
     "/v1/responses": ("input.0", "image_url"),
     "/v1/messages": ("messages.0", "source"),
     "/v1/messages/count_tokens": ("messages.0", "source"),
+    "/v1/chat/completions": ("messages.0", "image_url"),
     "/v1/chat/completions/batch": ("messages.0.0", "image_url"),
 }
 
@@ -93,7 +95,8 @@ def asked(path: str, image: Body, text: str = QUESTION) -> Body:
         return {"input": [response_user(text, image)]}
     if path.startswith("/v1/messages"):
         return {"messages": [message_user(text, image)]}
-    return {"messages": [[chat_user(text, image)]]}
+    messages = [chat_user(text, image)]
+    return {"messages": [messages] if path.endswith("/batch") else messages}
 
 
 @pytest.mark.parametrize("path", PLACES)
@@ -136,7 +139,7 @@ def test_the_clients_raise_their_own_errors(server: Server) -> None:
             ask(server, fresh(), pruning=WRONG)
 
 
-@pytest.mark.parametrize("path", [*PLACES, "/v1/chat/completions"])
+@pytest.mark.parametrize("path", PLACES)
 def test_a_body_that_is_empty(server: Server, path: str) -> None:
     for body, message in (
         (b"", "The body: nothing given; expected a JSON object."),
@@ -146,11 +149,6 @@ def test_a_body_that_is_empty(server: Server, path: str) -> None:
         assert answer.status_code == 400, answer.text
         if not (body and path == "/v1/responses"):  # which has no messages
             assert answer.json()["error"]["message"].startswith(message)
-
-
-def test_a_batch_is_no_stream(server: Server) -> None:
-    answer = server.post({**asked("/v1/chat/completions/batch", fresh()), "stream": True}, "/v1/chat/completions/batch")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream")
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
@@ -371,6 +369,7 @@ def test_a_refusal_is_counted_and_logged(server: Server, path: str) -> None:
         ("/v1/responses", "ResponseInputImageParam"),
         ("/v1/messages", "AnthropicContentBlock"),
         ("/v1/messages/count_tokens", "AnthropicContentBlock"),
+        ("/v1/chat/completions", "ChatCompletionContentPartImageParam"),
         ("/v1/chat/completions/batch", "ChatCompletionContentPartImageParam"),
     ],
 )
@@ -380,5 +379,7 @@ def test_the_schema_holds_the_field(server: Server, path: str, image: str) -> No
     operation = document["paths"][path]["post"]
     body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
     assert "server's default" in schemas[body]["properties"]["pruning"]["description"]
-    assert "pruning" in schemas[image]["properties"]
+    beside = schemas[image]["properties"]["pruning"]
+    assert {"$ref": "#/components/schemas/PruningPolicy"} in beside["anyOf"]
+    assert "replaces the policy of the request" in beside["description"]
     assert "x-vtprune" in operation["responses"]["200"]["headers"]

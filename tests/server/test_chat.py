@@ -1,24 +1,19 @@
 """Chat completions on a real server: what the `pruning` field does and what the report says."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
 from PIL import Image
 
 from tests.support.chat import (
-    DONE,
     ENDLESS,
     VISUAL_TOKENS,
     Body,
     Server,
     by_energy,
-    data_of,
     fresh_url,
     image_part,
     kept,
@@ -40,11 +35,6 @@ IMAGE_KEYS = {
 }
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
-
-
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY", max_retries=0)
 
 
 # --- the field ------------------------------------------------------------------------------------------------------
@@ -74,10 +64,6 @@ def test_the_field_decides_how_many_tokens_stay(
     assert image["bypass_reason"] is None
 
 
-def test_without_the_field_the_server_s_default_applies(server: Server, default_keep: int) -> None:
-    assert kept(server.ask(messages=[user("Where is the dog?", fresh_url())])) == [default_keep]
-
-
 def test_an_energy_budget_follows_the_image(server: Server) -> None:
     policy = {"budget": {"type": "energy", "threshold": 0.98, "min_tokens": 1}}
     pictures = {"flat": url_of(Image.new("RGB", (48, 48), "gray")), "noise": fresh_url()}
@@ -96,18 +82,6 @@ def test_a_budget_that_leaves_nothing_to_prune_says_so(server: Server) -> None:
     assert report["method"] == "none", "nothing was pruned"
     assert [image["kept_tokens"] for image in report["images"]] == [VISUAL_TOKENS]
     assert [image["bypass_reason"] for image in report["images"]] == ["budget_not_below_tokens"]
-
-
-def test_each_image_may_have_a_policy_of_its_own(server: Server, default_keep: int) -> None:
-    images = [
-        image_part(fresh_url(), pruning="fast"),
-        image_part(fresh_url(), pruning=False),
-        image_part(fresh_url()),
-    ]
-    assert kept(server.ask(messages=[user("Compare them.", *images)])) == [64, VISUAL_TOKENS, default_keep]
-    assert kept(server.ask(messages=[user("Compare them.", *images)], pruning=tokens(30))) == [64, VISUAL_TOKENS, 30]
-    # from the caches, and in another order
-    assert kept(server.ask(messages=[user("Compare them.", *images[::-1])])) == [default_keep, VISUAL_TOKENS, 64]
 
 
 def test_images_of_several_messages(server: Server) -> None:
@@ -253,25 +227,6 @@ def test_in_a_stream_the_last_event_has_the_report_and_no_other(server: Server, 
     assert image == {**streamed, "cached": True}
 
 
-def test_the_openai_client_reads_it(client: OpenAI, server: Server) -> None:
-    request: dict[str, Any] = {
-        "model": server.model,
-        "messages": [user("Where is the dog?", fresh_url())],
-        "max_tokens": 4,
-        "temperature": 0,
-        "extra_body": {"pruning": tokens(48)},
-    }
-    answer = client.chat.completions.create(**request)
-    assert answer.model_extra is not None
-    assert kept(answer.model_extra) == [48]
-    for options in OPTIONS_OF_STREAMS:
-        chunks = list(client.chat.completions.create(**request, stream=True, **options))
-        reports = [chunk.model_extra["pruning"] for chunk in chunks if "pruning" in (chunk.model_extra or {})]
-        assert [kept({"pruning": report}) for report in reports] == [[48]]
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-        assert text == answer.choices[0].message.content
-
-
 @pytest.mark.parametrize("options", [None, *OPTIONS_OF_STREAMS], ids=["whole", "stream", "stream-usage"])
 def test_several_answers_to_one_prompt(server: Server, options: Body | None) -> None:
     messages = [user("Where is the dog?", fresh_url())]
@@ -346,17 +301,6 @@ def test_stages_that_did_not_run_have_no_time(server: Server) -> None:
         check_timings(timings)
 
 
-def test_a_stream_is_valid_server_sent_events(server: Server) -> None:
-    """Line by line, as a client that is not OpenAI's would read it."""
-    response = server.post({"stream": True, "messages": [user("Where is the dog?", fresh_url())]})
-    events = data_of(response.text)
-    assert events[-1] == DONE
-    assert events.count(DONE) == 1
-    for event in events[:-1]:
-        assert "\n" not in event
-        assert isinstance(json.loads(event), dict)
-
-
 # --- what enters prefill --------------------------------------------------------------------------------------------
 
 
@@ -384,22 +328,6 @@ def test_answers_do_not_depend_on_what_is_cached(server: Server) -> None:
     uncached, cached = (answer["choices"][0]["logprobs"]["content"] for answer in (first, again))
     assert [entry["token"] for entry in uncached] == [entry["token"] for entry in cached]
     assert [entry["logprob"] for entry in uncached] == pytest.approx([entry["logprob"] for entry in cached], abs=1e-3)
-
-
-def test_requests_at_the_same_time_get_their_own_reports(server: Server) -> None:
-    objects = ["dog", "bus", "tree", "cat", "boat", "hat", "cup", "lamp"]
-
-    def ask(index: int) -> Body:
-        message = user(f"Where is the {objects[index]}?", fresh_url(), fresh_url())
-        if index % 2:
-            return server.ask(messages=[message], pruning=tokens(20 + index))
-        return server.stream(messages=[message], pruning=tokens(20 + index))[-1]
-
-    with ThreadPoolExecutor(len(objects)) as threads:
-        answers = list(threads.map(ask, range(len(objects))))
-    for index, answer in enumerate(answers):
-        assert kept(answer) == [20 + index] * 2
-        assert nouns(answer) == [[objects[index]]] * 2
 
 
 def test_a_client_that_hangs_up_ends_its_request(server: Server) -> None:

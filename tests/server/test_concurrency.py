@@ -70,18 +70,3 @@ def test_streams_at_the_same_time_do_not_mix(server: Server, record_property: An
     assert len({str(result["report"]) for result in together}) > REQUESTS / 4, "a mixture, or the test sees nothing"
     assert len({result["text"] for result in together}) > REQUESTS / 4
     record_property("requests", REQUESTS)
-
-
-def test_each_wears_its_own_name(server: Server) -> None:
-    """The words of each question come back in its own report, so a swapped pair would show."""
-    names = [f"name{index}" for index in range(24)]
-
-    def nouns_of(name: str) -> list[str]:
-        messages = [user(f"Where is the {name}?", fresh_url())]
-        pruning = {"budget": {"type": "tokens", "keep": 20}, "text": {"clean": False}}
-        report = server.stream(messages=messages, pruning=pruning)[-1]["pruning"]
-        words: list[str] = report["images"][0]["nouns"]
-        return words
-
-    with ThreadPoolExecutor(len(names)) as threads:
-        assert [words[-1] for words in threads.map(nouns_of, names)] == names

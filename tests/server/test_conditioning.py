@@ -60,25 +60,6 @@ def cached_tokens(answer: Body) -> int:
     return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
-def test_the_next_turn_reuses_what_was_prefilled(server: Server, block: int) -> None:
-    """Text of scope ``message`` never changes, so neither does the choice, and the prefix stays valid."""
-    messages = [user("Where is the dog?", fresh_url())]
-    policy = tokens(200)
-    first = server.ask(messages=messages, pruning=policy)
-    assert cached_tokens(first) == 0
-
-    messages += [{"role": "assistant", "content": first["choices"][0]["message"]["content"]}, user("Is there a bus?")]
-    second = server.ask(messages=messages, pruning=policy)
-    [before], [after] = first["pruning"]["images"], second["pruning"]["images"]
-    assert after == {**before, "cached": True}
-    assert cached_tokens(second) >= 200 // block * block
-
-    messages += [{"role": "assistant", "content": second["choices"][0]["message"]["content"]}, user("Which colour?")]
-    third = server.ask(messages=messages, pruning=policy)
-    assert third["pruning"]["images"] == [after]
-    assert cached_tokens(third) >= max(cached_tokens(second), second["usage"]["prompt_tokens"] // block * block - block)
-
-
 def test_following_the_last_turn_chooses_anew_and_says_so(server: Server) -> None:
     messages = [user("Where is the dog?", fresh_url())]
     policy = tokens(200, text={"scope": "last_turn"})

@@ -119,30 +119,6 @@ def test_endpoints_that_do_not_prune_refuse_an_alias_and_say_why(server: Server,
     assert server.post({**OTHER_ENDPOINTS[path], "model": "llava"}, path).status_code == 200, "without the preset"
 
 
-def test_the_default_applies_to_every_api_that_prunes(server: Server) -> None:
-    url = fresh_url()
-    responses: Body = {
-        "input": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "input_text", "text": "Where?"},
-                    {"type": "input_image", "image_url": url, "detail": "auto"},
-                ],
-            }
-        ],
-        "max_output_tokens": 4,
-    }
-    source = {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
-    content = [{"type": "image", "source": source}, {"type": "text", "text": "Where?"}]
-    messages: Body = {"messages": [{"role": "user", "content": content}]}
-    batch: Body = {"messages": [[user("Where?", url)]]}
-    for path, body in (("/v1/responses", responses), ("/v1/messages", messages), ("/v1/chat/completions/batch", batch)):
-        response = server.post(body, path)
-        assert response.status_code == 200, response.text
-        assert f"visual={VISUAL_TOKENS}, kept={DEFAULT}" in response.headers["x-vtprune"], path
-
-
 def test_endpoints_that_do_not_prune_serve_images_unpruned(server: Server) -> None:
     """Though this server's default prunes."""
     url = fresh_url()

@@ -43,13 +43,6 @@ def test_a_policy_beside_the_image_wins_and_one_of_the_request_yields(server: Se
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("ask", WHOLE.values(), ids=WHOLE.keys())
-def test_another_detail_is_refused(server: Server, ask: Ask) -> None:
-    with pytest.raises(Exception, match=r"detail: 'best' is not accepted; expected one of low, high, auto, original\."):
-        ask(server, fresh(detail="best"))
-
-
-@pytest.mark.engine
 def test_tokens_are_counted_with_it(server: Server) -> None:
     counted = anthropic_client(server).messages.count_tokens(
         model=server.model,

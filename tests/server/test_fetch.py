@@ -17,7 +17,7 @@ import pytest
 from vllm import connections
 from vllm.connections import HTTPResponseSizeExceededError
 
-from tests.server.test_images import saved
+from tests.server.test_images import Allowance, saved
 from tests.support.chat import fresh_picture
 from vllm_vtprune import envs
 from vllm_vtprune_server.errors import MediaRejected
@@ -358,19 +358,6 @@ def test_a_small_answer_does_not_unpack_beyond_the_limit(fetch: Fetch) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 2**23
-
-
-class Allowance:
-    """A budget as vLLM 0.33 has it for all media of a request."""
-
-    def __init__(self, limit: int, setting: str) -> None:
-        self.limit, self.setting = limit, setting
-        self.used = 0
-
-    def charge(self, size: int) -> None:
-        if self.used + size > self.limit:
-            raise ValueError(f"Request media exceed {self.setting}={self.limit} ({self.used + size} bytes).")
-        self.used += size
 
 
 @pytest.mark.usefixtures("private")

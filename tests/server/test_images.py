@@ -210,14 +210,14 @@ def test_no_setting_lifts_the_limit_of_pillow(monkeypatch: pytest.MonkeyPatch) -
 class Allowance:
     """A budget as vLLM 0.33 has it for all media of a request."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, setting: str = "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES") -> None:
+        self.limit, self.setting = limit, setting
         self.used = 0
 
-    def charge(self, decoded_bytes: int) -> None:
-        if self.used + decoded_bytes > self.limit:
-            raise ValueError(f"Request decoded media exceeds VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES={self.limit}.")
-        self.used += decoded_bytes
+    def charge(self, size: int) -> None:
+        if self.used + size > self.limit:
+            raise ValueError(f"Request media exceed {self.setting}={self.limit}.")
+        self.used += size
 
 
 @pytest.mark.parametrize("mode", ["RGB", "1", "RGBA", "I;16"])

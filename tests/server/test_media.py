@@ -38,7 +38,7 @@ def test_the_budgets_of_a_request_reach_its_images(monkeypatch: pytest.MonkeyPat
     assert budget.used == budget.limit
     with pytest.raises(MediaRejected) as refused:
         connector.fetch_image(fresh_url())
-    assert "could not be loaded: Request decoded media exceeds VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES=9216; expected" in (
+    assert "could not be loaded: Request media exceed VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES=9216; expected" in (
         str(refused.value)
     )
 
