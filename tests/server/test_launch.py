@@ -61,39 +61,31 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_default_that_the_model_cannot_follow_is_refused(text_model: Path) -> None:
-    done = run_cli("serve", str(text_model), "--pruning-default", "balanced")
+def refusal_of(*arguments: str, before: str = "") -> str:
+    """What `vtprune serve` says of a start that it refuses."""
+    done = run_cli("serve", *arguments, before=before)
     assert done.returncode == 1
-    [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("vtprune serve: ")
+    return last.removeprefix("vtprune serve: ")
+
+
+def test_a_default_that_the_model_cannot_follow_is_refused(text_model: Path) -> None:
+    message = refusal_of(str(text_model), "--pruning-default", "balanced")
     assert f"{text_model} has the architecture LlamaForCausalLM, which cannot be pruned" in message
     assert "expected one of LlavaForConditionalGeneration" in message
-    assert "Traceback" not in done.stderr
 
 
 def test_a_model_that_would_be_served_unpruned_is_refused() -> None:
-    done = run_cli("serve", before=WITHOUT_OUR_MODELS)
-    assert done.returncode == 1
-    [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
+    message = refusal_of(before=WITHOUT_OUR_MODELS)
     assert "would be served unpruned" in message
     assert "vllm.model_executor.models.llava:LlavaForConditionalGeneration" in message, "what it found"
     assert "vllm_vtprune.plugin.families.llava:PrunedLlavaForConditionalGeneration" in message, "what it expected"
-    assert "Traceback" not in done.stderr
 
 
 def test_a_server_whose_routes_do_not_load_is_refused() -> None:
-    done = run_cli("serve", before=WITHOUT_OUR_ROUTES)
-    assert done.returncode == 1
-    [message] = [line for line in done.stderr.splitlines() if line.startswith("vtprune serve: ")]
-    assert "the server's routes cannot be loaded: ModuleNotFoundError" in message
-    assert "Traceback" not in done.stderr
-
-
-def test_a_default_that_is_no_policy_is_refused() -> None:
-    done = run_cli("serve", "--pruning-default", '{"budget": {"threshold": 2}}')
-    assert done.returncode == 2
-    message = done.stderr.splitlines()[-1]
-    assert "--pruning-default.budget.threshold: 2 is not accepted; expected a number above 0 and at most 1." in message
-    assert leaks(done.stderr) == []
+    assert "the server's routes cannot be loaded: ModuleNotFoundError" in refusal_of(before=WITHOUT_OUR_ROUTES)
 
 
 def test_options_and_port_are_judged_before_vllm_is_imported() -> None:
@@ -108,7 +100,12 @@ finally:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, status, message in [
-            (["--pruning-default", "nope"], 2, "vtprune serve: error: --pruning-default: "),
+            (
+                ["--pruning-default", '{"budget": {"threshold": 2}}'],
+                2,
+                "vtprune serve: error: --pruning-default.budget.threshold: 2 is not accepted; expected a number above "
+                "0 and at most 1.",
+            ),
             (["--pruning-placement", "gpu"], 2, "invalid choice: 'gpu' (choose from"),
             (
                 ["--host", "127.0.0.1", "--port", port],
@@ -121,6 +118,7 @@ finally:
             )
             assert done.returncode == status
             assert message in done.stderr.splitlines()[-1]
+            assert leaks(done.stderr) == []
             assert done.stdout == "False False\n"
 
 
@@ -131,14 +129,11 @@ def test_a_port_that_is_not_used_is_not_looked_at(arguments: list[str], monkeypa
 
 
 def test_more_memory_than_there_is_is_refused_before_the_engine_starts() -> None:
-    done = run_cli("serve", "--gpu-memory-utilization", "1")
-    assert done.returncode == 1
     assert re.fullmatch(
-        r"vtprune serve: vLLM asks for 100% of this machine's memory, which is [\d.]+ GiB, and [\d.]+ of [\d.]+ GiB "
+        r"vLLM asks for 100% of this machine's memory, which is [\d.]+ GiB, and [\d.]+ of [\d.]+ GiB "
         r"are free; set VLLM_CPU_KVCACHE_SPACE to fewer GiB for the KV cache, or --gpu-memory-utilization to 0\.\d+",
-        done.stderr.splitlines()[-1],
+        refusal_of("--gpu-memory-utilization", "1"),
     )
-    assert "Traceback" not in done.stderr
 
 
 def test_an_engine_that_lacked_memory_is_explained_in_the_last_line() -> None:
@@ -350,10 +345,8 @@ def test_a_command_that_does_not_exist_is_an_error(arguments: list[str]) -> None
 
 
 def test_a_model_may_follow_the_options() -> None:
-    done = run_cli("serve", "--port", "0", "/nonexistent/model")
-    assert done.returncode == 1
     problem = "/nonexistent/model: no such folder; expected a model's folder, or a name on the hub"
-    assert done.stderr.splitlines()[-1] == f"vtprune serve: {problem}"
+    assert refusal_of("--port", "0", "/nonexistent/model") == problem
 
 
 def test_a_table_of_detail_without_its_option_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import argparse
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -31,10 +31,11 @@ CARD = 80 * GIB
 MODEL = str(embedded_checkpoint())
 PRODUCER = '{"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}'
 CONSUMER = '{"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}'
+Parse: TypeAlias = Callable[..., argparse.Namespace]
 
 
 @pytest.fixture(scope="module")
-def parse() -> Callable[..., argparse.Namespace]:
+def parse() -> Parse:
     """Options of `vtprune serve`, as that reads them."""
     parser = FlexibleArgumentParser()
     memory.mark_defaults(ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser")))
@@ -83,7 +84,7 @@ def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_embedded_model_takes_little_unless_told_otherwise(
-    parse: Callable[..., argparse.Namespace],
+    parse: Parse,
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
     variable: str | None,
@@ -96,7 +97,7 @@ def test_the_embedded_model_takes_little_unless_told_otherwise(
     assert args.kv_cache_memory_bytes == kv_cache
 
 
-def test_other_models_take_what_vllm_takes(parse: Callable[..., argparse.Namespace]) -> None:
+def test_other_models_take_what_vllm_takes(parse: Parse) -> None:
     args = parse()
     args.model = "some/model"
     memory.limit_embedded_kv_cache(args)
@@ -123,7 +124,7 @@ def test_lack_of_memory_says_what_to_set(free: int, fraction: float, kv_cache: i
     assert bool(warning) is bool(message)
 
 
-def test_a_machine_without_an_engine_lacks_nothing(parse: Callable[..., argparse.Namespace]) -> None:
+def test_a_machine_without_an_engine_lacks_nothing(parse: Parse) -> None:
     assert memory.cpu_memory_problem(parse("--gpu-memory-utilization", "1"))
     assert not memory.cpu_memory_problem(parse("--gpu-memory-utilization", "1", "--data-parallel-size-local", "0"))
 
@@ -154,9 +155,7 @@ def test_a_machine_without_an_engine_lacks_nothing(parse: Callable[..., argparse
         (["--nnodes", "2", "--data-parallel-size", "4"], [0, 1, 0, 1]),
     ],
 )
-def test_api_processes_are_those_that_vllm_starts(
-    parse: Callable[..., argparse.Namespace], options: list[str], devices: list[int]
-) -> None:
+def test_api_processes_are_those_that_vllm_starts(parse: Parse, options: list[str], devices: list[int]) -> None:
     placements = [device_for("auto", process) for process in memory.api_processes(parse(*options))]
     assert placements == [f"cuda:{device}" for device in devices]
 
@@ -182,7 +181,7 @@ def test_api_processes_are_those_that_vllm_starts(
     ],
 )
 def test_every_gpu_leaves_room_for_the_encoders_that_share_it(
-    parse: Callable[..., argparse.Namespace],
+    parse: Parse,
     model_config: ModelConfig,
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
@@ -196,9 +195,7 @@ def test_every_gpu_leaves_room_for_the_encoders_that_share_it(
 
 
 @pytest.mark.usefixtures("eight_gpus")
-def test_too_little_is_refused_with_both_numbers(
-    parse: Callable[..., argparse.Namespace], model_config: ModelConfig
-) -> None:
+def test_too_little_is_refused_with_both_numbers(parse: Parse, model_config: ModelConfig) -> None:
     with pytest.raises(
         SystemExit,
         match=r"--mm-ipc-gpu-memory-gb=0\.5 does not hold the vision encoder; expected 0\.89 or more, and 0\.97 for",
@@ -208,7 +205,7 @@ def test_too_little_is_refused_with_both_numbers(
 
 @pytest.mark.usefixtures("eight_gpus")
 def test_a_device_that_is_not_known_is_asked_for_before_the_engine_starts(
-    parse: Callable[..., argparse.Namespace], model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    parse: Parse, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit, match=r"no engine runs on this machine.*; set VTPRUNE_DEVICE to cuda:INDEX"):
         memory.reserve_gpu_memory(parse("--data-parallel-size-local", "0"), model_config)
@@ -219,7 +216,7 @@ def test_a_device_that_is_not_known_is_asked_for_before_the_engine_starts(
 
 @pytest.mark.usefixtures("eight_gpus")
 def test_encoding_on_the_cpu_beside_a_gpu_is_refused_before_the_engine_starts(
-    parse: Callable[..., argparse.Namespace], model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    parse: Parse, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VTPRUNE_DEVICE", "cpu")
     with pytest.raises(SystemExit, match=r"on GPUs, not on the CPU; set VTPRUNE_DEVICE to auto or cuda:INDEX"):
@@ -228,7 +225,7 @@ def test_encoding_on_the_cpu_beside_a_gpu_is_refused_before_the_engine_starts(
 
 @pytest.mark.usefixtures("eight_gpus")
 def test_api_processes_without_an_engine_encode_on_the_gpu_that_they_are_told(
-    parse: Callable[..., argparse.Namespace], model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    parse: Parse, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VTPRUNE_DEVICE", "cuda:2")
     args = parse("--data-parallel-size", "2", "--data-parallel-size-local", "0")
@@ -238,13 +235,13 @@ def test_api_processes_without_an_engine_encode_on_the_gpu_that_they_are_told(
 
 
 @pytest.mark.usefixtures("eight_gpus")
-def test_a_model_that_cannot_be_pruned_reserves_nothing(parse: Callable[..., argparse.Namespace]) -> None:
+def test_a_model_that_cannot_be_pruned_reserves_nothing(parse: Parse) -> None:
     args = parse()
     memory.reserve_gpu_memory(args, SimpleNamespace(is_multimodal_model=False))  # type: ignore[arg-type]
     assert args.mm_ipc_gpu_memory_gb == 0
 
 
-def test_nothing_is_reserved_on_cpus(parse: Callable[..., argparse.Namespace], model_config: ModelConfig) -> None:
+def test_nothing_is_reserved_on_cpus(parse: Parse, model_config: ModelConfig) -> None:
     args = parse()
     memory.reserve_gpu_memory(args, model_config)
     assert args.mm_ipc_gpu_memory_gb == 0
@@ -262,9 +259,7 @@ def test_nothing_is_reserved_on_cpus(parse: Callable[..., argparse.Namespace], m
         (["--headless"], False),
     ],
 )
-def test_several_api_processes_share_their_encoders(
-    parse: Callable[..., argparse.Namespace], options: list[str], shared: bool
-) -> None:
+def test_several_api_processes_share_their_encoders(parse: Parse, options: list[str], shared: bool) -> None:
     assert memory.shares_encoders(parse(*options)) is shared
 
 
