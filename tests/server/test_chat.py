@@ -28,11 +28,6 @@ from vllm_vtprune.text import text_pipeline_name
 pytestmark = pytest.mark.engine
 
 REPORT_KEYS = {"method", "preset", "budget", "text_pipeline", "untuned", "images", "timings_ms"}
-IMAGE_KEYS = {
-    *("method", "visual_tokens", "kept_tokens", "energy", "nouns", "text_fallback", "cached", "bypass_reason"),
-    *("placement", "placement_reason", "detail", "kept"),
-    *("placement", "placement_reason", "border_tokens", "duplicate_tokens", "lossless_reason", "allotted_tokens"),
-}
 STAGES = ["text", "encode", "budget", "select"]
 OPTIONS_OF_STREAMS = [{}, {"stream_options": {"include_usage": True}}]
 
@@ -133,7 +128,6 @@ def test_the_schema_describes_the_field(server: Server) -> None:
     operation = document["paths"]["/v1/chat/completions"]["post"]
     body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
     field = schemas[body]["properties"]["pruning"]
-    assert "server's default" in field["description"]
     assert field["examples"]
     [policy] = [schemas[option["$ref"].rsplit("/", 1)[1]] for option in field["anyOf"] if "$ref" in option]
     methods = {part["$ref"].rsplit("/", 1)[1]: schemas[part["$ref"].rsplit("/", 1)[1]] for part in policy["oneOf"]}
@@ -163,7 +157,6 @@ def test_the_report_is_complete(server: Server, default_keep: int) -> None:
     assert set(report) == REPORT_KEYS
     assert report["text_pipeline"] == text_pipeline_name()
     [image] = report["images"]
-    assert set(image) == IMAGE_KEYS
     assert image == {
         "method": "resprune",
         "visual_tokens": VISUAL_TOKENS,

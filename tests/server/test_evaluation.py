@@ -44,17 +44,7 @@ def test_every_question_is_asked_once_in_every_way(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--url", server.url, "--model", str(tiny_checkpoint()), "--out", str(tmp_path), "--json"]
-    options += [
-        "--questions",
-        "8",
-        "--methods",
-        "random,random3x3",
-        "--keep",
-        "64,100",
-        "--presets",
-        "fast",
-        "--gallery",
-    ]
+    options += "--questions 8 --methods random,random3x3 --keep 64,100 --presets fast --gallery".split()
     evaluate(options)
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     by_arm = {result["arm"]: result for result in results}
@@ -102,20 +92,8 @@ def test_adaptive_budgets_on_the_server_and_inside_the_language_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the model that comes with the package: the other is too shallow for pyramids."""
-    options = [
-        "--out",
-        str(tmp_path),
-        "--json",
-        "--questions",
-        "4",
-        "--methods",
-        "fastervlm",
-        "--keep",
-        "24",
-        "--adaptive",
-        "--in-llm",
-    ]
-    evaluate(options)
+    options = "--questions 4 --methods fastervlm --keep 24 --adaptive --in-llm --json".split()
+    evaluate([*options, "--out", str(tmp_path)])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     by_arm = {result["arm"]: result for result in summary["results"]}
     assert {"unpruned", "fastervlm@24", "fastervlm+E@24", "transformers", "fastv@24", "fastv+E@24"} <= by_arm.keys()
@@ -216,20 +194,8 @@ def test_a_calibrated_preset_keeps_on_other_questions_what_it_promised(
 
 
 def test_a_running_server_is_benchmarked(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [
-        "--url",
-        server.url,
-        "--concurrency",
-        "1",
-        "4",
-        "--requests",
-        "4",
-        "--pictures",
-        "4",
-        "--out",
-        str(tmp_path),
-    ]
-    bench([*options, "--presets", "balanced", "thumbnail", "--size", "320x240", "--out", str(tmp_path)])
+    options = "--concurrency 1 4 --requests 4 --pictures 4 --presets balanced thumbnail --size 320x240".split()
+    bench(["--url", server.url, *options, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "thumbnail keeps 4% of the visual tokens" in out
     results = json.loads((tmp_path / "results.json").read_text())

@@ -22,18 +22,9 @@ VISUAL_TOKENS = {"llava_next": 64 + 8 * 16 + 8, "internvl": 9 * 16}
 
 
 def serving(checkpoint: Path, log: Path, *more: str) -> Iterator[Server]:
-    options = [
-        *more,
-        "--served-model-name",
-        "model",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "2048",
-        "--enforce-eager",
-    ]
+    options = "--served-model-name model --dtype float32 --max-model-len 2048 --enforce-eager".split()
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with running_server([str(checkpoint), *options], environment=environment, log=log) as url:
+    with running_server([str(checkpoint), *more, *options], environment=environment, log=log) as url:
         yield Server(url, log, model="model")
 
 

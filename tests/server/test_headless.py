@@ -29,20 +29,12 @@ def head(node_log: Path) -> Iterator[Server]:
         *SMALL_KV_CACHE,
         "--enforce-eager",
     ]
-    serve = [
-        sys.executable,
-        "-m",
-        "vllm_vtprune.cli",
-        "serve",
-        *options,
-        "--headless",
-        "--data-parallel-start-rank",
-        "1",
-    ]
+    serve = [sys.executable, "-m", "vllm_vtprune.cli", "serve", *options]
     with node_log.open("wb") as output:
         node = subprocess.Popen(
-            serve, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+            [*serve, "--headless", "--data-parallel-start-rank", "1"],
+            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
     try:
         log = node_log.with_name("head.log")
         with running_server([*options, "--pruning-default", "balanced"], log=log) as url:

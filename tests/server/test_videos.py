@@ -74,16 +74,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def serving(model: Sequence[str], log: Path, *command: str, **environment: str) -> Iterator[Server]:
-    options = [
-        *model,
-        "--served-model-name",
-        "model",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "2048",
-        "--enforce-eager",
-    ]
+    options = [*model, *"--served-model-name model --dtype float32 --max-model-len 2048 --enforce-eager".split()]
     options += ["--no-enable-prefix-caching"]  # so that what was asked before is of no account
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **environment}
     choice = {"command": command} if command else {}
