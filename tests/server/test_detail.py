@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.apis import STREAMS, WHOLE, Ask, anthropic_client, message_user
+from tests.support.apis import STREAMS, WHOLE, Ask
 from tests.support.chat import VISUAL_TOKENS, Body, Server, fresh_url, tokens
 from vllm_vtprune.policy import PolicyError, PruningPolicy
 from vllm_vtprune.presets import DETAIL_DEFAULTS, PresetsFile
@@ -40,16 +40,6 @@ def test_a_policy_beside_the_image_wins_and_one_of_the_request_yields(server: Se
         [None, "low", None],
     )
     assert ask(server, *images, model="llava@off").kept == [20, FAST, VISUAL_TOKENS]
-
-
-@pytest.mark.engine
-def test_tokens_are_counted_with_it(server: Server) -> None:
-    counted = anthropic_client(server).messages.count_tokens(
-        model=server.model,
-        messages=[message_user("Where?", fresh(detail="low"))],  # type: ignore[list-item]
-    )
-    [image] = (counted.model_extra or {})["pruning"]["images"]
-    assert (image["kept_tokens"], image["detail"]) == (FAST, "low")
 
 
 @pytest.mark.engine

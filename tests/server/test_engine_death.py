@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.server.test_operations import check_ended
 from tests.support.chat import DONE, ENDLESS, Body, Server, data_of, fresh_url, kept, random_model, user
 from tests.support.process_tree import arguments_of, command_of
 from vllm_vtprune_evaluation.load.client import ask, connect
@@ -185,19 +186,11 @@ def check_streams(streams: list[Future[str]]) -> None:
         *chunks, error, done = data_of(future.result(ERROR_WITHIN))
         assert done == DONE
         assert chunks
-        check(json.loads(error)["error"])
+        check_ended(json.loads(error)["error"])
 
 
 def check_wholes(wholes: list[Future[httpx.Response]]) -> None:
     for future in wholes:
         response = future.result(ERROR_WITHIN)
-        check(response.json()["error"])
+        check_ended(response.json()["error"])
         assert response.status_code == response.json()["error"]["code"]
-
-
-def check(error: Body) -> None:
-    """vLLM's, or ours where the server ends before vLLM sees that its engine did."""
-    assert (error["code"], error["message"][:34]) in (
-        (500, "EngineCore encountered an issue. S"),
-        (503, "The server is shutting down and di"),
-    )

@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,19 +287,9 @@ def test_plugins_that_are_named_stay_on(before: str, after: str, monkeypatch: py
         assert os.environ["VLLM_PLUGINS"] == after
 
 
-def test_where_none_is_named_all_that_are_installed_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_none_is_named_plugins_of_every_kind_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM loads every plugin while the variable is unset, and only those it names once it is set."""
-    groups = [group for group in entry_points().groups if group.startswith("vllm.")]
-    installed = {point.name for group in groups for point in entry_points(group=group)}
-    monkeypatch.setenv("VLLM_PLUGINS", "")  # so that it is put back even where it is not set
-    monkeypatch.delenv("VLLM_PLUGINS")
-    launch.enable_plugin()
-    named = os.environ["VLLM_PLUGINS"].split(",")
-    assert set(named) == installed | {"vtprune"}
-    assert len(named) == len(set(named))
 
-
-def test_plugins_of_every_kind_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def points(group: str) -> list[EntryPoint]:
         return [EntryPoint(f"a-{group.removeprefix('vllm.')}", "a:b", group), EntryPoint("in-all", "a:b", group)]
 
