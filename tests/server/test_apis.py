@@ -256,18 +256,19 @@ def test_the_count_of_an_alias(server: Server) -> None:
 # --- stored responses -----------------------------------------------------------------------------------------------
 
 
-def test_images_of_earlier_turns_keep_their_policies(server: Server, default_keep: int) -> None:
-    client = openai_client(server)
+def respond(server: Server, *images: Body, text: str = QUESTION, **fields: Any) -> Any:
+    return openai_client(server).responses.create(
+        model=server.model,
+        input=[response_user(text, *images)],  # type: ignore[list-item]
+        max_output_tokens=4,
+        temperature=0,
+        **fields,
+    )
 
+
+def test_images_of_earlier_turns_keep_their_policies(server: Server, default_keep: int) -> None:
     def turn(previous: str | None, text: str, *images: Body, **extra: Any) -> Any:
-        return client.responses.create(
-            model=server.model,
-            input=[response_user(text, *images)],  # type: ignore[list-item]
-            previous_response_id=previous,
-            max_output_tokens=4,
-            temperature=0,
-            extra_body=extra,
-        )
+        return respond(server, *images, text=text, previous_response_id=previous, extra_body=extra)
 
     first = turn(None, "Where is the dog?", fresh(pruning=tokens(20)), fresh(), pruning=tokens(30))
     second = turn(first.id, "And the bus?", pruning="fast")
@@ -278,7 +279,7 @@ def test_images_of_earlier_turns_keep_their_policies(server: Server, default_kee
     nouns = [[image["nouns"] for image in report["images"]] for report in reports]
     assert nouns[2] == [["dog"], ["dog"], ["cat"]]
     assert [image["cached"] for image in reports[2]["images"]] == [True, True, False]
-    assert client.responses.retrieve(third.id).model_extra == third.model_extra
+    assert openai_client(server).responses.retrieve(third.id).model_extra == third.model_extra
     # a placeholder token in a stored text would take the place of an image
     stored = turn(None, "Where is <image>?")
     with pytest.raises(openai.BadRequestError) as refused:
@@ -287,35 +288,19 @@ def test_images_of_earlier_turns_keep_their_policies(server: Server, default_kee
 
 
 def test_too_many_images_over_several_turns(server: Server) -> None:
-    client = openai_client(server)
-    first = client.responses.create(
-        model=server.model,
-        input=[response_user(QUESTION, fresh(), fresh())],  # type: ignore[list-item]
-        max_output_tokens=2,
-    )
+    first = respond(server, fresh(), fresh())
     with pytest.raises(openai.BadRequestError, match="at most 3 in a request") as refused:
-        client.responses.create(
-            model=server.model,
-            input=[response_user(QUESTION, fresh(), fresh())],  # type: ignore[list-item]
-            previous_response_id=first.id,
-        )
+        respond(server, fresh(), fresh(), previous_response_id=first.id)
     assert refused.value.param == "input.0.content.1.image_url"
 
 
 def test_a_response_in_the_background_gets_its_report(server: Server) -> None:
-    client = openai_client(server)
-    answer = client.responses.create(
-        model=server.model,
-        input=[response_user(QUESTION, fresh())],  # type: ignore[list-item]
-        max_output_tokens=4,
-        background=True,
-        extra_body={"pruning": tokens(40)},
-    )
+    answer = respond(server, fresh(), background=True, extra_body={"pruning": tokens(40)})
     deadline = time.monotonic() + 60
     while answer.status in ("queued", "in_progress"):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-        answer = client.responses.retrieve(answer.id)
+        answer = openai_client(server).responses.retrieve(answer.id)
     assert [image["kept_tokens"] for image in (answer.model_extra or {})["pruning"]["images"]] == [40]
 
 

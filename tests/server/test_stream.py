@@ -67,17 +67,13 @@ def check(events: list[str], last: int) -> None:
     assert [chunk for i, chunk in enumerate(out) if i != last] == [chunk for i, chunk in enumerate(events) if i != last]
 
 
-def test_the_event_that_ends_the_only_choice_carries_the_report() -> None:
-    check([token("a"), token("b"), finish(), DONE], last=2)
+@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls"])
+def test_the_event_that_ends_the_only_choice_carries_the_report(reason: str) -> None:
+    check([token("a"), token("b"), finish(reason=reason), DONE], last=2)
 
 
 def test_with_usage_its_event_carries_the_report() -> None:
     check([token("a"), finish(), usage(), DONE], last=2)
-
-
-@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls"])
-def test_whatever_ended_the_choice(reason: str) -> None:
-    check([token("a"), finish(reason=reason), DONE], last=1)
 
 
 def test_of_several_choices_the_one_that_ends_last() -> None:
