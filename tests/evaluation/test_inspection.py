@@ -107,7 +107,6 @@ def test_from_python(photo: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
-        (["--pruning", "blanced", "--out", "a.png"], 2, "--pruning"),
         (["--pruning", "blanced", "--out", "a.png"], 2, "as a preset: quality, balanced, fast, document"),
         (["--pruning", '{"preset": "fst"}', "--out", "a.png"], 2, "--pruning.preset"),
         (["--pruning", "off", "--out", "a.png"], 2, "keeps every token"),
@@ -148,10 +147,3 @@ def test_each_image_is_encoded_for_itself() -> None:
     first, second, again = (features_of(processor, Image.fromarray(pixels)) for pixels in (upright, lying, upright))
     assert torch.equal(first.encoder, again.encoder)
     assert not torch.allclose(first.encoder, second.encoder)
-
-
-def test_the_photograph_is_one() -> None:
-    photo = photograph()
-    assert photo.mode == "RGB"
-    assert min(photo.size) >= 336
-    assert len(photo.getcolors(1 << 20) or ()) > 10_000
