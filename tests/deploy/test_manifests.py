@@ -156,6 +156,11 @@ def test_a_producer_and_a_consumer_differ_in_role_and_gpu_alone() -> None:
 DISAGGREGATION = "disaggregation/kubernetes.yaml"
 
 
+def disaggregated() -> dict[tuple[str, str], Document]:
+    """The objects of the disaggregated deployment, by kind and name."""
+    return {(document["kind"], document["metadata"]["name"]): document for document in documents(DISAGGREGATION)}
+
+
 @pytest.mark.parametrize(
     "document",
     [*documents("kubernetes/server.yaml"), *documents(DISAGGREGATION)],
@@ -166,14 +171,10 @@ def test_manifests_are_valid(document: Document) -> None:
 
 
 def test_pods_of_a_producer_and_a_consumer_differ_in_role_alone() -> None:
-    deployments = {
-        document["metadata"]["name"]: document
-        for document in documents(DISAGGREGATION)
-        if document["kind"] == "Deployment"
-    }
+    objects = disaggregated()
     pods = []
     for role in ("producer", "consumer"):
-        deployment = deployments[f"vtprune-{role}"]
+        deployment = objects["Deployment", f"vtprune-{role}"]
         assert deployment["spec"]["template"]["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
         pods.append(deployment["spec"]["template"]["spec"])
         (container,) = pods[-1]["containers"]
@@ -183,21 +184,21 @@ def test_pods_of_a_producer_and_a_consumer_differ_in_role_alone() -> None:
         assert {"name": "embeddings", "mountPath": path} in container["volumeMounts"]
         assert container["image"] == f"vllm-vtprune:{__version__}"
     assert pods[0] == pods[1]
-    writer = deployments["vtprune-producer"]["spec"]
+    writer = objects["Deployment", "vtprune-producer"]["spec"]
     assert (writer["replicas"], writer["strategy"]) == (1, {"type": "Recreate"}), "one at a time writes"
 
 
 def test_a_proxy_in_kubernetes_finds_its_script_and_the_instances() -> None:
-    everything = {(document["kind"], document["metadata"]["name"]): document for document in documents(DISAGGREGATION)}
-    pod = everything["Deployment", "vtprune-proxy"]["spec"]["template"]["spec"]
+    objects = disaggregated()
+    pod = objects["Deployment", "vtprune-proxy"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     for address in (word for word in container["args"] if word.startswith("http")):
-        service = everything["Service", address.removeprefix("http://")]
+        service = objects["Service", address.removeprefix("http://")]
         name = service["spec"]["selector"]["app.kubernetes.io/name"]
-        assert ("Deployment", name) in everything
+        assert ("Deployment", name) in objects
         assert service["spec"]["ports"][0]["port"] == 80
-    clients = everything["Service", "vtprune"]["spec"]["selector"]
-    assert clients == everything["Deployment", "vtprune-proxy"]["spec"]["selector"]["matchLabels"]
+    clients = objects["Service", "vtprune"]["spec"]["selector"]
+    assert clients == objects["Deployment", "vtprune-proxy"]["spec"]["selector"]["matchLabels"]
     (kustomization,) = documents("disaggregation/kustomization.yaml")
     (generated,) = kustomization["configMapGenerator"]
     (mount,) = container["volumeMounts"]
