@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from loadtests.compare import ARMS, Load, Turns, conclude, ratios_to_stock, tokens_argument
-from loadtests.options import add_slo_arguments
 from loadtests.servers import Arm
+from tests.loadtests.test_options import parsed
 from tests.support.fake_chat import report
 from tests.support.programs import run_module
 from vllm_vtprune_evaluation.load.records import Record
@@ -35,11 +35,8 @@ def turns(**more: list[list[Record]]) -> Turns:
 
 
 def options(out: Path, *arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_slo_arguments(parser)
-    slo = parser.parse_args(arguments)
     arms = [Arm.parse(arm) for arm in ARMS]
-    return argparse.Namespace(out=out, rounds=2, seconds=4, size="tiny", arms=arms, **vars(slo))
+    return argparse.Namespace(out=out, rounds=2, seconds=4, size="tiny", arms=arms, **vars(parsed(*arguments)))
 
 
 def concluded(turns: Turns, options: argparse.Namespace) -> list[str]:

@@ -13,8 +13,8 @@ from random import Random
 import psutil
 import pytest
 
-from loadtests.options import add_slo_arguments
 from loadtests.soak import TOLERANCE, Memory, Process, conclude
+from tests.loadtests.test_options import parsed
 from tests.support.fake_chat import report
 from tests.support.programs import run_module
 from vllm_vtprune_evaluation.load.records import Record
@@ -34,9 +34,7 @@ def complaints(
     records: list[Record], processes: list[Process], out: Path, *arguments: str, minutes: float = 10
 ) -> list[str]:
     """What a soak at two requests per second says."""
-    parser = argparse.ArgumentParser()
-    add_slo_arguments(parser)
-    slo = vars(parser.parse_args(arguments))
+    slo = vars(parsed(*arguments))
     return conclude(
         records,
         processes,
