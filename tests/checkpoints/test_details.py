@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,7 @@ Checkpoints = Callable[..., Path]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """Writes each checkpoint once."""
-    written: dict[str, Path] = {}
-
-    def write(family: str, **options: Any) -> Path:
-        key = f"{family} {options}"
-        if key not in written:
-            written[key] = write_checkpoint(family, tmp_path_factory.mktemp(family), **options)
-        return written[key]
-
-    return write
+    return cache(lambda family, **options: write_checkpoint(family, tmp_path_factory.mktemp(family), **options))
 
 
 def read(directory: Path, messages: Sequence[Any] = ({"role": "user", "content": [IMAGE, WHAT]},)) -> tuple[Any, Any]:

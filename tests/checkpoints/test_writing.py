@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,9 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False) == text
 
 
-_tokenizers: dict[Path, Any] = {}
-
-
+@cache
 def tokenizer_of(directory: Path) -> Any:
-    if directory not in _tokenizers:
-        _tokenizers[directory] = AutoTokenizer.from_pretrained(directory)
-    return _tokenizers[directory]
+    return AutoTokenizer.from_pretrained(directory)
 
 
 def test_every_word_of_the_corpus_is_one_token_after_a_space(checkpoint: Path) -> None:

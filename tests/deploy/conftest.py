@@ -1,19 +1,22 @@
-"""A Dockerfile's instructions; and a server under load with a Prometheus that watches it, started once."""
+"""What a Dockerfile and Prometheus's rules say; and a server under load that Prometheus watches, started once."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from dockerfile_parse import DockerfileParser
 
 from deploy.grafana.plot import Prometheus
 from loadtests.observe import ENVIRONMENT, SERVE_OPTIONS, running_prometheus
 from tests.support.chat import VISUAL_TOKENS, Body, Server, by_energy, fresh_url, user
+from tests.support.programs import ROOT
 from vllm_vtprune_server.process import running_server
 
 LOAD_SECONDS = 20
@@ -28,6 +31,12 @@ def values(dockerfile: Path, name: str, stage: str | None = None) -> list[str]:
         if line["instruction"] == name and stage in (None, current):
             arguments.append(line["value"])
     return arguments
+
+
+def prometheus_rules() -> list[dict[str, Any]]:
+    """The recording rules and the alerts."""
+    files = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
+    return [rule for file in files for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
 
 
 @dataclass(frozen=True)
@@ -74,21 +83,9 @@ def load(server: Server, seconds: float) -> None:
             broken = server.post({"messages": [user("Where?", "data:image/png;base64,AAAA")], "pruning": "fast"})
             assert broken.status_code == 400, json.dumps(broken.json())
 
-    failures: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            client()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(2) as clients:
+        for ended in [clients.submit(client) for _ in range(2)]:
+            ended.result()
 
 
 def keep(tokens: int) -> Body:

@@ -5,12 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from deploy.grafana import generate, plot
-from tests.deploy.conftest import Watched
+from tests.deploy.conftest import Watched, prometheus_rules
 
-ROOT = Path(__file__).parents[2]
 INTERVAL = "10s"
 MAY_BE_ZERO = (
     "vllm:kv_cache_usage_perc",
@@ -21,12 +19,7 @@ MAY_BE_ZERO = (
 )
 """What may be at 0 at every scrape of a server that is under little load."""
 PANELS = list(plot.panels(json.loads(plot.DASHBOARD.read_text())))
-RULES = [
-    rule
-    for file in sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
-    for group in yaml.safe_load(file.read_text())["groups"]
-    for rule in group["rules"]
-]
+RULES = prometheus_rules()
 
 
 def test_the_committed_dashboard_is_what_the_generator_makes() -> None:

@@ -14,17 +14,14 @@ from packaging.utils import canonicalize_name
 from deploy.docker.lock import OUTPUT, closure, missing_beside_vllm, vllm_package
 from tests.deploy.conftest import values
 from tests.support.fake_chat import Reply, fake_chat
+from tests.support.programs import ROOT, succeed
 
-ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
 PINNED: dict[str, str] = dict(re.findall(r"^([\w.-]+)==(\S+)", OUTPUT.read_text(), re.MULTILINE))
 
 
 def test_hadolint_finds_nothing() -> None:
-    done = subprocess.run(
-        [Path(sys.executable).with_name("hadolint"), DOCKERFILE], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
+    succeed("hadolint", DOCKERFILE)
 
 
 def test_the_base_is_the_vllm_that_is_tested() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,85 +14,60 @@ from jsonschema import Draft202012Validator
 
 from deploy.kubernetes import rules
 from tests.deploy.conftest import Watched
-from tests.support.programs import program
+from tests.support.programs import ROOT, succeed
 from vllm_vtprune import __version__
 from vllm_vtprune.policy import BUILTIN_PRESETS
 from vllm_vtprune_server.launch import SHUTDOWN_TIMEOUT
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = ROOT / "deploy"
 KUBERNETES_VERSION = "1.33"
 Document = dict[str, Any]
 
-CHART_VALUES = {
-    "type": "object",
-    "required": ["servingEngineSpec"],
-    "properties": {
-        "servingEngineSpec": {
-            "type": "object",
-            "required": ["modelSpec"],
-            "properties": {
-                "runtimeClassName": {"type": "string"},
-                "containerPort": {"type": "integer"},
-                "servicePort": {"type": "integer"},
-                "securityContext": {"type": "object"},
-                "containerSecurityContext": {"properties": {"runAsNonRoot": {"type": "boolean"}}},
-                "strategy": {"type": "object"},
-                "serviceMonitor": {
-                    "properties": {
-                        "enabled": {"type": "boolean"},
-                        "additionalLabels": {"type": "object"},
-                        "interval": {"type": "string"},
-                        "relabelings": {"type": "array"},
-                    },
-                    "additionalProperties": False,
-                },
-                "startupProbe": {"$ref": "#/$defs/probe"},
-                "livenessProbe": {"$ref": "#/$defs/probe"},
-                "modelSpec": {"type": "array", "items": {"$ref": "#/$defs/model"}},
-            },
-            "additionalProperties": False,
-        },
-        "routerSpec": {"properties": {"enableRouter": {"type": "boolean"}}, "additionalProperties": False},
-        "extraObjects": {"type": "array"},
-    },
-    "additionalProperties": False,
-    "$defs": {
-        "probe": {
-            "properties": {
-                "failureThreshold": {"type": "integer"},
-                "initialDelaySeconds": {"type": "integer"},
-                "periodSeconds": {"type": "integer"},
-                "httpGet": {
-                    "properties": {"path": {"const": "/health"}, "port": {"type": ["integer", "string"]}},
-                    "additionalProperties": False,
-                },
-            },
-            "additionalProperties": False,
-        },
-        "model": {
-            "required": ["name", "repository", "tag", "modelURL", "requestCPU", "requestMemory"],
-            "properties": {
-                "name": {"type": "string"},
-                "repository": {"type": "string"},
-                "tag": {"type": "string"},
-                "modelURL": {"type": "string"},
-                "replicaCount": {"type": "integer"},
-                "requestCPU": {"type": "integer"},
-                "requestMemory": {"type": "string"},
-                "requestGPU": {"type": ["integer", "number", "string"]},
-                "limitMemory": {"type": "string"},
-                "vllmConfig": {
-                    "properties": {
-                        "enablePrefixCaching": {"type": "boolean"},
-                        "extraArgs": {"type": "array", "items": {"type": "string"}},
-                    },
-                    "additionalProperties": False,
-                },
-            },
-            "additionalProperties": False,
-        },
-    },
-}
+STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (
+    {"type": name} for name in ("string", "integer", "boolean", "array", "object")
+)
+
+
+def keys(*required: str, **properties: Document) -> Document:
+    """The schema of an object that has these keys and no others."""
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+PROBE = keys(
+    failureThreshold=INTEGER,
+    initialDelaySeconds=INTEGER,
+    periodSeconds=INTEGER,
+    httpGet=keys(path={"const": "/health"}, port={"type": ["integer", "string"]}),
+)
+MODEL = keys(
+    *("name", "repository", "tag", "modelURL", "requestCPU", "requestMemory"),
+    name=STRING,
+    repository=STRING,
+    tag=STRING,
+    modelURL=STRING,
+    replicaCount=INTEGER,
+    requestCPU=INTEGER,
+    requestMemory=STRING,
+    requestGPU={"type": ["integer", "number", "string"]},
+    limitMemory=STRING,
+    vllmConfig=keys(enablePrefixCaching=BOOLEAN, extraArgs={"type": "array", "items": STRING}),
+)
+ENGINES = keys(
+    "modelSpec",
+    modelSpec={"type": "array", "items": MODEL},
+    runtimeClassName=STRING,
+    containerPort=INTEGER,
+    servicePort=INTEGER,
+    securityContext=OBJECT,
+    containerSecurityContext={"properties": {"runAsNonRoot": BOOLEAN}},
+    strategy=OBJECT,
+    serviceMonitor=keys(enabled=BOOLEAN, additionalLabels=OBJECT, interval=STRING, relabelings=ARRAY),
+    startupProbe=PROBE,
+    livenessProbe=PROBE,
+)
+CHART_VALUES = keys(
+    "servingEngineSpec", servingEngineSpec=ENGINES, routerSpec=keys(enableRouter=BOOLEAN), extraObjects=ARRAY
+)
 """The keys of the production-stack chart that we use, with the types of its values.schema.json of summer 2026.
 
 It is written down by hand: the chart itself is not at hand, and the test does not prove that it takes our values.
@@ -108,6 +82,8 @@ def documents(name: str) -> list[Document]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
+SERVER = documents("kubernetes/server.yaml")[0]["spec"]
+CHART_ENGINES = documents(CHART)[0]["servingEngineSpec"]
 COMPOSE = ["compose.yaml", "disaggregation/compose.yaml"]
 
 
@@ -180,6 +156,11 @@ def test_a_producer_and_a_consumer_differ_in_role_and_gpu_alone() -> None:
 DISAGGREGATION = "disaggregation/kubernetes.yaml"
 
 
+def disaggregated() -> dict[tuple[str, str], Document]:
+    """The objects of the disaggregated deployment, by kind and name."""
+    return {(document["kind"], document["metadata"]["name"]): document for document in documents(DISAGGREGATION)}
+
+
 @pytest.mark.parametrize(
     "document",
     [*documents("kubernetes/server.yaml"), *documents(DISAGGREGATION)],
@@ -190,14 +171,10 @@ def test_manifests_are_valid(document: Document) -> None:
 
 
 def test_pods_of_a_producer_and_a_consumer_differ_in_role_alone() -> None:
-    deployments = {
-        document["metadata"]["name"]: document
-        for document in documents(DISAGGREGATION)
-        if document["kind"] == "Deployment"
-    }
+    objects = disaggregated()
     pods = []
     for role in ("producer", "consumer"):
-        deployment = deployments[f"vtprune-{role}"]
+        deployment = objects["Deployment", f"vtprune-{role}"]
         assert deployment["spec"]["template"]["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
         pods.append(deployment["spec"]["template"]["spec"])
         (container,) = pods[-1]["containers"]
@@ -207,21 +184,21 @@ def test_pods_of_a_producer_and_a_consumer_differ_in_role_alone() -> None:
         assert {"name": "embeddings", "mountPath": path} in container["volumeMounts"]
         assert container["image"] == f"vllm-vtprune:{__version__}"
     assert pods[0] == pods[1]
-    writer = deployments["vtprune-producer"]["spec"]
+    writer = objects["Deployment", "vtprune-producer"]["spec"]
     assert (writer["replicas"], writer["strategy"]) == (1, {"type": "Recreate"}), "one at a time writes"
 
 
 def test_a_proxy_in_kubernetes_finds_its_script_and_the_instances() -> None:
-    everything = {(document["kind"], document["metadata"]["name"]): document for document in documents(DISAGGREGATION)}
-    pod = everything["Deployment", "vtprune-proxy"]["spec"]["template"]["spec"]
+    objects = disaggregated()
+    pod = objects["Deployment", "vtprune-proxy"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     for address in (word for word in container["args"] if word.startswith("http")):
-        service = everything["Service", address.removeprefix("http://")]
+        service = objects["Service", address.removeprefix("http://")]
         name = service["spec"]["selector"]["app.kubernetes.io/name"]
-        assert ("Deployment", name) in everything
+        assert ("Deployment", name) in objects
         assert service["spec"]["ports"][0]["port"] == 80
-    clients = everything["Service", "vtprune"]["spec"]["selector"]
-    assert clients == everything["Deployment", "vtprune-proxy"]["spec"]["selector"]["matchLabels"]
+    clients = objects["Service", "vtprune"]["spec"]["selector"]
+    assert clients == objects["Deployment", "vtprune-proxy"]["spec"]["selector"]["matchLabels"]
     (kustomization,) = documents("disaggregation/kustomization.yaml")
     (generated,) = kustomization["configMapGenerator"]
     (mount,) = container["volumeMounts"]
@@ -250,8 +227,8 @@ def test_pods_are_probed_where_the_server_says_how_it_is_and_have_time_to_stop()
 
 def test_the_presets_that_are_named_exist() -> None:
     for args in (
-        documents("kubernetes/server.yaml")[0]["spec"]["template"]["spec"]["containers"][0]["args"],
-        documents(CHART)[0]["servingEngineSpec"]["modelSpec"][0]["vllmConfig"]["extraArgs"],
+        SERVER["template"]["spec"]["containers"][0]["args"],
+        CHART_ENGINES["modelSpec"][0]["vllmConfig"]["extraArgs"],
         composed()["services"]["server-gpu"]["command"],
         composed("disaggregation/compose.yaml")["services"]["producer"]["command"],
         documents(DISAGGREGATION)[1]["spec"]["template"]["spec"]["containers"][0]["args"],
@@ -282,8 +259,7 @@ def test_the_operator_s_rules_are_those_of_prometheus() -> None:
 def test_prometheus_reads_the_operator_s_rules(tmp_path: Path) -> None:
     (manifest,) = documents("kubernetes/rules.yaml")
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(manifest["spec"]))
-    done = subprocess.run([program("promtool"), "check", "rules", tmp_path / "rules.yml"], capture_output=True)
-    assert done.returncode == 0, done.stdout
+    succeed("promtool", "check", "rules", tmp_path / "rules.yml")
 
 
 def test_servers_are_scraped_under_the_job_that_rules_ask_for() -> None:
@@ -326,16 +302,8 @@ def test_an_empty_answer_does_not_scale_down(document: Document) -> None:
 @pytest.mark.parametrize(
     ("replicas", "strategy", "autoscaler"),
     [
-        (
-            documents("kubernetes/server.yaml")[0]["spec"]["replicas"],
-            documents("kubernetes/server.yaml")[0]["spec"]["strategy"],
-            autoscalers()[0],
-        ),
-        (
-            documents(CHART)[0]["servingEngineSpec"]["modelSpec"][0]["replicaCount"],
-            documents(CHART)[0]["servingEngineSpec"]["strategy"],
-            autoscalers()[1],
-        ),
+        (SERVER["replicas"], SERVER["strategy"], autoscalers()[0]),
+        (CHART_ENGINES["modelSpec"][0]["replicaCount"], CHART_ENGINES["strategy"], autoscalers()[1]),
     ],
     ids=["manifest", "chart"],
 )

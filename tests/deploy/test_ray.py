@@ -22,9 +22,9 @@ from vllm.plugins import load_general_plugins
 
 from deploy.grafana import plot
 from deploy.grafana.plot import Prometheus
-from tests.deploy.conftest import values
+from tests.deploy.conftest import prometheus_rules, values
 from tests.support.chat import VISUAL_TOKENS, by_energy, fresh_url, user
-from tests.support.programs import program
+from tests.support.programs import ROOT, program, succeed
 from vllm_vtprune import __version__
 from vllm_vtprune.devices import GIB, reserve
 from vllm_vtprune.plugin.gpu import footprint_of
@@ -32,7 +32,6 @@ from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_server.process import free_port, stop
 
-ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "ray" / "serve.yaml"
 DOCKERFILE = ROOT / "deploy" / "ray" / "Dockerfile"
 DIRECT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
@@ -43,15 +42,10 @@ NOT_UNDER_RAY = {"http_requests_total"}
 """What the dashboard asks for and Ray's way to a replica does not count."""
 
 
-def rules() -> list[dict[str, str]]:
-    files = (ROOT / "deploy" / "prometheus" / "rules").glob("*.yml")
-    return [rule for file in files for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
-
-
 def asked_for() -> set[str]:
     """The metrics that rules, alerts and dashboard ask for, without those that rules record."""
     panels = plot.panels(json.loads(plot.DASHBOARD.read_text()))
-    queries = [rule["expr"] for rule in rules()] + [expr for panel in panels for expr, _ in panel.queries]
+    queries = [rule["expr"] for rule in prometheus_rules()] + [expr for panel in panels for expr, _ in panel.queries]
     return {name for query in queries for name in re.findall(r"\b(?:vllm:|vtprune:|http_)\w+", query)}
 
 
@@ -97,10 +91,7 @@ def scraped(folder: Path) -> Iterator[Prometheus]:
 
 
 def test_the_configuration_of_prometheus_for_ray_is_valid() -> None:
-    done = subprocess.run(
-        [program("promtool"), "check", "config", ROOT / "deploy/ray/prometheus.yml"], capture_output=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeed("promtool", "check", "config", ROOT / "deploy/ray/prometheus.yml")
 
 
 def test_the_plugin_is_named_in_every_replica() -> None:
@@ -132,8 +123,7 @@ def test_it_says_what_ray_must_be_started_with_and_the_image_does_so() -> None:
 
 
 def test_the_image_with_ray_is_made_of_ours() -> None:
-    done = subprocess.run([Path(sys.executable).with_name("hadolint"), DOCKERFILE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    succeed("hadolint", DOCKERFILE)
     assert f"IMAGE=vllm-vtprune:{__version__}" in values(DOCKERFILE, "ARG")
 
 
@@ -206,7 +196,7 @@ def test_ray_serves_pruned_requests_with_reports_and_metrics(ray_python: Path, t
         there = set(prometheus.get("label/__name__/values"))
         assert {"ray_serve_deployment_replica_healthy", "ray_serve_deployment_replica_starts_total"} <= there
         assert asked_for() - there == NOT_UNDER_RAY
-        (inactive,) = [rule["expr"] for rule in rules() if rule.get("alert") == "VtpruneInactive"]
+        (inactive,) = [rule["expr"] for rule in prometheus_rules() if rule.get("alert") == "VtpruneInactive"]
         assert prometheus.get("query", query=inactive)["result"] == []
         unpruned = inactive.replace('placement!="none"', 'placement="none"')
         assert prometheus.get("query", query=unpruned)["result"] != [], (

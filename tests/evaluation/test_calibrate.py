@@ -72,8 +72,6 @@ def test_of_equals_the_first_wins_and_luck_on_few_pictures_does_not_last() -> No
 def test_rungs_of_small_samples() -> None:
     assert sizes(1) == [1]
     assert sizes(3) == [1, 2, 3]
-    assert sizes(200) == [25, 50, 100, 200]
-    assert survivors(11, 4) == [11, 6, 3, 2]
     assert survivors(1, 4) == [1, 1, 1, 1]
 
 
@@ -288,10 +286,7 @@ def test_a_picture_is_seen_as_the_server_sees_it(tmp_path: Path) -> None:
         ('{"image": "a.png", "question": "What?", "label": "x"}', "is not accepted; expected an object"),
         ('{"image": "a.png", "question": 3}', "is not accepted; expected an object"),
         ('{"image": "a.png", "question": "What?"}', ":1: image: [Errno 2] No such file"),
-        (
-            '{"image": "sample.jsonl", "question": "What?"}',
-            "bytes); expected a file that holds an image",
-        ),
+        ('{"image": "sample.jsonl", "question": "What?"}', "bytes); expected a file that holds an image"),
     ],
 )
 def test_a_file_that_is_no_sample_says_where_and_why(content: str, message: str, tmp_path: Path) -> None:
@@ -305,32 +300,18 @@ def test_a_file_that_is_no_sample_says_where_and_why(content: str, message: str,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "p.toml"], "one of the arguments --retain --tokens is required"),
-        (["--tokens", "9", "--out", "p.toml", "--methods", "magic"], "argument --methods: 'magic' is not accepted"),
-        (["--tokens", "9", "--out", "p.toml", "--url", "http://x", "--offline"], "--offline: cannot be combined"),
-        (
-            ["--retain", "99", "--out", "p.toml"],
-            "argument --retain: '99' is not accepted; expected a number above 0 and at most 1",
-        ),
-        (
-            ["--tokens", "0", "--out", "p.toml"],
-            "argument --tokens: '0' is not accepted; expected a whole number from 1",
-        ),
-        (
-            ["--tokens", "9", "--out", "no such/p.toml"],
-            "expected a file that does not exist yet, in a folder that does",
-        ),
-        (["--tokens", "9", "--out", "p.json"], "--out: p.json is not accepted; expected a name that ends in .toml"),
-        (
-            ["--tokens", "9", "--out", "p.toml", "--name", "9"],
-            "argument --name: '9' is not accepted; expected a letter",
-        ),
+        ("", "one of the arguments --retain --tokens is required"),
+        ("--tokens 9 --methods magic", "argument --methods: 'magic' is not accepted"),
+        ("--tokens 9 --url http://x --offline", "--offline: cannot be combined"),
+        ("--retain 99", "argument --retain: '99' is not accepted; expected a number above 0 and at most 1"),
+        ("--tokens 0", "argument --tokens: '0' is not accepted; expected a whole number from 1"),
+        ("--tokens 9 --out missing/p.toml", "expected a file that does not exist yet, in a folder that does"),
+        ("--tokens 9 --out p.json", "--out: p.json is not accepted; expected a name that ends in .toml"),
+        ("--tokens 9 --name 9", "argument --name: '9' is not accepted; expected a letter"),
     ],
 )
-def test_options_that_are_none_are_refused(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_are_none_are_refused(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
-        calibrate(options)
+        calibrate(["--out", "p.toml", *options.split()])
     assert refused.value.code == 2
     assert message in capsys.readouterr().err

@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from tests.support.fake_chat import FakeChat, Reply, fake_chat
 from tests.support.process_tree import interruptible, kill, survivors
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.asking import IN_FLIGHT
@@ -28,67 +30,43 @@ TIMEOUT = 300  # seconds
 MESSAGE = "\nInterrupted; run the same command to continue.\n"
 
 
-class StandIn(ThreadingHTTPServer):
+class StandIn:
     """Says yes to as many questions as it is allowed to, and keeps the others waiting."""
 
-    daemon_threads = True
+    allowed = 5
+    chat: FakeChat
 
-    def __init__(self, allowed: int) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.allowed = allowed
-        self.model = embedded_model()
-        self.asked = 0
-        self.lock = threading.Lock()
+    def __init__(self) -> None:
+        self.numbers = count(1)
         self.closing = threading.Event()
 
+    @property
+    def asked(self) -> int:
+        return len(self.chat.bodies)
 
-class Handler(BaseHTTPRequestHandler):
-    server: StandIn
-
-    def do_GET(self) -> None:
-        self.reply({"data": [{"id": "demo", "object": "model", "root": self.server.model}]})
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with self.server.lock:
-            self.server.asked += 1
-            keeps_waiting = self.server.asked > self.server.allowed
-        if keeps_waiting:
-            self.server.closing.wait()
-            return
-        kept = request["pruning"]["budget"]["keep"] if request["pruning"] else 576
-        self.reply(
-            {
-                "choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}}],
-                "pruning": {"images": [{"kept_tokens": kept, "bypass_reason": None}]},
-            }
-        )
-
-    def reply(self, content: object) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def reply(self, body: dict[str, Any]) -> Reply:
+        if next(self.numbers) > self.allowed:
+            self.closing.wait()
+            return Reply((), cut=True)
+        kept = body["pruning"]["budget"]["keep"] if body["pruning"] else 576
+        answer = {
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}}],
+            "pruning": {"images": [{"kept_tokens": kept, "bypass_reason": None}]},
+        }
+        return Reply((json.dumps(answer).encode(),), content_type="application/json")
 
 
 @pytest.fixture
 def stand_in() -> Iterator[StandIn]:
-    """One that answers five questions."""
-    with StandIn(allowed=5) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = StandIn()
+    with fake_chat(server.reply) as server.chat:
+        server.chat.root = embedded_model()
         yield server
         server.closing.set()
-        server.shutdown()
 
 
-def interrupt(command: list[str], when: Callable[[], bool], folder: Path) -> tuple[int, str, str]:
-    """Run a command, interrupt it as soon as a condition holds, and return its status, stdout and stderr."""
+def interrupt(command: list[str], when: Callable[[], bool], folder: Path) -> str:
+    """Run a command and interrupt it as soon as a condition holds: it has to say how to go on. Returns its stderr."""
     out, err = folder / "stdout", folder / "stderr"
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(
@@ -110,23 +88,24 @@ def interrupt(command: list[str], when: Callable[[], bool], folder: Path) -> tup
     finally:
         process.kill()
         process.wait()
-    return process.returncode, out.read_text(), err.read_text()
+    stderr = err.read_text()
+    assert process.returncode == 130, stderr
+    assert stderr.endswith(MESSAGE), stderr
+    assert "Traceback" not in stderr
+    assert out.read_text() == ""
+    return stderr
 
 
 def test_interrupted_while_it_asks_the_same_command_goes_on_and_tells_where_its_files_are(
     stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["--url", stand_in.url, "--questions", "6", "--methods", "uniform,random", "--keep", "64", "--json"]
+    options = ["--url", stand_in.chat.url, "--questions", "6", "--methods", "uniform,random", "--keep", "64", "--json"]
     options += ["--out", str(tmp_path / "eval"), "--gallery"]
     waiting = stand_in.allowed + IN_FLIGHT
 
     command = ["-m", "vllm_vtprune.cli", "eval", *options]
-    status, stdout, stderr = interrupt(command, lambda: stand_in.asked == waiting, tmp_path)
-    assert status == 130, stderr
-    assert stderr.endswith(MESSAGE)
-    assert "Traceback" not in stderr
-    assert stdout == ""
+    interrupt(command, lambda: stand_in.asked == waiting, tmp_path)
     assert len((tmp_path / "eval/answers.jsonl").read_text().splitlines()) == 1 + stand_in.allowed
 
     stand_in.allowed = 1000
@@ -150,25 +129,12 @@ def test_calibrate_interrupted_while_it_asks(stand_in: StandIn, tmp_path: Path) 
     photograph().crop((0, 0, 256, 256)).save(tmp_path / "1.png")
     lines = [{"image": f"{number % 2}.png", "question": f"Is it {number}?"} for number in range(40)]
     (tmp_path / "sample.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stand_in.model = str(tiny_checkpoint())
-    options = [
-        "--url",
-        stand_in.url,
-        "--model",
-        stand_in.model,
-        "--sample",
-        str(tmp_path / "sample.jsonl"),
-        "--retain",
-        "0.9",
-    ]
-    options += ["--work", str(tmp_path), "--out", str(tmp_path / "presets.toml")]
+    stand_in.chat.root = str(tiny_checkpoint())
+    options = ["--url", stand_in.chat.url, "--model", stand_in.chat.root, "--sample", str(tmp_path / "sample.jsonl")]
+    options += ["--retain", "0.9", "--work", str(tmp_path), "--out", str(tmp_path / "presets.toml")]
     waiting = stand_in.allowed + IN_FLIGHT
     command = ["-m", "vllm_vtprune.cli", "calibrate", *options]
-    status, stdout, stderr = interrupt(command, lambda: stand_in.asked == waiting, tmp_path)
-    assert status == 130, stderr
-    assert stderr.endswith(MESSAGE)
-    assert "Traceback" not in stderr
-    assert stdout == ""
+    interrupt(command, lambda: stand_in.asked == waiting, tmp_path)
 
 
 NEVER_STARTS = """
@@ -200,14 +166,11 @@ def test_interrupted_while_the_server_starts_it_is_stopped(tmp_path: Path) -> No
         return bool(server)
 
     try:
-        status, stdout, stderr = interrupt(command, started, tmp_path)
+        stderr = interrupt(command, started, tmp_path)
         assert survivors(server, within=30) == []
     finally:
         kill(server)
-    assert status == 130, stderr
     assert "Starting a vLLM server with the demo model ...\n" in stderr
-    assert stderr.endswith(MESSAGE), stderr
-    assert stdout == ""
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:

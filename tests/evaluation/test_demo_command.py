@@ -17,7 +17,6 @@ import pytest
 from tests.deploy.conftest import values
 from tests.support.process_tree import command_of, family, interruptible, kill, survivors
 from tests.support.programs import program
-from vllm_vtprune_evaluation.demo import POLICY
 from vllm_vtprune_evaluation.questions import is_right
 
 pytestmark = pytest.mark.engine
@@ -107,23 +106,12 @@ def test_one_picture_unpruned_and_pruned(demo: Demo) -> None:
     assert demo.process.returncode == 0, demo.stderr.read_text()
     lines = demo.stdout.read_text().splitlines()
     result = json.loads(lines[-1])
-    assert list(result) == ["question", "right_answer", "weights", "unpruned", "pruned"]
     assert result["weights"] == "trained"
     for arm in (result["unpruned"], result["pruned"]):
-        assert set(arm) == {"ttft_ms", "answer", "pruning"}
-        assert arm["ttft_ms"] > 0
         assert is_right(arm["answer"], result["right_answer"])
-        assert arm["pruning"]["timings_ms"]["ttft"] <= arm["ttft_ms"], "seen by the client, later than by the server"
-        [image] = arm["pruning"]["images"]
-        assert image["visual_tokens"] == 576
-        assert image["bypass_reason"] is None
-
-    unpruned, pruned = result["unpruned"]["pruning"], result["pruned"]["pruning"]
-    assert (unpruned["method"], pruned["method"]) == ("none", POLICY["method"])
-    assert unpruned["images"][0]["kept_tokens"] == 576
-    assert 32 <= pruned["images"][0]["kept_tokens"] < 576
-    assert pruned["images"][0]["energy"] >= pruned["budget"]["threshold"] == 0.99
-    assert pruned["images"][0]["nouns"], "of the question about the scene"
+    [image] = result["pruned"]["pruning"]["images"]
+    assert 32 <= image["kept_tokens"] < image["visual_tokens"] == 576
+    assert image["nouns"], "of the question about the scene"
 
     assert len(demo.seen) >= 3, "itself, the server, its engine"
     assert survivors(list(demo.seen), within=GONE_WITHIN) == []

@@ -1,12 +1,11 @@
 """`vtprune demo --family`: a real server and one streamed request, unpruned and pruned, for each family."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.programs import run_module
 
 pytestmark = [pytest.mark.engine, pytest.mark.verify]
 
@@ -17,15 +16,8 @@ VISUAL_TOKENS = {"qwen2_5_vl": 18 * 18, "qwen3_vl": 16 * 16, "llava_next": 24 * 
 
 @pytest.mark.parametrize(("family", "visual_tokens"), VISUAL_TOKENS.items())
 def test_one_photograph_unpruned_and_pruned(family: str, visual_tokens: int, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_vtprune.cli", "demo", "--family", family, "--json"],
-        cwd=tmp_path,  # where the picture is written
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    options = ["--family", family, "--json", "--out", str(tmp_path / "demo.png")]
+    done = run_module("vllm_vtprune.cli", "demo", *options)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["weights"] == "random"

@@ -18,12 +18,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vllm_vtprune.budget import energy_rank
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import EnergyBudget, RatioBudget, TokensBudget
-from vllm_vtprune_checkpoints.llava import (
-    IMAGE_TOKEN_ID,
-    llava_tokenizer,
-    save_llava_checkpoint,
-    write_llava_checkpoint,
-)
+from vllm_vtprune_checkpoints.llava import IMAGE_TOKEN_ID, llava_tokenizer, save_llava_checkpoint
 from vllm_vtprune_checkpoints.writing import random_weight
 from vllm_vtprune_evaluation.in_llm import VTW, AdaptPrune, FastV, InLLM, Pruning, PyramidDrop
 from vllm_vtprune_evaluation.in_llm.driver import Reading
@@ -468,11 +463,3 @@ def test_what_cannot_be_asked_is_said(model: InLLM, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"checkpoint must be of the types llava and llama, got \['llama', None\]"):
         InLLM(tmp_path)
-
-
-def test_two_layers_are_too_few_for_the_pyramid_and_not_for_the_others(tmp_path: Path) -> None:
-    small = InLLM(write_llava_checkpoint(tmp_path))
-    picture = image().resize((336, 336))
-    with pytest.raises(ValueError, match="at least 4 layers"):
-        small.answer(picture, QUESTION, PyramidDrop())
-    assert small.answer(picture, QUESTION, FastV(TokensBudget(keep=10), after=1), 2).tokens == (576 + 10) / 2

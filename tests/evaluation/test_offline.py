@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.support.forked import context
@@ -139,25 +138,23 @@ def random_model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneratio
     return model
 
 
+@torch.no_grad()
 def one_by_one(model: LlavaForConditionalGeneration, asked: Asked, ends: set[int]) -> list[list[int]]:
     """Each question alone, read anew for every token of its answer."""
-    return [_alone(model, asked.prefix, asked.visual, question, ends) for question in asked.questions]
-
-
-@torch.no_grad()
-def _alone(
-    model: LlavaForConditionalGeneration, prefix: Sequence[int], visual: Tensor, question: Sequence[int], ends: set[int]
-) -> list[int]:
     embed = model.get_input_embeddings()
-    ids: list[int] = []
-    while len(ids) < ANSWER_TOKENS:
-        after = embed(torch.tensor([*question, *ids]))
-        whole = torch.cat([embed(torch.tensor(prefix, dtype=torch.long)), visual, after])[None]
-        token = int(model.lm_head(model.model.language_model(inputs_embeds=whole).last_hidden_state[0, -1]).argmax())
-        if token in ends:
-            break
-        ids.append(token)
-    return ids
+    before = torch.cat([embed(torch.tensor(asked.prefix, dtype=torch.long)), asked.visual])
+    answers: list[list[int]] = []
+    for question in asked.questions:
+        ids: list[int] = []
+        while len(ids) < ANSWER_TOKENS:
+            whole = torch.cat([before, embed(torch.tensor([*question, *ids]))])[None]
+            states = model.model.language_model(inputs_embeds=whole).last_hidden_state
+            token = int(model.lm_head(states[0, -1]).argmax())
+            if token in ends:
+                break
+            ids.append(token)
+        answers.append(ids)
+    return answers
 
 
 def questions(generator: torch.Generator, *sizes: int) -> list[list[int]]:

@@ -14,7 +14,8 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """A stderr that is no terminal, with lines ten times a second."""
     stderr = io.StringIO()
     monkeypatch.setattr("sys.stderr", stderr)
-    monkeypatch.setattr(progress, "QUIET", 0.1)
+    for module in (cli, progress):
+        monkeypatch.setattr(module, "QUIET", 0.1)
     return stderr
 
 
@@ -52,7 +53,6 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_that_takes_long_to_import_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = stream(monkeypatch)
-    monkeypatch.setattr(cli, "QUIET", 0.1)
     with cli.waiting("Loading vtprune eval"):
         time.sleep(0.25)
     assert shown.getvalue().startswith("Loading vtprune eval ... 0 s\n")
@@ -60,7 +60,6 @@ def test_a_command_that_takes_long_to_import_says_so(monkeypatch: pytest.MonkeyP
 
 def test_nothing_is_said_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = stream(monkeypatch)
-    monkeypatch.setattr(cli, "QUIET", 0.1)
     with cli.waiting("Starting", over=lambda: shown.getvalue().count("\n") == 2):
         time.sleep(0.6)
     assert shown.getvalue() == "Starting ... 0 s\n" * 2

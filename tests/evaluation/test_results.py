@@ -255,14 +255,6 @@ def test_a_paired_difference_and_its_interval_are_those_of_the_pictures() -> Non
     assert (turned.difference, turned.ci95) == (0.0, (-1.0, 1.0)), "as accurate, but not on the same questions"
 
 
-def test_questions_about_one_picture_are_drawn_together() -> None:
-    """Each arm is better about one picture, by four questions: as one question would, that tells nothing."""
-    answers = answers_from((UNPRUNED, "1111 1111"), (arm("resprune", 64), "1111 0000"), (arm("scope", 64), "0000 1111"))
-    outcomes = results(answers, answers[0][1])
-    [scope] = differences(against_reference(outcomes[1:]), answers, answers[0][1])
-    assert (scope.difference, scope.ci95) == (0.0, (-1.0, 1.0))
-
-
 def test_a_difference_from_the_unpruned_model_is_that_of_the_result() -> None:
     draw = np.random.default_rng(1)
     often, seldom = (" ".join("".join(map(str, row)) for row in draw.binomial(1, p, (20, 3))) for p in (0.9, 0.6))

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,13 +9,13 @@ from typing import Any
 import pytest
 
 from loadtests.compare import ARMS, Load, Turns, conclude, ratios_to_stock, tokens_argument
-from loadtests.options import add_slo_arguments
 from loadtests.servers import Arm
+from tests.loadtests.test_options import parsed
 from tests.support.fake_chat import report
+from tests.support.programs import run_module
 from vllm_vtprune_evaluation.load.records import Record
 
 STOCK, OFF, PRUNED = ARMS
-ROOT = Path(__file__).parent.parent.parent
 
 
 def requests(start: float, ttft: float, count: int = 4, **fields: Any) -> list[Record]:
@@ -38,11 +35,8 @@ def turns(**more: list[list[Record]]) -> Turns:
 
 
 def options(out: Path, *arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_slo_arguments(parser)
-    slo = parser.parse_args(arguments)
     arms = [Arm.parse(arm) for arm in ARMS]
-    return argparse.Namespace(out=out, rounds=2, seconds=4, size="tiny", arms=arms, **vars(slo))
+    return argparse.Namespace(out=out, rounds=2, seconds=4, size="tiny", arms=arms, **vars(parsed(*arguments)))
 
 
 def concluded(turns: Turns, options: argparse.Namespace) -> list[str]:
@@ -119,14 +113,6 @@ def test_no_arm_may_fail(tmp_path: Path) -> None:
     assert concluded(cut, options(tmp_path)) == ["stock: 4 of 8 requests failed: cut"]
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("module", ["loadtests.compare", "loadtests.soak"])
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
@@ -165,7 +151,7 @@ def test_a_run_says_how_large_its_pictures_are() -> None:
 def test_pictures_have_as_many_tokens_as_was_asked(tmp_path: Path) -> None:
     arguments = ["--size", "tiny", "--rounds", "1", "--seconds", "2", "--users", "1", "--max-tokens", "2"]
     arguments += ["--tokens-per-image", "16", "279", "--arms", "stock", "fast", "--out", str(tmp_path)]
-    done = run("loadtests.compare", *arguments)
+    done = run_module("loadtests.compare", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     inputs = {}
     for tokens in (16, 279):
@@ -181,7 +167,7 @@ def test_pictures_have_as_many_tokens_as_was_asked(tmp_path: Path) -> None:
 @pytest.mark.verify
 def test_both_servers_are_loaded_and_compared(tmp_path: Path) -> None:
     arguments = ["--size", "tiny", "--rounds", "2", "--seconds", "3", "--users", "2", "--out", str(tmp_path)]
-    done = run("loadtests.compare", *arguments)
+    done = run_module("loadtests.compare", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {arm: json.loads((tmp_path / f"result-{arm}.json").read_text()) for arm in ARMS}
     for arm, kept in ((STOCK, None), (OFF, 1.0)):

@@ -1,9 +1,6 @@
 """Locust with our users, as it is started from a shell, against a server that answers as told."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -17,10 +14,10 @@ from loadtests.drive import KINDS, DriveFailed, drive
 from loadtests.pace import ARRIVALS, Arrivals, moments
 from tests.loadtests.test_workload import image_of
 from tests.support.fake_chat import DONE, ROLE, Reply, event, fake_chat, report, token, usage
+from tests.support.programs import run_module
 from tests.support.samples import fifth
 from vllm_vtprune_evaluation.load.records import load_records
 
-ROOT = Path(__file__).parent.parent.parent
 Body = dict[str, Any]
 
 
@@ -30,12 +27,8 @@ def answer(body: Body) -> Reply:
 
 def locust(url: str, *arguments: str) -> CompletedProcess[str]:
     """Run Locust for two seconds to its end."""
-    command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--host", url, "--headless"]
-    return subprocess.run(
-        [*command, "-t", "2s", "--stop-timeout", "20", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    options = ["-f", "loadtests/locustfile.py", "--host", url, "--headless", "-t", "2s", "--stop-timeout", "20"]
+    return run_module("locust", *options, *arguments)
 
 
 def bodies_of(*arguments: str, reply: Callable[[Body], Reply] = answer) -> list[Body]:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,8 @@ from PIL import Image
 from deploy.grafana import plot
 from loadtests.drive import KINDS
 from loadtests.observe import BROWSERS, fast, names, screenshot
+from tests.support.programs import ROOT, run_module
 
-ROOT = Path(__file__).parent.parent.parent
 BROWSER = """#!/bin/sh
 for word; do case $word in --screenshot=*) out=${word#*=} ;; esac; done
 echo "$@" >"$(dirname "$0")/arguments"
@@ -83,11 +81,7 @@ def test_a_browser_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.engine
 @pytest.mark.verify
 def test_a_server_is_watched_under_load(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "loadtests.observe", "--out", str(tmp_path), "--minutes", "0.4"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=550, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_module("loadtests.observe", "--out", str(tmp_path), "--minutes", "0.4")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["vtprune"]["kinds"]) == set(KINDS)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,12 +13,12 @@ from random import Random
 import psutil
 import pytest
 
-from loadtests.options import add_slo_arguments
 from loadtests.soak import TOLERANCE, Memory, Process, conclude
+from tests.loadtests.test_options import parsed
 from tests.support.fake_chat import report
+from tests.support.programs import run_module
 from vllm_vtprune_evaluation.load.records import Record
 
-ROOT = Path(__file__).parent.parent.parent
 FLAT = Process("api", [80.0, 99.0, 100.0, 102.0])
 SATURATING = (1244, 1274, 1297, 1351, 1308, 1381, 1405, 1404, 1414, 1399, 1410, 1390, 1379)
 """MiB of an API process in ten minutes under load, without a leak."""
@@ -35,9 +34,7 @@ def complaints(
     records: list[Record], processes: list[Process], out: Path, *arguments: str, minutes: float = 10
 ) -> list[str]:
     """What a soak at two requests per second says."""
-    parser = argparse.ArgumentParser()
-    add_slo_arguments(parser)
-    slo = vars(parser.parse_args(arguments))
+    slo = vars(parsed(*arguments))
     return conclude(
         records,
         processes,
@@ -138,12 +135,8 @@ def test_memory_of_a_process_that_has_ended_is_not_made_up() -> None:
 @pytest.mark.engine
 @pytest.mark.verify
 def test_a_soak_of_a_real_server(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "loadtests.soak", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--minutes", "1", "--rate", "1", "--users", "16"],
-        cwd=ROOT, capture_output=True, text=True, timeout=550, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    options = "--minutes 1 --rate 1 --users 16".split()
+    done = run_module("loadtests.soak", "--out", str(tmp_path), *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["failed"] == 0

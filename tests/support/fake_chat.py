@@ -20,19 +20,22 @@ class Reply:
         parts: bytes, each sent as one HTTP chunk, and numbers: seconds of silence.
         status: of the response.
         cut: whether the connection is closed without the end that HTTP asks for.
+        content_type: of the parts.
     """
 
     parts: tuple[bytes | float, ...]
     status: int = 200
     cut: bool = False
+    content_type: str = "text/event-stream"
 
 
 @dataclass
 class FakeChat:
-    """The server's address, and the bodies of the requests that it got."""
+    """The server's address, the bodies of the requests that it got, and the model that it says it has loaded."""
 
     url: str
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    root: str = MODEL
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def fake_chat(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[FakeChat]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            body = json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode()
+            body = json.dumps({"object": "list", "data": [{"id": MODEL, "root": fake.root}]}).encode()
             self.send_response(200 if self.path in ("/v1/models", "/health") else 404)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
@@ -54,7 +57,7 @@ def fake_chat(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[FakeChat]:
             fake.bodies.append(body)
             answer = reply(body)
             self.send_response(answer.status)
-            self.send_header("content-type", "text/event-stream")
+            self.send_header("content-type", answer.content_type)
             self.send_header("transfer-encoding", "chunked")
             self.end_headers()
             for part in answer.parts:

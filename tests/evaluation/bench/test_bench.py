@@ -130,16 +130,8 @@ def test_stock_vllm_takes_turns_with_our_server_and_gets_no_policy(
 
 
 def test_our_options_are_not_those_of_stock_vllm() -> None:
-    options = [
-        "--pruning-default",
-        "fast",
-        "--dtype",
-        "float32",
-        "--pruning-placement=api",
-        "--pruning-detail",
-        "--enforce-eager",
-    ]
-    assert _without_pruning(options) == ["--dtype", "float32", "--enforce-eager"]
+    options = "--pruning-default fast --dtype float32 --pruning-placement=api --pruning-detail --enforce-eager"
+    assert _without_pruning(options.split()) == ["--dtype", "float32", "--enforce-eager"]
 
 
 def test_a_policy_is_named_by_its_method_and_budget(tmp_path: Path) -> None:

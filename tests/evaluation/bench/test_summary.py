@@ -8,13 +8,7 @@ from tests.support.fake_chat import report
 from vllm_vtprune_evaluation.bench.report import sentences
 from vllm_vtprune_evaluation.bench.rounds import OFF, Arm, Level, Measured
 from vllm_vtprune_evaluation.bench.subjects import Subject
-from vllm_vtprune_evaluation.bench.summary import (
-    complaints,
-    plan_share,
-    qualities,
-    similarity,
-    speeds,
-)
+from vllm_vtprune_evaluation.bench.summary import complaints, plan_share, qualities, similarity, speeds
 from vllm_vtprune_evaluation.load.records import Record
 
 ONE_CLIENT, FOUR_CLIENTS = Level(1), Level(4)

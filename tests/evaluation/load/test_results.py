@@ -7,17 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.fake_chat import report
 from vllm_vtprune_evaluation.load.records import Record, load_records, save_records
-from vllm_vtprune_evaluation.load.results import (
-    broken,
-    is_good,
-    kinds,
-    peaks,
-    percentile,
-    result,
-    samples,
-    span,
-)
+from vllm_vtprune_evaluation.load.results import broken, is_good, kinds, peaks, percentile, result, samples, span
 
 # What `vllm bench serve` 0.32 writes with --save-detailed, without `rtfx` (audio), `queue_times` and `burstiness` (of
 # its own pacing) and `tokenizer_id` (here the server counts the tokens).
@@ -39,10 +31,6 @@ def failed(start: float = 0.0, error: str = "ReadTimeout: ") -> Record:
     return Record("kind", start, elapsed=1.0, error=error)
 
 
-def kept(tokens: int, of: int = 100) -> dict[str, Any]:
-    return {"images": [{"visual_tokens": of, "kept_tokens": tokens}]}
-
-
 def of(records: Sequence[Record], **options: Any) -> dict[str, Any]:
     return result(records, model="m", label="l", users=3, **options)
 
@@ -62,7 +50,7 @@ def test_keys_are_those_of_vllm() -> None:
             assert isinstance(summary[f"{statistic}_{metric}_ms"], float)
     rest = {key for key in summary if key not in THEIR_KEYS and not key.endswith("_ms")}
     assert rest == {"vtprune"}, "what is ours has a name space"
-    json.dumps(summary)
+    assert json.loads(json.dumps(summary)) == summary
 
 
 def test_sums_and_rates() -> None:
@@ -90,11 +78,6 @@ def test_what_was_due_and_what_was_sent() -> None:
     assert (pacing["punctual"], pacing["unsent"], summary["failed"]) == (0.5, 1, 1)
     assert (pacing["median_lag_ms"], pacing["max_lag_ms"]) == (pytest.approx(50), 1000)
     assert pacing["max_stall_ms"] == 300
-
-
-def test_the_duration_can_be_given() -> None:
-    summary = of([record(0.0), record(1000.0)], duration=4.0)
-    assert (summary["duration"], summary["request_throughput"]) == (4.0, 0.5)
 
 
 def test_milliseconds_of_a_request() -> None:
@@ -164,16 +147,16 @@ def test_peaks_are_within_a_second() -> None:
 
 def test_kinds_are_told_apart() -> None:
     by_kind = kinds(
-        [record(kind="a", pruning=kept(20)), record(kind="a", pruning=kept(40)), record(kind="b", ttft=0.6)]
+        [record(kind="a", pruning=report(144)), record(kind="a", pruning=report(288)), record(kind="b", ttft=0.6)]
     )
     assert by_kind["a"]["requests"] == 2
-    assert by_kind["a"]["keep_ratio"] == pytest.approx(0.3)
+    assert by_kind["a"]["keep_ratio"] == pytest.approx(0.375)
     assert by_kind["b"]["keep_ratio"] is None
     assert by_kind["b"]["median_ttft_ms"] == pytest.approx(600)
 
 
 def test_records_survive_a_file(tmp_path: Path) -> None:
-    records = [record(text="naïve\u2028 猫\n\x85", pruning=kept(3)), failed()]
+    records = [record(text="naïve\u2028 猫\n\x85", pruning=report(3)), failed()]
     save_records(tmp_path / "records", records)
     assert load_records(tmp_path / "records") == records
 
@@ -189,16 +172,12 @@ def test_a_percentile_above_its_limit() -> None:
     assert broken([record()], {"ttft": 150.0, "e2el": 900.0}) == ["ttft p99 was to be 150 ms at most, and is 200.0 ms"]
 
 
-def test_one_slow_request_in_ten_breaks_a_p99() -> None:
-    assert broken([*[record()] * 9, record(ttft=2.0)], {"ttft": 300.0}) != []
-
-
 def test_a_failed_request_is_a_broken_promise_without_any_limit() -> None:
     assert broken([record(), failed(), failed()], {}) == ["2 of 3 requests failed: ReadTimeout: "]
 
 
 def test_a_kind_of_request_of_which_nothing_was_pruned() -> None:
-    records = [record(kind="b", pruning=kept(100)), record(kind="a"), record(kind="c", pruning=kept(99)), failed()]
+    records = [record(kind="b", pruning=report(576)), record(kind="a"), record(kind="c", pruning=report(575)), failed()]
     assert broken(records[:3], {}, "fast") == ["a: nothing was pruned", "b: nothing was pruned"]
     assert broken(records[2:], {}, "fast") == ["1 of 2 requests failed: ReadTimeout: "]
     assert broken(records[:3], {}, "off") == broken(records[:3], {}, False) == broken(records[:3], {}) == []

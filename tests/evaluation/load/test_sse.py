@@ -1,7 +1,7 @@
 """What is read from a stream: over real HTTP, and event by event with times of our own."""
 
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -189,16 +189,9 @@ def test_clients_of_one_server_are_read_apart() -> None:
     def reply(body: dict[str, str]) -> Reply:
         return Reply((token(body["text"]), 0.05, token(body["text"]), usage(), DONE))
 
-    answers: dict[str, str] = {}
+    def talk(text: str) -> str:
+        with connect(fake.url, timeout=20) as client:
+            return ask(client, text, {"text": text}).text
 
-    def talk(url: str, text: str) -> None:
-        with connect(url, timeout=20) as client:
-            answers[text] = ask(client, text, {"text": text}).text
-
-    with fake_chat(reply) as fake:
-        threads: Sequence[threading.Thread] = [threading.Thread(target=talk, args=(fake.url, c)) for c in "abcdef"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert answers == {c: 2 * c for c in "abcdef"}
+    with fake_chat(reply) as fake, ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(talk, "abcdef")) == [2 * text for text in "abcdef"]
