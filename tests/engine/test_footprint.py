@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.plugins import load_general_plugins
 
+from tests.support.processors import config_of
 from vllm_vtprune.plugin.gpu import footprint_of
 from vllm_vtprune.plugin.image import preprocess
 from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
@@ -66,7 +65,6 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     write: Callable[..., Path], shapes: str, count: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VTPRUNE_LOAD_FORMAT", "dummy")
-    load_general_plugins()
     checkpoint = write(tmp_path, size=shapes, weights=False, dtype=dtype)
     config = json.loads((checkpoint / "config.json").read_text())
     vision = config["vision_config"]
@@ -74,7 +72,7 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     indexes = ("fullatt_block_indexes", "deepstack_visual_indexes")
     vision |= {name: [*range(DEPTH)] for name in indexes if name in vision}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
+    model_config = config_of(checkpoint, dtype=dtype)
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
     images = [preprocess(processor, Image.new("RGB", (672, 672), "gray")) for _ in range(count)]
     encoder = processor.runtime.local.vision_encoder

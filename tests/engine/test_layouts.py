@@ -13,12 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaOnevisionModel, SiglipVisionConfig
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, get_anyres_image_grid_shape
-from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.plugins import load_general_plugins
 
+from tests.support.processors import process_prompt, processor_of
 from tests.support.samples import examples
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import Layout
@@ -148,11 +144,7 @@ def test_tiles_and_their_thumbnail(rows: int, columns: int, thumbnail: bool) -> 
 @pytest.fixture(scope="module", params=FAMILIES)
 def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of a checkpoint without weights: no model is built."""
-    load_general_plugins()
-    directory = write_checkpoint(request.param, tmp_path_factory.mktemp("family"), weights=False)
-    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 4096, "trust_remote_code": True}
-    config = EngineArgs(model=str(directory), **options).create_model_config()
-    return MULTIMODAL_REGISTRY.create_processor(config)
+    return processor_of(write_checkpoint(request.param, tmp_path_factory.mktemp("family"), weights=False))
 
 
 @examples(40)
@@ -162,9 +154,7 @@ def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_layouts_count_the_placeholders_of_the_stock_processor(processor: Any, size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size[::-1])
     layout = preprocess(processor, picture).layout
-    items = processor.info.parse_mm_data({"image": [picture]})
-    prompt = processor.info.get_tokenizer().encode(processor.dummy_inputs.get_dummy_text({"image": 1}))
-    result = processor.apply(ProcessorInputs(prompt, items), TimingContext())
+    result = process_prompt(processor, processor.dummy_inputs.get_dummy_text({"image": 1}), [picture])
     [place] = result["mm_placeholders"]["image"]
     assert count(layout) == place.get_num_embeds()
     assert count(layout) <= processor.max_image_tokens()

@@ -15,16 +15,14 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-from vllm.config import ModelConfig
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaWithBytes
-from vllm.plugins import load_general_plugins
 
 from tests.engine.mixtures import TOKENS, ask_about_a_video, reports
 from tests.engine.test_families import QUESTION, Checker, Shown
 from tests.support.engines import BLOCK, Answer, Ask, Engine, assert_same, uncached
 from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.images import sample_images
+from tests.support.processors import process_prompt, processor_of
 from tests.support.videos import VideoReference
 from vllm_vtprune import PruningPolicy
 from vllm_vtprune.plugin.early import EarlyEncoding
@@ -82,19 +80,11 @@ def best_grid(size: tuple[int, int], k: int) -> tuple[tuple[int, int], int]:
 # --- the processor ----------------------------------------------------------------------------------------------------
 
 
-def processor_with(checkpoint: Path, **mm_processor_kwargs: Any) -> PrunedQwen2_5_VLProcessor:
-    load_general_plugins()
-    config = ModelConfig(
-        model=str(checkpoint), dtype="float32", max_model_len=4096, mm_processor_kwargs=mm_processor_kwargs
-    )
-    processor = MULTIMODAL_REGISTRY.create_processor(config)
-    assert isinstance(processor, PrunedQwen2_5_VLProcessor)
-    return processor
-
-
 @pytest.fixture(scope="module")
 def processor(qwen_checkpoint: Path) -> PrunedQwen2_5_VLProcessor:
-    return processor_with(qwen_checkpoint)
+    processor = processor_of(qwen_checkpoint)
+    assert isinstance(processor, PrunedQwen2_5_VLProcessor)
+    return processor
 
 
 def process(
@@ -106,12 +96,7 @@ def process(
 ) -> Any:
     if pruning is not None:
         kwargs["pruning"] = pruning
-    return processor(
-        "<|image_pad|>" * len(images),
-        processor.info.parse_mm_data({"image": list(images)}, validate=False),
-        None if uuids is None else {"image": list(uuids)},
-        hf_processor_mm_kwargs=kwargs,
-    )
+    return process_prompt(processor, "<|image_pad|>" * len(images), images, uuids=uuids, **kwargs)
 
 
 def report_of(result: Any) -> list[ImageReport]:
@@ -160,7 +145,7 @@ def test_a_ratio_is_of_the_tokens_that_stock_would_have(
 @pytest.mark.parametrize("engine", FORMS, ids=str)
 def test_whatever_size_is_asked_for(engine: dict[str, Any], qwen_checkpoint: Path) -> None:
     """By the request, by the engine, and by both: the tokens of stock are right, and the budget holds."""
-    processor = processor_with(qwen_checkpoint, **engine)
+    processor = processor_of(qwen_checkpoint, mm_processor_kwargs=engine)
     image = Image.effect_noise((504, 392), 60).convert("RGB")
     for asked in FORMS:
         rows, columns = grid_of(process(processor, [image], **asked))
@@ -238,13 +223,7 @@ def test_a_picture_that_is_only_scaled_is_not_encoded_early(processor: PrunedQwe
 def test_a_model_of_a_fixed_resolution_refuses_it() -> None:
     processor = pruning_processor(str(tiny_checkpoint()), "float32")
     with pytest.raises(PolicyError, match="method resize needs dynamic_resolution, which this model does not have"):
-        processor(
-            "<image>", processor.info.parse_mm_data({"image": photo()}), hf_processor_mm_kwargs={"pruning": resize(9)}
-        )
-
-
-def photo() -> Image.Image:
-    return sample_images(1)[0]
+        process_prompt(processor, "<image>", sample_images(1), pruning=resize(9))
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------

@@ -17,10 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaWithBytes
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from tests.engine.vision.references import (
     CLOSE,
@@ -30,7 +27,6 @@ from tests.engine.vision.references import (
     Row,
     blocks,
     clip,
-    config_of,
     encoder_of,
     image_features,
     loaded,
@@ -38,6 +34,7 @@ from tests.engine.vision.references import (
     squares_of,
     write,
 )
+from tests.support.processors import process_prompt, processor_of
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import PreparedImage, VisualFeatures
@@ -265,9 +262,7 @@ def test_tokens_are_counted_as_the_image_processor_scales(processor: Any) -> Non
 
 
 def placed(processor: Any, picture: Image.Image, **options: object) -> int:
-    items = processor.info.parse_mm_data({"image": [picture]})
-    inputs = ProcessorInputs([processor.image_token_id], items, hf_processor_mm_kwargs=options)
-    [place] = processor.apply(inputs, TimingContext())["mm_placeholders"]["image"]
+    [place] = process_prompt(processor, [processor.image_token_id], [picture], **options)["mm_placeholders"]["image"]
     return int(place.get_num_embeds())
 
 
@@ -280,7 +275,7 @@ def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path) -> None:
     directory = write(name, tmp_path, feature_layer=layers)
     deepest = max(layer % 5 for layer in ([layers] if isinstance(layers, int) else layers))
     row, model = clip(deepest - 1), loaded(directory)
-    processor = MULTIMODAL_REGISTRY.create_processor(config_of(directory))
+    processor = processor_of(directory)
     images = [preprocess(processor, picture) for picture in PICTURES]
     encoder = processor.runtime.local.vision_encoder
     encoded, references = encoder.encode(images), references_of(model, row, directory, images)
