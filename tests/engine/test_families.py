@@ -159,7 +159,7 @@ class Checker:
         kept = [self.kept(each) for each in shown]
         images = [each.image for each in shown]
         answer = until_an_image(answer, self.reference.image_token)
-        prompt_ids, logprobs = self.reference.read(request.prompt, images, kept, answer.token_ids)
+        prompt_ids, logprobs, _ = self.reference.read(request.prompt, images, kept, answer.token_ids)
         assert answer.prompt_ids == prompt_ids
         behind = logprobs.max(dim=1).values - logprobs[range(len(logprobs)), answer.token_ids]
         assert behind.max() < TIE, f"{answer.token_ids} is not {logprobs.argmax(dim=1).tolist()}"

@@ -50,9 +50,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processed(processor: Any, text: str, keep: list[int | None], **options: object) -> Any:
     """A prompt with one square image for each of `keep`, of whose tokens so many are kept; None: it is not pruned."""
     policies = [False if k is None else {"budget": {"type": "tokens", "keep": k}} for k in keep]
+    tokens = processor.info.get_tokenizer().encode(text, add_special_tokens=False)
     images = [image.resize((256, 256)) for image in sample_images(len(keep))]
     pruning = {"images": policies, "texts": ["Where is the cat?"] * len(keep)}
-    return process_prompt(processor, text, images, pruning=pruning, **options)
+    return process_prompt(processor, tokens, images, pruning=pruning, **options)
 
 
 def ranges_of(result: Any, window: int | None) -> list[tuple[int, int]]:

@@ -32,8 +32,6 @@ def process_prompt(
     **options: object,
 ) -> Any:
     """What the engine is given of a prompt. `uuids`: of the images. `options`: of the multimodal processor."""
-    if isinstance(prompt, str):
-        prompt = processor.info.get_tokenizer().encode(prompt, add_special_tokens=False)
     media = {"image": list(images), "video": list(videos)}
     items = processor.info.parse_mm_data({name: data for name, data in media.items() if data}, validate=False)
     names = None if uuids is None else {"image": list(uuids)}
