@@ -119,10 +119,6 @@ def test_without_a_cache_an_image_is_encoded_anew(model: FakeModel) -> None:
     assert model.batches == [[1], [1]]
 
 
-def test_what_is_neither_cached_nor_on_its_way_is_not_found(encoder: BatchingEncoder) -> None:
-    assert encoder.find("image 1") is None
-
-
 def test_an_error_reaches_those_who_asked_for_the_image_and_no_others(
     model: FakeModel, encoder: BatchingEncoder
 ) -> None:

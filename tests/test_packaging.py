@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib import import_module
 from importlib.metadata import PathDistribution, entry_points, metadata, packages_distributions, requires, version
 from pathlib import Path
 
@@ -86,11 +85,6 @@ def test_nothing_that_the_base_asks_for_conflicts_with_vllm() -> None:
             assert requirement.specifier.contains(version(requirement.name), prereleases=True), (
                 f"{line} refuses what {package} got"
             )
-
-
-def test_vllm_s_llava_imports_here() -> None:
-    """Beside CPU torch this needs the repair in scripts/torchvision_cpu.py."""
-    assert import_module("vllm.model_executor.models.llava").LlavaForConditionalGeneration
 
 
 @pytest.fixture(scope="module")

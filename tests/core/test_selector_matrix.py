@@ -381,10 +381,3 @@ def test_uniform_spreads_over_rows_and_columns() -> None:
     rows = [int(p) // 8 for p in run("uniform", features, 11).kept]
     assert max(rows.count(r) for r in set(rows)) - min(rows.count(r) for r in set(rows)) <= 1
     assert run("uniform", image(48, None), 4).kept.tolist() == [6, 18, 30, 42]
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 12), (12, 1), (3, 5), (7, 2), (9, 9)])
-def test_uniform_is_exact_for_every_budget(rows: int, columns: int) -> None:
-    features = image(rows * columns, (rows, columns))
-    for k in range(1, rows * columns + 1):
-        run("uniform", features, k)

@@ -172,18 +172,6 @@ def test_the_feature_cache_works_where_vllm_hashes_no_images(uncached: Engine, m
     assert uncached.encodings() - encoded_before == 1
 
 
-def test_two_images_with_the_same_text(cached: Engine, uncached: Engine) -> None:
-    answers = []
-    for image in sample_images(2, stamp="same text"):
-        request = Ask(ask_about(BUS), [image], TOKENS)
-        answers.append(cached.ask(request))
-        assert_same(answers[-1], uncached.ask(request))
-    assert [flags(answer) for answer in answers] == [[False], [False]]
-    assert answers[0].prompt_ids == answers[1].prompt_ids
-    assert answers[0].token_ids != answers[1].token_ids
-    assert answers[1].prefix_hits == 0
-
-
 @pytest.mark.parametrize(
     ("name", "policy", "texts", "shared"),
     [

@@ -221,16 +221,6 @@ def test_the_whole_grid(case: str, checker: Checker, record_property: Callable[[
     test_greedy_answers_are_those_of_transformers(case, checker, record_property)
 
 
-@pytest.mark.parametrize("method", ["fastervlm", "vispruner"])
-def test_methods_that_read_cls_attention(method: str, checker: Checker) -> None:
-    turns, shown = [Turn("What is it?", 1)], [checker.shown(SQUARE, ratio(0.4, method=method))]
-    if checker.family.cls:
-        checker.ask(turns, shown)
-    else:
-        with pytest.raises(PolicyError, match=method):
-            checker.engine.ask(checker.request(turns, shown))
-
-
 def test_the_engine_selects_the_same_tokens(checker: Checker) -> None:
     """In its encoder step, as the API process does: one image, several, in one batch with unpruned ones, and cached."""
     methods = ["divprune", "dart", "pool", *(["vispruner", "visionzip"] if checker.family.cls else [])]

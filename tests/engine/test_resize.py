@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers.image_utils import SizeDict
@@ -155,19 +154,6 @@ def test_whatever_size_is_asked_for(engine: dict[str, Any], qwen_checkpoint: Pat
         assert grid_of(result) == (4, 5)
 
 
-def test_what_enters_the_engine_is_the_stock_item_of_the_smaller_picture(processor: PrunedQwen2_5_VLProcessor) -> None:
-    image = Image.effect_noise((500, 400), 60).convert("RGB")
-    grid, area = best_grid(image.size, 60)
-    result = process(processor, [image], resize(60))
-    stock = process(processor, [image], size={"shortest_edge": area, "longest_edge": area})
-    assert grid_of(result) == grid_of(stock) == grid
-    item, stock_item = result["mm_kwargs"]["image"][0], stock["mm_kwargs"]["image"][0]
-    assert item.keys() == stock_item.keys() == {"pixel_values", "image_grid_thw"}
-    assert torch.equal(item["pixel_values"].data, stock_item["pixel_values"].data)
-    assert result["prompt_token_ids"] == stock["prompt_token_ids"]
-    assert result["mm_hashes"] != stock["mm_hashes"]
-
-
 def test_each_picture_policy_and_option_has_a_hash_of_its_own(processor: PrunedQwen2_5_VLProcessor) -> None:
     picture, other = (Image.effect_noise((500, 400), sigma).convert("RGB") for sigma in (60, 90))
 
@@ -303,38 +289,8 @@ def test_scaled_pruned_unpruned_and_cached_in_every_order(checker: Checker) -> N
         assert again.prefix_hits >= (len(again.prompt_ids) - BLOCK) // BLOCK * BLOCK
 
 
-def test_requests_in_one_batch_answer_as_alone(checker: Checker) -> None:
-    images = pictures_of("resize batch", (300, 260), 4)
-    policies: list[Any] = [resize(30), None, resize(0.5), TOKENS]
-    names = [f"resize batch {index}" for index in range(4)]
-    prompt = checker.chat.prompt([Turn(QUESTION, 1)])
-    asked = [Ask(prompt, [image], policy, [name]) for image, policy, name in zip(images, policies, names, strict=True)]
-    answers = checker.engine.ask_together(asked)
-    shown = [
-        scaled(checker, images[0], 30),
-        Shown(names[1], images[1], False),
-        scaled(checker, images[2], 50),
-        Shown(names[3], images[3], TOKENS),
-    ]
-    image_token = checker.reference.model.config.image_token_id
-    assert [answer.prompt_ids.count(image_token) for answer in answers] == [30, 99, 48, 24]
-    for answer, each in zip(answers, shown, strict=True):
-        compare(checker, answer, prompt, [each])
-
-
 def test_videos_pass_unpruned_in_either_order(checker: Checker) -> None:
     ask_about_a_video(checker, "<|video_pad|>", resize(24), lambda still: scaled(checker, still.image, 24))
-
-
-def test_a_budget_that_changes_nothing_leaves_the_stock_item(qwen: Engine) -> None:
-    [image] = pictures_of("resize nothing", (400, 300), 1)
-    prompt = "<|image_pad|>Where?"
-    stock = qwen.ask(Ask(prompt, [image]))
-    answer = qwen.ask(Ask(prompt, [image], resize(1.0)))
-    assert answer.prefix_hits >= (len(answer.prompt_ids) - BLOCK) // BLOCK * BLOCK > 0, "one hash for both"
-    assert_same(replace(answer, images=None), stock)
-    [report] = reports(answer)
-    assert (report.kept_tokens, report.bypass_reason) == (report.visual_tokens, "budget_not_below_tokens")
 
 
 def test_a_picture_may_be_named_alone_once_it_was_seen(qwen: Engine) -> None:

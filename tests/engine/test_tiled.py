@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from tests.engine.mixtures import ASKED, TOKENS, ask_about_a_video, ask_in_every_order, picture, reports
-from tests.engine.test_families import QUESTION, Checker, Shown, ratio
+from tests.engine.test_families import Checker, Shown, ratio
 from tests.support.engines import MODEL_RUNNERS, Ask, running_engine
-from tests.support.families import FAMILIES, Chat, Family, Turn
-from tests.support.processes import state
+from tests.support.families import FAMILIES, Chat, Family
 from tests.support.unpruned import UnprunedReference
 from tests.support.videos import VideoReference
 from vllm_vtprune.plugin.image import feature_key
@@ -48,16 +47,6 @@ def test_pruned_unpruned_and_cached_images_in_every_order(checker: Checker) -> N
     ask_in_every_order(checker)
 
 
-def test_one_image_under_two_policies_in_one_prompt(checker: Checker) -> None:
-    image = picture(5, (3, 2), "twice")
-    policies = [{"budget": {"type": "tokens", "keep": keep}} for keep in (10, 30)]
-    encoded_before = checker.engine.encodings()
-    answer = checker.ask([Turn(QUESTION, 3)], [Shown("twice", image, policy) for policy in (*policies, False)])
-    first, second, whole = (report.kept_tokens for report in reports(answer))
-    assert first < second < whole
-    assert checker.engine.encodings() == encoded_before + 1
-
-
 @pytest.mark.parametrize(
     "policy",
     [
@@ -72,11 +61,6 @@ def test_one_image_under_two_policies_in_one_prompt(checker: Checker) -> None:
 def test_methods_and_budgets_over_shapes(policy: Any, checker: Checker) -> None:
     for number, aspect in enumerate(((1, 1), (3, 1), (1, 40), (300, 1))):
         checker.ask(ASKED, [Shown(f"methods-{aspect}", picture(number, aspect), policy)])
-
-
-def test_the_encoder_is_loaded_here(checker: Checker) -> None:
-    assert state()["vision_encoders"] >= 1
-    assert checker.engine.runtime.local.vision_encoder.weights == "checkpoint"
 
 
 @pytest.mark.parametrize("family", [INTERNVL], indirect=True, scope="module")
