@@ -61,12 +61,7 @@ def test_exact_rank_is_that_of_the_full_svd(n: int, d: int) -> None:
 
 
 @settings(max_examples=30)
-@given(
-    n=st.integers(1, 24),
-    d=st.integers(1, 24),
-    seed=st.integers(0, 1000),
-    threshold=st.floats(0.01, 0.999),
-)
+@given(n=st.integers(1, 24), d=st.integers(1, 24), seed=st.integers(0, 1000), threshold=st.floats(0.01, 0.999))
 def test_rank_is_the_fewest_that_reach_the_threshold(n: int, d: int, seed: int, threshold: float) -> None:
     features = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     k = energy_rank(features, threshold, "exact")

@@ -1,52 +1,16 @@
-"""What a plan needs at most at one time, on a CPU. On a GPU: `test_gpu_form`.
+"""What a plan needs at most at one time, on a CPU. On a GPU: `test_gpu_form`."""
 
-Counted are the tensors that PyTorch's operators return; what they need within themselves is not seen.
-"""
-
-import weakref
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.support.held import Held
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.selectors import SELECTORS
 
 COMPARE_ALL = {"divprune", "scope", "cover", "vispruner"}
 """Methods with one matrix of tokens by tokens, in float32; tome has a quarter of one, prumerge what it keeps by all."""
-
-
-class Held(TorchDispatchMode):
-    """Bytes of the tensors made while it is entered, at most at one time, and the numbers of the largest in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self.largest_float64 = 0
-        self._holders: Counter[int] = Counter()
-        self._bytes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._holders[storage.data_ptr()] += 1
-                self._bytes[storage.data_ptr()] = storage.nbytes()
-                weakref.finalize(tensor, self._let_go, storage.data_ptr())
-                if tensor.dtype == torch.float64:
-                    self.largest_float64 = max(self.largest_float64, tensor.numel())
-        self.peak = max(self.peak, sum(self._bytes.values()))
-        return out
-
-    def _let_go(self, pointer: int) -> None:
-        self._holders[pointer] -= 1
-        if not self._holders[pointer]:
-            del self._bytes[pointer]
 
 
 def most(method: str, n: int, d: int) -> float:

@@ -33,29 +33,8 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "adaptprune-relevance": ("adaptprune", {"importance": "relevance", "similarity": False}),
     "adaptprune-residual": ("adaptprune", {"importance": "residual", "distance": False, "sigma_s": 0.5}),
     "adaptprune-norm": ("adaptprune", {"importance": "norm", "correction": False}),
-    **{
-        name: (name, {})
-        for name in (
-            "divprune",
-            "cdpruner",
-            "scope",
-            "leverage",
-            "dart",
-            "fastervlm",
-            "vispruner",
-            "hired",
-        )
-    },
-    **{
-        name: (name, {})
-        for name in (
-            "visionzip",
-            "prumerge",
-            "trim",
-            "tome",
-            "pool",
-        )
-    },
+    **{name: (name, {}) for name in "divprune cdpruner scope leverage dart fastervlm vispruner hired".split()},
+    **{name: (name, {}) for name in "visionzip prumerge trim tome pool".split()},
     "cover": ("cover", {}),
     "cover-norm": ("cover", {"importance": "norm"}),
     "cover-relevance": ("cover", {"importance": "relevance"}),

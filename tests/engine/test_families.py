@@ -22,16 +22,7 @@ import torch
 from PIL import Image
 
 from tests.engine.stock_families import WITHOUT_PLUGIN, answers, fresh_process, questions, serve
-from tests.support.engines import (
-    BLOCK,
-    MODEL_RUNNERS,
-    Answer,
-    Ask,
-    Engine,
-    assert_same,
-    running_engine,
-    worst,
-)
+from tests.support.engines import BLOCK, MODEL_RUNNERS, Answer, Ask, Engine, assert_same, running_engine, worst
 from tests.support.families import FAMILIES, Chat, Family, Turn
 from tests.support.unpruned import TwinReference, UnprunedReference
 from vllm_vtprune import PruningPolicy, plan_tokens

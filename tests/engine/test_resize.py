@@ -16,9 +16,9 @@ from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vllm.multimodal.media import MediaWithBytes
 
-from tests.engine.mixtures import TOKENS, ask_about_a_video, reports
+from tests.engine.mixtures import TOKENS, ask_about_a_video
 from tests.engine.test_families import QUESTION, Checker, Shown
-from tests.support.engines import BLOCK, Answer, Ask, Engine, assert_same, uncached
+from tests.support.engines import BLOCK, Answer, Ask, Engine, assert_same, reports, uncached
 from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.images import sample_images
 from tests.support.processors import process_prompt, processor_of

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.mixtures import ASKED, TOKENS, ask_about_a_video, ask_in_every_order, picture, reports
+from tests.engine.mixtures import ASKED, TOKENS, ask_about_a_video, ask_in_every_order, picture
 from tests.engine.test_families import Checker, Shown, ratio
-from tests.support.engines import MODEL_RUNNERS, Ask, running_engine
+from tests.support.engines import MODEL_RUNNERS, Ask, reports, running_engine
 from tests.support.families import FAMILIES, Chat, Family
 from tests.support.unpruned import UnprunedReference
 from tests.support.videos import VideoReference
