@@ -141,7 +141,6 @@ def test_the_changelog_has_a_date_for_every_version() -> None:
     heads = re.findall(r"^## (?!\[Unreleased\])(.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     dated = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d{2}-\d{2})", head) for head in heads]
     assert all(dated), heads
-    assert dated[0] is not None
     assert dated[0][1] == vllm_vtprune.__version__
     dates = [match[2] for match in dated if match]
     assert dates == sorted(dates, reverse=True)

@@ -44,13 +44,11 @@ def plan(method: str, features: VisualFeatures, k: int, text: Tensor | None = No
 
 
 def attention(features: VisualFeatures) -> list[float]:
-    assert features.cls_attention is not None
     values: list[float] = features.cls_attention.double().tolist()
     return values
 
 
 def unit(rows: Tensor | None) -> Tensor:
-    assert rows is not None
     return normalize(rows.double(), dim=1)
 
 
@@ -142,7 +140,6 @@ def skip(features: VisualFeatures, k: int, text: Tensor | None) -> list[int]:
 
 
 def cells_3x3(features: VisualFeatures) -> list[list[int]]:
-    assert features.grid is not None
     rows, columns = features.grid
     cells: dict[tuple[int, int], list[int]] = {}
     for row, column in product(range(rows), range(columns)):
@@ -157,7 +154,6 @@ def maxpool3x3(features: VisualFeatures, k: int, text: Tensor | None) -> list[in
 
 
 def avgpool(features: VisualFeatures, k: int, text: Tensor | None) -> list[int]:
-    assert features.grid is not None
     rows, columns = features.grid
     scores = attention(features)
     around = {

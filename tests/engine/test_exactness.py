@@ -40,7 +40,6 @@ def plan(
     engine: Engine, reference: UnprunedReference, number: int, nouns: tuple[str, ...], policy: dict[str, Any]
 ) -> PruningPlan:
     features = engine.runtime.local.cache.get(f"exactness-{number}")
-    assert features is not None
     return plan_tokens(features, PruningPolicy.parse(policy), reference.words(nouns) if nouns else None)
 
 

@@ -161,7 +161,6 @@ class Checker:
             self.compare_reports(answer, shown, kept)
 
     def compare_reports(self, answer: Answer, shown: Sequence[Shown], kept: Sequence[torch.Tensor | None]) -> None:
-        assert answer.images is not None
         image_token = self.reference.model.config.image_token_id
         assert sum(report.kept_tokens for report in answer.images) == answer.prompt_ids.count(image_token)
         for report, each, positions in zip(answer.images, shown, kept, strict=True):
@@ -177,7 +176,6 @@ class Checker:
             self._features[shown.name] = self.reference.features(shown.image)
         embeds = self._features[shown.name]
         features = self.engine.runtime.local.cache.get(shown.name)
-        assert features is not None
         torch.testing.assert_close(features.embeds, embeds, rtol=0, atol=1e-4)
         assert (features.cls_attention is not None) == self.family.cls
         words = self.reference.words(NOUNS)
@@ -281,7 +279,6 @@ def test_another_token_would_be_seen(checker: Checker) -> None:
     shown = checker.shown(SQUARE, ratio(0.2, **BLIND))
     answer = checker.ask([Turn("What is it?", 1)], [shown])
     kept = checker.kept(shown)
-    assert kept is not None
     others = sorted(set(range(int(kept.max()))) - set(kept.tolist()))
     wrong = kept.clone()
     wrong[len(kept) // 2] = min(others, key=lambda other: abs(other - int(kept[len(kept) // 2])))

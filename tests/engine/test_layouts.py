@@ -59,7 +59,6 @@ def test_anyres_is_what_transformers_packs(size: tuple[int, int]) -> None:
     assert torch.equal(layout.connector_rows, rows[rows != NEWLINE])
     assert torch.equal(layout.embed_rows, (rows != NEWLINE).nonzero()[:, 0])
     tiles = layout.tiles
-    assert tiles is not None
     assert tiles.canvas is not None
     assert (tiles.overview, tiles.grids[0], layout.newlines) == (0, (LENGTH, LENGTH), int((rows == NEWLINE).sum()))
     squares = layout.connector_rows // LENGTH**2
@@ -97,10 +96,7 @@ def test_anyres_scales_as_transformers_does(size: tuple[int, int]) -> None:
     [packed], _ = LlavaOnevisionModel.pack_image_features(model, [given_patches], torch.tensor([size]), newline)
     is_token = ~packed.isnan().any(dim=1)
 
-    assert layout.embed_rows is not None
-    assert layout.tiles is not None
     assert layout.tiles.canvas is not None
-    assert layout.connector_rows is not None
     assert layout.patches == given_patches.shape[0] * side**2
     assert torch.equal(layout.embed_rows, is_token.nonzero()[:, 0])
     assert layout.newlines == int((~is_token).sum())
@@ -117,7 +113,6 @@ def test_anyres_scales_as_transformers_does(size: tuple[int, int]) -> None:
 def test_the_papers_2880_tokens() -> None:
     layout = anyres((672, 672), pinpoints=PINPOINTS, image_size=336, side=LENGTH)
     assert count(layout) == 2880 + 48
-    assert layout.tiles is not None
     assert layout.tiles.grids == ((LENGTH, LENGTH),) * 5
     assert layout.tiles.boxes == (None, (0, 0, 0.5, 0.5), (0, 0.5, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1))
 
@@ -133,7 +128,6 @@ def test_tiles_and_their_thumbnail(rows: int, columns: int, thumbnail: bool) -> 
     tiles = layout.tiles
     assert layout.grid is layout.connector_rows is layout.embed_rows is None
     assert layout.patches == total * 36
-    assert tiles is not None
     assert tiles.ids.tolist() == [tile for tile in range(total) for _ in range(9)]
     assert (tiles.grids, tiles.canvas) == (((3, 3),) * total, None)
     assert tiles.overview == (total - 1 if thumbnail else None)
@@ -164,7 +158,6 @@ def count(layout: Layout) -> int:
     """Rows of the model's embeddings of an image: its tokens and newlines."""
     if layout.grid is not None:
         return prod(layout.grid)
-    assert layout.tiles is not None
     return len(layout.tiles.ids) + layout.newlines
 
 

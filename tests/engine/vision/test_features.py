@@ -133,7 +133,6 @@ def test_attention_and_keys(
         early, last = (blocks(seen, across).sum(dim=1) for seen in expected.attention)
         assert last.std() > 0.1 * last.mean(), "a near-uniform map would hide an error"
         torch.testing.assert_close(features.cls_attention, last[sources], rtol=1e-3, atol=1e-6)
-        assert expected.keys is not None
         torch.testing.assert_close(features.keys, blocks(expected.keys, across).mean(dim=1)[sources], **CLOSE)
         if features.tiles is None:
             assert features.overview_attention is None
@@ -148,7 +147,6 @@ def test_grids_and_tiles(
     for features, expected, image, picture in zip(encoded, references, images, PICTURES, strict=True):
         assert [len(positions) for positions, _ in features.planes()] == [prod(grid) for grid in features.grids]
         if features.tiles is None:
-            assert features.grid is not None
             rows, columns = features.grid
             assert rows == columns or (rows > columns) == (picture.height > picture.width)
             continue
@@ -159,7 +157,6 @@ def test_grids_and_tiles(
         squares = expected.sources(features) // (len(expected.outputs) // len(pixels))
         pairs = set(zip(features.tiles.ids.tolist(), squares.tolist(), strict=True))
         assert len(pairs) == len(dict(pairs)) == len({square for _, square in pairs}) == len(features.tiles.grids)
-        assert features.tiles.overview is not None
         whole = torch.tensor(np.asarray(picture.resize((8, 8), Image.Resampling.BOX), dtype=np.float32)).mean(dim=2)
         seen = torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(dim=1), 8)
         alike = [float(torch.corrcoef(torch.stack([whole.flatten(), tile.flatten()]))[0, 1]) for tile in seen]
