@@ -9,7 +9,7 @@ import torch
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-from tests.support.processors import config_of, process_prompt
+from tests.support.processors import config_of, features_of, process_prompt
 from tests.support.videos import video
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.vision import build
@@ -34,12 +34,7 @@ def processor(model_config: Any) -> Any:
 def placed(processor: Any, **options: object) -> tuple[list[int], list[MultiModalFeatureSpec]]:
     images = [photograph().resize(size) for size in ((300, 200), (120, 400))]
     out = process_prompt(processor, PROMPT, images, videos=[video(8, 140, 112)], **options)
-    features = [
-        MultiModalFeatureSpec(data=item, modality=modality, identifier=modality, mm_position=place)
-        for modality, places in out["mm_placeholders"].items()
-        for item, place in zip(out["mm_kwargs"][modality], places, strict=True)
-    ]
-    return out["prompt_token_ids"], features
+    return out["prompt_token_ids"], features_of(out)
 
 
 def test_a_video_between_pruned_images(processor: Any, model_config: Any) -> None:

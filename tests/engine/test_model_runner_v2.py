@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
 from tests.support.families import FAMILIES
 from tests.support.images import sample_images
-from tests.support.processors import process_prompt
+from tests.support.processors import features_of, process_prompt
 from tests.support.served import Served, served
 from tests.support.videos import VideoReference, video
 from vllm_vtprune import PruningPolicy, plan_tokens
@@ -55,6 +55,10 @@ class Request:
     embeds: Tensor
 
 
+def name_of(image: Image.Image) -> str:
+    return f"image {hash(image.tobytes())}"
+
+
 class Requests:
     """Makes requests as they reach a runner, and says what it should make of them."""
 
@@ -65,7 +69,6 @@ class Requests:
         """A request with these images and videos (arrays), each with its policy; False leaves it unpruned."""
         images = [(medium, policy) for medium, policy in media if isinstance(medium, Image.Image)]
         videos = [video()] * (len(media) - len(images))
-        names = [f"image {hash(image.tobytes())}" for image, _ in images]
         kinds = [{"type": "image" if isinstance(medium, Image.Image) else "video"} for medium, _ in media]
         messages = [{"role": "user", "content": [*kinds, {"type": "text", "text": QUESTION}]}]
         prompt = self.reference.processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -74,37 +77,25 @@ class Requests:
             prompt,
             [image for image, _ in images],
             videos=videos,
-            uuids=names,
+            uuids=[name_of(image) for image, _ in images],
             pruning={"images": [policy for _, policy in images], "texts": [QUESTION] * len(images)},
         )
-        of_images = iter([self._kept(policy, name) for (_, policy), name in zip(images, names, strict=True)])
-        kept = [next(of_images) if isinstance(medium, Image.Image) else None for medium, _ in media]
+        kept = [self._kept(*medium) for medium in media]
         read = self.reference.read(prompt, [medium for medium, _ in media], kept, [ANSWERED, ANSWERED])
         assert len(processed["prompt_token_ids"]) == len(read.prompt_ids)
-        features = [
-            MultiModalFeatureSpec(
-                processed["mm_kwargs"][modality][index],
-                modality,
-                processed["mm_hashes"][modality][index],
-                mm_position=place,
-            )
-            for modality, places in processed["mm_placeholders"].items()
-            for index, place in enumerate(places)
-        ]
-        features.sort(key=lambda feature: feature.mm_position.offset)
         items = []
-        for feature, (_, policy) in zip(features, media, strict=True):
+        for feature, (_, policy) in zip(features_of(processed), media, strict=True):
             place = feature.mm_position
             within = torch.arange(place.length) if place.is_embed is None else place.is_embed.nonzero()[:, 0]
             places = place.offset + within
             items.append(Item(feature, policy is not False, places, read.embeds[places]))
         return Request(processed["prompt_token_ids"], items, read.embeds)
 
-    def _kept(self, policy: Any, name: str) -> Tensor | None:
+    def _kept(self, medium: Any, policy: Any) -> Tensor | None:
         if policy is False:
             return None
         processor = self.served.processor
-        features, nouns = processor.runtime.local.cache.get(name), self.reference.words(["bus"])
+        features, nouns = processor.runtime.local.cache.get(name_of(medium)), self.reference.words(["bus"])
         return plan_tokens(features, PruningPolicy.parse(policy), nouns, family=processor.family).kept
 
 

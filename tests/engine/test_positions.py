@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from tests.support.families import Chat, Turn
 from tests.support.images import sample_images
-from tests.support.processors import config_of, process_prompt
+from tests.support.processors import config_of, features_of, process_prompt
 from vllm_vtprune.families import ARCHITECTURES, FAMILIES
 from vllm_vtprune.plugin.image import encode_image
 from vllm_vtprune.plugin.items import KEPT_EMBEDS
@@ -85,19 +84,13 @@ def test_each_token_stands_where_it_does_unpruned(
         read = place.offset + place.length
     left.append(torch.arange(read, len(whole["prompt_token_ids"])))
 
-    ids, places = pruned["prompt_token_ids"], pruned["mm_placeholders"]["image"]
+    ids = pruned["prompt_token_ids"]
     model = processor.runtime.local.vision_encoder._model
     for on_cpu in (False, True):  # alone, as the engine has an image that it does not encode
-        fields = [
-            type(item)({name: field for name, field in item.items() if field.field.keep_on_cpu or not on_cpu})
-            for item in pruned["mm_kwargs"]["image"]
-        ]
-        position_ids, delta = model.get_mrope_input_positions(
-            ids,
-            [
-                MultiModalFeatureSpec(data=data, modality="image", identifier=str(index), mm_position=place)
-                for index, (data, place) in enumerate(zip(fields, places, strict=True))
-            ],
-        )
+        features = features_of(pruned)
+        for feature in features:
+            fields = {name: field for name, field in feature.data.items() if field.field.keep_on_cpu or not on_cpu}
+            feature.data = type(feature.data)(fields)
+        position_ids, delta = model.get_mrope_input_positions(ids, features)
         assert torch.equal(position_ids, positions[:, torch.cat(left)])
         assert delta + len(ids) == following

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.plugins import load_general_plugins
 
 
@@ -36,3 +37,15 @@ def process_prompt(
     items = processor.info.parse_mm_data({name: data for name, data in media.items() if data}, validate=False)
     names = None if uuids is None else {"image": list(uuids)}
     return processor(prompt, items, names, hf_processor_mm_kwargs=options, cache=cache)
+
+
+def features_of(processed: Any) -> list[MultiModalFeatureSpec]:
+    """The media of a processed prompt as a model runner gets them, in the order of the prompt."""
+    features = [
+        MultiModalFeatureSpec(item, modality, mm_hash, mm_position=place)
+        for modality, places in processed["mm_placeholders"].items()
+        for item, mm_hash, place in zip(
+            processed["mm_kwargs"][modality], processed["mm_hashes"][modality], places, strict=True
+        )
+    ]
+    return sorted(features, key=lambda feature: feature.mm_position.offset)
