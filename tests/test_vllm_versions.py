@@ -3,14 +3,14 @@
 PyPI has no CPU build of that one, so `scripts/vllm_next.py` puts its Python on the installed build's compiled code.
 """
 
-import io
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -175,20 +175,10 @@ def newest(newest_environment: dict[str, str], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def picture_on_the_web() -> Iterator[str]:
-    buffer = io.BytesIO()
-    fresh_picture().save(buffer, "PNG")
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(buffer.getvalue())
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+def picture_on_the_web(tmp_path: Path) -> Iterator[str]:
+    fresh_picture().save(tmp_path / "picture.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}/picture.png"

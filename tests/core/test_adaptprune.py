@@ -80,7 +80,6 @@ def reference_order(
 
 
 def cls_scores(features: VisualFeatures) -> list[float]:
-    assert features.cls_attention is not None
     scores: list[float] = features.cls_attention.double().tolist()
     return scores
 
@@ -128,34 +127,27 @@ def test_suppression_stays_within_its_tile(fields: dict[str, bool]) -> None:
         alone.encoder.repeat(2, 1),
         alone.embeds.repeat(2, 1),
         tiles=Tiles(torch.arange(2).repeat_interleave(24), ((4, 6), (4, 6))),
-        cls_attention=cls_like(alone).repeat(2),
+        cls_attention=alone.cls_attention.repeat(2),
     )
     order = plan_tokens(alone, policy(7, **fields)).order.tolist()
     both = plan_tokens(twice, policy(14, **fields)).order.tolist()
     assert both == [i for pick in order for i in (pick, pick + 24)]
 
 
-def cls_like(features: VisualFeatures) -> Tensor:
-    assert features.cls_attention is not None
-    return features.cls_attention
-
-
 def test_interleaved_tiles_are_found_by_their_ids() -> None:
     apart = image(tiles=((3, 4), (2, 6)))
-    assert apart.tiles is not None
     weave = torch.arange(24).view(2, 12).T.flatten()
     woven = VisualFeatures(
         apart.encoder[weave],
         apart.embeds[weave],
         tiles=Tiles(apart.tiles.ids[weave], apart.tiles.grids),
-        cls_attention=cls_like(apart)[weave],
+        cls_attention=apart.cls_attention[weave],
     )
     assert weave[plan_tokens(woven, policy(9)).order].tolist() == plan_tokens(apart, policy(9)).order.tolist()
 
 
 def test_squares_of_one_canvas_are_neighbours_and_the_overview_is_none() -> None:
     apart = image(tiles=((3, 3), (4, 6)))  # the overview, and a map of two squares side by side
-    assert apart.tiles is not None
     squares = torch.tensor([1, 1, 1, 1, 2, 2]).repeat(4)
     boxes = (None, (0.0, 0.0, 1.0, 4 / 6), (0.0, 4 / 6, 1.0, 1.0))
     ids = torch.cat([torch.zeros(9, dtype=torch.long), squares])
@@ -207,8 +199,8 @@ def test_importance() -> None:
         return 1 - 0.9 * below / max(0.05, float(below.max()))
 
     maps = {
-        "cls": cls_like(features).double(),
-        "auto": cls_like(features).double(),
+        "cls": features.cls_attention.double(),
+        "auto": features.cls_attention.double(),
         "norm": embeds.norm(dim=1),
         "relevance": scaled(cosines.amax(dim=1)),
         "residual": (embeds - torch.outer(embeds @ mean, mean)).square().sum(dim=1),
@@ -250,16 +242,6 @@ def test_a_map_of_zeros_and_duplicates_keep_k_tokens() -> None:
     [
         (Tiles(torch.tensor([0, 0, 0, 1]), ((2, 1), (2, 1))), r"tile 0 has 3 tokens, but its grid \(2, 1\) has 2"),
         (Tiles(torch.tensor([0, 0, 7, 7]), ((2, 1),)), r"tiles.ids must be from 0 to 0"),
-    ],
-)
-def test_tiles_that_contradict_themselves(tiles: Tiles, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan_tokens(VisualFeatures(torch.eye(4), torch.eye(4), tiles=tiles), policy(2))
-
-
-@pytest.mark.parametrize(
-    ("tiles", "message"),
-    [
         (Tiles(torch.zeros(4), ((2, 1), (2, 1)), canvas=(2, 1)), "tiles.canvas needs an overview"),
         (
             Tiles(torch.zeros(4), ((2, 1), (2, 1)), (None, (0, 0, 1, 1)), canvas=(2, 2)),
@@ -267,6 +249,6 @@ def test_tiles_that_contradict_themselves(tiles: Tiles, message: str) -> None:
         ),
     ],
 )
-def test_a_canvas_that_contradicts_its_tiles(tiles: Tiles, message: str) -> None:
+def test_tiles_that_contradict_themselves(tiles: Tiles, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VisualFeatures(torch.eye(4), torch.eye(4), tiles=tiles)
+        plan_tokens(VisualFeatures(torch.eye(4), torch.eye(4), tiles=tiles), policy(2))

@@ -61,12 +61,7 @@ def test_exact_rank_is_that_of_the_full_svd(n: int, d: int) -> None:
 
 
 @settings(max_examples=30)
-@given(
-    n=st.integers(1, 24),
-    d=st.integers(1, 24),
-    seed=st.integers(0, 1000),
-    threshold=st.floats(0.01, 0.999),
-)
+@given(n=st.integers(1, 24), d=st.integers(1, 24), seed=st.integers(0, 1000), threshold=st.floats(0.01, 0.999))
 def test_rank_is_the_fewest_that_reach_the_threshold(n: int, d: int, seed: int, threshold: float) -> None:
     features = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     k = energy_rank(features, threshold, "exact")
@@ -106,14 +101,6 @@ def test_neither_scale_nor_dtype_nor_transposition_matters(scale: float) -> None
     assert energy_rank(shuffled, 0.99) == expected
 
 
-@pytest.mark.parametrize("threshold", [0.9, 0.99])
-def test_randomized_rank_is_close_and_never_below(threshold: float) -> None:
-    features = encoder_like(400, 700)
-    exact = reference_rank(features, threshold)
-    generator = torch.Generator().manual_seed(0)
-    assert exact <= energy_rank(features, threshold, "rsvd", 300, 2, generator) <= exact * 1.05 + 1
-
-
 @pytest.mark.parametrize("falls_over", [20, 40, 60])
 def test_the_papers_solver_is_within_one_token_on_exponential_spectra(falls_over: int) -> None:
     features = with_energies(torch.exp(-torch.arange(576) / falls_over), 576, 1024)
@@ -129,7 +116,6 @@ def test_the_papers_solver_is_within_two_percent_on_power_laws(exponent: float) 
     decomposition = exact_spectrum(features)
     for threshold in (0.9, 0.99, 0.998):
         exact = decomposition.rank_at(threshold)
-        assert exact is not None
         rank = energy_rank(features, threshold, "rsvd", 300, 2, torch.Generator().manual_seed(0))
         assert exact <= rank <= 1.02 * exact
         assert rank == exact or 250 < exact < 300
@@ -145,7 +131,6 @@ def test_auto_is_within_one_percent(spectrum_of: Callable[[Tensor], Tensor], n: 
     decomposition = exact_spectrum(features)
     for threshold in THRESHOLDS:
         exact = decomposition.rank_at(threshold)
-        assert exact is not None
         assert abs(energy_rank(features, threshold) - exact) <= 0.01 * exact
 
 
@@ -153,7 +138,6 @@ def test_a_subspace_settles_what_falls_fast_and_declines_a_power_law() -> None:
     place = torch.arange(1.0, 1101)
     fast, slow = (with_energies(energies, 1200, 1100) for energies in (torch.exp(-place / 20), place**-1.2))
     decomposition = krylov_spectrum(fast, 0.99, torch.Generator().manual_seed(0))
-    assert decomposition is not None
     assert len(decomposition.energies) < 1100 * 3 / 8
     assert decomposition.rank_at(0.99) == reference_rank(fast, 0.99)
     assert krylov_spectrum(slow, 0.99, torch.Generator().manual_seed(0)) is None

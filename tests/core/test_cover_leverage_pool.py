@@ -289,8 +289,3 @@ def test_pooled_tokens_are_of_the_embeddings_type() -> None:
     expected = embeds.double().view(3, 2, 3, 2, 8).mean(dim=(1, 3)).view(9, 8)
     assert result.embeds.dtype == torch.bfloat16
     torch.testing.assert_close(result.embeds, expected.float().to(torch.bfloat16), rtol=0, atol=0)
-
-
-def test_tiles_of_another_size_than_they_say_are_an_error() -> None:
-    with pytest.raises(ValueError, match="tile 0 has 21 tokens, but its grid"):
-        plan("pool", tiled([0, *IDS[:-1]]), 6)

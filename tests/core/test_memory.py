@@ -1,52 +1,16 @@
-"""What a plan needs at most at one time, on a CPU. On a GPU: `test_gpu_form`.
+"""What a plan needs at most at one time, on a CPU. On a GPU: `test_gpu_form`."""
 
-Counted are the tensors that PyTorch's operators return; what they need within themselves is not seen.
-"""
-
-import weakref
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.support.held import Held
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.selectors import SELECTORS
 
 COMPARE_ALL = {"divprune", "scope", "cover", "vispruner"}
 """Methods with one matrix of tokens by tokens, in float32; tome has a quarter of one, prumerge what it keeps by all."""
-
-
-class Held(TorchDispatchMode):
-    """Bytes of the tensors made while it is entered, at most at one time, and the numbers of the largest in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self.largest_float64 = 0
-        self._holders: Counter[int] = Counter()
-        self._bytes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._holders[storage.data_ptr()] += 1
-                self._bytes[storage.data_ptr()] = storage.nbytes()
-                weakref.finalize(tensor, self._let_go, storage.data_ptr())
-                if tensor.dtype == torch.float64:
-                    self.largest_float64 = max(self.largest_float64, tensor.numel())
-        self.peak = max(self.peak, sum(self._bytes.values()))
-        return out
-
-    def _let_go(self, pointer: int) -> None:
-        self._holders[pointer] -= 1
-        if not self._holders[pointer]:
-            del self._bytes[pointer]
 
 
 def most(method: str, n: int, d: int) -> float:
@@ -71,8 +35,3 @@ def test_memory_of_a_method(method: str, n: int, d: int, record_property: Callab
     assert held.peak < most(method, n, d)
     assert held.largest_float64 <= max(n * d, 256 * n), "no matrix of tokens by tokens"
     record_property(f"{method}_megabytes_of_{n}_x_{d}", round(held.peak / 2**20, 1))
-
-
-def test_of_16384_tokens_of_qwen() -> None:
-    """3.3 GB on the host where a method compares all tokens: 1.1 GB for that, the rest in copies of the tokens."""
-    assert max(most(method, 16384, 3584) for method in SELECTORS) < 3.3e9

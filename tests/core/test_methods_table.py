@@ -43,7 +43,6 @@ def test_every_method_has_its_row_and_no_other() -> None:
 
 def test_the_page_says_which_methods_look_at_what_the_connector_reads() -> None:
     sentence = re.search(r"(.*) always compare tokens by\s+what the connector reads, (.*) by\s+what `features`", PAGE)
-    assert sentence is not None
     always, if_asked = ({*re.findall(r"`(\w+)`", names)} for names in sentence.groups())
     assert always == {name for name, spec in METHODS.items() if "encoder" in spec.needs}
     assert if_asked == {name for name, spec in METHODS.items() if "encoder" in spec.uses}

@@ -5,8 +5,7 @@ import torch
 
 from tests.support.defaults import QWEN, TILED
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
-from vllm_vtprune.budget import fixed_count
-from vllm_vtprune.policy import LLAVA, FamilyDefaults, PolicyError, RatioBudget
+from vllm_vtprune.policy import LLAVA, FamilyDefaults, PolicyError
 from vllm_vtprune.selectors import METHODS, SELECTORS
 from vllm_vtprune.selectors.resize import largest_area
 
@@ -62,11 +61,6 @@ def test_it_is_a_method_but_chooses_no_tokens() -> None:
         plan_tokens(features, resize(), family=QWEN)
     assert raised.value.param == "pruning.method"
     assert raised.value.accepted == "one of " + ", ".join(SELECTORS)
-
-
-@pytest.mark.parametrize(("keep", "n", "k"), [(0.5, 5, 3), (0.5, 7, 4), (0.1, 25, 3), (0.49, 5, 2), (1e-9, 5, 1)])
-def test_a_ratio_is_rounded_half_up_and_never_to_nothing(keep: float, n: int, k: int) -> None:
-    assert fixed_count(RatioBudget(keep=keep), n) == k
 
 
 @pytest.mark.parametrize("k", [1, 2, 100, 10**6])

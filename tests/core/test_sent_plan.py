@@ -26,7 +26,6 @@ def test_a_plan_arrives_as_it_was_sent(features: VisualFeatures) -> None:
     kept = KeptTokens.of(features, KEPT, view=(0.0, 1 / 7, 1.0, 6 / 7))
     report = ImageReport("resprune", 8, 4, energy=0.9876543210123, kept=kept, allotted_tokens=5, placement_reason="why")
     plan = SentPlan.of(report)
-    assert plan is not None
     arrived = SentPlan.read(json.loads(json.dumps(plan.to_json())), "plan")
     assert arrived == plan
     assert arrived.kept == kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,31 +39,20 @@ def numbers(rows: torch.Tensor) -> list[int]:
     return rows[:, 0].long().tolist()
 
 
-@pytest.mark.parametrize("canvas", [(1, 1), (2, 3), (3, 1), (3, 0), (0, 3)])
-def test_with_every_token_each_row_has_its_newline(canvas: tuple[int, int]) -> None:
-    features = image(*canvas)
-    rows, columns = canvas
-    layout = numbers(sequence(features, keeping(features, list(range(OVERVIEW + prod(canvas))))))
-    expected = list(range(OVERVIEW))
-    for row in range(rows):
-        start = OVERVIEW + row * columns
-        expected += [*range(start, start + columns), -1]
-    assert layout == expected
-    assert sequence_length(features) == len(expected)
-
-
 @given(canvas=st.tuples(st.integers(0, 5), st.integers(0, 5)), data=st.data())
 def test_a_row_keeps_its_newline_whichever_tokens_are_kept(canvas: tuple[int, int], data: st.DataObject) -> None:
     """So the length depends on their number alone."""
     features = image(*canvas)
     rows, columns = canvas
-    kept = sorted(data.draw(st.sets(st.integers(0, features.num_tokens - 1), min_size=1)))
-    expected = [token for token in kept if token < OVERVIEW]
-    for row in range(rows):
-        start = OVERVIEW + row * columns
-        expected += [*(token for token in kept if start <= token < start + columns), -1]
-    assert numbers(sequence(features, keeping(features, kept))) == expected
-    assert len(expected) == len(kept) + rows
+    some = sorted(data.draw(st.sets(st.integers(0, features.num_tokens - 1), min_size=1)))
+    for kept in (some, list(range(features.num_tokens))):
+        expected = [token for token in kept if token < OVERVIEW]
+        for row in range(rows):
+            start = OVERVIEW + row * columns
+            expected += [*(token for token in kept if start <= token < start + columns), -1]
+        assert numbers(sequence(features, keeping(features, kept))) == expected
+        assert len(expected) == len(kept) + rows
+    assert sequence_length(features) == len(expected)
 
 
 def test_without_newlines_the_tokens_alone() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.spacy_model import NOT_READY, wheel
+from tests.support.spacy_model import wheel
 from vllm_vtprune.text import EMBEDDED, SPACY_MODEL, extract_nouns, text_pipeline_name
 
 pytestmark = pytest.mark.verify
@@ -47,21 +47,6 @@ print(json.dumps([text_pipeline_name(), *english, *read_prompt("Wo steht der Hun
     assert (text_pipeline_name(), extract_nouns(question, modifiers=False)) == (EMBEDDED, ["bus"]), (
         "without it, red is no noun"
     )
-
-
-def test_the_model_would_fail_with_a_pipe_that_nouns_do_not_need(site: Path) -> None:
-    """Else the test above would not show that they are left out."""
-    code = f"""
-import spacy
-language = spacy.load({SPACY_MODEL!r})
-for name in {NOT_READY}:
-    try:
-        language.get_pipe(name)(language.make_doc("Is the bus red?"))
-    except KeyError:
-        print(name)
-"""
-    done = run(code, site)
-    assert tuple(done.stdout.split()) == NOT_READY, done.stderr
 
 
 def test_a_folder_of_the_model_s_name_is_not_the_model(tmp_path: Path) -> None:

@@ -11,19 +11,13 @@ from typing import Any
 from PIL import Image
 
 from tests.engine.test_families import QUESTION, Checker, Shown
-from tests.support.engines import Answer, Ask
+from tests.support.engines import Ask, reports
 from tests.support.families import Turn
 from tests.support.images import sample_images
 from tests.support.videos import video
-from vllm_vtprune.report import ImageReport
 
 ASKED = [Turn(QUESTION, 1)]
 TOKENS = {"budget": {"type": "tokens", "keep": 24}}
-
-
-def reports(answer: Answer) -> list[ImageReport]:
-    assert answer.images is not None
-    return answer.images
 
 
 def picture(index: int, aspect: tuple[int, int], stamp: str = "") -> Image.Image:

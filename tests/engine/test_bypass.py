@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import Ask, Engine, ask_about, running_engine, worst_difference
+from tests.support.engines import Ask, Engine, ask_about, reports, running_engine, worst_difference
 from tests.support.images import sample_images
 from vllm_vtprune.plugin.limits import InputRejected, check_options
 from vllm_vtprune.policy import PolicyError
@@ -21,10 +21,8 @@ def test_keeping_every_token_is_the_unpruned_answer(cached: Engine, budget: dict
     for image in sample_images(5, stamp=str(budget["keep"])):
         answer = cached.ask(Ask(QUESTION, [image], {"budget": budget}))
         unpruned = cached.ask(Ask(QUESTION, [image]))  # from the engine's own vision encoder
-        assert answer.images is not None
-        assert [(report.kept_tokens, report.bypass_reason) for report in answer.images] == [
-            (576, "budget_not_below_tokens")
-        ]
+        [report] = reports(answer)
+        assert (report.kept_tokens, report.bypass_reason) == (576, "budget_not_below_tokens")
         assert answer.prompt_ids == unpruned.prompt_ids
         assert answer.token_ids == unpruned.token_ids
         worst_difference(answer.logprobs, unpruned.logprobs)
@@ -34,8 +32,8 @@ def test_images_that_come_as_embeddings_are_left_alone(chunked: Engine) -> None:
     embeds = torch.randn(576, 256, generator=torch.Generator().manual_seed(0))
     asked = chunked.ask(Ask(QUESTION, [embeds], {"budget": {"type": "tokens", "keep": 48}}))
     plain = chunked.ask(Ask(QUESTION, [embeds]))
-    assert asked.images is not None
-    assert [(report.kept_tokens, report.bypass_reason) for report in asked.images] == [(576, "unsupported_modality")]
+    [report] = reports(asked)
+    assert (report.kept_tokens, report.bypass_reason) == (576, "unsupported_modality")
     assert asked.prompt_ids == plain.prompt_ids
     assert asked.token_ids == plain.token_ids
 
@@ -70,9 +68,8 @@ def test_a_misspelt_entry_is_named(key: str) -> None:
 def test_a_preset_may_stand_in_an_object(cached: Engine) -> None:
     (image,) = sample_images(1, stamp="preset")
     for pruning in ("fast", {"preset": "fast"}, {"preset": "fast", "texts": ["Where?"]}):
-        asked = cached.ask(Ask(QUESTION, [image], pruning))
-        assert asked.images is not None
-        assert [report.kept_tokens for report in asked.images] == [64]
+        [report] = reports(cached.ask(Ask(QUESTION, [image], pruning)))
+        assert report.kept_tokens == 64
 
 
 def test_a_policy_for_the_whole_engine_is_refused_at_start(checkpoint: Path) -> None:

@@ -22,16 +22,7 @@ import torch
 from PIL import Image
 
 from tests.engine.stock_families import WITHOUT_PLUGIN, answers, fresh_process, questions, serve
-from tests.support.engines import (
-    BLOCK,
-    MODEL_RUNNERS,
-    Answer,
-    Ask,
-    Engine,
-    assert_same,
-    running_engine,
-    worst,
-)
+from tests.support.engines import BLOCK, MODEL_RUNNERS, Answer, Ask, Engine, assert_same, running_engine, worst
 from tests.support.families import FAMILIES, Chat, Family, Turn
 from tests.support.unpruned import TwinReference, UnprunedReference
 from vllm_vtprune import PruningPolicy, plan_tokens
@@ -159,7 +150,7 @@ class Checker:
         kept = [self.kept(each) for each in shown]
         images = [each.image for each in shown]
         answer = until_an_image(answer, self.reference.image_token)
-        prompt_ids, logprobs = self.reference.read(request.prompt, images, kept, answer.token_ids)
+        prompt_ids, logprobs, _ = self.reference.read(request.prompt, images, kept, answer.token_ids)
         assert answer.prompt_ids == prompt_ids
         behind = logprobs.max(dim=1).values - logprobs[range(len(logprobs)), answer.token_ids]
         assert behind.max() < TIE, f"{answer.token_ids} is not {logprobs.argmax(dim=1).tolist()}"
@@ -170,7 +161,6 @@ class Checker:
             self.compare_reports(answer, shown, kept)
 
     def compare_reports(self, answer: Answer, shown: Sequence[Shown], kept: Sequence[torch.Tensor | None]) -> None:
-        assert answer.images is not None
         image_token = self.reference.model.config.image_token_id
         assert sum(report.kept_tokens for report in answer.images) == answer.prompt_ids.count(image_token)
         for report, each, positions in zip(answer.images, shown, kept, strict=True):
@@ -186,7 +176,6 @@ class Checker:
             self._features[shown.name] = self.reference.features(shown.image)
         embeds = self._features[shown.name]
         features = self.engine.runtime.local.cache.get(shown.name)
-        assert features is not None
         torch.testing.assert_close(features.embeds, embeds, rtol=0, atol=1e-4)
         assert (features.cls_attention is not None) == self.family.cls
         words = self.reference.words(NOUNS)
@@ -219,16 +208,6 @@ def test_greedy_answers_are_those_of_transformers(
 @pytest.mark.parametrize("case", GRID)
 def test_the_whole_grid(case: str, checker: Checker, record_property: Callable[[str, object], None]) -> None:
     test_greedy_answers_are_those_of_transformers(case, checker, record_property)
-
-
-@pytest.mark.parametrize("method", ["fastervlm", "vispruner"])
-def test_methods_that_read_cls_attention(method: str, checker: Checker) -> None:
-    turns, shown = [Turn("What is it?", 1)], [checker.shown(SQUARE, ratio(0.4, method=method))]
-    if checker.family.cls:
-        checker.ask(turns, shown)
-    else:
-        with pytest.raises(PolicyError, match=method):
-            checker.engine.ask(checker.request(turns, shown))
 
 
 def test_the_engine_selects_the_same_tokens(checker: Checker) -> None:
@@ -300,7 +279,6 @@ def test_another_token_would_be_seen(checker: Checker) -> None:
     shown = checker.shown(SQUARE, ratio(0.2, **BLIND))
     answer = checker.ask([Turn("What is it?", 1)], [shown])
     kept = checker.kept(shown)
-    assert kept is not None
     others = sorted(set(range(int(kept.max()))) - set(kept.tolist()))
     wrong = kept.clone()
     wrong[len(kept) // 2] = min(others, key=lambda other: abs(other - int(kept[len(kept) // 2])))

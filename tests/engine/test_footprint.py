@@ -1,20 +1,15 @@
 """GPU memory of a vision encoder, worked out from a config, against what vLLM's encoder allocates on the CPU."""
 
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.plugins import load_general_plugins
 
+from tests.support.held import Held
+from tests.support.processors import config_of
 from vllm_vtprune.plugin.gpu import footprint_of
 from vllm_vtprune.plugin.image import preprocess
 from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
@@ -26,28 +21,6 @@ from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
 from vllm_vtprune_checkpoints.qwen3_vl import write_qwen3_vl_checkpoint
 
 DEPTH = 2  # layers come one after the other, so more of them take no more memory at a time
-
-
-class Held(TorchDispatchMode):
-    """The most bytes that results of torch's operations hold at a time. Their insides are not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most, self._now, self._known = 0, 0, set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self._now += storage.nbytes()
-                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self._now)
-        return results
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
 
 
 @pytest.mark.parametrize(
@@ -66,7 +39,6 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     write: Callable[..., Path], shapes: str, count: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VTPRUNE_LOAD_FORMAT", "dummy")
-    load_general_plugins()
     checkpoint = write(tmp_path, size=shapes, weights=False, dtype=dtype)
     config = json.loads((checkpoint / "config.json").read_text())
     vision = config["vision_config"]
@@ -74,7 +46,7 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     indexes = ("fullatt_block_indexes", "deepstack_visual_indexes")
     vision |= {name: [*range(DEPTH)] for name in indexes if name in vision}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    model_config = EngineArgs(model=str(checkpoint), dtype=dtype, max_model_len=4096).create_model_config()
+    model_config = config_of(checkpoint, dtype=dtype)
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
     images = [preprocess(processor, Image.new("RGB", (672, 672), "gray")) for _ in range(count)]
     encoder = processor.runtime.local.vision_encoder
@@ -83,6 +55,6 @@ def test_an_encoder_allocates_what_is_expected_of_it(
     need = footprint_of(model_config, processor.family, features[0].num_tokens)
     layer = need.weights / DEPTH
     assert encoder.nbytes <= need.weights <= encoder.nbytes + layer, "of LLaVA, the last layer is not used"
-    assert held.most <= need.encoding, "for fewer images than may be encoded together"
+    assert held.peak <= need.encoding, "for fewer images than may be encoded together"
     alone = need.encoding * sum(image.layout.patches for image in images) / 16_384
-    assert alone <= 2 * held.most
+    assert alone <= 2 * held.peak

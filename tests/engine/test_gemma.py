@@ -14,18 +14,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import Gemma4AudioConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.plugins import load_general_plugins
 from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from tests.support.images import sample_images
+from tests.support.processors import config_of, process_prompt, processor_of
 from vllm_vtprune.plugin import vision
 from vllm_vtprune.plugin.family import parameters_in_transformers
 from vllm_vtprune.plugin.limits import InputRejected
-from vllm_vtprune.plugin.request import PRUNING_KEY, REPORT_KEY
+from vllm_vtprune.plugin.request import REPORT_KEY
 from vllm_vtprune.plugin.unpruned import UnprunedProcessor
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune_checkpoints.gemma3 import write_gemma3_checkpoint
@@ -33,11 +30,6 @@ from vllm_vtprune_checkpoints.gemma4 import write_gemma4_checkpoint
 
 WINDOW = 32
 """Of the Gemma 4 below, whose square image has 64 tokens."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugin() -> None:
-    load_general_plugins()
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +47,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gemma4_checkpoint(tmp_path_factory.mktemp("small"), sliding_window=WINDOW)
 
 
-def processor_of(checkpoint: Path, **options: Any) -> Any:
-    config = EngineArgs(str(checkpoint), dtype="float32", max_model_len=1024, **options).create_model_config()
-    return MULTIMODAL_REGISTRY.create_processor(config)
-
-
 def processed(processor: Any, text: str, keep: list[int | None], **options: object) -> Any:
     """A prompt with one square image for each of `keep`, of whose tokens so many are kept; None: it is not pruned."""
     policies = [False if k is None else {"budget": {"type": "tokens", "keep": k}} for k in keep]
     tokens = processor.info.get_tokenizer().encode(text, add_special_tokens=False)
     images = [image.resize((256, 256)) for image in sample_images(len(keep))]
-    items = processor.info.parse_mm_data({"image": images})
     pruning = {"images": policies, "texts": ["Where is the cat?"] * len(keep)}
-    inputs = ProcessorInputs(tokens, items, hf_processor_mm_kwargs={PRUNING_KEY: pruning, **options})
-    return processor.apply(inputs, TimingContext(enabled=False))
+    return process_prompt(processor, tokens, images, pruning=pruning, **options)
 
 
 def ranges_of(result: Any, window: int | None) -> list[tuple[int, int]]:
@@ -156,7 +141,7 @@ def test_a_request_may_ask_for_more_tokens(small: Path) -> None:
 
 def test_what_hears_is_neither_built_nor_counted(small: Path) -> None:
     """Of a model with an encoder of sounds."""
-    config = EngineArgs(str(small), dtype="float32", max_model_len=1024).create_model_config()
+    config = config_of(small)
     images_only = parameters_in_transformers(config.hf_config)
     config.hf_config.audio_config = Gemma4AudioConfig()
     built = vision.build(config, torch.device("cpu"))

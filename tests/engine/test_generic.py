@@ -6,15 +6,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_architecture
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import PromptUpdateDetails, TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.plugins import load_general_plugins
+from vllm.multimodal.processing import PromptUpdateDetails
 
 from tests.support.families import write_intern_s1_checkpoint
+from tests.support.processors import config_of, process_prompt
 from vllm_vtprune import PruningPolicy
 from vllm_vtprune.families import ARCHITECTURES
 from vllm_vtprune.features import EMBED
@@ -31,12 +29,7 @@ from vllm_vtprune_evaluation.photo import photograph
 
 @pytest.fixture(scope="module")
 def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    load_general_plugins()
     return config_of(write_intern_s1_checkpoint(tmp_path_factory.mktemp("intern_s1")))
-
-
-def config_of(checkpoint: Path) -> Any:
-    return EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=1024).create_model_config()
 
 
 def test_another_architecture_is_pruned_by_what_its_images_become(model_config: Any) -> None:
@@ -69,12 +62,11 @@ def test_text_between_the_tokens_of_an_image_stays(tmp_path: Path) -> None:
     """Mistral puts a token after each row."""
     processor = generic.build(*stock_of(write_mistral3_checkpoint(tmp_path)))
     assert isinstance(processor, GenericProcessor)
-    items = processor.info.parse_mm_data({"image": [photograph().resize((300, 200))]})
+    image = photograph().resize((300, 200))
     counts, texts = [], []
     for keep in (1.0, 0.1):
         policy = {"method": "divprune", "budget": {"type": "ratio", "keep": keep}}
-        inputs = ProcessorInputs([processor.image_token_id], items, hf_processor_mm_kwargs={"pruning": policy})
-        prompt = processor.apply(inputs, TimingContext())["prompt_token_ids"]
+        prompt = process_prompt(processor, [processor.image_token_id], [image], pruning=policy)["prompt_token_ids"]
         texts.append([token for token in prompt if token != processor.image_token_id])
         counts.append(len(prompt) - len(texts[-1]))
     assert texts[0] == texts[1]
@@ -134,9 +126,8 @@ def test_what_stands_for_an_image_is_read_off_vllm_s_own(
 
 def test_the_report_of_a_request_says_untuned(model_config: Any) -> None:
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    items = processor.info.parse_mm_data({"image": [Image.new("RGB", (60, 60))]})
     policy = {"method": "divprune", "budget": {"type": "tokens", "keep": 3}}
-    inputs = ProcessorInputs([processor.image_token_id], items, hf_processor_mm_kwargs={"pruning": policy})
-    report = processor.apply(inputs, TimingContext())["pruning"]
+    image = Image.new("RGB", (60, 60))
+    report = process_prompt(processor, [processor.image_token_id], [image], pruning=policy)["pruning"]
     assert report.to_json(PruningPolicy.parse(policy))["untuned"] is True
     assert [image.kept_tokens for image in report.images] == [3]

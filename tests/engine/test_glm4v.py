@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.plugins import load_general_plugins
 
+from tests.support.processors import config_of, features_of, process_prompt
+from tests.support.videos import video
 from vllm_vtprune.plugin.items import KEPT_POSITIONS
 from vllm_vtprune.plugin.vision import build
 from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
@@ -21,20 +18,12 @@ from vllm_vtprune_evaluation.photo import photograph
 
 IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
 PROMPT = f"{IMAGE}one<|begin_of_video|><|video|><|end_of_video|>two{IMAGE}What is it?"
-FRAMES = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugin() -> None:
-    load_general_plugins()
 
 
 @pytest.fixture(scope="module")
 def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    checkpoint = write_glm4v_checkpoint(tmp_path_factory.mktemp("glm4v"))
     limits = {"image": 2, "video": 1}
-    options = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=1024, limit_mm_per_prompt=limits)
-    return options.create_model_config()
+    return config_of(write_glm4v_checkpoint(tmp_path_factory.mktemp("glm4v")), limit_mm_per_prompt=limits)
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +31,10 @@ def processor(model_config: Any) -> Any:
     return MULTIMODAL_REGISTRY.create_processor(model_config)
 
 
-def video() -> Any:
-    pixels = np.random.default_rng(0).integers(0, 256, (FRAMES, 112, 140, 3), dtype=np.uint8)
-    metadata = {"fps": 2.0, "duration": FRAMES / 2, "total_num_frames": FRAMES, "frames_indices": list(range(FRAMES))}
-    return pixels, metadata | {"video_backend": "opencv", "do_sample_frames": False}
-
-
 def placed(processor: Any, **options: object) -> tuple[list[int], list[MultiModalFeatureSpec]]:
     images = [photograph().resize(size) for size in ((300, 200), (120, 400))]
-    ids = processor.info.get_tokenizer().encode(PROMPT, add_special_tokens=False)
-    items = processor.info.parse_mm_data({"image": images, "video": [video()]})
-    out = processor.apply(ProcessorInputs(ids, items, hf_processor_mm_kwargs=options), TimingContext())
-    features = [
-        MultiModalFeatureSpec(data=item, modality=modality, identifier=modality, mm_position=place)
-        for modality, places in out["mm_placeholders"].items()
-        for item, place in zip(out["mm_kwargs"][modality], places, strict=True)
-    ]
-    return out["prompt_token_ids"], features
+    out = process_prompt(processor, PROMPT, images, videos=[video(8, 140, 112)], **options)
+    return out["prompt_token_ids"], features_of(out)
 
 
 def test_a_video_between_pruned_images(processor: Any, model_config: Any) -> None:

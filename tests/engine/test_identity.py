@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import ModelConfig
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache.base import MultiModalCache
 from vllm.multimodal.cache.lru import LruKeyReplicatedReceiverCache, LruKeyReplicatedSenderCache
-from vllm.multimodal.processing import ProcessorInputs, TimingContext
-from vllm.plugins import load_general_plugins
 
 from tests.support.engines import ask_about
 from tests.support.images import sample_images
+from tests.support.processors import process_prompt, processor_of
 from vllm_vtprune.cache import BoundedTable, FeatureCache
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin import compat
@@ -38,11 +35,6 @@ TOKENS = {"budget": {"type": "tokens", "keep": 48}}
 ENERGY = {"budget": {"type": "energy", "threshold": 0.9, "min_tokens": 1}}
 
 
-def processor_of(checkpoint: Path) -> Any:
-    load_general_plugins()
-    return MULTIMODAL_REGISTRY.create_processor(ModelConfig(str(checkpoint), dtype="float32", max_model_len=2048))
-
-
 @pytest.fixture
 def processor(checkpoint: Path) -> Any:
     return processor_of(checkpoint)
@@ -51,14 +43,8 @@ def processor(checkpoint: Path) -> Any:
 def process(
     processor: Any, images: Sequence[Any], pruning: object = TOKENS, cache: Any = None, uuids: Any = None
 ) -> Any:
-    inputs = ProcessorInputs(
-        processor.info.get_tokenizer().encode(ask_about(BUS, images=len(images))),
-        processor.info.parse_mm_data({"image": list(images)}, validate=False),
-        None if uuids is None else {"image": uuids},
-        hf_processor_mm_kwargs={} if pruning is None else {"pruning": pruning},
-        cache=cache,
-    )
-    return processor.apply(inputs, TimingContext())
+    options = {} if pruning is None else {"pruning": pruning}
+    return process_prompt(processor, ask_about(BUS, images=len(images)), images, cache=cache, uuids=uuids, **options)
 
 
 def asked_of(processor: Any, **early: Any) -> PromptPruning:

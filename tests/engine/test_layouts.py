@@ -13,12 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaOnevisionModel, SiglipVisionConfig
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, get_anyres_image_grid_shape
-from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.plugins import load_general_plugins
 
+from tests.support.processors import process_prompt, processor_of
 from tests.support.samples import examples
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import Layout
@@ -63,7 +59,6 @@ def test_anyres_is_what_transformers_packs(size: tuple[int, int]) -> None:
     assert torch.equal(layout.connector_rows, rows[rows != NEWLINE])
     assert torch.equal(layout.embed_rows, (rows != NEWLINE).nonzero()[:, 0])
     tiles = layout.tiles
-    assert tiles is not None
     assert tiles.canvas is not None
     assert (tiles.overview, tiles.grids[0], layout.newlines) == (0, (LENGTH, LENGTH), int((rows == NEWLINE).sum()))
     squares = layout.connector_rows // LENGTH**2
@@ -101,10 +96,7 @@ def test_anyres_scales_as_transformers_does(size: tuple[int, int]) -> None:
     [packed], _ = LlavaOnevisionModel.pack_image_features(model, [given_patches], torch.tensor([size]), newline)
     is_token = ~packed.isnan().any(dim=1)
 
-    assert layout.embed_rows is not None
-    assert layout.tiles is not None
     assert layout.tiles.canvas is not None
-    assert layout.connector_rows is not None
     assert layout.patches == given_patches.shape[0] * side**2
     assert torch.equal(layout.embed_rows, is_token.nonzero()[:, 0])
     assert layout.newlines == int((~is_token).sum())
@@ -121,7 +113,6 @@ def test_anyres_scales_as_transformers_does(size: tuple[int, int]) -> None:
 def test_the_papers_2880_tokens() -> None:
     layout = anyres((672, 672), pinpoints=PINPOINTS, image_size=336, side=LENGTH)
     assert count(layout) == 2880 + 48
-    assert layout.tiles is not None
     assert layout.tiles.grids == ((LENGTH, LENGTH),) * 5
     assert layout.tiles.boxes == (None, (0, 0, 0.5, 0.5), (0, 0.5, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1))
 
@@ -137,7 +128,6 @@ def test_tiles_and_their_thumbnail(rows: int, columns: int, thumbnail: bool) -> 
     tiles = layout.tiles
     assert layout.grid is layout.connector_rows is layout.embed_rows is None
     assert layout.patches == total * 36
-    assert tiles is not None
     assert tiles.ids.tolist() == [tile for tile in range(total) for _ in range(9)]
     assert (tiles.grids, tiles.canvas) == (((3, 3),) * total, None)
     assert tiles.overview == (total - 1 if thumbnail else None)
@@ -148,11 +138,7 @@ def test_tiles_and_their_thumbnail(rows: int, columns: int, thumbnail: bool) -> 
 @pytest.fixture(scope="module", params=FAMILIES)
 def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of a checkpoint without weights: no model is built."""
-    load_general_plugins()
-    directory = write_checkpoint(request.param, tmp_path_factory.mktemp("family"), weights=False)
-    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 4096, "trust_remote_code": True}
-    config = EngineArgs(model=str(directory), **options).create_model_config()
-    return MULTIMODAL_REGISTRY.create_processor(config)
+    return processor_of(write_checkpoint(request.param, tmp_path_factory.mktemp("family"), weights=False))
 
 
 @examples(40)
@@ -162,9 +148,7 @@ def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_layouts_count_the_placeholders_of_the_stock_processor(processor: Any, size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size[::-1])
     layout = preprocess(processor, picture).layout
-    items = processor.info.parse_mm_data({"image": [picture]})
-    prompt = processor.info.get_tokenizer().encode(processor.dummy_inputs.get_dummy_text({"image": 1}))
-    result = processor.apply(ProcessorInputs(prompt, items), TimingContext())
+    result = process_prompt(processor, processor.dummy_inputs.get_dummy_text({"image": 1}), [picture])
     [place] = result["mm_placeholders"]["image"]
     assert count(layout) == place.get_num_embeds()
     assert count(layout) <= processor.max_image_tokens()
@@ -174,7 +158,6 @@ def count(layout: Layout) -> int:
     """Rows of the model's embeddings of an image: its tokens and newlines."""
     if layout.grid is not None:
         return prod(layout.grid)
-    assert layout.tiles is not None
     return len(layout.tiles.ids) + layout.newlines
 
 

@@ -71,7 +71,7 @@ def test_pruned_answers_are_near_to_those_in_float32(
     assert len(kept) == len(PICTURES)
     differences = []
     for answer, request in zip(answers, requests * 3, strict=True):
-        prompt_ids, logprobs = reference.read(
+        prompt_ids, logprobs, _ = reference.read(
             request.prompt, request.images, kept[: len(request.images)], answer.token_ids
         )
         assert answer.prompt_ids == prompt_ids

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.engines import Answer, Ask, Engine, assert_same
+from tests.support.engines import Answer, Ask, Engine, assert_same, reports
 from tests.support.families import Chat, Turn
 from vllm_vtprune.report import ImageReport
 
@@ -33,8 +33,7 @@ def ask(engine: Engine, image: Image.Image, pruning: dict[str, Any]) -> Answer:
 
 
 def report_of(answer: Answer) -> ImageReport:
-    assert answer.images is not None
-    [image] = answer.images
+    [image] = reports(answer)
     return image
 
 

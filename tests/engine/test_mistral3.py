@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.plugins import load_general_plugins
 
+from tests.support.processors import process_prompt, processor_of
 from vllm_vtprune.report import ImageReport
 from vllm_vtprune_checkpoints.mistral3 import write_mistral3_checkpoint
 from vllm_vtprune_evaluation.photo import photograph
@@ -23,19 +18,14 @@ ROWS, COLUMNS = 8, 11  # of 28 x 28 pixels, of an image of 300 x 200
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    load_general_plugins()
-    checkpoint: Path = write_mistral3_checkpoint(tmp_path_factory.mktemp("mistral3"))
-    options = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=1024)
-    return MULTIMODAL_REGISTRY.create_processor(options.create_model_config())
+    return processor_of(write_mistral3_checkpoint(tmp_path_factory.mktemp("mistral3")))
 
 
 def placed(processor: Any, policy: object) -> tuple[list[str], ImageReport]:
     """The tokens that stand for an image, and its report."""
-    tokenizer = processor.info.get_tokenizer()
-    items = processor.info.parse_mm_data({"image": [photograph().resize((300, 200))]})
-    ids = tokenizer.encode(PROMPT, add_special_tokens=False)
-    out = processor.apply(ProcessorInputs(ids, items, hf_processor_mm_kwargs={"pruning": policy}), TimingContext())
+    out = process_prompt(processor, PROMPT, [photograph().resize((300, 200))], pruning=policy)
     [place] = out["mm_placeholders"]["image"]
+    tokenizer = processor.info.get_tokenizer()
     tokens = tokenizer.convert_ids_to_tokens(out["prompt_token_ids"][place.offset : place.offset + place.length])
     assert [token == "[IMG]" for token in tokens] == place.is_embed.tolist()
     [report] = out["pruning"].images

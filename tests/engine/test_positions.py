@@ -10,15 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.plugins import load_general_plugins
 
 from tests.support.families import Chat, Turn
 from tests.support.images import sample_images
+from tests.support.processors import config_of, features_of, process_prompt
 from vllm_vtprune.families import ARCHITECTURES, FAMILIES
 from vllm_vtprune.plugin.image import encode_image
 from vllm_vtprune.plugin.items import KEPT_EMBEDS
@@ -38,9 +34,7 @@ def test_every_family_with_such_positions_is_here() -> None:
 
 @pytest.fixture(scope="module", params=M_ROPE)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    load_general_plugins()
-    directory = write_checkpoint(request.param, tmp_path_factory.mktemp("family"))
-    return EngineArgs(model=str(directory), dtype="float32", max_model_len=1024).create_model_config()
+    return config_of(write_checkpoint(request.param, tmp_path_factory.mktemp("family")))
 
 
 @pytest.fixture(scope="module")
@@ -74,38 +68,29 @@ def kept(item: Any, embeds: Tensor) -> Tensor:
 def test_each_token_stands_where_it_does_unpruned(
     keep: tuple[float | None, ...], config: Any, processor: Any, expected: Any
 ) -> None:
-    items = processor.info.parse_mm_data({"image": PICTURES})
-    prompt = processor.info.get_tokenizer().encode(Chat(Path(config.model)).prompt(TURNS))
+    prompt = Chat(Path(config.model)).prompt(TURNS)
     policies = [each is not None and {"budget": {"type": "ratio", "keep": each}} for each in keep]
-    pruned = processor.apply(
-        ProcessorInputs(prompt, items, hf_processor_mm_kwargs={"pruning": {"images": policies}}), TimingContext()
-    )
-    whole = processor.apply(ProcessorInputs(prompt, items), TimingContext())
+    pruned = process_prompt(processor, prompt, PICTURES, pruning={"images": policies})
+    whole = process_prompt(processor, prompt, PICTURES)
     grids = torch.stack([item["image_grid_thw"].data for item in whole["mm_kwargs"]["image"]])
     positions, following = expected(whole["prompt_token_ids"], grids)
 
     left, read = [], 0
-    for index, (place, item) in enumerate(
-        zip(whole["mm_placeholders"]["image"], pruned["mm_kwargs"]["image"], strict=True)
+    for picture, place, item in zip(
+        PICTURES, whole["mm_placeholders"]["image"], pruned["mm_kwargs"]["image"], strict=True
     ):
-        embeds = encode_image(processor, items["image"].get(index)).embeds
+        embeds = encode_image(processor, picture).embeds
         left += [torch.arange(read, place.offset), place.offset + kept(item, embeds)]
         read = place.offset + place.length
     left.append(torch.arange(read, len(whole["prompt_token_ids"])))
 
-    ids, places = pruned["prompt_token_ids"], pruned["mm_placeholders"]["image"]
+    ids = pruned["prompt_token_ids"]
     model = processor.runtime.local.vision_encoder._model
-    for on_cpu in (False, True):  # alone, as the engine has an image that it does not encode
-        fields = [
-            type(item)({name: field for name, field in item.items() if field.field.keep_on_cpu or not on_cpu})
-            for item in pruned["mm_kwargs"]["image"]
-        ]
-        position_ids, delta = model.get_mrope_input_positions(
-            ids,
-            [
-                MultiModalFeatureSpec(data=data, modality="image", identifier=str(index), mm_position=place)
-                for index, (data, place) in enumerate(zip(fields, places, strict=True))
-            ],
-        )
+    for covered in range(len(PICTURES) + 1):  # by the prefix cache: of those, the engine has what stays on the CPU
+        features = features_of(pruned)
+        for feature in features[:covered]:
+            fields = {name: field for name, field in feature.data.items() if field.field.keep_on_cpu}
+            feature.data = type(feature.data)(fields)
+        position_ids, delta = model.get_mrope_input_positions(ids, features)
         assert torch.equal(position_ids, positions[:, torch.cat(left)])
         assert delta + len(ids) == following

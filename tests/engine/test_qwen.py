@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.engine.mixtures import ASKED, TOKENS, ask_about_a_video, ask_in_every_order, picture, reports
+from tests.engine.mixtures import ASKED, TOKENS, ask_about_a_video, ask_in_every_order, picture
 from tests.engine.test_families import LANDSCAPE, PORTRAIT, QUESTION, Checker, Shown, ratio
-from tests.support.engines import TOLERANCE, Ask, Engine, uncached, worst
+from tests.support.engines import TOLERANCE, Ask, Engine, reports, uncached, worst
 from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.videos import VideoReference
 from vllm_vtprune.cache import BoundedTable, FeatureCache

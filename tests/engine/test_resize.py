@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-from vllm.config import ModelConfig
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaWithBytes
-from vllm.plugins import load_general_plugins
 
-from tests.engine.mixtures import TOKENS, ask_about_a_video, reports
+from tests.engine.mixtures import TOKENS, ask_about_a_video
 from tests.engine.test_families import QUESTION, Checker, Shown
-from tests.support.engines import BLOCK, Answer, Ask, Engine, assert_same, uncached
+from tests.support.engines import BLOCK, Answer, Ask, Engine, assert_same, reports, uncached
 from tests.support.families import FAMILIES, Chat, Turn
 from tests.support.images import sample_images
+from tests.support.processors import process_prompt, processor_of
 from tests.support.videos import VideoReference
 from vllm_vtprune import PruningPolicy
 from vllm_vtprune.plugin.early import EarlyEncoding
@@ -82,19 +79,11 @@ def best_grid(size: tuple[int, int], k: int) -> tuple[tuple[int, int], int]:
 # --- the processor ----------------------------------------------------------------------------------------------------
 
 
-def processor_with(checkpoint: Path, **mm_processor_kwargs: Any) -> PrunedQwen2_5_VLProcessor:
-    load_general_plugins()
-    config = ModelConfig(
-        model=str(checkpoint), dtype="float32", max_model_len=4096, mm_processor_kwargs=mm_processor_kwargs
-    )
-    processor = MULTIMODAL_REGISTRY.create_processor(config)
-    assert isinstance(processor, PrunedQwen2_5_VLProcessor)
-    return processor
-
-
 @pytest.fixture(scope="module")
 def processor(qwen_checkpoint: Path) -> PrunedQwen2_5_VLProcessor:
-    return processor_with(qwen_checkpoint)
+    processor = processor_of(qwen_checkpoint)
+    assert isinstance(processor, PrunedQwen2_5_VLProcessor)
+    return processor
 
 
 def process(
@@ -106,12 +95,7 @@ def process(
 ) -> Any:
     if pruning is not None:
         kwargs["pruning"] = pruning
-    return processor(
-        "<|image_pad|>" * len(images),
-        processor.info.parse_mm_data({"image": list(images)}, validate=False),
-        None if uuids is None else {"image": list(uuids)},
-        hf_processor_mm_kwargs=kwargs,
-    )
+    return process_prompt(processor, "<|image_pad|>" * len(images), images, uuids=uuids, **kwargs)
 
 
 def report_of(result: Any) -> list[ImageReport]:
@@ -160,7 +144,7 @@ def test_a_ratio_is_of_the_tokens_that_stock_would_have(
 @pytest.mark.parametrize("engine", FORMS, ids=str)
 def test_whatever_size_is_asked_for(engine: dict[str, Any], qwen_checkpoint: Path) -> None:
     """By the request, by the engine, and by both: the tokens of stock are right, and the budget holds."""
-    processor = processor_with(qwen_checkpoint, **engine)
+    processor = processor_of(qwen_checkpoint, mm_processor_kwargs=engine)
     image = Image.effect_noise((504, 392), 60).convert("RGB")
     for asked in FORMS:
         rows, columns = grid_of(process(processor, [image], **asked))
@@ -168,19 +152,6 @@ def test_whatever_size_is_asked_for(engine: dict[str, Any], qwen_checkpoint: Pat
         [report] = report_of(result)
         assert (report.visual_tokens, report.kept_tokens) == (rows * columns, 20)
         assert grid_of(result) == (4, 5)
-
-
-def test_what_enters_the_engine_is_the_stock_item_of_the_smaller_picture(processor: PrunedQwen2_5_VLProcessor) -> None:
-    image = Image.effect_noise((500, 400), 60).convert("RGB")
-    grid, area = best_grid(image.size, 60)
-    result = process(processor, [image], resize(60))
-    stock = process(processor, [image], size={"shortest_edge": area, "longest_edge": area})
-    assert grid_of(result) == grid_of(stock) == grid
-    item, stock_item = result["mm_kwargs"]["image"][0], stock["mm_kwargs"]["image"][0]
-    assert item.keys() == stock_item.keys() == {"pixel_values", "image_grid_thw"}
-    assert torch.equal(item["pixel_values"].data, stock_item["pixel_values"].data)
-    assert result["prompt_token_ids"] == stock["prompt_token_ids"]
-    assert result["mm_hashes"] != stock["mm_hashes"]
 
 
 def test_each_picture_policy_and_option_has_a_hash_of_its_own(processor: PrunedQwen2_5_VLProcessor) -> None:
@@ -238,13 +209,7 @@ def test_a_picture_that_is_only_scaled_is_not_encoded_early(processor: PrunedQwe
 def test_a_model_of_a_fixed_resolution_refuses_it() -> None:
     processor = pruning_processor(str(tiny_checkpoint()), "float32")
     with pytest.raises(PolicyError, match="method resize needs dynamic_resolution, which this model does not have"):
-        processor(
-            "<image>", processor.info.parse_mm_data({"image": photo()}), hf_processor_mm_kwargs={"pruning": resize(9)}
-        )
-
-
-def photo() -> Image.Image:
-    return sample_images(1)[0]
+        process_prompt(processor, "<image>", sample_images(1), pruning=resize(9))
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
@@ -324,38 +289,8 @@ def test_scaled_pruned_unpruned_and_cached_in_every_order(checker: Checker) -> N
         assert again.prefix_hits >= (len(again.prompt_ids) - BLOCK) // BLOCK * BLOCK
 
 
-def test_requests_in_one_batch_answer_as_alone(checker: Checker) -> None:
-    images = pictures_of("resize batch", (300, 260), 4)
-    policies: list[Any] = [resize(30), None, resize(0.5), TOKENS]
-    names = [f"resize batch {index}" for index in range(4)]
-    prompt = checker.chat.prompt([Turn(QUESTION, 1)])
-    asked = [Ask(prompt, [image], policy, [name]) for image, policy, name in zip(images, policies, names, strict=True)]
-    answers = checker.engine.ask_together(asked)
-    shown = [
-        scaled(checker, images[0], 30),
-        Shown(names[1], images[1], False),
-        scaled(checker, images[2], 50),
-        Shown(names[3], images[3], TOKENS),
-    ]
-    image_token = checker.reference.model.config.image_token_id
-    assert [answer.prompt_ids.count(image_token) for answer in answers] == [30, 99, 48, 24]
-    for answer, each in zip(answers, shown, strict=True):
-        compare(checker, answer, prompt, [each])
-
-
 def test_videos_pass_unpruned_in_either_order(checker: Checker) -> None:
     ask_about_a_video(checker, "<|video_pad|>", resize(24), lambda still: scaled(checker, still.image, 24))
-
-
-def test_a_budget_that_changes_nothing_leaves_the_stock_item(qwen: Engine) -> None:
-    [image] = pictures_of("resize nothing", (400, 300), 1)
-    prompt = "<|image_pad|>Where?"
-    stock = qwen.ask(Ask(prompt, [image]))
-    answer = qwen.ask(Ask(prompt, [image], resize(1.0)))
-    assert answer.prefix_hits >= (len(answer.prompt_ids) - BLOCK) // BLOCK * BLOCK > 0, "one hash for both"
-    assert_same(replace(answer, images=None), stock)
-    [report] = reports(answer)
-    assert (report.kept_tokens, report.bypass_reason) == (report.visual_tokens, "budget_not_below_tokens")
 
 
 def test_a_picture_may_be_named_alone_once_it_was_seen(qwen: Engine) -> None:

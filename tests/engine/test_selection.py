@@ -36,6 +36,8 @@ from vllm_vtprune.policy import PolicyError, PruningPolicy
 TOKENS = {"type": "tokens", "keep": 5}
 RATIO = {"type": "ratio", "keep": 0.5}
 ENERGY = {"type": "energy", "threshold": 0.9}
+METHOD = {"type": "method"}
+NO_POSITIONS = "M-RoPE needs Model Runner V2"
 WIDTH, VOCABULARY = 12, 40
 
 
@@ -54,46 +56,34 @@ def test_counted_budgets_go_to_the_engine(budget: dict[str, Any], choice: Any) -
 
 
 @pytest.mark.parametrize(
-    ("fields", "engine", "family", "field", "reason"),
+    ("fields", "obstacles", "of_family", "field", "reason"),
     [
-        ({"budget": ENERGY}, EnginePlacement("auto"), WITH_CLIP, "budget.type", 'budget "energy" needs features'),
-        (
-            {"method": "prumerge", "budget": {"type": "method"}},
-            EnginePlacement("auto"),
-            WITH_CLIP,
-            "budget.type",
-            'budget "method" needs features',
-        ),
+        ({"budget": ENERGY}, {}, {}, "budget.type", 'budget "energy" needs features'),
+        ({"method": "prumerge", "budget": METHOD}, {}, {}, "budget.type", 'budget "method" needs features'),
+        ({"budget": TOKENS}, {"no_positions": NO_POSITIONS}, {}, "method", NO_POSITIONS),
         (
             {"budget": TOKENS},
-            EnginePlacement("auto", "M-RoPE needs Model Runner V2"),
-            WITH_CLIP,
-            "method",
-            "M-RoPE needs Model Runner V2",
-        ),
-        (
-            {"budget": TOKENS},
-            EnginePlacement("auto"),
-            replace(WITH_CLIP, fixed_length=False),
+            {},
+            {"fixed_length": False},
             "method",
             "this model's prompt depends on which tokens are kept",
         ),
         (
             {"method": "vispruner", "budget": TOKENS},
-            EnginePlacement("auto", no_hooks="the encoder is compiled"),
-            WITH_CLIP,
+            {"no_hooks": "the encoder is compiled"},
+            {},
             "method",
             "method vispruner reads cls_attention, encoder, and the encoder is compiled",
         ),
     ],
 )
 def test_what_the_engine_cannot_follow(
-    fields: dict[str, Any], engine: EnginePlacement, family: Any, field: str, reason: str
+    fields: dict[str, Any], obstacles: dict[str, Any], of_family: dict[str, Any], field: str, reason: str
 ) -> None:
     """The API process does, and says why; it refuses, where the operator wants the engine alone."""
+    engine, family = EnginePlacement("auto", **obstacles), replace(WITH_CLIP, **of_family)
     placement, why = engine.place(policy(**fields), family)
     assert placement == "api"
-    assert why is not None
     assert why.startswith(reason)
     with pytest.raises(PolicyError, match="selects in its engine only") as refused:
         replace(engine, choice="engine").place(policy(**fields), family, param="messages.0.content.1.pruning")

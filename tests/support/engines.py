@@ -263,6 +263,11 @@ def assert_same(answer: Answer, expected: Answer) -> float:
     return worst_difference(answer.logprobs, expected.logprobs)
 
 
+def reports(answer: Answer) -> list[ImageReport]:
+    assert answer.images is not None
+    return answer.images
+
+
 def uncached(images: list[ImageReport] | None) -> list[ImageReport] | None:
     if images is None:
         return None

@@ -24,10 +24,17 @@ TYPES = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
 
 
 class Reading(NamedTuple):
-    """What a language model read and said: ids of the prompt's tokens, log-probabilities (T, vocabulary)."""
+    """What a language model read and said.
+
+    Attributes:
+        prompt_ids: of L tokens.
+        logprobs: (T, vocabulary)
+        embeds: (L + T - 1, d) what it read of the prompt and of all tokens of the answer but the last.
+    """
 
     prompt_ids: list[int]
     logprobs: Tensor
+    embeds: Tensor
 
 
 class UnprunedReference:
@@ -91,14 +98,18 @@ class UnprunedReference:
         ids = inputs["input_ids"][0]
         lengths = [self._length(image) for image in images]
         left: list[Tensor] = []
+        embeds: list[Tensor] = []
 
         def prune(keywords: Mapping[str, Any]) -> dict[str, Any]:
             left.append(self._left(ids, keywords["inputs_embeds"][0], lengths, kept))
-            return _pruned(keywords, left[0], getattr(self.model.config.get_text_config(), "sliding_window", None))
+            window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+            pruned = _pruned(keywords, left[0], window)
+            embeds.append(pruned["inputs_embeds"][0])
+            return pruned
 
         logits = self._run(inputs, prune)
         prompt_ids = ids[left[0]][: len(left[0]) - len(answer) + 1]
-        return Reading(prompt_ids.tolist(), logits[-len(answer) :].float().log_softmax(dim=-1))
+        return Reading(prompt_ids.tolist(), logits[-len(answer) :].float().log_softmax(dim=-1), embeds[0])
 
     def _alone(self, image: Image.Image) -> dict[str, Tensor]:
         """What the model takes of a prompt with one image."""

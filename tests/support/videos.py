@@ -16,7 +16,7 @@ def video(frames: int = 4, width: int = 112, height: int = 140) -> tuple[np.ndar
     """A moving square, two frames a second, and what vLLM wants to know of it."""
     pictures = np.zeros((frames, height, width, 3), dtype=np.uint8)
     for index, picture in enumerate(pictures):
-        picture[20 * index : 20 * index + 40, 10:60] = (200, 60 * index, 30)
+        picture[20 * index : 20 * index + 40, 10:60] = (200, 60 * index % 256, 30)
     metadata = {
         "fps": 2.0,
         "duration": frames / 2.0,

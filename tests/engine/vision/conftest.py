@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.plugins import load_general_plugins
 
-from tests.engine.vision.references import ROWS, Row, config_of, write
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugin() -> None:
-    load_general_plugins()
+from tests.engine.vision.references import ROWS, Row, write
+from tests.support.processors import config_of
 
 
 @pytest.fixture(scope="module", params=ROWS)

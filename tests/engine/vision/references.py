@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from tests.support.processors import config_of
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin.vision import Encoder
 from vllm_vtprune_checkpoints import write_checkpoint
@@ -137,11 +137,6 @@ PICTURES = [
 
 def write(family: str, directory: Path, **options: Any) -> Path:
     return write_checkpoint(family.split()[0], directory, **ROWS[family].options, **options)
-
-
-def config_of(directory: Path, **options: Any) -> Any:
-    options = {"dtype": "float32", "max_model_len": 1024, "trust_remote_code": True, **options}
-    return EngineArgs(model=str(directory), **options).create_model_config()
 
 
 def encoder_of(directory: Path, **options: Any) -> Encoder:

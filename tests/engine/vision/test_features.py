@@ -17,10 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaWithBytes
-from vllm.multimodal.processing import TimingContext
-from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from tests.engine.vision.references import (
     CLOSE,
@@ -30,7 +27,6 @@ from tests.engine.vision.references import (
     Row,
     blocks,
     clip,
-    config_of,
     encoder_of,
     image_features,
     loaded,
@@ -38,6 +34,7 @@ from tests.engine.vision.references import (
     squares_of,
     write,
 )
+from tests.support.processors import process_prompt, processor_of
 from vllm_vtprune import PruningPolicy, plan_tokens
 from vllm_vtprune.families import FAMILIES
 from vllm_vtprune.features import PreparedImage, VisualFeatures
@@ -136,7 +133,6 @@ def test_attention_and_keys(
         early, last = (blocks(seen, across).sum(dim=1) for seen in expected.attention)
         assert last.std() > 0.1 * last.mean(), "a near-uniform map would hide an error"
         torch.testing.assert_close(features.cls_attention, last[sources], rtol=1e-3, atol=1e-6)
-        assert expected.keys is not None
         torch.testing.assert_close(features.keys, blocks(expected.keys, across).mean(dim=1)[sources], **CLOSE)
         if features.tiles is None:
             assert features.overview_attention is None
@@ -151,7 +147,6 @@ def test_grids_and_tiles(
     for features, expected, image, picture in zip(encoded, references, images, PICTURES, strict=True):
         assert [len(positions) for positions, _ in features.planes()] == [prod(grid) for grid in features.grids]
         if features.tiles is None:
-            assert features.grid is not None
             rows, columns = features.grid
             assert rows == columns or (rows > columns) == (picture.height > picture.width)
             continue
@@ -162,7 +157,6 @@ def test_grids_and_tiles(
         squares = expected.sources(features) // (len(expected.outputs) // len(pixels))
         pairs = set(zip(features.tiles.ids.tolist(), squares.tolist(), strict=True))
         assert len(pairs) == len(dict(pairs)) == len({square for _, square in pairs}) == len(features.tiles.grids)
-        assert features.tiles.overview is not None
         whole = torch.tensor(np.asarray(picture.resize((8, 8), Image.Resampling.BOX), dtype=np.float32)).mean(dim=2)
         seen = torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(dim=1), 8)
         alike = [float(torch.corrcoef(torch.stack([whole.flatten(), tile.flatten()]))[0, 1]) for tile in seen]
@@ -265,9 +259,7 @@ def test_tokens_are_counted_as_the_image_processor_scales(processor: Any) -> Non
 
 
 def placed(processor: Any, picture: Image.Image, **options: object) -> int:
-    items = processor.info.parse_mm_data({"image": [picture]})
-    inputs = ProcessorInputs([processor.image_token_id], items, hf_processor_mm_kwargs=options)
-    [place] = processor.apply(inputs, TimingContext())["mm_placeholders"]["image"]
+    [place] = process_prompt(processor, [processor.image_token_id], [picture], **options)["mm_placeholders"]["image"]
     return int(place.get_num_embeds())
 
 
@@ -280,7 +272,7 @@ def test_other_layers_of_clip(name: str, layers: Any, tmp_path: Path) -> None:
     directory = write(name, tmp_path, feature_layer=layers)
     deepest = max(layer % 5 for layer in ([layers] if isinstance(layers, int) else layers))
     row, model = clip(deepest - 1), loaded(directory)
-    processor = MULTIMODAL_REGISTRY.create_processor(config_of(directory))
+    processor = processor_of(directory)
     images = [preprocess(processor, picture) for picture in PICTURES]
     encoder = processor.runtime.local.vision_encoder
     encoded, references = encoder.encode(images), references_of(model, row, directory, images)

@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tests.engine.vision.references import (
-    ROWS,
-    Row,
-    encoder_of,
-    noise,
-    write,
-)
+from tests.engine.vision.references import ROWS, Row, encoder_of, noise, write
 from tests.support.samples import fifth
 from vllm_vtprune.plugin.image import preprocess
 from vllm_vtprune.vision_encoder import EncoderError
