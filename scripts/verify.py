@@ -2,7 +2,7 @@
 
 `make test` draws a fixed sample from every large grid. Here `VTPRUNE_VERIFY=1` asks the tests for all of it. What a
 test hands to pytest's `record_property` is recorded too, so a case count or a measured error bound ends up in the file.
-Arguments are passed on to pytest; with any, the file is written to standard output instead, since it is only a part.
+Arguments are passed on to pytest. With any, or after Ctrl-C, the record is only a part: it goes to standard output.
 """
 
 import json
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
         "results": dict(sorted(recorder.properties.items())),
     }
     text = json.dumps(record, indent=2, default=str) + "\n"
-    if arguments:
+    if arguments or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         print(text, end="")
     else:
         (ROOT / "docs").mkdir(exist_ok=True)

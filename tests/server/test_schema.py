@@ -14,12 +14,12 @@ from tests.support.chat import MAX_REFUSAL, Server, fresh_url, kept, leaks, user
 pytestmark = pytest.mark.engine
 
 ROUTES = {
-    "/v1/chat/completions": (2000, 60),
-    "/v1/chat/completions/batch": (500, 8),
-    "/v1/responses": (1000, 20),
-    "/v1/messages": (1000, 20),
-    "/v1/messages/count_tokens": (500, 8),
-    "/v1/pruning/plan": (500, 8),
+    "/v1/chat/completions": (600, 60),
+    "/v1/chat/completions/batch": (150, 8),
+    "/v1/responses": (300, 20),
+    "/v1/messages": (300, 20),
+    "/v1/messages/count_tokens": (150, 8),
+    "/v1/pruning/plan": (150, 8),
 }
 """Route -> cases in `make verify`, and otherwise."""
 # A schema knows no cost: these are valid up to minutes of generation for one case.
