@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -127,7 +128,8 @@ class Process:
 def server_processes(url: str) -> list[psutil.Process]:
     """The processes of a server that this process started, the listening one first."""
     port = url.rpartition(":")[2]
-    [root] = [child for child in psutil.Process().children() if port in child.cmdline()]
+    mine = [process for process in psutil.process_iter(["ppid", "cmdline"]) if process.info["ppid"] == os.getpid()]
+    [root] = [child for child in mine if port in (child.info["cmdline"] or ())]  # None: the child has ended
     return [root, *root.children(recursive=True)]
 
 

@@ -36,7 +36,7 @@ SUPERVISOR = 'while :; do "$@"; echo "supervisor: ended with status $?"; sleep 1
 CLEAR = re.compile(
     r"InternalServerError: EngineCore encountered an issue"
     r"|Service Unavailable: The server is shutting down and did not finish this request"
-    r"|status 50[03], (InternalServerError|ServiceUnavailableError|ServiceUnavailable): "
+    r"|status 50[03], (InternalServerError|Service ?Unavailable(Error)?): "
     r"|ConnectError: |ReadError: |RemoteProtocolError: Server disconnected without sending a response"
 )
 
