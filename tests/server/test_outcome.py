@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 from starlette.types import Message, Receive, Scope, Send
 
+from tests.support.logs import records_of
 from vllm_vtprune import metrics
 from vllm_vtprune_server.outcome import ANSWERING, ROUTE, TRACE, OutcomeMiddleware
 from vllm_vtprune_server.trace import Trace, logger
@@ -96,15 +97,8 @@ class Run:
 @pytest.fixture
 def lines() -> Iterator[list[logging.LogRecord]]:
     """What the log of requests gets."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    with records_of(logger.name) as records:
+        yield records
 
 
 def named(name: str, **data: Any) -> str:

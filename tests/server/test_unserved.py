@@ -1,9 +1,8 @@
 """Programs of vLLM that would ignore policies say so once, and no other does."""
 
-import logging
-
 import pytest
 
+from tests.support.logs import records_of
 from vllm_vtprune.plugin import unserved
 
 MAIN = "vllm.entrypoints.cli.main"
@@ -38,11 +37,6 @@ def test_what_is_said(arguments: list[str], imported: str | None, plugins: str |
 def test_the_process_that_was_started_says_it(child: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["vllm", "run-batch"])
     monkeypatch.setattr(unserved, "parent_process", lambda: object() if child else None)
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", records.append)
-    logger = logging.getLogger("vllm.vtprune")
-    logger.addHandler(handler)
-    unserved.warn_where_policies_are_ignored()
-    logger.removeHandler(handler)
+    with records_of("vllm.vtprune") as records:
+        unserved.warn_where_policies_are_ignored()
     assert [record.levelname for record in records] == ([] if child else ["WARNING"])
