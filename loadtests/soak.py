@@ -128,8 +128,9 @@ class Process:
 def server_processes(url: str) -> list[psutil.Process]:
     """The processes of a server that this process started, the listening one first."""
     port = url.rpartition(":")[2]
-    mine = [process for process in psutil.process_iter(["ppid", "cmdline"]) if process.info["ppid"] == os.getpid()]
-    [root] = [child for child in mine if port in (child.info["cmdline"] or ())]  # None: the child has ended
+    processes = psutil.process_iter(["ppid", "cmdline"])
+    children = [process for process in processes if process.info["ppid"] == os.getpid()]
+    [root] = [child for child in children if port in (child.info["cmdline"] or ())]  # None: the child has ended
     return [root, *root.children(recursive=True)]
 
 

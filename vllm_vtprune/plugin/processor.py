@@ -93,7 +93,7 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self.model_config = info.ctx.model_config
-        self.engine: VllmConfig | None = None
+        self.engine: VllmConfig | None = None  # None in `vllm.LLM`
         self.engine_placement = self._engine_placement()
         self.encoder_place: EncoderPlace | None = None  # set in an encoder process, which has no engine
         if PRUNING_KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
