@@ -53,7 +53,7 @@ def served(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
     options: dict[str, Any] = {"limit_mm_per_prompt": {"image": 2, "video": 1}, "enable_mm_embeds": True}
     if family == "llava":
         del options["limit_mm_per_prompt"]["video"]
-    with endpoint(checkpoint, trust_request_mm_kwargs=True, **options) as instance:
+    with endpoint(checkpoint, default=False, trust_request_mm_kwargs=True, **options) as instance:
         yield instance
 
 

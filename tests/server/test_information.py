@@ -72,8 +72,8 @@ def test_a_model_that_is_named_like_an_alias_is_listed_once_and_is_what_it_says(
         assert "first@fast@fast" in listed
         answer = served.post({"model": "first@fast", "messages": [user("Where?", fresh_url())]}).json()
         assert kept(answer) == [8], "as the server's default says"
-        for name, root in (("first@fast", "first@fast"), ("a/b", "a/b"), ("a/b@fast", "a/b"), ("first@off", "first")):
-            assert served.client.get(f"/v1/models/{name}").json()["root"] == root
+        for name, parent in (("first@fast", None), ("a/b", None), ("a/b@fast", "a/b"), ("first@off", "first")):
+            assert served.client.get(f"/v1/models/{name}").json()["parent"] == parent
 
 
 def test_it_tells_what_runs(server: Server) -> None:

@@ -14,7 +14,7 @@ from tests.support.chat import Body, Server, user
 from vllm_vtprune_server.process import running_server
 
 REQUESTS = 2000
-FULL_BY = 600  # the caches and the allocators' pools, after so many requests
+FULL_BY = 1000  # the caches and most of the allocators' pools, after so many requests
 BATCH = 200
 CLIENTS = 4
 POLICIES: tuple[object, ...] = (

@@ -88,8 +88,7 @@ def images_of(answer: Body, *ignored: str) -> list[Body]:
 
 
 def hashes(served: Endpoint) -> list[str]:
-    identifiers: list[str] = served.prompts[-1]["mm_hashes"]["image"]
-    return identifiers
+    return [feature.identifier for feature in served.requests[-1].mm_features or ()]
 
 
 POLICIES: dict[str, Body] = {
@@ -117,7 +116,7 @@ def test_a_consumer_makes_the_producer_s_hash_and_report(pair: Pair, name: str) 
         assert images_of(answer, "cached", wanted) == images_of(produced, "cached", wanted)
         assert [image["cached"] for image in images_of(answer)] == [cached]
         assert hashes(pair.consumer) == hashes(pair.producer)
-        assert pair.consumer.prompts[-1]["prompt_token_ids"] == pair.producer.prompts[-1]["prompt_token_ids"]
+        assert pair.consumer.requests[-1].prompt_token_ids == pair.producer.requests[-1].prompt_token_ids
     assert (answer["pruning"]["images"][0]["kept"] is not None) == (name == "positions")
     assert pair.consumer.processor.runtime.encoder.num_parameters is None, "it has no encoder"
 
@@ -147,7 +146,9 @@ def test_what_the_engine_gets_of_a_planned_image(pair: Pair) -> None:
     body = ask(ENERGY)
     _, [plan] = pair.plans(body)
     pair.follow(body, [plan])
-    [item] = pair.consumer.prompts[-1]["mm_kwargs"]["image"]
+    [feature] = pair.consumer.requests[-1].mm_features or ()
+    item = feature.data
+    assert item is not None
     kept = [index for start, length in plan["kept"]["runs"] for index in range(start, start + length)]
     assert item[KEPT_POSITIONS].data.tolist() == kept
     assert item[KEPT_POSITIONS].field.keep_on_cpu

@@ -37,30 +37,6 @@ def test_a_model_that_is_not_pruned_stops_the_start_if_it_is_to_be_pruned(
     assert len(state) == 0, "nothing was taken over"
 
 
-class Taken(Exception):
-    pass
-
-
-class EngineFirst(PrunedLlavaProcessor):
-    """Fails if a server asks where tokens are selected before the processor has its engine."""
-
-    engine_placement = property(lambda self: pytest.fail("asked without the engine"))  # type: ignore[assignment]
-
-    def __init__(self) -> None:
-        pass
-
-    def use_engine(self, engine: object) -> None:
-        raise Taken
-
-
-def test_the_engine_s_facts_come_first() -> None:
-    """M-RoPE and a consumer's role, which are the engine's, decide where tokens are selected."""
-    config = SimpleNamespace(is_mm_encoder_only=False, kv_transfer_config=None, ec_transfer_config=None)
-    client = SimpleNamespace(renderer=SimpleNamespace(mm_processor=EngineFirst()), vllm_config=config)
-    with pytest.raises(Taken):
-        asyncio.run(ServerPlugin().init_state(client, State(), Namespace(model="some-model")))  # type: ignore[arg-type]
-
-
 def test_a_stack_that_others_build_anew_is_watched_too() -> None:
     app = FastAPI()
     watch_outcomes(app, "model")
