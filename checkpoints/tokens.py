@@ -22,14 +22,12 @@ CHATML_IDS = {"bos_token_id": ids_of(CHATML)[END_OF_TEXT], "eos_token_id": ids_o
 """Of a config, for special tokens that begin with `CHATML`."""
 
 
-def trained_tokenizer(special_tokens: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE with `TRAINED_TOKENS` tokens, the special ones first: any text survives the round trip."""
-    return Tokenizer.from_str(_trained(tuple(special_tokens)))
-
-
 @cache
 def _trained(special_tokens: tuple[str, ...]) -> str:
-    """Trained once in a process: training takes a third of a second."""
+    """A byte-level BPE with `TRAINED_TOKENS` tokens, the special ones first: any text survives the round trip. As JSON.
+
+    Trained once in a process: training takes a third of a second.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -63,14 +61,14 @@ def make_tokenizer(
 
     Args:
         special_tokens: those.
-        base: what is added to; None for `trained_tokenizer`, whose first tokens are `first`.
+        base: what is added to; None: a trained byte-level BPE, whose first tokens are `first`.
         first: special tokens with the ids from 0 on.
         plain: tokens that are not special.
         named: the special tokens that the processor asks for by name; None where it knows them by themselves.
         unk, bos, eos, pad: of the special tokens. Every text begins with `bos`, if there is one.
         max_length: tokens that the model takes.
     """
-    tokenizer = trained_tokenizer(first) if base is None else base
+    tokenizer = Tokenizer.from_str(_trained(tuple(first))) if base is None else base
     tokenizer.add_tokens([f"<unused_{index}>" for index in range(tokenizer.get_vocab_size(), begin)])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ CODE = (
     "vllm_vtprune_evaluation.in_llm",
     "vllm_vtprune_evaluation.merged",
     "vllm_vtprune_evaluation.offline",
+    "vllm_vtprune_evaluation.photo",
 )
 """Packages and modules whose code affects answers; a run does not resume answers of other code."""
 
@@ -141,9 +142,6 @@ class Answers:
     def of(self, arm: Arm) -> Mapping[str, Answer]:
         """All answers of an arm, by question."""
         return self._answers.get((arm.name, arm.digest()), {})
-
-    def __iter__(self) -> Iterator[Answer]:
-        return (answer for answers in self._answers.values() for answer in answers.values())
 
     def _note(self, arm: str, policy: str, answer: Answer) -> None:
         self._answers.setdefault((arm, policy), {})[answer.question] = answer

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI, OpenAIError
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm
 from vllm_vtprune_evaluation.options import weights_digest
-from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_evaluation.photo import data_url, message
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, is_right
 
@@ -100,11 +100,10 @@ async def _ask(
     client: AsyncOpenAI, model: str, arm: Arm, picture: Picture, index: int, images: Sequence[str]
 ) -> Answer:
     question = picture.questions[index]
-    content: list[Any] = [{"type": "image_url", "image_url": {"url": image}} for image in images]
-    content.append({"type": "text", "text": question.text})
+    messages: list[Any] = [message(question.text, images)]
     completion = await client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": content}],
+        messages=messages,
         max_tokens=ANSWER_TOKENS,
         temperature=0,
         extra_body={"pruning": arm.policy_for(picture.label)},

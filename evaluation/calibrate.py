@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from vllm_vtprune.plugin.inspection import InspectionFailed
@@ -21,6 +22,8 @@ from vllm_vtprune_evaluation.options import (
     dtype_of,
     embedded_model,
     interrupted,
+    make_folder,
+    names,
     served,
     shown,
 )
@@ -47,9 +50,6 @@ a line of questions.jsonl, whose answer may be left out:
 
 def calibrate(argv: list[str]) -> None:
     """Run the command.
-
-    Args:
-        argv: the command line after ``vtprune calibrate``.
 
     Raises:
         SystemExit: 2 for invalid options; 1 if the sample, the server or a request fails, or nothing reaches the
@@ -96,7 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--methods",
-        type=_methods,
+        type=partial(names, known=METHODS),
         metavar="A,B",
         help=f'methods to try: "all", or any of {", ".join(METHODS)} (default: the best of each kind)',
     )
@@ -141,15 +141,8 @@ def _name(text: str) -> str:
     return text
 
 
-def _methods(text: str) -> list[str]:
-    names = list(METHODS) if text == "all" else list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in METHODS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not accepted; expected any of {', '.join(METHODS)}")
-    return names
-
-
 def _calibrate(args: argparse.Namespace) -> None:
+    make_folder(args.work, "--work")
     model = args.model or embedded_model()
     with Progress(desc="Preparing pictures"):
         quiet()
@@ -171,7 +164,6 @@ def _calibrate(args: argparse.Namespace) -> None:
         tried = candidates(args.methods or METHODS_TO_TRY, encoded.family)
     if not tried:
         raise NoPreset("--methods: this model can run none of these with any number of tokens")
-    args.work.mkdir(parents=True, exist_ok=True)
     depends_on = subject(model, SERVED_AS if args.offline else args.url or dtype, sample)
     with (
         Answers(args.work / ANSWERS, depends_on) as answers,

@@ -6,8 +6,9 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +31,7 @@ from vllm_vtprune_evaluation.options import (
     embedded_model,
     interrupted,
     make_folder,
+    names,
     served,
     shown,
 )
@@ -38,7 +40,6 @@ from vllm_vtprune_evaluation.questions import Picture, pictures
 from vllm_vtprune_evaluation.reference import answer_all, layers_of, reference_arms, reference_model
 from vllm_vtprune_evaluation.report import (
     accuracy_table,
-    aligned,
     budget_table,
     difference_table,
     plot_accuracy,
@@ -56,6 +57,7 @@ from vllm_vtprune_evaluation.results import (
     results,
 )
 from vllm_vtprune_evaluation.spectra import Sample, sample_pictures
+from vllm_vtprune_evaluation.tables import aligned, percent
 from vllm_vtprune_evaluation.thresholds import threshold_for
 from vllm_vtprune_server.process import ServerFailed
 
@@ -73,9 +75,6 @@ EXAMPLE = """examples:
 
 def evaluate(argv: list[str]) -> None:
     """Run the command.
-
-    Args:
-        argv: the command line after ``vtprune eval``.
 
     Raises:
         SystemExit: 2 for invalid options, 1 if the server or a request fails, 130 when interrupted.
@@ -170,7 +169,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help='add "+E": the same methods with energy budgets that keep as many tokens on average',
     )
     parser.add_argument(
-        "--presets", type=_presets, default=[], metavar="A,B", help=f'"all", or any of {", ".join(BUILTIN_PRESETS)}'
+        "--presets",
+        type=partial(names, known=BUILTIN_PRESETS),
+        default=[],
+        metavar="A,B",
+        help=f'"all", or any of {", ".join(BUILTIN_PRESETS)}',
     )
     which.add_argument(
         "--ablation",
@@ -203,20 +206,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _methods(text: str) -> list[str]:
-    return [] if text == "none" else _names(text, METHODS)
-
-
-def _presets(text: str) -> list[str]:
-    return _names(text, BUILTIN_PRESETS)
-
-
-def _names(text: str, known: Iterable[str]) -> list[str]:
-    known = list(known)
-    names = known if text == "all" else list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} is not accepted; expected any of {', '.join(known)}")
-    return names
+    return [] if text == "none" else names(text, METHODS)
 
 
 def _arms(
@@ -287,12 +277,12 @@ class Evaluation:
         """The content of ``results.json``."""
         return {
             "about": dict(self.about),
-            "results": [result.to_json() for result in self.all_kinds],
+            "results": [asdict(result) for result in self.all_kinds],
             "ranked_kinds": list(self.kinds),
-            "ranked_results": [result.to_json() for result in self.ranked],
-            "paired": [difference.to_json() for difference in self.paired],
-            "paired_by_kind": {kind: [pair.to_json() for pair in pairs] for kind, pairs in self.by_kind.items()},
-            "adaptive_less_fixed": [difference.to_json() for difference in self.adaptive],
+            "ranked_results": [asdict(result) for result in self.ranked],
+            "paired": [asdict(difference) for difference in self.paired],
+            "paired_by_kind": {kind: [asdict(pair) for pair in pairs] for kind, pairs in self.by_kind.items()},
+            "adaptive_less_fixed": [asdict(difference) for difference in self.adaptive],
         }
 
     def write(self, directory: Path) -> list[Path]:
@@ -304,7 +294,7 @@ class Evaluation:
         if self.kinds:
             ranking = (
                 f"Ranking, over the {unpruned.questions} questions of the kinds that the unpruned model answers well "
-                f"enough ({', '.join(self.kinds)}), {100 * unpruned.accuracy:.1f} % unpruned:"
+                f"enough ({', '.join(self.kinds)}), {percent(unpruned.accuracy)} unpruned:"
             )
         parts = [
             f"`{self.about['command']}`: {self.all_kinds[0].questions} questions about {self.about['pictures']} "

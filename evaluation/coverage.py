@@ -30,8 +30,8 @@ from vllm_vtprune_evaluation.arms import Arm, grid
 from vllm_vtprune_evaluation.options import count, embedded_model
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, pictures
-from vllm_vtprune_evaluation.report import markdown
 from vllm_vtprune_evaluation.scenes import Question, Scene, patches_of
+from vllm_vtprune_evaluation.tables import markdown
 
 HEAD = ("", "on things", "things seen", "asked, seen", "asked, kept")
 

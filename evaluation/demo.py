@@ -16,9 +16,10 @@ from PIL import Image
 from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.overlay import draw_kept, enlarged, side_by_side, with_caption
 from vllm_vtprune_checkpoints import DEFAULT, RANDOM_WEIGHTS, weights_of
+from vllm_vtprune_evaluation import tables
 from vllm_vtprune_evaluation.inspection import require_writable
-from vllm_vtprune_evaluation.options import add_family_argument, model_of
-from vllm_vtprune_evaluation.photo import data_url, photograph
+from vllm_vtprune_evaluation.options import SERVE_OPTIONS, add_family_argument, model_of
+from vllm_vtprune_evaluation.photo import data_url, message, photograph
 from vllm_vtprune_server.process import ServerFailed, announced_server
 
 PHOTOGRAPH_QUESTION = "What is the astronaut wearing, and what is behind her?"
@@ -28,13 +29,6 @@ ARMS: dict[str, object] = {"unpruned": False, "pruned": POLICY}
 
 FILE = Path("vtprune-demo.png")
 
-SERVE_OPTIONS = (
-    "--max-model-len",
-    "4096",
-    "--enforce-eager",
-    "--no-enable-log-requests",
-    "--disable-uvicorn-access-log",
-)
 SMALL_KV_CACHE = ("--kv-cache-memory-bytes", str(2**30))  # of a small model; two short requests need no more
 
 EXAMPLE = """example:
@@ -44,9 +38,6 @@ EXAMPLE = """example:
 
 def demo(argv: list[str]) -> None:
     """Run the demo.
-
-    Args:
-        argv: the command line after ``vtprune demo``.
 
     Raises:
         SystemExit: 1 if the server does not start or a request fails, 130 when interrupted.
@@ -147,7 +138,7 @@ def run(subject: Subject, arguments: Sequence[str] = ()) -> dict[str, dict[str, 
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "the demo model"
-    with announced_server(name, [*arguments, *SERVE_OPTIONS]) as url:
+    with announced_server(name, [*arguments, "--max-model-len", "4096", *SERVE_OPTIONS]) as url:
         print(f"Serving on {url}. Warming up ...", file=sys.stderr)
         for policy in ARMS.values():
             ask(url, Image.new("RGB", (336, 336), "gray"), subject.question, policy)
@@ -166,17 +157,14 @@ def ask(url: str, image: Image.Image, question: str, policy: object) -> dict[str
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0)
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(image)}},
-        {"type": "text", "text": question},
-    ]
+    messages: list[Any] = [message(question, [data_url(image)])]
     model = client.models.list().data[0].id
     ttft: float | None = None
     answer, report = "", None
     started = time.perf_counter()
     stream: Iterable[Any] = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
+        messages=messages,
         max_tokens=16,
         temperature=0,
         stream=True,
@@ -209,8 +197,7 @@ def table(result: dict[str, dict[str, Any]]) -> str:
                 _shortened(outcome["answer"]),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return tables.table(rows[0], rows[1:], texts=len(rows[0]))
 
 
 def _shortened(text: str, length: int = 40) -> str:

@@ -34,7 +34,7 @@ from vllm_vtprune_evaluation.offline import SERVED_AS, answer_offline
 from vllm_vtprune_evaluation.options import count, embedded_model, make_folder
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, picture_of, pictures
-from vllm_vtprune_evaluation.report import markdown
+from vllm_vtprune_evaluation.tables import markdown
 from vllm_vtprune_evaluation.thresholds import Measured, threshold_for
 
 KEEPS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320)

@@ -29,15 +29,9 @@ TEXT_SIZE, LETTERS = 11, 30  # points; of a line
 def draw_gallery(
     model: str, dtype: str, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers, file: Path
 ) -> None:
-    """Some pictures, one in a row with its first question, and what arms keep for that question and answer.
+    """Draw `first_of_each_density`, each in a row with its first question, and what `shown_arms` keep and answer.
 
-    Args:
-        model: a directory, or a name on the hub.
-        dtype: of its vision encoder; "auto" for the model's own.
-        pictures: of which `first_of_each_density` are shown.
-        arms: of which `shown_arms` are shown.
-        answers: of those and of the unpruned model to the questions.
-        file: where it goes.
+    ``dtype`` is that of the vision encoder; "auto" for the model's own.
     """
     save(gallery_figure(model, dtype, first_of_each_density(pictures), shown_arms(arms), answers), file)
 

@@ -36,9 +36,6 @@ EXAMPLE = """example:
 def inspect(argv: list[str]) -> None:
     """Run the command.
 
-    Args:
-        argv: the command line after ``vtprune inspect``.
-
     Raises:
         SystemExit: 2 for invalid options, 1 for an image or a model that cannot be inspected.
     """
@@ -73,31 +70,28 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the reports as one JSON object on the last line")
     args = parser.parse_args(argv)
     require_writable(parser, args.out)
-    args.pruning = list(dict.fromkeys(args.pruning))
     try:
-        policies = [_policy(text) for text in args.pruning]
+        policies = {text: _policy(text) for text in args.pruning}
     except PolicyError as error:
         parser.error(str(error))
     weights = weights_of(args.model, args.family)
     model, brings_code = model_of(args)
-    trust = args.trust_remote_code or brings_code
     try:
         with Image.open(args.image) as opened:
             picture = opened.convert("RGB")
-        reports, figure = _draw(picture, args.query, dict(zip(args.pruning, policies, strict=True)), model, trust)
+        reports, figure = _draw(picture, args.query, policies, model, args.trust_remote_code or brings_code)
         if weights == "random":
             figure = with_caption(figure, RANDOM_WEIGHTS)
         figure.save(args.out)
     except (OSError, PolicyError) as error:
         sys.exit(f"vtprune inspect: {error}")
     if args.json:
-        images = [report.to_json() for report in reports]
-        print(json.dumps({"weights": weights, "images": images}))
+        print(json.dumps({"weights": weights, "images": [report.to_json() for report in reports]}))
         return
     if weights == "random":
         print(RANDOM_WEIGHTS)
-    for name, report in zip(args.pruning, reports, strict=True):
-        print(f"{name}: {_kept(report)}{_looking_at(report)}")
+    for name, report in zip(policies, reports, strict=True):
+        print(f"{name}: {', '.join(filter(None, _lines(report)))}")
     print(f"Drawn in {args.out}")
 
 
@@ -145,25 +139,19 @@ def _draw(
             features_of(processor, picture)
         except InspectionFailed as error:
             sys.exit(f"vtprune inspect: {error}")
-    reports, panels = [], [with_caption(enlarged(picture), *_title(query))]
+    reports, panels = [], [with_caption(enlarged(picture), "The image", query)]
     for name, policy in Progress(policies.items(), desc="Selecting tokens", total=len(policies), unit="policies"):
         try:
             inspection = examine(processor, picture, policy, query)
         except InspectionFailed as error:
             sys.exit(f"vtprune inspect: {error}")
         reports.append(inspection.report)
-        lines = f"{name}: {_kept(inspection.report)}", _looking_at(inspection.report).removeprefix(", ")
-        panels.append(with_caption(enlarged(inspection.drawn), *lines))
+        kept, nouns = _lines(inspection.report)
+        panels.append(with_caption(enlarged(inspection.drawn), f"{name}: {kept}", nouns))
     return reports, side_by_side(panels)
 
 
-def _title(query: str) -> tuple[str, str]:
-    return ("The image", query)
-
-
-def _kept(report: ImageReport) -> str:
-    return f"{report.method} keeps {report.kept_tokens} of {report.visual_tokens} tokens"
-
-
-def _looking_at(report: ImageReport) -> str:
-    return f", looking at {', '.join(report.nouns)}" if report.nouns else ""
+def _lines(report: ImageReport) -> tuple[str, str]:
+    """How many tokens are kept, and the nouns that guide the selection; empty without."""
+    kept = f"{report.method} keeps {report.kept_tokens} of {report.visual_tokens} tokens"
+    return kept, f"looking at {', '.join(report.nouns)}" if report.nouns else ""

@@ -85,17 +85,17 @@ def answer_offline(
 
 
 class Workers:
-    """Processes that answer questions, each with its own copy of the model; they start with the first question.
+    """Processes that answer questions, one per core, each with its own copy of the model.
+
+    They start with the first question.
 
     Args:
         model, merged: see `answer_offline`.
-        most: processes; None: one per core.
     """
 
-    def __init__(self, model: str, merged: Path | None = None, most: int | None = None) -> None:
+    def __init__(self, model: str, merged: Path | None = None) -> None:
         self._model = model
         self._merged = merged
-        self._most = most or os.cpu_count() or 1
         self._processes: dict[Connection, Any] = {}
 
     def __enter__(self) -> Self:
@@ -108,13 +108,9 @@ class Workers:
     def answer(
         self, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers, progress: Callable[[int], object]
     ) -> None:
-        """Answer every question of every picture under every arm, except those in ``answers``.
+        """Answer every question of every picture under every arm, except those in ``answers``, which gets them.
 
-        Args:
-            pictures: the pictures.
-            arms: the arms.
-            answers: gets the answers.
-            progress: called with numbers of questions that are answered.
+        ``progress`` is called with numbers of questions that are answered.
 
         Raises:
             OfflineFailed: a worker cannot load or prune the model, or ended.
@@ -122,7 +118,7 @@ class Workers:
         tasks = [(picture, arms, pending) for picture in pictures if (pending := _pending(picture, arms, answers))]
         unanswered = sum(len(questions) for _, _, pending in tasks for _, questions in pending)
         progress(len(arms) * sum(len(picture.questions) for picture in pictures) - unanswered)
-        while len(self._processes) < min(self._most, len(tasks)):
+        while len(self._processes) < min(os.cpu_count() or 1, len(tasks)):
             self._start()
         queue = iter(tasks)
         busy = []
@@ -156,13 +152,15 @@ class Workers:
     def _received(self, connection: Connection) -> ArmAnswers | None:
         """A batch of answers, or None at the end of a task."""
         try:
-            message: ArmAnswers | str | None = connection.recv()
+            message: ArmAnswers | str | ModuleNotFoundError | None = connection.recv()
         except EOFError:
             process = self._processes[connection]
             process.join()
             raise OfflineFailed(f"a process that answers ended with status {process.exitcode}") from None
         if isinstance(message, str):
             raise OfflineFailed(message)
+        if isinstance(message, ModuleNotFoundError):
+            raise message
         return message
 
 
@@ -176,7 +174,7 @@ def _pending(picture: Picture, arms: Sequence[Arm], answers: Answers) -> Pending
 
 
 def _work(connection: Connection, model: str, merged: Path | None) -> None:
-    """Answer tasks. Sends answers, None at the end of a task, a string for an error."""
+    """Answer tasks. Sends answers, None at the end of a task, a string or a ModuleNotFoundError for an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["VTPRUNE_ENCODER_THREADS"] = "1"  # one core per worker
     quiet()
@@ -192,6 +190,8 @@ def _work(connection: Connection, model: str, merged: Path | None) -> None:
         return
     except (InspectionFailed, OSError, ValueError) as error:  # a PolicyError is a ValueError
         connection.send(f"--offline: {error}")
+    except ModuleNotFoundError as error:  # of a package that the pictures come from
+        connection.send(error)
 
 
 @dataclass(eq=False)

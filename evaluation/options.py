@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import NoReturn
 from vllm_vtprune_checkpoints import DEFAULT, FAMILIES, TRAINED, WITH_CODE, embedded_checkpoint
 from vllm_vtprune_server.process import announced_server
 
-SERVE_OPTIONS = ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log")
+QUIET_OPTIONS = ("--no-enable-log-requests", "--disable-uvicorn-access-log")
+SERVE_OPTIONS = ("--enforce-eager", *QUIET_OPTIONS)
 SMALL_OPTIONS = ("--max-model-len", "2048")  # enough for the embedded model's 576 tokens
 
 
@@ -41,6 +42,14 @@ def model_of(args: argparse.Namespace) -> tuple[str, bool]:
     return args.model or str(embedded_checkpoint(args.family)), args.model is None and args.family in WITH_CODE
 
 
+def load_format(options: Sequence[str]) -> str | None:
+    """The value of vLLM's option ``--load-format`` among these; None without."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--load-format", "--load_format")
+    value: str | None = parser.parse_known_args(options)[0].load_format
+    return value
+
+
 def dtype_of(args: argparse.Namespace) -> str:
     """The dtype of encoder and server: float32 for the embedded model, which is faster than bfloat16 on CPUs."""
     return "auto" if args.model or args.url else "float32"
@@ -52,6 +61,24 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected a whole number from 1")
     return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height in pixels, such as 1024x768."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected WIDTHxHEIGHT, such as 1024x768")
+    return int(width), int(height)
+
+
+def names(text: str, known: Iterable[str]) -> list[str]:
+    """Some of the known names, separated by commas; "all" for all."""
+    known = list(known)
+    chosen = known if text == "all" else list(dict.fromkeys(text.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not accepted; expected any of {', '.join(known)}")
+    return chosen
 
 
 def make_folder(folder: Path, option: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -13,11 +13,11 @@ from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.selectors.registry import METHODS
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm
-from vllm_vtprune_evaluation.load.page import table
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture
 from vllm_vtprune_evaluation.search import Candidate, Retained, Trial, halve, ladder, retained, sizes, survivors
 from vllm_vtprune_evaluation.spectra import Sample
+from vllm_vtprune_evaluation.tables import percent, table
 from vllm_vtprune_evaluation.thresholds import mean_kept, threshold_for
 
 LARGEST = 0.9999  # largest threshold; above it, rounding decides
@@ -75,10 +75,11 @@ def _shown(budget: Mapping[str, Any]) -> str:
     return f"energy {budget['threshold']:.6g}, at least {budget['min_tokens']}"
 
 
+@dataclass(eq=False)
 class Search:
     """The search of a policy on a sample.
 
-    Args:
+    Attributes:
         ask: has questions answered.
         answers: holds the answers.
         encoded: the searched pictures, as the encoder sees them.
@@ -87,24 +88,16 @@ class Search:
         known: whether the right answers are known.
     """
 
-    def __init__(
-        self,
-        ask: Ask,
-        answers: Answers,
-        encoded: Sample,
-        searched: Sequence[Picture],
-        held_out: Sequence[Picture],
-        *,
-        known: bool,
-    ) -> None:
-        self._ask = ask
-        self._answers = answers
-        self._encoded = encoded
-        self._searched = searched
-        self._held_out = held_out
-        self._known = known
-        self._shares: list[float] = []  # at which methods are compared
-        self._compared: dict[str, tuple[int, list[float]]] = {}  # method -> questions, and its share retained at each
+    ask: Ask
+    answers: Answers
+    encoded: Sample
+    searched: Sequence[Picture]
+    held_out: Sequence[Picture]
+    known: bool = field(kw_only=True)
+    _shares: list[float] = field(init=False, default_factory=list)  # at which methods are compared
+    # method -> questions, and its share retained at each of these
+    _compared: dict[str, tuple[int, list[float]]] = field(init=False, default_factory=dict)
+    _progress: Progress = field(init=False)
 
     def run(self, tried: Sequence[Candidate], *, tokens: int | None, retain: float | None) -> ChosenPreset:
         """Find a policy: the one that retains most with ``tokens``, or the fewest tokens that retain ``retain``.
@@ -112,13 +105,13 @@ class Search:
         Raises:
             NoPreset: the unpruned model has nothing to retain, or nothing retains enough.
         """
-        whole = self._encoded.mean_tokens
+        whole = self.encoded.mean_tokens
         shares = [tokens / whole] if tokens else list(SHARES)
-        rungs = sizes(len(self._searched)) if len(tried) > 1 else []
+        rungs = sizes(len(self.searched)) if len(tried) > 1 else []
         self._shares = shares if tokens else list(COMPARED_AT)
         with Progress(desc="unpruned", total=self._total(tried, rungs, len(shares)), unit="answers") as progress:
             self._progress = progress
-            self._answered([UNPRUNED], [*self._searched, *self._held_out])
+            self._answered([UNPRUNED], [*self.searched, *self.held_out])
             self._something_to_retain()
             best = tried[0]
             if rungs:
@@ -138,7 +131,7 @@ class Search:
         if enough and not METHODS[candidate.method].preprocesses:
             energies = (self._energy(share) for share in shares if share <= enough[-1])
             trials += self._down(candidate, list(filter(None, energies)), retain)
-        self._progress.total = self._progress.n + _questions(self._held_out)
+        self._progress.total = self._progress.n + _questions(self.held_out)
         return trials
 
     def _down(self, candidate: Candidate, budgets: Sequence[Mapping[str, Any]], retain: float | None) -> list[Trial]:
@@ -147,21 +140,21 @@ class Search:
         for budget in budgets:
             self._progress.set_description_str(f"budget {_shown(budget)}")
             arm = _arm(candidate, budget)
-            self._answered([arm], self._searched)
-            tokens = fmean(answer.tokens for answer in self._of(arm, self._searched))
-            trials.append(Trial(budget["type"], budget, tokens, self._retained(arm, self._searched)))
+            self._answered([arm], self.searched)
+            tokens = fmean(answer.tokens for answer in self._of(arm, self.searched))
+            trials.append(Trial(budget, tokens, self._retained(arm, self.searched)))
             if retain is not None and trials[-1].retained.share < retain:
                 break
         return trials
 
     def _energy(self, share: float) -> Mapping[str, Any] | None:
         """An energy budget that keeps a share of the tokens on average; None if the features' rank is too low."""
-        mean = share * self._encoded.mean_tokens
+        mean = share * self.encoded.mean_tokens
         least = max(1, int(mean * FLOOR))
-        threshold = threshold_for(self._encoded.pictures, mean, least)
+        threshold = threshold_for(self.encoded.pictures, mean, least)
         if threshold is not None and threshold <= LARGEST:
             return {"type": "energy", "threshold": threshold, "min_tokens": least}
-        most = mean_kept(self._encoded.pictures, LARGEST, least)
+        most = mean_kept(self.encoded.pictures, LARGEST, least)
         self._progress.write(
             f"An energy budget keeps at most {most:.1f} tokens on average here (the features' rank); for {mean:.1f}, "
             f"take a ratio of {share:.4g}.",
@@ -171,29 +164,29 @@ class Search:
 
     def _total(self, tried: Sequence[Candidate], rungs: Sequence[int], shares: int) -> int:
         """Answers to ask for, at most if the first choice holds."""
-        total = _questions(self._searched) * (1 + 2 * shares) + 2 * _questions(self._held_out)
+        total = _questions(self.searched) * (1 + 2 * shares) + 2 * _questions(self.held_out)
         for left, size, before in zip(survivors(len(tried), len(rungs)), rungs, [0, *rungs], strict=False):
-            total += left * len(self._shares) * _questions(self._searched[before:size])
+            total += left * len(self._shares) * _questions(self.searched[before:size])
         return total
 
     def _answered(self, arms: Sequence[Arm], asked: Sequence[Picture]) -> None:
-        self._ask(asked, arms, self._progress.update)
+        self.ask(asked, arms, self._progress.update)
 
     def _retained(self, arm: Arm, asked: Sequence[Picture]) -> Retained:
-        return retained(self._of(arm, asked), self._of(UNPRUNED, asked), known=self._known)
+        return retained(self._of(arm, asked), self._of(UNPRUNED, asked), known=self.known)
 
     def _of(self, arm: Arm, asked: Sequence[Picture]) -> list[Answer]:
-        answers = self._answers.of(arm)
+        answers = self.answers.of(arm)
         return [answers[picture.name(index)] for picture in asked for index in range(len(picture.questions))]
 
     def _something_to_retain(self) -> None:
-        if not self._known:
+        if not self.known:
             return
-        for asked in filter(None, (self._searched, self._held_out)):
+        for asked in filter(None, (self.searched, self.held_out)):
             answers = self._of(UNPRUNED, asked)
             right = sum(answer.right for answer in answers)
             if not right:
-                held = " held-out" if asked is self._held_out else ""
+                held = " held-out" if asked is self.held_out else ""
                 raise NoPreset(
                     f"the unpruned model answers 0 of {len(answers)}{held} questions right, so there is nothing to "
                     f"retain; expected answers as the model words them, such as {json.dumps(answers[0].text.strip())}"
@@ -205,10 +198,10 @@ class Search:
         self._progress.set_description_str(f"{len(left)} methods, {number + 1} of {len(rungs)}")
         arms = [[_arm(candidate, {"type": "ratio", "keep": share}) for share in self._shares] for candidate in left]
         before = rungs[number - 1] if number else 0
-        self._answered([arm for of in arms for arm in of], self._searched[before:size])
+        self._answered([arm for of in arms for arm in of], self.searched[before:size])
         for candidate, of in zip(left, arms, strict=True):
-            shares = [self._retained(arm, self._searched[:size]).share for arm in of]
-            self._compared[candidate.name] = (_questions(self._searched[:size]), shares)
+            shares = [self._retained(arm, self.searched[:size]).share for arm in of]
+            self._compared[candidate.name] = (_questions(self.searched[:size]), shares)
         return [fmean(self._compared[candidate.name][1]) for candidate in left]
 
     def _check(
@@ -217,12 +210,12 @@ class Search:
         """The first trial that retains enough on the held-out pictures too; None if none does."""
         checked = None
         for trial in trials:
-            if not self._held_out:
+            if not self.held_out:
                 return trial, None
             self._progress.set_description_str("held-out pictures")
             arm = _arm(candidate, trial.budget)
-            self._answered([arm], self._held_out)
-            checked = self._retained(arm, self._held_out)
+            self._answered([arm], self.held_out)
+            checked = self._retained(arm, self.held_out)
             if retain is None or checked.share >= retain:
                 return trial, checked
             self._progress.write(
@@ -235,11 +228,8 @@ class Search:
         """The methods, the longest in the race first, and the budgets of the best one."""
         if self._compared:
             ranked = sorted(self._compared.items(), key=lambda item: (-item[1][0], -fmean(item[1][1])))
-            tokens = [f"{share * self._encoded.mean_tokens:.0f}" for share in self._shares]
-            rows = [
-                [name, str(questions), *(f"{100 * share:.1f} %" for share in shares)]
-                for name, (questions, shares) in ranked
-            ]
+            tokens = [f"{share * self.encoded.mean_tokens:.0f}" for share in self._shares]
+            rows = [[name, str(questions), *map(percent, shares)] for name, (questions, shares) in ranked]
             print(table(["method", "questions", *(f"retained at {count}" for count in tokens)], rows), end="\n\n")
         rows = [
             [

@@ -52,9 +52,7 @@ class Progress(tqdm):
 
     monitor_interval = 0  # tqdm's own thread, which the one here replaces
 
-    def __init__(
-        self, steps: Any = None, *, desc: str, total: int | None = None, unit: str = "", initial: int = 0
-    ) -> None:
+    def __init__(self, steps: Any = None, *, desc: str, total: int | None = None, unit: str = "") -> None:
         terminal = sys.stderr.isatty()
         size = shutil.get_terminal_size()  # not 0 x 0, as pseudo-terminals of tools are: tqdm would show nothing there
         counted = total is not None or steps is not None
@@ -64,7 +62,6 @@ class Progress(tqdm):
             desc=desc,
             total=total,
             unit=unit,
-            initial=initial,
             file=sys.stderr if terminal else Lines(sys.stderr),
             mininterval=0.1 if terminal else float("inf"),
             bar_format=(BAR if terminal else LINE) if counted else WAITING,

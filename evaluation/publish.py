@@ -1,7 +1,6 @@
 """Write the documentation's tables from the committed results.
 
-    python -m vllm_vtprune_evaluation.publish            # rewrite them
-    python -m vllm_vtprune_evaluation.publish --check    # status 1 if a table differs from the results
+    python -m vllm_vtprune_evaluation.publish
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its numbers come from ``docs/benchmarks``.
 """
@@ -11,15 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_vtprune_evaluation.ablations import ABLATIONS, SOLVERS
-from vllm_vtprune_evaluation.report import budget_table, difference_table, markdown, plotted_lines
+from vllm_vtprune_evaluation.report import budget_table, difference_table, plotted_lines
 from vllm_vtprune_evaluation.results import Difference, Result, comparable
+from vllm_vtprune_evaluation.tables import markdown, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/evaluation.md")
@@ -30,9 +29,9 @@ Json = Mapping[str, Any]
 
 def kinds(demo: Json) -> str:
     """Accuracy of the unpruned model, by kind of question."""
-    by_kind = Result.from_json(demo["results"][0]).by_kind
+    by_kind = Result(**demo["results"][0]).by_kind
     ordered = sorted(by_kind, key=lambda kind: -by_kind[kind])
-    return markdown(["kind of question", "unpruned"], ([kind, _percent(by_kind[kind])] for kind in ordered))
+    return markdown(["kind of question", "unpruned"], ([kind, percent(by_kind[kind])] for kind in ordered))
 
 
 def summary(demo: Json) -> str:
@@ -60,13 +59,11 @@ def presets(results: Json) -> str:
     """Accuracy of each preset: all questions, reading, counting."""
     rows = []
     for values in results["results"]:
-        result = Result.from_json(values)
+        result = Result(**values)
         name = {"unpruned": "off"}.get(result.arm, result.arm)
-        kept = "" if result.retained is None else f" ({_percent(result.retained)} of unpruned)"
+        kept = "" if result.retained is None else f" ({percent(result.retained)} of unpruned)"
         shares = [result.by_kind[kind] for kind in ("reading", "count")]
-        rows.append(
-            [f"`{name}`", f"{result.mean_tokens:.1f}", _percent(result.accuracy) + kept, *map(_percent, shares)]
-        )
+        rows.append([f"`{name}`", f"{result.mean_tokens:.1f}", percent(result.accuracy) + kept, *map(percent, shares)])
     return markdown(["preset", "visual tokens of 576", "all nine kinds of question", "reading", "count"], rows)
 
 
@@ -75,9 +72,9 @@ def ablation(tables: Json, name: str) -> str:
     rows: dict[str, list[str]] = {}
     keeps: list[str] = []
     for values in tables[name]["ranked_results"][1:]:
-        result = Result.from_json(values)
+        result = Result(**values)
         tokens = [f"{result.mean_tokens:.1f}"] if result.adaptive else []
-        cells = [*tokens, f"{_percent(result.accuracy)} ({100 * result.difference:+.1f})"]
+        cells = [*tokens, f"{percent(result.accuracy)} ({100 * result.difference:+.1f})"]
         rows.setdefault(result.method, []).extend(cells)
         heads = ["mean tokens", "right"] if result.adaptive else [f"{result.keep} tokens"]
         keeps += [head for head in heads if head not in keeps]
@@ -93,8 +90,8 @@ def merged(tables: Json, kind: str) -> str:
     keeps: list[str] = []
     for name, table in tables.items():
         first_less = {values["less"]: Difference(**values) for values in table["paired_by_kind"][kind]}
-        for result in map(Result.from_json, table["results"][1:]):
-            cell = _percent(result.accuracy if kind == "all" else result.by_kind[kind])
+        for result in (Result(**values) for values in table["results"][1:]):
+            cell = percent(result.accuracy if kind == "all" else result.by_kind[kind])
             if result.arm in first_less:
                 low, high = (0 - 100 * end for end in reversed(first_less[result.arm].ci95))
                 points = f"{0 - 100 * first_less[result.arm].difference:+.1f} ({low:+.1f} to {high:+.1f})"
@@ -106,13 +103,13 @@ def merged(tables: Json, kind: str) -> str:
 
 def in_llm(table: Json) -> str:
     """The methods inside the language model."""
-    results = [Result.from_json(values) for values in table["results"]]
+    results = [Result(**values) for values in table["results"]]
     rows = (
         [
             f"`{result.arm}`",
             f"{result.mean_tokens:.1f}",
-            _percent(result.accuracy),
-            f"{_percent(result.ci95[0])} to {_percent(result.ci95[1])}",
+            percent(result.accuracy),
+            f"{percent(result.ci95[0])} to {percent(result.ci95[1])}",
         ]
         for result in results
     )
@@ -164,27 +161,17 @@ def rendered(page: str, results: Path) -> str:
     return TABLE.sub(table, page)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_vtprune_evaluation.publish", description="Tables of the documentation."
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table would change")
-    args = parser.parse_args(argv)
-    texts = {name: (ROOT / name).read_text() for name in PAGES}
-    fresh = {name: rendered(text, ROOT / "docs/benchmarks") for name, text in texts.items()}
-    stale = [name for name in PAGES if fresh[name] != texts[name]]
-    if args.check and stale:
-        sys.exit(f"tables differ from the results: {', '.join(stale)}; run python -m vllm_vtprune_evaluation.publish")
-    for name in stale:
-        (ROOT / name).write_text(fresh[name])
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m vllm_vtprune_evaluation.publish", description="Write the tables of the documentation."
+    ).parse_args()
+    fresh = {name: rendered((ROOT / name).read_text(), ROOT / "docs/benchmarks") for name in PAGES}
+    for name, text in fresh.items():
+        (ROOT / name).write_text(text)
 
 
 def _ranked(run: Json) -> list[Result]:
-    return [Result.from_json(values) for values in run["ranked_results"][1:]]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return [Result(**values) for values in run["ranked_results"][1:]]
 
 
 if __name__ == "__main__":

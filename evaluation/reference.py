@@ -78,14 +78,7 @@ def layers_of(model: InLLM) -> int:
 
 
 def answer_all(model: InLLM, pictures: Sequence[Picture], pairs: Pairs, answers: Answers) -> None:
-    """Ask every question in every arm, except those that ``answers`` already holds.
-
-    Args:
-        model: a model of `reference_model`.
-        pictures: the pictures and their questions.
-        pairs: arms and their pruning, from `reference_arms`.
-        answers: where the answers are stored.
-    """
+    """Ask every question in every arm, except those in ``answers``, which gets them."""
     total = len(pairs) * sum(len(picture.questions) for picture in pictures)
     with Progress(desc="answered", total=total, unit="questions") as progress:
         for picture in pictures:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vllm_vtprune_evaluation.results import DEFAULT_METHOD, RANKED_FROM, Difference, Result, comparable, mean_ranks
+from vllm_vtprune_evaluation.tables import markdown, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Cells = Sequence[str]
 Measured = TypeVar("Measured", bound=Result | Difference)
 
 End = tuple[str, float | None, float, str]
@@ -34,24 +34,6 @@ OKABE_ITO = (BLUE, GREEN, ORANGE, PURPLE, VERMILLION, SKY, BLACK)  # without yel
 ALWAYS = {DEFAULT_METHOD: VERMILLION, "uniform": SKY, "random": BLACK}  # drawn whenever they were measured
 MARKERS = "osD^vPX"
 DARK, LABEL_SIZE, DPI = "0.15", 10, 110
-
-
-def markdown(head: Cells, rows: Iterable[Cells]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def aligned(table: str) -> str:
-    """A table of `markdown` with its cells padded, for a terminal."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    text, *numbers = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    out = []
-    for first, *others in rows:
-        blank = "-" if first == "---" else " "
-        cells = [first.ljust(text, blank), *(cell.rjust(n, blank) for cell, n in zip(others, numbers, strict=True))]
-        out.append(f"| {' | '.join(cells)} |\n")
-    return "".join(out)
 
 
 def accuracy_table(results: Sequence[Result]) -> str:
@@ -69,11 +51,11 @@ def accuracy_table(results: Sequence[Result]) -> str:
         [
             result.arm,
             f"{result.mean_tokens:.1f}",
-            _percent(result.accuracy),
-            f"{_percent(result.ci95[0])} to {_percent(result.ci95[1])}",
+            percent(result.accuracy),
+            f"{percent(result.ci95[0])} to {percent(result.ci95[1])}",
             f"{100 * result.difference:+.1f}",
             f"{100 * result.difference_ci95[0]:+.1f} to {100 * result.difference_ci95[1]:+.1f}",
-            "-" if result.retained is None else _percent(result.retained),
+            "-" if result.retained is None else percent(result.retained),
         ]
         for result in results
     ]
@@ -90,7 +72,7 @@ def budget_table(results: Sequence[Result]) -> str:
 
     def cell(result: Result) -> str:
         tokens = f", {result.mean_tokens:.0f} tokens" if result.adaptive else ""
-        return f"{_percent(result.accuracy)} ({100 * result.difference:+.1f}{tokens})"
+        return f"{percent(result.accuracy)} ({100 * result.difference:+.1f}{tokens})"
 
     return _by_budget("method", sorted(results, key=lambda result: order.index(result.row)), cell)
 
@@ -123,7 +105,7 @@ def split_table(results: Sequence[Result], by: Literal["kind", "density"]) -> st
     tables = [result.by_kind if by == "kind" else result.by_density for result in results]
     names = sorted({name for table in tables for name in table})
     rows = (
-        [result.arm, *(_percent(table[name]) if name in table else "" for name in names)]
+        [result.arm, *(percent(table[name]) if name in table else "" for name in names)]
         for result, table in zip(results, tables, strict=True)
     )
     return markdown(["", *names], rows)
@@ -133,10 +115,10 @@ def plot_accuracy(results: Sequence[Result], unpruned: Result, file: Path) -> No
     """Save `accuracy_figure` as a PNG; its metadata ``Description`` holds the numbers."""
     lines = plotted_lines(results)
     numbers = [
-        f"{row}: " + ", ".join(f"{_percent(point.accuracy)} at {point.mean_tokens:.1f} tokens" for point in points)
+        f"{row}: " + ", ".join(f"{percent(point.accuracy)} at {point.mean_tokens:.1f} tokens" for point in points)
         for row, points in lines.items()
     ]
-    description = "; ".join([f"unpruned: {_percent(unpruned.accuracy)} of {unpruned.questions} questions", *numbers])
+    description = "; ".join([f"unpruned: {percent(unpruned.accuracy)} of {unpruned.questions} questions", *numbers])
     save(accuracy_figure(results, unpruned), file, description)
 
 
@@ -253,10 +235,6 @@ def save(figure: Figure, file: Path, description: str | None = None) -> None:
     figure.savefig(file, dpi=DPI, metadata={"Description": description} if description else None)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_vtprune_evaluation.report", description="Draw accuracies from a file of results."
@@ -266,7 +244,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         run = json.loads(args.results.read_text())
-        unpruned, *others = map(Result.from_json, run["ranked_results"] or run["results"])
+        unpruned, *others = (Result(**values) for values in run["ranked_results"] or run["results"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         parser.error(f"results: {args.results} given ({error!r}); expected the results.json of `vtprune eval`")
     plot_accuracy(others, unpruned, args.out)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,19 +68,6 @@ class Result:
         """Its row in a table over budgets."""
         return f"{self.method}+E" if self.adaptive else self.method
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_json` made, read from a file.
-
-        Raises:
-            TypeError: a field is missing, or is none of a result's.
-        """
-        return cls(**values)
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -101,10 +88,6 @@ class Difference:
     keep: int | None
     difference: float
     ci95: Interval
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def ranked_kinds(unpruned: Iterable[Answer]) -> list[str]:

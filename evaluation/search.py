@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -130,16 +130,19 @@ class Trial:
     """A budget that was tried.
 
     Attributes:
-        kind: of the budget.
         budget: the budget.
         mean_tokens: tokens kept of a picture, on average over questions.
         retained: on the questions that the search may see.
     """
 
-    kind: Literal["ratio", "energy"]
     budget: Mapping[str, Any]
     mean_tokens: float
     retained: Retained
+
+    @property
+    def kind(self) -> str:
+        """The kind of the budget: "ratio" or "energy"."""
+        return str(self.budget["type"])
 
 
 def ladder(trials: Sequence[Trial], retain: float | None) -> list[Trial]:

@@ -20,8 +20,8 @@ from vllm_vtprune_evaluation.asking import ask_all
 from vllm_vtprune_evaluation.options import count, embedded_model, make_folder, served
 from vllm_vtprune_evaluation.photo import data_url
 from vllm_vtprune_evaluation.questions import pictures
-from vllm_vtprune_evaluation.report import markdown
 from vllm_vtprune_evaluation.results import differences, results
+from vllm_vtprune_evaluation.tables import markdown, percent
 
 KEEPS = (20, 40, 80)  # tokens of each image
 DTYPE = "float32"
@@ -62,7 +62,7 @@ def main() -> None:
                 *(100 * value for value in (difference.difference, *difference.ci95))
             )
         )
-        rows.append([arm.name, f"{result.mean_tokens:.1f}", f"{100 * result.accuracy:.1f} %", points])
+        rows.append([arm.name, f"{result.mean_tokens:.1f}", percent(result.accuracy), points])
     print(
         markdown(["budget", "tokens of the picture", f"right of {len(unpruned)}", "points more than equal parts"], rows)
     )

@@ -38,12 +38,7 @@ class Sample:
 
 
 def sample_pictures(model: str, pictures: Sequence[Picture], dtype: str) -> Sample:
-    """Encode pictures one by one.
-
-    Args:
-        model: a directory, or a name on the hub.
-        pictures: at least one picture.
-        dtype: dtype of the encoder; "auto" for the model's own.
+    """Encode pictures, at least one, one by one; with the dtype "auto", in the model's own.
 
     Raises:
         InspectionFailed: the model cannot be loaded or pruned.

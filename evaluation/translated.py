@@ -24,7 +24,7 @@ from vllm_vtprune_evaluation.offline import Offline
 from vllm_vtprune_evaluation.options import count, embedded_model
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import pictures
-from vllm_vtprune_evaluation.report import markdown
+from vllm_vtprune_evaluation.tables import markdown, percent
 
 UNRELATED = "sofa tractor lemonade umbrella guitar giraffe window bicycle airport sandwich".split()
 LANGUAGES = ("es", "de", "zh")
@@ -118,7 +118,7 @@ def main() -> None:
         with_text, without = right[number], right[number - number % len(texts)]
         won = sum(with_text[question] and not without[question] for question in with_text)
         lost = sum(without[question] and not with_text[question] for question in with_text)
-        rows.append((str(arm.keep), arm.name, f"{100 * fmean(with_text.values()):.1f} %", str(won), str(lost)))
+        rows.append((str(arm.keep), arm.name, percent(fmean(with_text.values())), str(won), str(lost)))
     print(markdown(("tokens", "text", "right", "won", "lost"), rows))
 
 

@@ -33,13 +33,14 @@ from pathlib import Path
 import httpx
 
 from loadtests.drive import KINDS, DriveFailed, drive
-from loadtests.options import add_slo_arguments, count, p99_limits
+from loadtests.options import add_slo_arguments, p99_limits
 from loadtests.report import results_text, write_report
 from loadtests.servers import MODEL, STOCK, Arm, servers
 from loadtests.workload import grid_of
 from vllm_vtprune_evaluation.load.ratios import paired_ratio
 from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import broken, percentile, result, samples, span
+from vllm_vtprune_evaluation.options import count
 from vllm_vtprune_server.process import ServerFailed
 
 ARMS = ("stock", "off", "balanced")
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         nargs="+",
-        type=arm_argument,
+        type=Arm.parse,
         default=[Arm.parse(name) for name in ARMS],
         metavar="ARM",
         help="stock, POLICY or POLICY@PLACEMENT; POLICY: a preset or the share of tokens to keep; PLACEMENT: auto, api "
@@ -146,18 +147,6 @@ def main() -> None:
         sys.exit(f"loadtests: {error}")
     if complaints:
         sys.exit("\n".join(f"loadtests: {complaint}" for complaint in complaints))
-
-
-def arm_argument(text: str) -> Arm:
-    """An arm from the command line.
-
-    Raises:
-        argparse.ArgumentTypeError: says what is wrong with it.
-    """
-    try:
-        return Arm.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def tokens_argument(text: str) -> int:

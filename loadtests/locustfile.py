@@ -36,13 +36,15 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import STATE_CLEANUP, LocalRunner
 
-from loadtests.options import add_slo_arguments, count, p99_limits, pixels, policy, positive
+from loadtests.options import add_slo_arguments, p99_limits, policy, positive
 from loadtests.pace import ARRIVALS, Pulse, Schedule, moments
 from loadtests.report import write_report
-from loadtests.workload import LENGTHS, PIXELS, POLICIES, SIZES, Conversation, Message, message, picture, question
+from loadtests.workload import LENGTHS, PIXELS, POLICIES, SIZES, Conversation, picture, question
 from vllm_vtprune_evaluation.load.client import ServerMissing, ask, connect, served_model, wall_clock
 from vllm_vtprune_evaluation.load.records import Record, save_records
 from vllm_vtprune_evaluation.load.results import broken, result
+from vllm_vtprune_evaluation.options import count, size
+from vllm_vtprune_evaluation.photo import Message, message
 
 log = logging.getLogger("loadtests")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes a line for every request
@@ -75,7 +77,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     group.add_argument("--max-tokens", type=count, default=16, metavar="N", help="tokens of every answer (default: 16)")
     group.add_argument(
         "--picture",
-        type=pixels,
+        type=size,
         default=PIXELS,
         metavar="WIDTHxHEIGHT",
         help="pixels of every picture but those of ImageSizes (default: {}x{})".format(*PIXELS),

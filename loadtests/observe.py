@@ -8,7 +8,7 @@ Prints a table, the firing alerts, and the dashboard panels without data, and wr
 
 - ``report.html``, ``requests.jsonl`` and ``result.json``, as after every load test (`loadtests.locustfile`),
 - ``dashboard.png``: what the dashboard's queries give (`deploy.grafana.plot`),
-- ``report.png``: the report in a browser, if there is one on the PATH,
+- ``report.png``: the report in a browser, if there is one beside this Python or on the PATH,
 - the logs of server, Prometheus and Locust.
 
 The exit status is 1 if a request failed or nothing was pruned.
@@ -33,10 +33,11 @@ from PIL import Image, ImageChops
 
 from deploy.grafana.plot import Prometheus, answers, plot
 from loadtests.drive import DriveFailed, drive
-from loadtests.options import count, positive
+from loadtests.options import positive
 from loadtests.report import results_text
 from vllm_vtprune_evaluation.load.client import served_model
 from vllm_vtprune_evaluation.load.results import broken, result
+from vllm_vtprune_evaluation.options import count
 from vllm_vtprune_server.process import ServerFailed, free_port, running_server, stop
 
 CONFIGURATION = Path(__file__).parent.parent / "deploy" / "prometheus" / "prometheus.yml"
@@ -48,7 +49,7 @@ LABEL = "ours"
 PRUNING = "balanced"
 WARM_UP = 5.0  # seconds without pruning, as a baseline for panels that compare
 PROMETHEUS_PATIENCE = 30.0  # seconds
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "firefox")
+BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "firefox")
 BROWSER_PATIENCE = 120.0  # seconds
 PAGE = (1280, 6000)  # pixels; the empty part below the report is cropped
 
@@ -111,19 +112,20 @@ def names(alerts: Sequence[dict[str, Any]], state: str) -> str:
     return ", ".join(sorted({alert["labels"]["alertname"] for alert in alerts if alert["state"] == state})) or "none"
 
 
+def installed(program: str) -> str | None:
+    """The path of a program, beside this Python or else on the PATH."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return shutil.which(program, path=path)
+
+
 @contextmanager
 def running_prometheus(url: str, *, log: Path) -> Iterator[Prometheus]:
     """Run a Prometheus with our configuration and rules that scrapes a server every second.
 
-    Args:
-        url: URL of the server.
-        log: file for its output.
-
     Raises:
         PrometheusFailed: Prometheus is neither beside this Python nor on the PATH, or does not see the server.
     """
-    beside = Path(sys.executable).with_name("prometheus")
-    program = str(beside) if beside.exists() else shutil.which("prometheus")
+    program = installed("prometheus")
     if program is None:
         raise PrometheusFailed("prometheus is missing: `make setup` brings it; see CONTRIBUTING.md for what that needs")
     address = f"127.0.0.1:{free_port()}"
@@ -172,9 +174,10 @@ def wait_until_seen(prometheus: Prometheus, log: Path) -> None:
 def screenshot(page: Path, out: Path) -> str | None:
     """Save a screenshot of a page in the first installed browser of `BROWSERS`; returns the problem, or None."""
     out.unlink(missing_ok=True)
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser = next(filter(None, map(installed, BROWSERS)), None)
     if browser is None:
-        return f"found none of {', '.join(BROWSERS)} on the PATH (on Debian: apt-get install chromium)"
+        where = "beside this Python or on the PATH (on Debian: apt-get install chromium)"
+        return f"found none of {', '.join(BROWSERS)} {where}"
     width, height = PAGE
     with tempfile.TemporaryDirectory(prefix="vtprune-") as profile:
         if Path(browser).name == "firefox":

@@ -17,7 +17,7 @@ def add_slo_arguments(parser: Any) -> None:
     for metric in METRICS:
         parser.add_argument(
             f"--slo-{metric}-p99-ms",
-            type=milliseconds,
+            type=positive,
             metavar="MS",
             help=f"exit with status 1 if the 99th percentile of {metric} is above this (milliseconds)",
         )
@@ -35,17 +35,6 @@ def p99_limits(options: argparse.Namespace) -> dict[str, float]:
     return {metric: limit for metric, limit in limits.items() if limit is not None}
 
 
-def milliseconds(text: str) -> float:
-    """A positive number from the command line."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: expected milliseconds above 0")
-    return value
-
-
 def goodput_limits(text: str) -> dict[str, float]:
     """Limits from the command line: ``METRIC:MS`` separated by spaces, as in ``vllm bench serve``."""
     limits = {}
@@ -53,7 +42,7 @@ def goodput_limits(text: str) -> dict[str, float]:
         metric, _, limit = part.partition(":")
         if metric not in GOODPUT_METRICS:
             raise argparse.ArgumentTypeError(f"{part!r}: expected METRIC:MS with one of {', '.join(GOODPUT_METRICS)}")
-        limits[metric] = milliseconds(limit)
+        limits[metric] = positive(limit)
     if not limits:
         raise argparse.ArgumentTypeError("no limit: expected METRIC:MS, such as ttft:500")
     return limits
@@ -61,24 +50,13 @@ def goodput_limits(text: str) -> dict[str, float]:
 
 def positive(text: str) -> float:
     """A number above 0 from the command line."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected a number above 0")
     return value
-
-
-def count(text: str) -> int:
-    """A whole number above 0 from the command line."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def pixels(text: str) -> tuple[int, int]:
-    """Width and height from the command line, such as 336x336."""
-    width, _, height = text.partition("x")
-    return count(width), count(height)
 
 
 def policy(text: str) -> object:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, table, write_page, written
+from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, write_page
 from vllm_vtprune_evaluation.load.records import Record
-from vllm_vtprune_evaluation.load.results import METRICS, samples
+from vllm_vtprune_evaluation.load.results import Metric, samples
+from vllm_vtprune_evaluation.tables import table, written
 
 ROWS: tuple[tuple[str, str, str], ...] = (
     ("completed", "requests that succeeded", ".0f"),
@@ -44,6 +45,8 @@ KIND_COLUMNS = (
     ("p99_ttft_ms", "TTFT p99 (ms)", ".1f"),
 )
 
+DISTRIBUTIONS: tuple[tuple[Metric, str], ...] = (("ttft", "TTFT"), ("itl", "ITL"), ("e2el", "E2E"))
+WINDOW = 5  # seconds, about, of a rate
 
 DEFINITIONS = (
     "TTFT: from when the request was due, connecting included, to the first chunk with content; it is due when it is "
@@ -122,20 +125,19 @@ def plots(records: Mapping[str, Sequence[Record]]) -> list[Markup]:
             f"{title}: share of {'gaps' if title == 'ITL' else 'requests'} within",
             {run: run_samples[metric] for run, run_samples in measured.items()},
         )
-        for metric, title in zip(METRICS, ("TTFT", "TPOT", "ITL", "E2E"), strict=True)
-        if metric != "tpot"
+        for metric, title in DISTRIBUTIONS
     ]
     return [*drawn, over_time(records), by_keep_ratio(records)]
 
 
-def over_time(records: Mapping[str, Sequence[Record]], seconds: float = 5) -> Markup:
-    """Requests that ended per second, in windows of about ``seconds``."""
+def over_time(records: Mapping[str, Sequence[Record]]) -> Markup:
+    """Requests that ended per second, in windows of about `WINDOW`."""
     figure, axes = empty("Requests ended per second")
     starts = [record.started for run_records in records.values() for record in run_records]
     for run, run_records in records.items():
         ends = [record.started + record.elapsed - min(starts) for record in run_records if record.error is None]
         if ends:
-            edges = np.linspace(0, max(ends), max(1, round(max(ends) / seconds)) + 1)
+            edges = np.linspace(0, max(ends), max(1, round(max(ends) / WINDOW)) + 1)
             axes.stairs(np.histogram(ends, edges)[0] / np.diff(edges), edges, label=run)
     axes.set_xlabel("seconds since the first request")
     axes.set_ylim(bottom=0)

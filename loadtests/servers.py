@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -38,17 +39,23 @@ class Arm:
         """An arm by its name. POLICY is a preset, or the share of tokens to keep.
 
         Raises:
-            ValueError: unknown placement, or a share outside of (0, 1].
+            argparse.ArgumentTypeError: unknown placement, or a share outside of (0, 1].
         """
         if name == STOCK:
             return cls(name)
         policy, _, placement = name.partition("@")
         if placement not in ("", "auto", "api", "engine"):
-            raise ValueError(f"unknown placement {placement!r}; expected auto, api or engine")
+            raise argparse.ArgumentTypeError(f"unknown placement {placement!r}; expected auto, api or engine")
         if re.fullmatch(r"[0-9.]+", policy):
-            if not 0 < float(policy) <= 1:
-                raise ValueError(f"cannot keep a share of {policy}; expected a number above 0, at most 1")
-            policy = json.dumps({"budget": {"type": "ratio", "keep": float(policy)}})
+            try:
+                share = float(policy)
+            except ValueError:
+                share = 0.0
+            if not 0 < share <= 1:
+                raise argparse.ArgumentTypeError(
+                    f"cannot keep a share of {policy}; expected a number above 0, at most 1"
+                )
+            policy = json.dumps({"budget": {"type": "ratio", "keep": share}})
         return cls(name, placement or "auto", policy)
 
     @property

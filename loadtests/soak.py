@@ -28,11 +28,12 @@ from threading import Event, Thread
 import psutil
 
 from loadtests.drive import DriveFailed, drive
-from loadtests.options import add_slo_arguments, count, p99_limits, policy, positive
+from loadtests.options import add_slo_arguments, p99_limits, policy, positive
 from loadtests.report import results_text, write_report
 from vllm_vtprune_evaluation.load.client import served_model
 from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import PUNCTUAL, broken, result, span
+from vllm_vtprune_evaluation.options import count
 from vllm_vtprune_server.process import ServerFailed, running_server
 
 OPTIONS = (

@@ -39,12 +39,13 @@ from transformers import AutoConfig, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from loadtests.servers import MODEL, server
-from loadtests.workload import message, picture
+from loadtests.workload import picture
 from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
 from vllm_vtprune_evaluation.load.client import ask, connect
 from vllm_vtprune_evaluation.load.machine import machine
 from vllm_vtprune_evaluation.load.ratios import PairedRatio, paired_ratio
 from vllm_vtprune_evaluation.load.records import Record
+from vllm_vtprune_evaluation.photo import message
 
 QUESTION = "What is in the picture?"
 VISUAL_TOKENS = 576

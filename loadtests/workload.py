@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vllm_vtprune_checkpoints.words import OBJECTS, QUALITIES
-
-Message = dict[str, Any]
+from vllm_vtprune_evaluation.photo import Message, data_url, message
 
 POLICIES: tuple[object, ...] = (
     False,
@@ -35,16 +30,9 @@ LENGTHS = (8, 64, 256)
 
 
 def picture(seed: int, size: tuple[int, int] = PIXELS) -> str:
-    """Smooth noise, unique to the seed, as a data URL of a JPEG file.
-
-    Args:
-        seed: at least 0.
-        size: width and height in pixels.
-    """
+    """Smooth noise, unique to the seed (at least 0), as a data URL of a JPEG file; ``size`` is width and height."""
     noise = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
 
 
 def grid_of(tokens: int) -> tuple[int, int]:
@@ -64,12 +52,6 @@ def question(random: Random, words: int = 8) -> str:
         description += ["the", random.choice(QUALITIES), random.choice(OBJECTS), "and"]
     text = f"Where is the {random.choice(QUALITIES)} {random.choice(OBJECTS)} in this picture?"
     return " ".join([*description[: max(0, words - 8)], text])
-
-
-def message(text: str, images: Sequence[str] = ()) -> Message:
-    """A user message: images (URLs), then text."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 class Conversation:

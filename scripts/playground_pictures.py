@@ -20,14 +20,7 @@ PICTURES = {
 
 
 def take(browser: Browser, url: str, file: Path, **options: object) -> None:
-    """A picture of the whole page after both answers.
-
-    Args:
-        browser: the browser.
-        url: of the page.
-        file: where the picture goes.
-        options: of the browser's context.
-    """
+    """A picture of the whole page after both answers; ``options`` are those of the browser's context."""
     context = browser.new_context(**options)  # type: ignore[arg-type]
     context.set_default_timeout(120_000)
     page = context.new_page()

@@ -86,7 +86,6 @@ def main(arguments: list[str]) -> int:
     if arguments or status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         print(text, end="")
     else:
-        (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / "verification.json").write_text(text)
         print("wrote docs/verification.json")
     return int(status)

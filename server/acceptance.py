@@ -17,7 +17,7 @@ from vllm.tokenizers import TokenizerLike
 from vllm_vtprune.plugin.limits import check_options
 from vllm_vtprune_server.conversation import EARLIER, STORED, ImagePart, MediaPart
 from vllm_vtprune_server.embeddings import EmbeddingRules
-from vllm_vtprune_server.validation import InvalidField
+from vllm_vtprune_server.validation import refused
 
 EMBEDS_KEY = "image_embeds"
 MODALITIES = {"video_url": "video", "audio_url": "audio", "input_audio": "audio"}
@@ -95,7 +95,7 @@ class Acceptance:
                 continue
             else:
                 problem, accepted = f"this model accepts no {NOUNS[modality]}", "a request without them"
-            raise InvalidField(f"{field}: {problem}; expected {accepted}.", parameter=field)
+            raise refused(field, problem, accepted)
 
     def _check_texts(self, values: Mapping[str, Any], modalities: Collection[str]) -> None:
         """Reject a text with a placeholder token in a request with media: vLLM would insert a medium there."""
@@ -106,19 +106,16 @@ class Acceptance:
             for place, text in _texts(name, value):
                 for token in tokens:
                     if token in text:
-                        path = EARLIER if name == EARLIER else place
-                        raise InvalidField(
-                            f"{path}: {token!r} is a placeholder token of this model; expected text without it in a "
-                            "request with images, videos or audio.",
-                            parameter=path,
+                        raise refused(
+                            EARLIER if name == EARLIER else place,
+                            f"{token!r} is a placeholder token of this model",
+                            "text without it in a request with images, videos or audio",
                         )
 
     async def _check_embeddings(self, field: str, value: object, *, named: bool) -> None:
         if self._embeddings is None:
-            raise InvalidField(
-                f"{field}: embeddings are not accepted; expected an image (embeddings need --enable-mm-embeds).",
-                parameter=field,
-            )
+            accepted = "an image (embeddings need --enable-mm-embeds)"
+            raise refused(field, "embeddings are not accepted", accepted)
         if value is not None or not named:
             await asyncio.to_thread(self._embeddings.check, field, value)
 

@@ -8,7 +8,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAISe
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 
 from vllm_vtprune.options import did_you_mean
-from vllm_vtprune_server.validation import InvalidField
+from vllm_vtprune_server.validation import refused
 
 SEPARATOR = "@"
 
@@ -75,11 +75,8 @@ class AliasedModels(OpenAIModelRegistry):
         except UnknownPreset:
             return False
         if alias is not None:
-            raise InvalidField(
-                f"model: `{model_name}` names a pruning preset, and this endpoint does not prune; "
-                f"expected `{alias[0]}`.",
-                parameter="model",
-            )
+            problem = f"`{model_name}` names a pruning preset, and this endpoint does not prune"
+            raise refused("model", problem, f"`{alias[0]}`")
         return False
 
     async def show_available_models(self) -> ModelList:

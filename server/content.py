@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionMessageToolCallUnionParam
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_vtprune.presets import DETAILS
-from vllm_vtprune_server.validation import MISSING, InvalidField, Path, explain_validation, nested, not_accepted
+from vllm_vtprune_server.validation import MISSING, InvalidField, Path, located, nested, not_accepted, refused
 
 FIELD = "pruning"
 URL_KEYS = ("image_url", "video_url", "audio_url")
@@ -47,10 +47,6 @@ def resembles_pruning(key: object) -> bool:
 
 def refuse_misspelt(body: Mapping[str, Any], known: Collection[str]) -> None:
     """Reject a request field that would be ignored but is probably a misspelt ``pruning``.
-
-    Args:
-        body: the request's body.
-        known: names of the request's fields.
 
     Raises:
         InvalidField: names the field.
@@ -131,13 +127,12 @@ def refuse_misplaced_in_parts(
 def _refuse_inside(path: str, inner: Mapping[str, Any], accepted: str) -> None:
     for key in inner:
         if resembles_pruning(key):
-            param = f"{path}.{key}"
-            raise InvalidField(f"{param}: misplaced policy; expected {accepted}.", parameter=param)
+            raise refused(f"{path}.{key}", "misplaced policy", accepted)
 
 
 def misspelt(path: str) -> InvalidField:
     """The error of a field that is probably a misspelt ``pruning``."""
-    return InvalidField(f"{path}: unknown field (did you mean {FIELD}?); expected a field of the API.", parameter=path)
+    return refused(path, f"unknown field (did you mean {FIELD}?)", "a field of the API")
 
 
 def normalised(message: Any) -> Any:
@@ -163,11 +158,7 @@ def _normalised_part(part: Any) -> Any:
 
 
 def check_parts(parent: str, message: Mapping[str, Any]) -> None:
-    """Reject content parts that vLLM would reject without a path.
-
-    Args:
-        parent: path of the message.
-        message: the normalised message.
+    """Reject content parts of a normalised message that vLLM would reject without a path.
 
     Raises:
         InvalidField: names the field, its value and what is accepted.
@@ -232,11 +223,7 @@ TOOL_CALLS = TypeAdapter(list[ChatCompletionMessageToolCallUnionParam])
 
 
 def check_tool_calls(at: Path, message: Mapping[str, Any]) -> None:
-    """Reject tool calls that vLLM rejects without a path.
-
-    Args:
-        at: path of the message.
-        message: the message.
+    """Reject tool calls that vLLM rejects without a path; ``at`` is the path of their message.
 
     Raises:
         InvalidField: names the field, its value and what is accepted.
@@ -247,13 +234,7 @@ def check_tool_calls(at: Path, message: Mapping[str, Any]) -> None:
     try:
         TOOL_CALLS.validate_python(calls or [])
     except ValidationError as invalid:
-        raise _located(invalid, (*at, "tool_calls"), nested(at, message)) from None
-
-
-def _located(invalid: ValidationError, at: Path, body: object) -> InvalidField:
-    """The error of a part of a body that was validated separately, with its path ``at``."""
-    message, param = explain_validation([{**error, "loc": (*at, *error["loc"])} for error in invalid.errors()], body)
-    return InvalidField(message, parameter=param or ".".join(map(str, at)))
+        raise located(invalid, (*at, "tool_calls"), nested(at, message)) from None
 
 
 def validate_lists(messages: list[Any], body: Mapping[str, Any], at: Path = ("messages",)) -> None:
@@ -275,4 +256,4 @@ def validate_lists(messages: list[Any], body: Mapping[str, Any], at: Path = ("me
             try:
                 message[key] = list(value)
             except ValidationError as invalid:
-                raise _located(invalid, (*at, index, key), body) from None
+                raise located(invalid, (*at, index, key), body) from None

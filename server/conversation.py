@@ -9,7 +9,7 @@ from typing import Any
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.report import RequestReport
 from vllm_vtprune_server.trace import Trace
-from vllm_vtprune_server.validation import InvalidField
+from vllm_vtprune_server.validation import refused
 
 IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
 OTHER_MEDIA = {"video_url": "url", "audio_url": "url", "input_audio": "data"}
@@ -126,11 +126,10 @@ class Conversation:
             images.append(replace(image, url=url_of(part), uuid=uuid_of(part)))
         lost = next(own, None)
         if lost is not None or len(images) < len(parts):
-            param = self.images[-1].param if lost is None else lost.param
-            raise InvalidField(
-                f"{param}: not every image would reach the prompt; expected images in messages of users or results of "
-                "tools.",
-                parameter=param,
+            raise refused(
+                self.images[-1].param if lost is None else lost.param,
+                "not every image would reach the prompt",
+                "images in messages of users or results of tools",
             )
         return images
 

@@ -86,9 +86,9 @@ def misplaced_policy(body: bytes) -> str | None:
     """
     try:
         data = json.loads(body)
+        return next(_policies(data), None) if isinstance(data, Mapping) else None
     except (ValueError, RecursionError):  # reported by the route
         return None
-    return next(_policies(data), None) if isinstance(data, Mapping) else None
 
 
 def _policies(data: Mapping[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from vllm.config import ModelConfig
 from vllm.multimodal.media.image import ImageEmbeddingMediaIO
 from vllm.multimodal.parse import MultiModalDataParser
 
-from vllm_vtprune_server.validation import InvalidField, shown
+from vllm_vtprune_server.validation import refused, shown
 
 VALUES, GRID = "image_embeds", "image_grid_thw"
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -38,9 +38,8 @@ class EmbeddingRules:
         Args:
             param: path of the field.
             value: (rows, width) floating-point numbers, saved by ``torch.save`` or ``numpy.save``, in base64. For
-            models
-                with grids of patches, an object with these as ``image_embeds`` and (3,) integers (time, height and
-                width in patches) as ``image_grid_thw``.
+                models with grids of patches, an object with these as ``image_embeds`` and (3,) integers (time, height
+                and width in patches) as ``image_grid_thw``.
 
         Raises:
             InvalidField: names the field, its value and what is accepted.
@@ -49,12 +48,12 @@ class EmbeddingRules:
             self._rows(param, value)
             return
         if not isinstance(value, Mapping) or set(value) != {VALUES, GRID}:
-            raise _refused(param, "not the embeddings of an image", f"an object with {VALUES} and {GRID}")
+            raise refused(param, "not the embeddings of an image", f"an object with {VALUES} and {GRID}")
         rows = self._rows(f"{param}.{VALUES}", value[VALUES])
         frames, height, width = self._grid(f"{param}.{GRID}", value[GRID])
         expected = frames * height * width // self._merge**2
         if rows != expected:
-            raise _refused(
+            raise refused(
                 f"{param}.{VALUES}", f"{rows} rows", f"{expected}, for a grid of {frames} x {height} x {width}"
             )
 
@@ -65,38 +64,38 @@ class EmbeddingRules:
             embeds = embeds[0]
         shape = " x ".join(map(str, embeds.shape)) or "()"
         if embeds.ndim != 2 or embeds.shape[1] != self._width or not 0 < len(embeds) <= self._limit:
-            raise _refused(param, f"a tensor of shape {shape}", accepted)
+            raise refused(param, f"a tensor of shape {shape}", accepted)
         if embeds.dtype not in NUMBERS:
-            raise _refused(param, f"numbers of type {str(embeds.dtype).removeprefix('torch.')}", accepted)
+            raise refused(param, f"numbers of type {str(embeds.dtype).removeprefix('torch.')}", accepted)
         if not torch.isfinite(embeds.float()).all():
-            raise _refused(param, "not all numbers are finite", accepted)
+            raise refused(param, "not all numbers are finite", accepted)
         return len(embeds)
 
     def _grid(self, param: str, value: object) -> tuple[int, int, int]:
         accepted = f"three integers from 1: time, height and width, the last two divisible by {self._merge}"
         numbers: Any = value if isinstance(value, list) else _tensor(param, value, accepted).tolist()
-        if len(numbers) != 3 or any(type(number) is not int or number < 1 for number in numbers):
-            raise _refused(param, "not a grid", accepted)
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) != 3
+            or any(type(number) is not int or number < 1 for number in numbers)
+        ):
+            raise refused(param, "not a grid", accepted)
         frames, height, width = numbers
         if height % self._merge or width % self._merge:
-            raise _refused(param, f"a grid of {frames} x {height} x {width}", accepted)
+            raise refused(param, f"a grid of {frames} x {height} x {width}", accepted)
         return frames, height, width
 
 
 def _tensor(param: str, value: object, accepted: str) -> torch.Tensor:
     """Decode a tensor as vLLM does, without running code in pickles."""
     if not isinstance(value, str):
-        raise _refused(param, f"{shown(value)} is not accepted", f"a string in base64: {accepted}")
+        raise refused(param, f"{shown(value)} is not accepted", f"a string in base64: {accepted}")
     try:
         tensor = ImageEmbeddingMediaIO().load_base64("", value)
     except Exception:  # base64, pickle, numpy or torch
-        raise _refused(param, "cannot be decoded", f"a saved tensor in base64: {accepted}") from None
+        raise refused(param, "cannot be decoded", f"a saved tensor in base64: {accepted}") from None
     if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise _refused(param, "a tensor that is not plain", accepted)
+        raise refused(param, "a tensor that is not plain", accepted)
     if tensor.requires_grad or tensor.is_neg() or tensor.is_conj():
-        raise _refused(param, "a tensor with a gradient or a pending operation", "it after .detach().clone()")
+        raise refused(param, "a tensor with a gradient or a pending operation", "it after .detach().clone()")
     return tensor
-
-
-def _refused(param: str, problem: str, accepted: str) -> InvalidField:
-    return InvalidField(f"{param}: {problem}; expected {accepted}.", parameter=param)

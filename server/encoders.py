@@ -32,12 +32,7 @@ NAME = "Encoder"
 
 @contextmanager
 def running_encoders(args: argparse.Namespace, model_config: ModelConfig) -> Iterator[None]:
-    """Run the encoder processes that a server's API processes share; none if they share none.
-
-    Args:
-        args: the server's options.
-        model_config: vLLM's config of the model.
-    """
+    """Run the encoder processes that a server's API processes share; none if they share none."""
     os.environ.pop(SOCKETS, None)
     shared = memory.shares_encoders(args) and memory.prunes_outside_engine(args)
     if not shared or memory.pruning_processor(model_config) is None:

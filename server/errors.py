@@ -9,7 +9,7 @@ from vllm_vtprune.plugin.compat import placeholder_is_missing
 from vllm_vtprune.plugin.limits import ImageRejected, missing_image
 from vllm_vtprune_server.conversation import ImagePart, MediaPart
 from vllm_vtprune_server.problem import MediaProblem, data_url
-from vllm_vtprune_server.validation import InvalidField
+from vllm_vtprune_server.validation import InvalidField, refused
 
 
 class MediaRejected(InvalidField):
@@ -33,26 +33,18 @@ class MediaRejected(InvalidField):
 
 
 def explain_image_error(images: Sequence[ImagePart], error: Exception) -> InvalidField | None:
-    """The error of a request's image, from a rendering error; None if no image caused it.
-
-    Args:
-        images: the request's images.
-        error: the rendering error.
-    """
+    """The error of a request's image, from a rendering error; None if no image caused it."""
     if isinstance(error, ImageRejected):
-        param = images[error.index].field
-        return InvalidField(f"{param}: {error.reason}; expected an image of another shape.", parameter=param)
+        return refused(images[error.index].field, error.reason, "an image of another shape")
     missing = missing_image(error)
     if missing is not None and missing < len(images):
-        param = images[missing].field
         problem = "null, and no image is cached under this uuid for this policy"
-        return InvalidField(f"{param}: {problem}; expected {data_url('image')}.", parameter=param)
+        return refused(images[missing].field, problem, data_url("image"))
     for image in images:
-        param = image.field
         if isinstance(error, MediaRejected) and image.url == error.url:
-            return InvalidField(error.named(param), parameter=param)
+            return InvalidField(error.named(image.field), parameter=image.field)
         if image.url == "":  # vLLM treats it as missing
-            return InvalidField(f"{param}: '' is not a URL of an image; expected {data_url('image')}.", parameter=param)
+            return refused(image.field, "'' is not a URL of an image", data_url("image"))
     return None
 
 
@@ -61,20 +53,13 @@ TRUNCATIONS = {"truncate_prompt_tokens": "at least the tokens of the prompt, or 
 
 
 def explain_truncation(request: object, media: Sequence[object], error: Exception) -> InvalidField | None:
-    """The error of a field that cuts a placeholder off; vLLM would answer with status 500.
-
-    Args:
-        request: the request.
-        media: its images, videos and audio.
-        error: the rendering error.
-    """
+    """The error of a field that cuts a placeholder off; vLLM would answer with status 500."""
     if not media or not placeholder_is_missing(error):
         return None
     for name, accepted in TRUNCATIONS.items():
         value = getattr(request, name, None)
         if value not in (None, "disabled"):
-            problem = f"{value} would cut off an image, a video or audio"
-            return InvalidField(f"{name}: {problem}; expected {accepted}.", parameter=name)
+            return refused(name, f"{value} would cut off an image, a video or audio", accepted)
     return None
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 import vllm_vtprune
 from vllm_vtprune.plugin.encoder_client import EncoderClient
 from vllm_vtprune.plugin.family import Family
+from vllm_vtprune.plugin.gpu import encoder_labels
 from vllm_vtprune.plugin.processor import PruningProcessor
 from vllm_vtprune.selectors import method as selectors
 from vllm_vtprune.selectors.method import COSTS, Cost
@@ -123,7 +124,7 @@ def pruning_information(
 
 
 def _vision_encoder(processor: PruningProcessor) -> VisionEncoder:
-    weights, device, dtype = processor.encoder_facts.labels
+    weights, device, dtype = encoder_labels(processor.model_config, processor.engine)
     encoder = processor.runtime.encoder
     return VisionEncoder(
         weights=weights,

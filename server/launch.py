@@ -24,7 +24,7 @@ from vllm_vtprune.plugin.version import require_tested_vllm
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune.presets import PresetsError, PresetsFile, read_presets
 from vllm_vtprune_checkpoints import embedded_checkpoint
-from vllm_vtprune_server.policies import Policies, fixed_counts
+from vllm_vtprune_server.policies import Policies
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -103,9 +103,6 @@ def serve(argv: list[str]) -> None:
 def prepare(argv: list[str]) -> tuple[argparse.Namespace, ModelConfig]:
     """Import vLLM, read the command line, and check what can be checked before the engine starts.
 
-    Args:
-        argv: the command line after ``vtprune serve``.
-
     Returns:
         The options, and the config of the model.
 
@@ -140,12 +137,7 @@ def prepare(argv: list[str]) -> tuple[argparse.Namespace, ModelConfig]:
     if args.enable_offline_docs is None:
         args.enable_offline_docs = docs_work_offline(args)
     try:
-        policies = Policies.of(
-            args.pruning_default,
-            args.pruning_presets,
-            fixed_counts=fixed_counts(args.kv_transfer_config),
-            follows_detail=args.pruning_detail,
-        )
+        policies = Policies.of_options(args, args.kv_transfer_config)
     except PolicyError as error:
         serve_parser.error(str(error))
     command.validate(args)
@@ -240,9 +232,6 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
 def check_early(argv: list[str]) -> None:
     """Judge the pruning options and the port before vLLM is imported, which takes half a minute; set the placement.
 
-    Args:
-        argv: the command line after ``vtprune serve``.
-
     Raises:
         SystemExit: 2 for an invalid pruning option, 1 if the port is in use.
     """
@@ -258,12 +247,7 @@ def check_early(argv: list[str]) -> None:
     if "pruning_placement" in args:
         os.environ["VTPRUNE_PLACEMENT"] = args.pruning_placement
     try:
-        Policies.of(
-            args.pruning_default,
-            args.pruning_presets,
-            fixed_counts=fixed_counts(),
-            follows_detail=args.pruning_detail,
-        )
+        Policies.of_options(args)
     except (PolicyError, ValueError) as error:
         parser.error(str(error))
     if not args.no_port and args.port:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
@@ -16,7 +16,7 @@ from vllm_vtprune_server.examples import PLAN
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.route import PruningRoute
 from vllm_vtprune_server.serving import PruningServingChat
-from vllm_vtprune_server.validation import InvalidField, bounded
+from vllm_vtprune_server.validation import InvalidField, bounded, refused
 
 router = APIRouter(route_class=PruningRoute)
 
@@ -47,7 +47,8 @@ async def plan(request: PruningChatCompletionRequest, raw_request: Request) -> A
     """
     rendered = await planning(raw_request.app.state.openai_serving_chat).render_chat_request(request)
     if isinstance(rendered, ErrorResponse):
-        return _answer(bounded(rendered))
+        error = bounded(rendered)
+        return JSONResponse(error.model_dump(), status_code=error.error.code)
     prompt: list[int] = rendered[1][0]["prompt_token_ids"]
     return PlannedRequest(prompt_tokens=len(prompt), pruning=request.trace.to_json())
 
@@ -62,17 +63,10 @@ def planning(serving: PruningServingChat) -> PruningServingChat:
     if renderer.processor is None:
         raise InvalidField("model: it cannot be pruned, so there is nothing to plan; expected another server.")
     if renderer.processor.engine_placement.choice == "engine":
-        raise InvalidField(
-            "pruning: this server selects in its engine only, and plans need the API process; expected a server with "
-            "--pruning-placement auto or api.",
-            parameter="pruning",
-        )
+        problem = "this server selects in its engine only, and plans need the API process"
+        raise refused("pruning", problem, "a server with --pruning-placement auto or api")
     renderer.returns_kept = True
     renderer.render_chat = partial(renderer.render_chat, skip_mm_cache=True)
     serving = copy(serving)
     serving.online_renderer = renderer
     return serving
-
-
-def _answer(error: ErrorResponse) -> Response:
-    return JSONResponse(error.model_dump(), status_code=error.error.code)

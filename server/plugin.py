@@ -16,6 +16,7 @@ from vllm_vtprune import __version__, metrics
 from vllm_vtprune.plugin.compat import api_process
 from vllm_vtprune.plugin.compat.server import replace_registry
 from vllm_vtprune.plugin.encoder_client import EncoderClient, socket_of
+from vllm_vtprune.plugin.gpu import encoder_labels
 from vllm_vtprune.plugin.image import warm_up
 from vllm_vtprune.plugin.placement import role_of
 from vllm_vtprune.plugin.processor import PruningProcessor
@@ -27,7 +28,7 @@ from vllm_vtprune_server.elsewhere import MisplacedPolicyMiddleware, json_routes
 from vllm_vtprune_server.messages import PruningServingMessages
 from vllm_vtprune_server.outcome import PRUNING, OutcomeMiddleware
 from vllm_vtprune_server.playground import router as playground_router
-from vllm_vtprune_server.policies import Policies, fixed_counts
+from vllm_vtprune_server.policies import Policies
 from vllm_vtprune_server.ready import say_when_ready
 from vllm_vtprune_server.rendering import PruningRenderer
 from vllm_vtprune_server.responses import PruningServingResponses
@@ -82,14 +83,9 @@ class ServerPlugin:
         encodes_only = config.is_mm_encoder_only and config.ec_transfer_config is None
         processor = mm_processor if isinstance(mm_processor, PruningProcessor) and not encodes_only else None
         reason = "this instance encodes only (mm_encoder_only)" if encodes_only else type(mm_processor).__name__
-        policies = Policies.of(
-            getattr(args, "pruning_default", None),
-            getattr(args, "pruning_presets", None),
-            fixed_counts=fixed_counts(config.kv_transfer_config),
-            follows_detail=getattr(args, "pruning_detail", False),
-        )
+        policies = Policies.of_options(args, config.kv_transfer_config)
         placement = "none"
-        encoder_labels: tuple[str, ...] = ("none",) * 3
+        encoder: tuple[str, str, str] = ("none", "none", "none")
         if processor is not None:
             processor.use_engine(config)
             placement = str(processor.engine_placement.choice)
@@ -98,9 +94,9 @@ class ServerPlugin:
                 logger.warning("No engine runs on this machine: restart this process after an engine reloads weights")
             runtime = processor.runtime
             if processor.engine_placement.choice != "engine":
-                facts = processor.encoder_facts
-                encoder_labels = facts.labels
-                path = socket_of(str(facts.device))
+                encoder = encoder_labels(processor.model_config, processor.engine)
+                _, device, _ = encoder
+                path = socket_of(device)
                 if path is not None:
                     client = EncoderClient(path)
                     await asyncio.to_thread(client.connect)
@@ -120,7 +116,7 @@ class ServerPlugin:
             runtime = mm_processor.runtime if has_runtime else runtime_without_encoder(engine_client.model_config)
         runtime.clients_write_prompts = True
         metrics.start(runtime.model_name, policies.available)
-        labels = (__version__, vllm.__version__, placement, *encoder_labels, text_pipeline_name())
+        labels = (__version__, vllm.__version__, placement, *encoder, text_pipeline_name())
         metrics.BUILD_INFO.labels(runtime.model_name, *labels).set(1)
         models = state.openai_serving_models
         replace_registry(models, AliasedModels(models, policies.available))
@@ -146,10 +142,6 @@ def watch_outcomes(app: FastAPI, model_name: str) -> None:
     """Wrap the app's middleware stack in ours, now and whenever the stack is built anew, as by Ray Serve.
 
     A stack that vLLM has built is kept: in a second one, the counter of HTTP requests fails to register its metrics.
-
-    Args:
-        app: vLLM's app.
-        model_name: label of the metrics.
     """
     build = app.build_middleware_stack
 

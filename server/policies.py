@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -58,6 +59,21 @@ class Policies:
     fixed_counts: str = ""
     chosen: Mapping[str, PruningPolicy] = field(default_factory=dict)
     detail: Mapping[str, object] | None = None
+
+    @classmethod
+    def of_options(cls, args: Namespace, kv_transfer_config: KVTransferConfig | None = None) -> Policies:
+        """`of` the options of `vtprune serve`, which `vllm serve` does not have.
+
+        Raises:
+            PolicyError: see `of`.
+            ValueError: see `fixed_counts`.
+        """
+        return cls.of(
+            getattr(args, "pruning_default", None),
+            getattr(args, "pruning_presets", None),
+            fixed_counts=fixed_counts(kv_transfer_config),
+            follows_detail=getattr(args, "pruning_detail", False),
+        )
 
     @classmethod
     def of(

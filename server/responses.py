@@ -28,7 +28,7 @@ from vllm_vtprune_server.conversation import (
 from vllm_vtprune_server.protocol import PruningRequest
 from vllm_vtprune_server.serving import Prunes, watch
 from vllm_vtprune_server.trace import USAGE_KEY
-from vllm_vtprune_server.validation import MISSING, InvalidField, bounded, not_accepted
+from vllm_vtprune_server.validation import MISSING, bounded, not_accepted, refused
 
 TEXTS = ("input", "instructions", "tools", "chat_template_kwargs")
 """Fields of a request whose texts enter the prompt."""
@@ -89,11 +89,8 @@ def _check_answer(path: str, parts: list[Any]) -> None:
 def _check_image(path: str, part: Mapping[str, Any], item: Mapping[str, Any]) -> None:
     """Reject an image that vLLM would reject without a path, or drop."""
     if item.get("role") == "assistant":
-        raise InvalidField(
-            f"{path}: an image in a message of the assistant; expected it in a message of the user or in the result of "
-            "a tool.",
-            parameter=path,
-        )
+        accepted = "it in a message of the user or in the result of a tool"
+        raise refused(path, "an image in a message of the assistant", accepted)
     url = part.get("image_url", MISSING)
     if not isinstance(url, str):
         raise not_accepted(f"{path}.image_url", url, "a URL (files of other requests are not kept)")

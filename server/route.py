@@ -81,9 +81,6 @@ class ErrorShapeMiddleware:
     """Pure ASGI middleware: gives the API's shape to errors of the server around the endpoints.
 
     vLLM answers a wrong key, and Starlette an unknown route or method, with JSON of a shape of its own.
-
-    Args:
-        app: the next app.
     """
 
     def __init__(self, app: ASGIApp) -> None:

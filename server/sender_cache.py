@@ -52,11 +52,7 @@ class ResendingSenderCache(LruKeyReplicatedSenderCache):
 
 
 def resend_unsent_images(engine_client: EngineClient) -> None:
-    """Convert an engine client's sender cache into a `ResendingSenderCache`; other caches are left unchanged.
-
-    Args:
-        engine_client: the engine client of this API process.
-    """
+    """Convert an engine client's sender cache into a `ResendingSenderCache`; other caches are left unchanged."""
     cache: Any = engine_client.renderer.mm_processor_cache
     if type(cache) is LruKeyReplicatedSenderCache:
         cache.__class__ = ResendingSenderCache  # in place, because vLLM holds several references

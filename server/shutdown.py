@@ -36,10 +36,6 @@ async def fail_unfinished_requests(state: State, engine_client: EngineClient) ->
     """Fail the requests that are unfinished at the end of ``--shutdown-timeout``.
 
     A stream gets an error event and ``[DONE]``; other requests get status 503.
-
-    Args:
-        state: the app's state.
-        engine_client: the engine client of this API process.
     """
     while not compat.engine_client_is_stopped(state):
         await asyncio.sleep(POLL)
@@ -47,12 +43,7 @@ async def fail_unfinished_requests(state: State, engine_client: EngineClient) ->
 
 
 def watch_shutdown(state: State, engine_client: EngineClient) -> None:
-    """Set `stopping` when the server begins to shut down, and `engine_died` if no stop signal caused it.
-
-    Args:
-        state: the app's state.
-        engine_client: the engine client of this API process.
-    """
+    """Set `stopping` when the server begins to shut down, and `engine_died` if no stop signal caused it."""
 
     def on_shutdown() -> None:
         stopping.set()

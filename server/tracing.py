@@ -19,12 +19,7 @@ STAGE_PREFIX = "vtprune."
 
 
 def start_request_span(trace: Trace, headers: Mapping[str, str]) -> None:
-    """Start a request's span at its arrival; `Trace.finish` ends it.
-
-    Args:
-        trace: the request's record, which gets the span.
-        headers: HTTP headers of the request.
-    """
+    """Start a request's span at its arrival, in its ``trace``; `Trace.finish` ends it."""
     trace.span = _tracer().start_span(
         REQUEST_SPAN,
         context=extract_trace_context(headers),

@@ -168,10 +168,14 @@ def wrong_field(model: type[BaseModel], data: object) -> InvalidField:
         try:
             TypeAdapter[Any](field.annotation).validate_python(value)
         except ValidationError as invalid:
-            located = [{**error, "loc": (name, *error["loc"])} for error in invalid.errors()]
-            message, param = explain_validation(located, data)
-            return InvalidField(message, parameter=param)
+            return located(invalid, (name,), data)
     return InvalidField("The body: a part of it is not accepted.")
+
+
+def located(invalid: ValidationError, at: Path, body: object) -> InvalidField:
+    """The error of a part of a body that was validated separately, with its path ``at``."""
+    message, param = explain_validation([{**error, "loc": (*at, *error["loc"])} for error in invalid.errors()], body)
+    return InvalidField(message, parameter=param or ".".join(map(str, at)))
 
 
 def _encodes(text: str) -> bool:
@@ -190,7 +194,11 @@ MISSING = object()
 
 def not_accepted(path: str, value: object, accepted: str) -> InvalidField:
     """The error of a rejected or missing value."""
-    problem = "nothing given" if value is MISSING else f"{shown(value)} is not accepted"
+    return refused(path, "nothing given" if value is MISSING else f"{shown(value)} is not accepted", accepted)
+
+
+def refused(path: str, problem: str, accepted: str) -> InvalidField:
+    """The error of a field in one sentence: its path, the problem, and what is accepted."""
     return InvalidField(f"{path}: {problem}; expected {accepted}.", parameter=path)
 
 

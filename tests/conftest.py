@@ -4,6 +4,7 @@
 of those, so the tests of an engine or a server go to one of them together, and so do the other tests of a file.
 """
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,13 @@ def models_inspected_here() -> Iterator[None]:
         if "vllm" in sys.modules:
             patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory_is_returned() -> Iterator[None]:
+    """Engines and training leave gigabytes in glibc's heap: two processes of tests and their servers need 24 GB."""
+    yield
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

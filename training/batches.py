@@ -88,29 +88,24 @@ class Batches:
             crowded: whether to exclude sparse scenes.
         """
         with self._lock:
-            return self._make(number, size, questions, grid, pictures, repeat, crowded)
-
-    def _make(
-        self, number: int, size: int, questions: int, grid: int, pictures: bool, repeat: bool, crowded: bool
-    ) -> Batch:
-        first = number * size
-        densities: tuple[Density | None, ...] = ("packed", "packed", "dense") if crowded else (None,)
-        scenes = [
-            make_scene(self.split, seed, grid=grid, density=densities[seed % len(densities)])
-            for seed in range(first, first + size)
-        ]
-        asked = [pack(scene, questions) if repeat else ask(scene, questions) for scene in scenes]
-        labels = np.stack([patch_labels(scene) for scene in scenes])
-        packed, starts = self._packed(asked)
-        return Batch(
-            scenes,
-            asked,
-            torch.from_numpy(np.stack([codes(label, grid) for label in labels])),
-            torch.from_numpy(labels),
-            packed,
-            self._looks(scenes, labels, asked, starts) if repeat else None,
-            torch.stack([pixels(scene) for scene in scenes]) if pictures else None,
-        )
+            first = number * size
+            densities: tuple[Density | None, ...] = ("packed", "packed", "dense") if crowded else (None,)
+            scenes = [
+                make_scene(self.split, seed, grid=grid, density=densities[seed % len(densities)])
+                for seed in range(first, first + size)
+            ]
+            asked = [pack(scene, questions) if repeat else ask(scene, questions) for scene in scenes]
+            labels = np.stack([patch_labels(scene) for scene in scenes])
+            packed, starts = self._packed(asked)
+            return Batch(
+                scenes,
+                asked,
+                torch.from_numpy(np.stack([codes(label, grid) for label in labels])),
+                torch.from_numpy(labels),
+                packed,
+                self._looks(scenes, labels, asked, starts) if repeat else None,
+                torch.stack([pixels(scene) for scene in scenes]) if pictures else None,
+            )
 
     def _packed(self, asked: Sequence[Sequence[Question]]) -> tuple[Packed, list[list[int]]]:
         """Pack each scene's questions into one row; also the index of the last token before each answer."""

@@ -15,17 +15,15 @@ ALLOWED = 0.01  # accepted change of accuracy
 NUMBERINGS = ((0, 1.0), (100, 1.0), (500, 1.0), (0, 1.25), (0, 0.5), (0, 0.2), (0, 0.05))
 
 
-def position_gate(
-    trainee: Trainee, batches: Batches, scenes: int, device: torch.device, *, pictures: bool = True
-) -> dict[str, float]:
-    """Unpruned accuracy under other positions of the visual tokens.
+def position_gate(trainee: Trainee, batches: Batches, scenes: int, device: torch.device) -> dict[str, float]:
+    """Unpruned accuracy on pictures under other positions of the visual tokens.
 
     "worst" is the largest difference from the usual positions; the gate passes if it is at most ALLOWED.
     """
     accuracy = {}
     for shift, stretch in NUMBERINGS:
         positions = partial(moved, shift=shift, stretch=stretch)
-        scores = answer_accuracy(trainee, batches, scenes, device, pictures=pictures, positions=positions)
+        scores = answer_accuracy(trainee, batches, scenes, device, pictures=True, positions=positions)
         accuracy[f"shift {shift}, stretch {stretch}"] = scores["all"]
     usual, *others = accuracy.values()
     return accuracy | {"worst": max(abs(other - usual) for other in others)}

@@ -139,13 +139,12 @@ def held_out_accuracy(
 
 def curve(directory: Path) -> Path:
     """Draw the losses and the held-out accuracies of all stages so far into `curve.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     files = [file for name in ("language", "tower", "joint") if (file := directory / f"{name}.jsonl").exists()]
-    figure, axes = pyplot.subplots(2, max(1, len(files)), figsize=(5 * max(1, len(files)), 7), squeeze=False)
+    columns = max(1, len(files))
+    figure = Figure(figsize=(5 * columns, 7))
+    axes = figure.subplots(2, columns, squeeze=False)
     for column, file in enumerate(files):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         losses, tests = axes[0][column], axes[1][column]
@@ -160,7 +159,6 @@ def curve(directory: Path) -> Path:
             tests.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(directory / "curve.png", dpi=110)
-    pyplot.close(figure)
     return directory / "curve.png"
 
 

@@ -19,12 +19,13 @@ from transformers import LlavaForConditionalGeneration
 from training.batches import Batch, Batches, random_positions, usual_positions
 from training.model import GRID, LAYERS, Codebook, Looks, answer_logits, encode, new_model
 from vllm_vtprune_evaluation.scenes import FIELDS, code_size
+from vllm_vtprune_evaluation.scenes.labels import POSITION_SIZE
 
 SHARPNESS = 12.0  # inverse temperature of the softmax that reads a value from a code
 LOOK_WEIGHT = 0.3
 FIELD_WEIGHTS = {"character": 2.0}  # the field with most values
 EMPTY_WEIGHT = 0.1  # of an empty patch: most are
-KNOWN = sum(len(values) - ("none" in values) for values in FIELDS.values())  # columns before the position
+KNOWN = code_size() - POSITION_SIZE  # columns before the position
 
 
 class Trainee(nn.Module):
@@ -94,6 +95,7 @@ class Stage:
 
 
 QUESTIONS = 24  # per picture
+TESTED, TESTED_QUESTIONS = 8, 9  # scenes of a batch of a test; per picture, at most
 
 Loss = tuple[Tensor, dict[str, float]]
 
@@ -181,8 +183,8 @@ def patch_accuracy(trainee: Trainee, batches: Batches, scenes: int, device: torc
     """Accuracy of each field, on patches that show something; and of whole patches, full and empty."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for number in range(scenes // 8):
-        batch = batches.make(number, 8, 1, pictures=True)
+    for number in range(max(1, scenes // TESTED)):
+        batch = batches.make(number, TESTED, 1, pictures=True)
         assert batch.pixels is not None
         visual, _ = encode(trainee.model, batch.pixels.to(device))
         labels = batch.labels.to(device)
@@ -214,16 +216,16 @@ def answer_accuracy(
     grid: int = GRID,
     pictures: bool = False,
     positions: Positions = usual_positions,
-    questions: int = 9,
 ) -> dict[str, float]:
     """Share of answers that are right to the last token, by kind of question and overall ("all").
 
     If every token of an answer is the likeliest after the right tokens before it, greedy decoding gives that answer.
+    One batch of `TESTED` scenes is asked at least.
     """
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for number in range(scenes // 8):
-        batch = batches.make(number, 8, questions, grid=grid, pictures=pictures, repeat=False)
+    for number in range(max(1, scenes // TESTED)):
+        batch = batches.make(number, TESTED, TESTED_QUESTIONS, grid=grid, pictures=pictures, repeat=False)
         if batch.pixels is None:
             visual = trainee.codebook(batch.codes.to(device))
         else:
@@ -231,7 +233,7 @@ def answer_accuracy(
         place = positions(len(batches.prefix), *visual.shape[:2]).to(device)
         text = batch.text.to(device)
         logits, _ = answer_logits(trainee.model, batches.prefix.to(device), visual, place, text)
-        wrong = torch.zeros(len(batch.scenes), questions, dtype=torch.int64, device=device)
+        wrong = torch.zeros(len(batch.scenes), TESTED_QUESTIONS, dtype=torch.int64, device=device)
         rows = torch.arange(len(batch.scenes), device=device)[:, None].expand_as(text.pairs)
         wrong.index_put_(
             (rows[text.wanted], text.pairs[text.wanted]), (logits.argmax(-1) != text.targets).long(), accumulate=True

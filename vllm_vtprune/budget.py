@@ -29,7 +29,7 @@ TOLERANCE = 0.01  # relative uncertainty of the rank that "auto" accepts
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Squared singular values of a feature matrix ``F``.
+    """Squared singular values of a feature matrix ``F``, which is neither centred nor normalised.
 
     Attributes:
         energies: ``(r,)`` float64 squared singular values on the CPU, largest first; may be only the leading ones.
@@ -44,7 +44,8 @@ class Spectrum:
     rounding: float = 0.0
 
     def rank_at(self, threshold: float) -> int | None:
-        """The fewest components with a ``threshold`` share of the energy; None if ``energies`` do not reach it."""
+        """``k*``: the fewest components with a ``threshold`` share of the energy (Eq. 6), 1 for ``F = 0``; None if
+        ``energies`` do not reach it."""
         return self._first_above(threshold * self.total)
 
     def settles(self, threshold: float) -> bool:
@@ -207,35 +208,6 @@ def spectrum(
         if rounded.settles(threshold):
             return rounded
     return exact_spectrum(features)
-
-
-def energy_rank(
-    F: Tensor,
-    threshold: float,
-    solver: Solver = "auto",
-    rank: int = 300,
-    power_iterations: int = 2,
-    generator: torch.Generator | None = None,
-) -> int:
-    """``k*``: the fewest singular directions of ``F (N, d_v)`` with a ``threshold`` share of its energy (Eq. 6).
-
-    ``F`` is neither centred nor normalised. A zero matrix has rank 1.
-
-    Raises:
-        ValueError: ``F`` is not a non-empty finite matrix, or ``threshold`` is not in (0, 1].
-    """
-    energy_rank = spectrum(F, threshold, solver, rank, power_iterations, generator).rank_at(threshold)
-    assert energy_rank is not None
-    return energy_rank
-
-
-def spectral_energy(F: Tensor, k: int) -> float:
-    """Share of the energy of ``F (N, d_v)`` in its ``k`` leading singular directions, in [0, 1].
-
-    Raises:
-        ValueError: ``F`` is not a non-empty finite matrix.
-    """
-    return spectrum(F, 1.0, "exact").energy_at(k)
 
 
 def fixed_count(budget: RatioBudget | TokensBudget, n: int) -> int:

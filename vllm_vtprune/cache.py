@@ -20,14 +20,9 @@ class BoundedTable(Generic[K, V]):
     Args:
         capacity: upper bound of the total size. A larger value is not stored.
         size: size of a value; None: 1.
-
-    Raises:
-        ValueError: the capacity is negative.
     """
 
     def __init__(self, capacity: int, size: Callable[[V], int] | None = None) -> None:
-        if capacity < 0:
-            raise ValueError(f"capacity must not be negative, got {capacity}")
         self._entries: LRUCache[K, V] = LRUCache(capacity, size)
         self._lock = threading.Lock()
 

@@ -15,6 +15,8 @@ from vllm_vtprune.plugin.version import UntestedVllmError
 
 GROUP = "vtprune.commands"
 QUIET = 3.0  # seconds
+DEMO_MODULES = ("httpx", "httpx_sse", "jinja2", "matplotlib", "scipy", "skimage", "sklearn")
+"""What the extra `demo` installs."""
 DESCRIPTION = """Serve vision-language models with fewer visual tokens.
 
 commands:
@@ -50,6 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         run(arguments[1:])
     except UntestedVllmError as error:
         sys.exit(f"vtprune {command}: {error}")
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in DEMO_MODULES:
+            raise
+        sys.exit(f"vtprune {command} needs {module}: pip install 'vllm-vtprune[demo]'")
     except KeyboardInterrupt:
         print(f"\nvtprune {command}: interrupted", file=sys.stderr)
         sys.exit(130)

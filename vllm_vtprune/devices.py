@@ -12,17 +12,6 @@ from math import ceil
 
 from vllm_vtprune.vision_encoder import EncoderError
 
-__all__ = [
-    "EncoderPlace",
-    "Footprint",
-    "Process",
-    "Reservation",
-    "allocator_fraction",
-    "device_for",
-    "encoder_places",
-    "reserve",
-]
-
 GIB = 1024**3
 GPU_PLATFORMS = ("cuda", "rocm")
 """vLLM's platforms whose device is called ``cuda`` in torch."""
@@ -230,15 +219,13 @@ def reserve(need: Footprint, *, processes: int, card: int, operator_gib: float |
 
     Args:
         need: memory of one process that encodes.
-        processes: processes that encode on the GPU; 0 reserves nothing.
+        processes: processes that encode on the GPU.
         card: the GPU's memory in bytes.
         operator_gib: the operator's ``--mm-ipc-gpu-memory-gb`` in GiB, which takes precedence; None: unset.
 
     Raises:
         EncoderError: the operator's value is too small for the weights.
     """
-    if not processes:
-        return Reservation(operator_gib or 0.0)
     least, most = processes * need.least, processes * need.total
     if operator_gib is None:
         reserved = max(least, min(most, int(SHARE * card)))

@@ -21,22 +21,10 @@ from vllm_vtprune.cache import FeatureCache
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.kept import KeptTokens
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.report import StageRun
 
 F = TypeVar("F")
 """What stands for an image's features: the features, or where another process holds them."""
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One run of the vision encoder, shared by the images of its batch.
-
-    Attributes:
-        began: wall clock, in nanoseconds.
-        seconds: duration.
-    """
-
-    began: int
-    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +33,12 @@ class Encoded(Generic[F]):
 
     Attributes:
         features: the features, or where they are.
-        forward: the run that computed them; None if they were cached.
+        forward: the encoder's run that computed them, shared by the images of its batch; None if they were cached.
         fresh: whether this request caused the run; False if they were cached or in progress.
     """
 
     features: F
-    forward: Forward | None
+    forward: StageRun | None
     fresh: bool
 
 
@@ -149,7 +137,7 @@ class _Work:
 
 
 class BatchingEncoder:
-    """Encodes images on its own thread, each distinct image once.
+    """Encodes images on its own thread, each distinct image once; `find` and `submit` as of `ImageEncoder`.
 
     Every request gets a future. An image whose futures are all cancelled before its batch starts is not encoded. An
     encoder error is raised only in the futures of the image that caused it.
@@ -182,17 +170,10 @@ class BatchingEncoder:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vtprune-encoder")
 
     def find(self, key: str) -> Future[Encoded[VisualFeatures]] | None:
-        """A future of an image that is cached or in progress; None for any other."""
         with self._lock:
             return self._find(key)
 
     def submit(self, key: str, image: PreparedImage) -> Future[Encoded[VisualFeatures]]:
-        """A future of an image's features; encodes the image unless it is cached or in progress.
-
-        Args:
-            key: identity of the image and of its preprocessing.
-            image: the preprocessed image.
-        """
         with self._lock:
             existing = self._find(key)
             if existing is not None:
@@ -236,7 +217,7 @@ class BatchingEncoder:
         try:
             computed = self._encode([work.image for work in batch])
             encoded = [self._to_cache(work.key, features) for work, features in zip(batch, computed, strict=True)]
-            forward = Forward(began, time.perf_counter() - started)
+            forward = StageRun("encode", began, time.perf_counter() - started)
             for work, features in zip(batch, encoded, strict=True):
                 self.cache.put(work.key, features)
             self._on_batch(len(batch))

@@ -13,24 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
-
-__all__ = [
-    "VARIABLES",
-    "Variable",
-    "any_vllm",
-    "device",
-    "download_dir",
-    "encoder_threads",
-    "feature_cache_gb",
-    "fetch_private_addresses",
-    "load_format",
-    "max_image_aspect",
-    "max_image_mb",
-    "max_image_megapixels",
-    "placement",
-    "report_table_size",
-]
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -194,17 +177,4 @@ fetch_private_addresses = Variable(
     doc="1: allowed hosts may have private, loopback or link-local addresses.",
 )
 
-VARIABLES: tuple[Variable[str] | Variable[float] | Variable[int] | Variable[bool] | Variable[Path | None], ...] = (
-    any_vllm,
-    device,
-    download_dir,
-    feature_cache_gb,
-    fetch_private_addresses,
-    load_format,
-    max_image_aspect,
-    max_image_mb,
-    max_image_megapixels,
-    placement,
-    report_table_size,
-    encoder_threads,
-)
+VARIABLES: tuple[Variable[Any], ...] = tuple(value for value in globals().values() if isinstance(value, Variable))

@@ -182,7 +182,7 @@ class VisualFeatures:
         grid: rows and columns in tokens, row-major; ``H * W == N``. None if the tokens form no single grid.
         tiles: tile of every token, for tiled models.
         cls_attention: ``(N,)`` attention from the encoder's CLS token, mean over heads.
-        overview_attention: ``(n,)`` early-layer CLS attention of the overview tile of a tiled model.
+        overview_attention: ``(n,)`` early-layer CLS attention of the overview's tokens, for tiled models.
         newline: ``(d + p,)`` embedding after each row of ``tiles.canvas``; None if there is none.
         deepstack: ``(N, p)`` inputs of deeper layers of the language model (DeepStack); kept with the token, not used
             by any method.

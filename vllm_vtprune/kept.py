@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from pydantic import TypeAdapter
 
 from vllm_vtprune.features import Box, VisualFeatures
 from vllm_vtprune.lazy import Tensor, torch
@@ -65,11 +67,7 @@ class KeptTokens:
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> KeptTokens:
         """Of a report's JSON; the inverse of `to_json`."""
-        tiles = [
-            KeptTile(tuple(tile["grid"]), _box(tile["box"]), _runs(tile["runs"])) for tile in values["tiles"] or ()
-        ]
-        grid = values["grid"]
-        return cls(None if grid is None else tuple(grid), _runs(values["runs"]), tuple(tiles), _box(values["view"]))
+        return _ADAPTER.validate_python({**values, "tiles": values["tiles"] or ()})
 
     def to_json(self) -> dict[str, Any]:
         """As clients see it."""
@@ -96,20 +94,12 @@ def indices_of(runs: Runs) -> Tensor:
     return torch.cat([torch.arange(start, start + length) for start, length in runs])
 
 
-def _runs(lists: Iterable[Sequence[int]]) -> Runs:
-    return tuple((start, length) for start, length in lists)
-
-
-def _box(sides: Sequence[float] | None) -> Box | None:
-    if sides is None:
-        return None
-    top, left, bottom, right = sides
-    return top, left, bottom, right
-
-
 def _lists(runs: Iterable[tuple[int, int]]) -> list[list[int]]:
     return [list(run) for run in runs]
 
 
 def _rounded(box: Box | None) -> list[float] | None:
     return None if box is None else [round(side, 6) for side in box]
+
+
+_ADAPTER = TypeAdapter(KeptTokens)

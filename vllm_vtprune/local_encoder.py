@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -108,9 +109,6 @@ class LocalEncoder(BatchingEncoder):
 
         Keeps model loading and the initialisation of PyTorch out of the first request. Random features,
         because the tokens of a blank image may be equal, and then little is computed.
-
-        Args:
-            image: a blank image.
         """
         [features] = self._run([image])
         generator = torch.Generator().manual_seed(0)
@@ -190,21 +188,19 @@ def _to_host(key: str, features: VisualFeatures, *, on_device: FeatureCache) -> 
     return copied
 
 
-class cpu_threads:
+@contextmanager
+def cpu_threads(device: torch.device) -> Iterator[None]:
     """Within this context, CPU kernels of the calling thread use `envs.encoder_threads` threads.
 
     vLLM processes multimodal input with one thread by default, which suits image decoding but not a vision encoder. No
     effect for other devices.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._threads = envs.encoder_threads() if device.type == "cpu" else None
-
-    def __enter__(self) -> None:
-        if self._threads is not None:
-            self._previous = torch.get_num_threads()
-            torch.set_num_threads(self._threads)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._previous)
+    if device.type != "cpu":
+        yield
+        return
+    previous = torch.get_num_threads()
+    torch.set_num_threads(envs.encoder_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)

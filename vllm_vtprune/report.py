@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from vllm_vtprune.kept import KeptTokens
@@ -78,29 +78,12 @@ class ImageReport:
             measured |= {"placement": None, "placement_reason": None}
         return cls(policy.method, visual_tokens, kept_tokens, bypass_reason=reason if bypassed else None, **measured)
 
-    def as_cached(self) -> ImageReport:
-        """The same report, for a request that reuses the result."""
-        return replace(self, cached=True)
-
     def to_json(self) -> dict[str, Any]:
-        """The report as clients see it."""
-        return {
-            "method": self.method,
-            "visual_tokens": self.visual_tokens,
-            "kept_tokens": self.kept_tokens,
+        """The report as clients see it: every attribute, in order."""
+        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self)} | {
             "energy": None if self.energy is None else round(self.energy, 6),
             "nouns": list(self.nouns),
-            "text_fallback": self.text_fallback,
-            "cached": self.cached,
-            "bypass_reason": self.bypass_reason,
-            "placement": self.placement,
-            "placement_reason": self.placement_reason,
-            "detail": self.detail,
             "kept": None if self.kept is None else self.kept.to_json(),
-            "border_tokens": self.border_tokens,
-            "duplicate_tokens": self.duplicate_tokens,
-            "lossless_reason": self.lossless_reason,
-            "allotted_tokens": self.allotted_tokens,
         }
 
 

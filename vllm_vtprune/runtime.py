@@ -76,7 +76,7 @@ class PruningRuntime:
     def warm_up(self, image: PreparedImage) -> None:
         """Load the encoder and the text pipeline; see `LocalEncoder.warm_up`."""
         self.encoder.warm_up(image)
-        text.extract_nouns("What is in the image?")
+        text.read_prompt("What is in the image?")
 
     def count_hits(self, encoded: Iterable[Encoded[Any]]) -> None:
         """Count the images that did not cause a run of the encoder."""
@@ -87,10 +87,7 @@ class PruningRuntime:
     def is_first_request(self, key: str, policy: PruningPolicy, text: str) -> bool:
         """Whether this is the first request for an image with this policy and, if the policy uses it, this text.
 
-        Args:
-            key: feature key of the image.
-            policy: the image's policy.
-            text: the conditioning text.
+        ``key`` is the image's feature key.
         """
         identity = (key, policy.selection_digest(), text if policy.conditions_on_text else "")
         digest = sha256(repr(identity).encode("utf-8", "surrogatepass")).hexdigest()  # texts may be long

@@ -65,11 +65,6 @@ def read_prompt(prompt: str, clean: bool = True, modifiers: bool = True) -> Read
     return _read(prompt, clean, clean and modifiers)
 
 
-def extract_nouns(prompt: str, clean: bool = True, modifiers: bool = True) -> list[str]:
-    """The words of `read_prompt`, without the fallback."""
-    return list(read_prompt(prompt, clean, modifiers).nouns)
-
-
 @lru_cache(maxsize=1024)
 def _read(prompt: str, clean: bool, modifiers: bool) -> Reading:
     prompt = _SURROGATES.sub("\ufffd", prompt)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,13 @@ class TokenTable:
     """An input embedding table. Thread-safe.
 
     Args:
-        read: M valid token ids -> (M, dim).
+        read: a valid token id -> (dim,), in memory of its own.
         size, dim: shape of the table.
     """
 
-    def __init__(self, read: Callable[[Sequence[int]], Tensor], size: int, dim: int) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[int], Tensor], size: int, dim: int) -> None:
+        self._row = lru_cache(maxsize=ROW_CACHE)(read)
         self.size, self.dim = size, dim
-        self._rows: OrderedDict[int, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
 
     @classmethod
     def random(cls, size: int, dim: int, seed: int) -> TokenTable:
@@ -45,7 +41,7 @@ class TokenTable:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + token_id) % 2**32)  # the seed has 32 bits
             return torch.randn(dim, generator=generator) * 0.02
 
-        return cls(lambda ids: torch.stack([row(i) for i in ids]), size, dim)
+        return cls(row, size, dim)
 
     @classmethod
     def of_checkpoint(cls, directory: Path, dim: int) -> TokenTable:
@@ -66,7 +62,7 @@ class TokenTable:
             table = _slice_of(path, name)
             shape, dtype = table.get_shape(), table.get_dtype()
             if len(shape) == 2 and shape[1] == dim and dtype in ("F64", "F32", "F16", "BF16"):
-                return cls(partial(_rows, table), shape[0], dim)
+                return cls(partial(_row, table), shape[0], dim)
             problems.append(f"{name} is {dtype} of shape {tuple(shape)}")
         raise EncoderError(f"{directory}: {'; '.join(problems)}; expected floating-point numbers of shape (n, {dim})")
 
@@ -81,20 +77,12 @@ class TokenTable:
             raise ValueError(f"token id {invalid[0]} is not in the embedding table; expected 0 to {self.size - 1}")
         if not token_ids:
             return torch.empty(0, self.dim)
-        with self._lock:
-            missing = [i for i in dict.fromkeys(token_ids) if i not in self._rows]
-            if missing:
-                self._rows.update(zip(missing, map(torch.clone, self._read(missing)), strict=True))
-            for i in token_ids:
-                self._rows.move_to_end(i)
-            rows = torch.stack([self._rows[i] for i in token_ids])
-            while len(self._rows) > ROW_CACHE:
-                self._rows.popitem(last=False)
-        return rows
+        return torch.stack([self._row(i) for i in token_ids])
 
 
-def _rows(table: Any, ids: Sequence[int]) -> Tensor:
-    return torch.stack([table[i : i + 1][0] for i in ids])
+def _row(table: Any, token_id: int) -> Tensor:
+    row: Tensor = table[token_id : token_id + 1][0]
+    return row.clone()  # of a view of the file
 
 
 def _files_of(directory: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 
 Weights = Literal["checkpoint", "dummy"]
+"""Where weights come from; "dummy": random ones, as with ``load_format="dummy"``."""
 
 
 class EncoderError(RuntimeError):
@@ -23,16 +24,12 @@ class VisionEncoder(Protocol):
     Attributes:
         device: device of the encoder and of its results.
         dtype: dtype of the features.
-        weights: "dummy" for random weights, as with ``load_format="dummy"``.
         num_parameters: parameter count of encoder and projector.
-        nbytes: bytes of these parameters.
     """
 
     device: torch.device
     dtype: torch.dtype
-    weights: Weights
     num_parameters: int
-    nbytes: int
 
     def encode(self, images: Sequence[PreparedImage]) -> list[VisualFeatures]:
         """Features of each image, in separate memory.

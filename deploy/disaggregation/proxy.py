@@ -48,12 +48,7 @@ OF_THE_BODY = frozenset({"content-length", "content-type", "content-encoding", "
 
 
 class Instances:
-    """Servers of one role.
-
-    Args:
-        role: as the errors name it.
-        urls: base URLs.
-    """
+    """Servers of one role, which the errors name, by their base URLs."""
 
     def __init__(self, role: str, urls: Sequence[str]) -> None:
         self.role = role
@@ -173,11 +168,7 @@ def read(body: bytes) -> dict[str, Any]:
 def encoder_request(request: Mapping[str, Any]) -> dict[str, Any] | None:
     """The request that makes a producer encode the media of a chat completion.
 
-    Args:
-        request: the client's.
-
-    Returns:
-        None for a request without media, and for a malformed one, which a consumer refuses.
+    None for a request without media, and for a malformed one, which a consumer refuses.
     """
     try:
         contents = [message["content"] for message in request["messages"] if isinstance(message.get("content"), list)]

@@ -94,15 +94,13 @@ def legend_of(template: str, labels: Mapping[str, str]) -> str:
 
 def plot(answers: Sequence[tuple[Panel, list[tuple[str, Series]]]], out: Path) -> None:
     """One picture with all panels, over the same time; heatmaps as one line for each bucket."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     seconds = [second for _, curves in answers for _, curve in curves for second, _ in curve.values]
     start, end = min(seconds, default=0.0), max(seconds, default=1.0)
     rows = math.ceil(len(answers) / COLUMNS)
-    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(6 * COLUMNS, 3 * rows), squeeze=False)
+    figure = Figure(figsize=(6 * COLUMNS, 3 * rows))
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis in axes.flat[len(answers) :]:
         axis.set_visible(False)
     for axis, (panel, curves) in zip(axes.flat, answers, strict=False):
@@ -123,7 +121,6 @@ def plot(answers: Sequence[tuple[Panel, list[tuple[str, Series]]]], out: Path) -
     figure.supxlabel("seconds")
     figure.tight_layout()
     figure.savefig(out, dpi=80)
-    pyplot.close(figure)
 
 
 def with_gaps(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

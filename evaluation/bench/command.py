@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,22 @@ from vllm_vtprune import __version__
 from vllm_vtprune.options import EnergyBudget
 from vllm_vtprune.policy import BUILTIN_PRESETS, PolicyError, PruningPolicy
 from vllm_vtprune_checkpoints import DEFAULT, RANDOM_WEIGHTS, weights_of
-from vllm_vtprune_evaluation.bench.rounds import OFF, STOCK, Arm, Asker, Level, Measured, turns
+from vllm_vtprune_evaluation.bench import report, summary
+from vllm_vtprune_evaluation.bench.rounds import OFF, STOCK, Arm, Asker, Level, Measured, turn
 from vllm_vtprune_evaluation.bench.subjects import NoPictures, Subject, files, generated, scenes
-from vllm_vtprune_evaluation.options import SMALL_OPTIONS, add_family_argument, count, make_folder, model_of, shown
+from vllm_vtprune_evaluation.load.client import ServerMissing, ask, connect, served_model
+from vllm_vtprune_evaluation.load.records import save_records
+from vllm_vtprune_evaluation.options import (
+    QUIET_OPTIONS,
+    SMALL_OPTIONS,
+    add_family_argument,
+    count,
+    load_format,
+    make_folder,
+    model_of,
+    shown,
+    size,
+)
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_server.launch import add_pruning_options
 from vllm_vtprune_server.process import STOCK_COMMAND, ServerFailed, announced_server
@@ -30,9 +43,7 @@ from vllm_vtprune_server.process import STOCK_COMMAND, ServerFailed, announced_s
 TIMEOUT = 600.0  # seconds without a byte after which a request has failed
 TURNS = 2  # how often stock vLLM and our server take turns
 QUESTION = "What is in this picture?"
-QUIET_OPTIONS = ("--no-enable-log-requests", "--disable-uvicorn-access-log")
 SMALL = ("--enforce-eager", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**30), *SMALL_OPTIONS)
-EXTRA = "vtprune bench needs {} for its report: pip install 'vllm-vtprune[demo]'"
 
 EXAMPLE = """examples:
   vtprune bench                                                  # the demo model, about three minutes on two cores
@@ -49,9 +60,6 @@ class NoResult(Exception):
 def bench(argv: list[str]) -> None:
     """Run the command.
 
-    Args:
-        argv: the command line after ``vtprune bench``.
-
     Raises:
         SystemExit: 2 for invalid options; 1 if the server or a request fails or nothing was pruned; 130 when
             interrupted.
@@ -60,11 +68,6 @@ def bench(argv: list[str]) -> None:
     started = time.monotonic()
     arms = [Arm(OFF, False), *args.presets]
     print(f"vtprune bench: {args.name}; {', '.join(arm.name for arm in arms)}", file=sys.stderr, flush=True)
-    try:
-        from vllm_vtprune_evaluation.bench import report, summary
-        from vllm_vtprune_evaluation.load.records import save_records
-    except ModuleNotFoundError as error:
-        sys.exit(EXTRA.format((error.name or "more").partition(".")[0]))
     make_folder(args.out, "--out")
     measured = Measured()
     raw = args.out / "requests.jsonl"
@@ -77,13 +80,13 @@ def bench(argv: list[str]) -> None:
         kept = sum(1 for _ in measured.records())
         print(f"\nInterrupted; {kept} requests are kept in {shown(raw)}.", file=sys.stderr)
         sys.exit(130)
-    except (NoPictures, NoResult, ServerFailed, ModuleNotFoundError) as error:
+    except (NoPictures, NoResult, ServerFailed) as error:
         save_records(raw, measured.records())
         sys.exit(f"vtprune bench: {error}")
     speeds, qualities = summary.speeds(measured), summary.qualities(measured, subjects)
     about = _about(args, argv, model, subjects, time.monotonic() - started)
     save_records(raw, measured.records())
-    values = {"about": about, "complaints": alerts, **summary.to_json(speeds, qualities)}
+    values = {"about": about, "complaints": alerts, "arms": [*map(asdict, qualities)], "levels": [*map(asdict, speeds)]}
     (args.out / "results.json").write_text(json.dumps(values, indent=1) + "\n")
     notes = [f"Not a result: {alert}." for alert in alerts] + ([RANDOM_WEIGHTS] if args.random else [])
     title = f"vtprune bench, {args.name}"
@@ -120,7 +123,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--size",
         nargs="+",
-        type=_size,
+        type=size,
         default=[(1024, 768)],
         metavar="WxH",
         help="pixels of generated pictures, but for the small checkpoints (default: 1024x768)",
@@ -165,17 +168,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--presets: {', '.join(names)} given; expected different policies, and neither {OFF} nor {STOCK}")
     args.concurrency = sorted(set(args.concurrency))
     weights = None if args.url else weights_of(args.model, args.family)
-    args.random = weights == "random" or "dummy" in extra
+    args.random = weights == "random" or load_format(extra) == "dummy"
     args.name = args.url or args.model or ("the demo model" if weights == "trained" else f"a tiny {args.family}")
     args.small = not args.url and args.model is None
     return args
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected WIDTHxHEIGHT, such as 1024x768")
-    return int(width), int(height)
 
 
 def _arm(text: str, known: bool) -> Arm:
@@ -273,9 +269,6 @@ def _turn(
     part: tuple[int, int],
 ) -> str:
     """Measure arms on a server: the answers (which also warm it up), then the rounds of this part (number, of all)."""
-    from vllm_vtprune_evaluation.bench.summary import refusals
-    from vllm_vtprune_evaluation.load.client import ServerMissing, ask, connect, served_model
-
     try:
         model = served_model(url)
     except ServerMissing as error:
@@ -291,7 +284,7 @@ def _turn(
             measured.answers[arm.name] = asker.answers(arm, subjects, clients)
         for arm in again:
             measured.again = asker.answers(arm, subjects, clients, copy="again")
-    if wrong := refusals(arms, measured.answers):
+    if wrong := summary.refusals(arms, measured.answers):
         raise NoResult("\nvtprune bench: ".join(wrong))
     with connect(url, timeout=TIMEOUT) as client:
         for number, level in enumerate(measured.rounds, 1):
@@ -319,7 +312,7 @@ def _level(
         asker = replace(asker, progress=progress.update)
         number = first
         while number < last:
-            for _, arm in turns(arms, range(number, number + 1)):
+            for arm in turn(arms, number):
                 by_arm[arm.name].append(asker.block(arm, level, number, subjects))
             number += 1
             if args.seconds and number == first + 1:  # as many rounds as there is time for

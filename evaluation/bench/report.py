@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,11 @@ from PIL import Image
 from vllm_vtprune_evaluation.bench.rounds import OFF, STOCK, Level, Measured
 from vllm_vtprune_evaluation.bench.subjects import Subject
 from vllm_vtprune_evaluation.bench.summary import Quality, Speed
-from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, table, write_page, written
+from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, write_page
 from vllm_vtprune_evaluation.load.ratios import PairedRatio
 from vllm_vtprune_evaluation.load.results import samples
+from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_evaluation.tables import table, written
 
 SPEED_HEAD = ("clients", "arm", "p50 ms", "p99 ms", "to off", "req/s", "to off", "tok/s")
 QUALITY_HEAD = (
@@ -137,17 +138,7 @@ def write_html(
     about: Mapping[str, str],
     alerts: Sequence[str],
 ) -> None:
-    """Write the report.
-
-    Args:
-        path: the HTML file.
-        title: its title.
-        speeds, qualities: the result.
-        measured: the requests.
-        subjects: what was asked about.
-        about: how it was measured, by name.
-        alerts: what to read before anything else.
-    """
+    """Write the report; ``alerts`` come before everything else, ``about`` says how it was measured."""
     write_page(
         path,
         title,
@@ -174,9 +165,7 @@ def _answers(measured: Measured, subjects: Sequence[Subject]) -> list[list[str]]
     for index, subject in enumerate(subjects[:SHOWN]):
         with Image.open(io.BytesIO(subject.data)) as image:
             image.thumbnail(THUMBNAIL)
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=80)
-        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+            source = data_url(image.convert("RGB"), "JPEG", quality=80)
         picture = Markup('<img alt="{}" src="{}">').format(subject.label, source)
         right = f" (right: {subject.answer})" if subject.answer else ""
         rows.append(

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from vllm_vtprune_evaluation.bench.subjects import Subject
 from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import span
+from vllm_vtprune_evaluation.photo import message
 
 FEWEST = 4  # rounds; fewer say too little of the spread
 
@@ -84,12 +86,8 @@ class Measured:
 
     def records(self) -> Iterator[Record]:
         """All of them."""
-        for records in (*self.answers.values(), self.again):
-            yield from records
-        for by_arm in self.rounds.values():
-            for blocks in by_arm.values():
-                for block in blocks:
-                    yield from block
+        arms = chain.from_iterable(by_arm.values() for by_arm in self.rounds.values())
+        return chain(*self.answers.values(), self.again, *chain.from_iterable(arms))
 
 
 @dataclass(frozen=True)
@@ -125,11 +123,8 @@ class Asker:
 
         def send(request: tuple[Subject, str]) -> Record:
             subject, copy = request
-            content = [
-                {"type": "image_url", "image_url": {"url": subject.url(copy)}},
-                {"type": "text", "text": subject.question},
-            ]
-            fields = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+            messages = [message(subject.question, [subject.url(copy)])]
+            fields = {"model": self.model, "messages": messages, "temperature": 0}
             if arm.pruning is not None:
                 fields["pruning"] = arm.pruning
             record = self.send(name, {**fields, "max_tokens": self.max_tokens, **body})
@@ -157,11 +152,10 @@ class Asker:
         return self.ask(arm, f"{arm.name}, {level}", requests, level.clients, ignore_eos=True)
 
 
-def turns(arms: Sequence[Arm], rounds: range) -> Iterator[tuple[int, Arm]]:
-    """Rounds and arms in the order in which they are measured."""
-    for number in rounds:
-        for position in range(len(arms)):
-            yield number, arms[(number + position) % len(arms)]
+def turn(arms: Sequence[Arm], number: int) -> list[Arm]:
+    """The arms in the order in which a round measures them."""
+    first = number % len(arms)
+    return [*arms[first:], *arms[:first]]
 
 
 def throughput(block: Sequence[Record]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from statistics import fmean, median
 from typing import Any
@@ -210,8 +210,3 @@ def complaints(arms: Sequence[Arm], measured: Measured) -> list[str]:
             if arm.prunes and not any((record.keep_ratio or 1) < 1 for record in records):
                 out.append(f"{arm.name}, {level}: nothing was pruned")
     return out
-
-
-def to_json(speeds: Sequence[Speed], qualities: Sequence[Quality]) -> dict[str, Any]:
-    """Both as JSON values."""
-    return {"arms": [asdict(quality) for quality in qualities], "levels": [asdict(speed) for speed in speeds]}

@@ -15,6 +15,10 @@ from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune_evaluation.in_llm.pruning import DropOnce, Entrance
 
+POLICY = PruningPolicy.parse(
+    {"method": "adaptprune", "importance": "cls", "sigma_d": 1.5, "sigma_s": 0.05, "radius": 5.0}
+)
+
 
 @dataclass(frozen=True)
 class AdaptPrune(DropOnce):
@@ -24,26 +28,7 @@ class AdaptPrune(DropOnce):
         budget: k, the tokens that stay.
         after: layers that see all tokens, 1 or more and fewer than the model has. The attention is that of the last of
             them, the keys are those of the next.
-        correction, distance, similarity, sigma_d, sigma_s, radius: as in the policy of the plugin.
     """
-
-    correction: bool = True
-    distance: bool = True
-    similarity: bool = True
-    sigma_d: float = 1.5
-    sigma_s: float = 0.05
-    radius: float = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.policy  # noqa: B018  # checks the others
-
-    @property
-    def policy(self) -> PruningPolicy:
-        """The same as a policy of the plugin's `adaptprune`."""
-        names = ("correction", "distance", "similarity", "sigma_d", "sigma_s", "radius")
-        cues = {name: getattr(self, name) for name in names}
-        return PruningPolicy.parse({"method": "adaptprune", "importance": "cls", **cues}, param="adaptprune")
 
     def choose(self, entrance: Entrance, count: int) -> Tensor:
         cues = VisualFeatures(
@@ -52,6 +37,6 @@ class AdaptPrune(DropOnce):
             grid=entrance.features.grid,
             cls_attention=entrance.attention_before,
         )
-        picks = self.policy.chosen.select(cues, count, None)
+        picks = POLICY.chosen.select(cues, count, None)
         assert isinstance(picks, Tensor)
         return picks

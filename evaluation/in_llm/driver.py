@@ -122,11 +122,9 @@ class InLLM:
         """Answer greedily; without ``pruning``, with all tokens in all layers.
 
         Raises:
-            ValueError: when ``max_tokens`` is below 1, ``question`` holds the image token, or the method cannot do what
-                is asked of it with this model.
+            ValueError: when ``question`` holds the image token, or the method cannot do what is asked of it with this
+                model.
         """
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ValueError(f"max_tokens must be an integer, 1 or more, got {max_tokens!r}")
         reading = self.prefill(self.prompt(picture, question), pruning)
         ids: list[int] = []
         while (token := int(reading.logits.argmax())) not in self.ends:

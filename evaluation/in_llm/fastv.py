@@ -12,12 +12,7 @@ from vllm_vtprune_evaluation.in_llm.pruning import DropOnce, Entrance, strongest
 
 @dataclass(frozen=True)
 class FastV(DropOnce):
-    """Keep the k tokens with the highest attention from the prompt's last token in the last unpruned layer.
-
-    Attributes:
-        budget: k, the kept tokens.
-        after: layers that see all tokens, from 1 to one less than the model's; the paper's K.
-    """
+    """Keep the k tokens with the highest attention from the prompt's last token in the last unpruned layer."""
 
     def choose(self, entrance: Entrance, count: int) -> Tensor:
         assert entrance.attention_before is not None

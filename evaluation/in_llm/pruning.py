@@ -81,37 +81,18 @@ def strongest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count]
 
 
-def tokens_to_keep(budget: Budget, features: VisualFeatures) -> int:
-    """``k``, from 1 to N."""
-    return token_budget(budget, features)[0]
-
-
-def check_budget(budget: object) -> None:
-    """Raise a ValueError unless it is a budget that gives a count."""
-    if not isinstance(budget, Budget):
-        raise ValueError(f"budget must be a TokensBudget, RatioBudget or EnergyBudget, got {budget!r}")
-
-
 @dataclass(frozen=True)
 class DropOnce(Pruning):
     """A method that drops tokens once, before one layer.
 
     Attributes:
         budget: k, the kept tokens.
-        after: layers that see all tokens, from 1 to one less than the model's.
+        after: layers that see all tokens, from 1 to one less than the model's; FastV's K.
     """
 
     budget: Budget
     after: int = 2
 
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-        if not isinstance(self.after, int) or isinstance(self.after, bool) or self.after < 1:
-            raise ValueError(f"after must be an integer, 1 or more, got {self.after!r}")
-
     def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
-        if self.after >= layers:
-            raise ValueError(
-                f"after must be from 1 to {layers - 1}, as the model has {layers} layers, got {self.after!r}"
-            )
-        return [features.num_tokens] * self.after + [tokens_to_keep(self.budget, features)] * (layers - self.after)
+        k, _ = token_budget(self.budget, features)
+        return [features.num_tokens] * self.after + [k] * (layers - self.after)

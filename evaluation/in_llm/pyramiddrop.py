@@ -11,9 +11,10 @@ from math import ceil, floor
 
 from torch import Tensor
 
+from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures
 from vllm_vtprune.policy import EnergyBudget
-from vllm_vtprune_evaluation.in_llm.pruning import Budget, Entrance, Pruning, check_budget, strongest, tokens_to_keep
+from vllm_vtprune_evaluation.in_llm.pruning import Budget, Entrance, Pruning, strongest
 
 FRACTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 """Of all tokens, in the second, third and last quarter of the layers."""
@@ -29,29 +30,16 @@ class PyramidDrop(Pruning):
 
     Attributes:
         budget: k, the mean over the layers; None for the paper's own fractions.
-        clamp: least and most for the first of the fractions (the paper's 1/2), between which E-AdaPrune holds it. Only
-            with an energy budget. None for the bounds that the mean has anyway; the paper's own are not known.
     """
 
     budget: Budget | None = None
-    clamp: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.budget is not None:
-            check_budget(self.budget)
-        if self.clamp is None:
-            return
-        if not isinstance(self.budget, EnergyBudget):
-            raise ValueError(f"clamp must be None without an EnergyBudget, got {self.clamp!r}")
-        if len(self.clamp) != 2 or not 0 <= self.clamp[0] <= self.clamp[1] <= 1:
-            raise ValueError(f"clamp must be two numbers from 0 to 1 that do not fall, got {self.clamp!r}")
 
     def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
         widths = quarters(layers)
         n = features.num_tokens
         scale = Fraction(1)
         if self.budget is not None:
-            k = tokens_to_keep(self.budget, features)
+            k, _ = token_budget(self.budget, features)
             scale = scale_for(Fraction(k * layers, n), widths)
             if scale < 0:
                 if not isinstance(self.budget, EnergyBudget):
@@ -61,9 +49,6 @@ class PyramidDrop(Pruning):
                         f"layers see all, got {k} from {self.budget!r}"
                     )
                 scale = Fraction(0)
-            if self.clamp is not None:
-                low, high = (Fraction(bound) / FRACTIONS[0] for bound in self.clamp)
-                scale = min(max(scale, low), high)
         counts, carry = [n], Fraction(0)
         for width, fraction in zip(widths[1:], FRACTIONS, strict=True):
             exact = min(scale * fraction, Fraction(1)) * n

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_vtprune.budget import token_budget
 from vllm_vtprune.features import VisualFeatures
-from vllm_vtprune_evaluation.in_llm.pruning import Budget, Entrance, Pruning, check_budget, tokens_to_keep
+from vllm_vtprune_evaluation.in_llm.pruning import Budget, Entrance, Pruning
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,9 @@ class VTW(Pruning):
 
     budget: Budget
 
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
-
     def schedule(self, features: VisualFeatures, layers: int) -> list[int]:
         n = features.num_tokens
-        k = tokens_to_keep(self.budget, features)
+        k, _ = token_budget(self.budget, features)
         after = max(1, (2 * k * layers + n) // (2 * n))  # k * layers / n, rounded half up
         return [n] * after + [0] * (layers - after)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,33 +41,10 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], alerts: Sequence[str] = ()) -> None:
-    """Write a page.
-
-    Args:
-        path: the HTML file.
-        title: its title and first heading.
-        sections: its parts.
-        alerts: what to read before anything else.
-    """
+    """Write a page of HTML; ``alerts`` come before its sections."""
     loader = PackageLoader("vllm_vtprune_evaluation.load", ".")
     template = Environment(loader=loader, autoescape=True).get_template("page.html.jinja")
     path.write_text(template.render(title=title, sections=sections, alerts=alerts), encoding="utf-8")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """A table as text, its first ``texts`` columns aligned to the left, the others to the right."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (
-        [cell.ljust(width) if index < texts else cell.rjust(width) for index, (cell, width) in enumerate(columns)]
-        for columns in (zip(line, widths, strict=True) for line in lines)
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
-
-
-def written(value: float | None, style: str) -> str:
-    """A number for a table; a dash for what was not measured."""
-    return "-" if value is None else format(value, style)
 
 
 def distribution(title: str, milliseconds: Mapping[str, Sequence[float]]) -> Markup:

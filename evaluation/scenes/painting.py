@@ -8,13 +8,12 @@ and scikit-learn's. No two splits share a photograph, a handwritten digit or a t
 import csv
 import gzip
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from vllm_vtprune_evaluation.photo import package_file, package_photograph
 from vllm_vtprune_evaluation.scenes.labels import mark_radius
 from vllm_vtprune_evaluation.scenes.layout import Item, Scene
 from vllm_vtprune_evaluation.scenes.splits import SPLITS, Draws, Split
@@ -61,6 +60,8 @@ PHOTOGRAPHS: dict[Split, tuple[tuple[str, str], ...]] = {
 }
 ENLARGED = 3  # shapes are drawn this many times larger, then reduced, for smooth edges
 
+_photograph = cache(package_photograph)
+
 
 def paint(scene: Scene) -> Image.Image:
     """Paint a scene: RGB, `scene.side` pixels square (336 for a grid of 24)."""
@@ -69,14 +70,6 @@ def paint(scene: Scene) -> Image.Image:
         layer, mask, corner = _painted(item, scene)
         picture.paste(layer, corner, mask)
     return picture
-
-
-def package_file(package: str, file: str) -> Path:
-    """A file of an installed package. Raises ModuleNotFoundError, with what to install, if there is none."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the demo's scenes need {package}: pip install 'vllm-vtprune[demo]'")
-    return Path(spec.origin).parent / file
 
 
 def _ground(scene: Scene) -> Image.Image:
@@ -238,9 +231,3 @@ def _handwriting() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     with gzip.open(package_file("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
         table = np.array([[float(cell) for cell in line] for line in csv.reader(file)], dtype=np.float32)
     return table[:, :64].reshape(-1, 8, 8), table[:, 64].astype(np.int64)
-
-
-@cache
-def _photograph(package: str, file: str) -> Image.Image:
-    with Image.open(package_file(package, file)) as image:
-        return image.convert("RGB")

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.energy import energy_rank, spectral_energy
 from vllm_vtprune.budget import (
     ROUNDING,
-    energy_rank,
     exact_spectrum,
     krylov_spectrum,
     randomized_spectrum,
-    spectral_energy,
     spectrum,
     token_budget,
 )

@@ -177,7 +177,6 @@ LLAVA, QWEN = (
         (LLAVA, 4, 80, 5.98, False),
         (LLAVA, 4, 24, 5.83, True),  # what they need at least
         (LLAVA, 8, 80, 11.65, True),
-        (LLAVA, 0, 80, 0.0, False),
         (QWEN, 1, 141, 7.86, False),
         (QWEN, 1, 80, 7.86, False),
         (QWEN, 1, 24, 2.4, True),  # a tenth of the GPU

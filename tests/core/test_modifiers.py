@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests.support.nouns import extract_nouns
 from vllm_vtprune.chunks import pointing_words
 from vllm_vtprune.fields import quote_keys, tag_fields
 from vllm_vtprune.policy import LLAVA, PolicyError, PruningPolicy, TextOptions
-from vllm_vtprune.text import MAX_CHARS, clean_instruction, extract_nouns, read_prompt
+from vllm_vtprune.text import MAX_CHARS, clean_instruction, read_prompt
 from vllm_vtprune_evaluation.scenes.layout import COLOURS, make_scene
 from vllm_vtprune_evaluation.scenes.questions import KINDS, ask
 

@@ -17,7 +17,7 @@ STAGES = (
         {"torch", "pydantic"},
     ),
     (
-        "from vllm_vtprune.text import extract_nouns; assert extract_nouns('Where is the dog?') == ['dog']",
+        "from vllm_vtprune.text import read_prompt; assert read_prompt('Where is the dog?').nouns == ('dog',)",
         {"spacy", "pydantic", "torch"},
     ),
 )

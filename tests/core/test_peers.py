@@ -423,8 +423,6 @@ def test_hired_gives_tiles_what_the_overview_attends_to() -> None:
     assert tile_budgets(OVERVIEW_AND_FOUR, seen.flatten(), 1) == [1, 0, 0, 0, 0]
     assert tile_budgets(OVERVIEW_AND_FOUR, seen.flatten(), 80) == [16] * 5
     assert tile_budgets(OVERVIEW_AND_FOUR, None, 40) == [8] * 5
-    finer = seen.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1).flatten()  # the encoder's cells, 8 x 8
-    assert tile_budgets(OVERVIEW_AND_FOUR, finer, 16) == [8, 8, 0, 0, 0]
 
 
 def test_hired_keeps_the_most_attended_of_each_tile() -> None:

@@ -283,6 +283,11 @@ def test_what_a_policy_reads(fields: dict[str, object], inputs: set[str]) -> Non
     assert PruningPolicy.parse(fields).reads == inputs
 
 
+def test_importance_by_relevance_also_reads_what_it_falls_back_to() -> None:
+    policy = PruningPolicy.parse({"method": "adaptprune", "importance": "relevance"}).resolve(LLAVA)
+    assert {"text", "cls_attention"} <= policy.reads
+
+
 def digest(**fields: object) -> str:
     return PruningPolicy.parse(fields).resolve(LLAVA).selection_digest()
 

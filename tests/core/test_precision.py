@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.support.energy import energy_rank
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
-from vllm_vtprune.budget import energy_rank
 from vllm_vtprune.precision import full_float32
 from vllm_vtprune.selectors.random_ import Random
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.energy import energy_rank
 from vllm_vtprune import PruningPlan, PruningPolicy, VisualFeatures, plan_tokens
-from vllm_vtprune.budget import energy_rank
 from vllm_vtprune.selectors import SELECTORS
 
 pytestmark = pytest.mark.verify

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.energy import energy_rank
 from vllm_vtprune import PruningPlan, PruningPolicy, VisualFeatures, plan_tokens
-from vllm_vtprune.budget import energy_rank
 from vllm_vtprune.features import Tiles
 from vllm_vtprune.policy import PolicyError
 from vllm_vtprune.selectors import METHODS, SELECTORS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.spacy_model import wheel
-from vllm_vtprune.text import EMBEDDED, SPACY_MODEL, extract_nouns, text_pipeline_name
+from vllm_vtprune.text import EMBEDDED, SPACY_MODEL, read_prompt, text_pipeline_name
 
 pytestmark = pytest.mark.verify
 
@@ -44,7 +44,7 @@ print(json.dumps([text_pipeline_name(), *english, *read_prompt("Wo steht der Hun
     assert json.loads(done.stdout) == [
         SPACY_MODEL, ["bus", "red"], None, ["Wo", "steht", "der", "Hund"], "not_english_all_words",
     ]  # fmt: skip
-    assert (text_pipeline_name(), extract_nouns(question, modifiers=False)) == (EMBEDDED, ["bus"]), (
+    assert (text_pipeline_name(), read_prompt(question, modifiers=False).nouns) == (EMBEDDED, ("bus",)), (
         "without it, red is no noun"
     )
 

@@ -20,15 +20,16 @@ TABLE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).bfloat16(
 
 
 @pytest.fixture
-def counted() -> tuple[TokenTable, list[int]]:
-    """A table of 10 rows, and the list of ids that were read from it."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[TokenTable, list[int]]:
+    """A table of 10 rows that caches two, and the list of ids that were read from it."""
     table, read = torch.arange(10.0)[:, None].repeat(1, 4), list[int]()
+    monkeypatch.setattr(token_table, "ROW_CACHE", 2)
 
-    def rows(ids: list[int]) -> Tensor:
-        read.extend(ids)
-        return table[ids]
+    def row(token_id: int) -> Tensor:
+        read.append(token_id)
+        return table[token_id]
 
-    return TokenTable(rows, 10, 4), read  # type: ignore[arg-type]
+    return TokenTable(row, 10, 4), read
 
 
 def test_rows_are_read_once(counted: tuple[TokenTable, list[int]]) -> None:
@@ -39,11 +40,8 @@ def test_rows_are_read_once(counted: tuple[TokenTable, list[int]]) -> None:
     assert table.rows([]).shape == (0, 4)
 
 
-def test_the_cache_is_bounded_and_drops_the_least_recently_used(
-    counted: tuple[TokenTable, list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_bounded_and_drops_the_least_recently_used(counted: tuple[TokenTable, list[int]]) -> None:
     table, read = counted
-    monkeypatch.setattr(token_table, "ROW_CACHE", 2)
     assert table.rows([0, 1, 2, 3])[:, 0].tolist() == [0, 1, 2, 3]
     table.rows([2])
     table.rows([4])
@@ -59,9 +57,8 @@ def test_ids_outside_the_table(bad: int, counted: tuple[TokenTable, list[int]]) 
         counted[0].rows([0, bad])
 
 
-def test_several_threads(counted: tuple[TokenTable, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads(counted: tuple[TokenTable, list[int]]) -> None:
     table, wrong = counted[0], list[int]()
-    monkeypatch.setattr(token_table, "ROW_CACHE", 2)
 
     def work(first: int) -> None:
         for step in range(200):

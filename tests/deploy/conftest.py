@@ -15,7 +15,7 @@ from dockerfile_parse import DockerfileParser
 
 from deploy.grafana.plot import Prometheus
 from loadtests.observe import ENVIRONMENT, SERVE_OPTIONS, running_prometheus
-from tests.support.chat import VISUAL_TOKENS, Body, Server, by_energy, fresh_url, user
+from tests.support.chat import VISUAL_TOKENS, Server, by_energy, fresh_url, tokens, user
 from tests.support.programs import ROOT
 from vllm_vtprune_server.process import running_server
 
@@ -72,11 +72,12 @@ def load(server: Server, seconds: float) -> None:
 
     def client() -> None:
         while time.monotonic() < deadline:
-            for pruning in ("balanced", "fast", keep(300), False):
+            for pruning in ("balanced", "fast", tokens(300), False):
                 server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=pruning)
             server.stream(messages=[user("Where is the bus?", seen)], pruning=by_energy(next(counts)))
-            server.ask(messages=[user("Where is the cat?", seen)], pruning=keep(300))  # two blocks of the prefix cache
-            bypassed = server.ask(messages=[user("Where is the cat?", fresh_url())], pruning=keep(VISUAL_TOKENS))
+            # two blocks of the prefix cache
+            server.ask(messages=[user("Where is the cat?", seen)], pruning=tokens(300))
+            bypassed = server.ask(messages=[user("Where is the cat?", fresh_url())], pruning=tokens(VISUAL_TOKENS))
             assert bypassed["pruning"]["images"][0]["bypass_reason"] == "budget_not_below_tokens"
             refused = server.post({"messages": [user("Where?", seen)], "pruning": {"method": "no such"}})
             assert refused.status_code == 400
@@ -86,7 +87,3 @@ def load(server: Server, seconds: float) -> None:
     with ThreadPoolExecutor(2) as clients:
         for ended in [clients.submit(client) for _ in range(2)]:
             ended.result()
-
-
-def keep(tokens: int) -> Body:
-    return {"budget": {"type": "tokens", "keep": tokens}}

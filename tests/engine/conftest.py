@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from tests.support.engines import MODEL_RUNNERS, Engine, running_engine
-from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
-from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
-from vllm_vtprune_checkpoints.qwen3_vl import write_qwen3_vl_checkpoint
+from vllm_vtprune_checkpoints import write_checkpoint
 
 QWEN_OPTIONS: dict[str, Any] = {
     "max_model_len": 4096,
@@ -18,7 +16,6 @@ QWEN_OPTIONS: dict[str, Any] = {
     "enable_chunked_prefill": True,
     "max_num_batched_tokens": 64,
     "skip_mm_profiling": True,
-    "worker_extension_cls": "tests.support.processes.ObservedWorker",
 }
 
 
@@ -47,7 +44,7 @@ def model_runner(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llava_checkpoint(tmp_path_factory.mktemp("llava-tiny"), size="tiny", dtype="float32")
+    return write_checkpoint("llava", tmp_path_factory.mktemp("llava-tiny"), size="tiny", dtype="float32")
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +55,6 @@ def cached(checkpoint: Path, model_runner: str) -> Iterator[Engine]:
         "cached",
         environment=MODEL_RUNNERS[model_runner],
         distributed_executor_backend="tests.support.processes.ObservedExecutor",
-        worker_extension_cls="tests.support.processes.ObservedWorker",
     ) as engine:
         yield engine
 
@@ -86,14 +82,13 @@ def chunked(checkpoint: Path, model_runner: str) -> Iterator[Engine]:
         enable_chunked_prefill=True,
         max_num_batched_tokens=64,
         enable_mm_embeds=True,
-        worker_extension_cls="tests.support.processes.ObservedWorker",
     ) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen2_5_vl_checkpoint(tmp_path_factory.mktemp("qwen-tiny"), size="tiny", dtype="float32")
+    return write_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("qwen-tiny"), size="tiny", dtype="float32")
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +100,7 @@ def qwen(qwen_checkpoint: Path, model_runner: str) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def qwen3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen3_vl_checkpoint(tmp_path_factory.mktemp("qwen3-tiny"), size="tiny", dtype="float32")
+    return write_checkpoint("qwen3_vl", tmp_path_factory.mktemp("qwen3-tiny"), size="tiny", dtype="float32")
 
 
 @pytest.fixture(scope="session")

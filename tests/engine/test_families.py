@@ -22,7 +22,17 @@ import torch
 from PIL import Image
 
 from tests.engine.stock_families import WITHOUT_PLUGIN, answers, fresh_process, questions, serve
-from tests.support.engines import BLOCK, MODEL_RUNNERS, Answer, Ask, Engine, assert_same, running_engine, worst
+from tests.support.engines import (
+    BLOCK,
+    MODEL_RUNNERS,
+    TOLERANCE,
+    Answer,
+    Ask,
+    Engine,
+    assert_same,
+    running_engine,
+    worst,
+)
 from tests.support.families import FAMILIES, Chat, Family, Turn
 from tests.support.unpruned import TwinReference, UnprunedReference
 from vllm_vtprune import PruningPolicy, plan_tokens
@@ -155,7 +165,7 @@ class Checker:
         behind = logprobs.max(dim=1).values - logprobs[range(len(logprobs)), answer.token_ids]
         assert behind.max() < TIE, f"{answer.token_ids} is not {logprobs.argmax(dim=1).tolist()}"
         difference = worst(answer, logprobs)
-        assert difference < self.family.tolerance
+        assert difference < TOLERANCE
         self.worst = max(self.worst, difference)
         if request.pruning is not None:
             self.compare_reports(answer, shown, kept)
@@ -284,7 +294,7 @@ def test_another_token_would_be_seen(checker: Checker) -> None:
     wrong[len(kept) // 2] = min(others, key=lambda other: abs(other - int(kept[len(kept) // 2])))
     prompt = checker.chat.prompt([Turn("What is it?", 1)])
     logprobs = checker.reference.logprobs(prompt, [shown.image], [wrong.sort().values], answer.token_ids)
-    assert worst(answer, logprobs) > 2 * checker.family.tolerance
+    assert worst(answer, logprobs) > 2 * TOLERANCE
 
 
 def test_pruned_and_unpruned_images_in_one_prompt_and_in_one_batch(checker: Checker) -> None:

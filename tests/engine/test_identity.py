@@ -119,7 +119,7 @@ def test_what_vllm_holds_is_not_made_again_whatever_the_encoder_would_give(noisy
     assert counts(again) == counts(first)
     assert again["mm_kwargs"]["image"] == [None]
     [report] = again[REPORT_KEY].images
-    assert report == first[REPORT_KEY].images[0].as_cached()
+    assert report == replace(first[REPORT_KEY].images[0], cached=True)
 
 
 def test_a_plan_that_was_forgotten_is_made_anew_beside_vllm_s_item(noisy: Any) -> None:

@@ -218,6 +218,13 @@ def test_an_image_that_is_encoded_again_keeps_its_tokens(model: Vision, selector
     assert getattr(fresh, KEPT).tolist() != getattr(once, KEPT).tolist()
 
 
+def test_a_selector_that_is_dropped_takes_its_hooks_off_the_model(model: Vision, selector: TokenSelector) -> None:
+    hooks = model.multi_modal_projector._forward_pre_hooks
+    before = len(hooks)
+    selector.close()
+    assert len(hooks) == before - 1
+
+
 def test_batches_of_the_encoder_are_bounded_by_all_tokens(
     model: Vision, selector: TokenSelector, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,8 +38,8 @@ WHOLE = 576
 RANK = 192
 
 
-def trial(tokens: float, share: float, kind: Any = "ratio") -> Trial:
-    return Trial(kind, {}, tokens, Retained(share, (share, share), 100))
+def trial(tokens: float, share: float, kind: str = "ratio") -> Trial:
+    return Trial({"type": kind}, tokens, Retained(share, (share, share), 100))
 
 
 def answers(*texts: str, right: str = "") -> list[Answer]:

@@ -1,4 +1,4 @@
-"""`vtprune eval` and `vtprune calibrate` as processes: interrupted, continued, and where their files are.
+"""Commands as processes: interrupted, continued, where their files are, and what they need of the extra `demo`.
 
 The server is a stand-in: it says yes to every question, until it stops answering; or it never starts.
 """
@@ -10,18 +10,26 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.support.fake_chat import FakeChat, Reply, fake_chat
+from tests.support.forked import run_cli
 from tests.support.process_tree import interruptible, kill, survivors
+from tests.support.programs import ROOT
+from vllm_vtprune.cli import DEMO_MODULES
 from vllm_vtprune_checkpoints import tiny_checkpoint
 from vllm_vtprune_evaluation.asking import IN_FLIGHT
+from vllm_vtprune_evaluation.calibrate import calibrate
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.options import embedded_model
 from vllm_vtprune_evaluation.photo import photograph
@@ -178,3 +186,28 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(SystemExit, match=f"--out: {out} cannot be created"):
             evaluate(["--offline", "--out", str(out)])
+        with pytest.raises(SystemExit, match=f"--work: {out} cannot be created"):
+            calibrate(["--tokens", "9", "--work", str(out), "--out", str(tmp_path / "presets.toml")])
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (["calibrate", "--tokens", "64", "--out", "presets.toml"], "skimage"),
+        (["demo"], "skimage"),
+        (["bench"], "matplotlib"),
+    ],
+)
+def test_a_module_of_the_extra_that_is_missing_is_named(command: list[str], module: str, tmp_path: Path) -> None:
+    missing = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.modules[{module!r}] = None"
+    done = run_cli(*command, before=missing)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"vtprune {command[0]} needs {module}: pip install 'vllm-vtprune[demo]'\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_modules_of_the_extra_are_what_it_installs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {Requirement(line).name for line in project["optional-dependencies"]["demo"]}
+    installed = packages_distributions()
+    assert {canonicalize_name(name) for module in DEMO_MODULES for name in installed[module]} == extra

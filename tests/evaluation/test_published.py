@@ -105,7 +105,7 @@ def test_the_default_keeps_97_percent_of_the_right_answers_at_128_tokens() -> No
 
 
 def test_the_plot_shows_the_results(tmp_path: Path) -> None:
-    unpruned, *others = map(Result.from_json, PUBLISHED["ranked_results"])
+    unpruned, *others = (Result(**values) for values in PUBLISHED["ranked_results"])
     plot_accuracy(others, unpruned, tmp_path / "accuracy.png")
     with Image.open(tmp_path / "accuracy.png") as drawn, Image.open(RESULTS / "eval-accuracy.png") as shown:
         assert shown.text["Description"] == drawn.text["Description"]

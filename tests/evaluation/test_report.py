@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,13 @@ from PIL import Image
 from vllm_vtprune_evaluation.report import (
     OKABE_ITO,
     accuracy_figure,
-    aligned,
     main,
-    markdown,
     plot_accuracy,
     plotted_lines,
     spread,
 )
 from vllm_vtprune_evaluation.results import Result
+from vllm_vtprune_evaluation.tables import aligned, markdown
 
 KINDS = {"colour": 0.9, "shape": 0.95}
 OTHERS = ["scope", "cdpruner", "adaptprune", "prumerge", "tome", "dart", "last"]  # best first
@@ -157,7 +156,7 @@ def test_the_plot_is_drawn_anew_from_a_file_of_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot_accuracy(RUN, UNPRUNED, tmp_path / "first.png")
-    ranked = [entry.to_json() for entry in (UNPRUNED, *RUN)]
+    ranked = [asdict(entry) for entry in (UNPRUNED, *RUN)]
     (tmp_path / "results.json").write_text(json.dumps({"results": [], "ranked_results": ranked}))
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "results.json"), "--out", str(tmp_path / "again.png")])
     main()

@@ -58,9 +58,12 @@ def test_an_arm_is_a_server_and_a_policy(name: str, arm: Arm) -> None:
     assert not Arm.parse("off").prunes
 
 
-@pytest.mark.parametrize(("name", "message"), [("fast@gpu", "unknown placement 'gpu'"), ("1.5", "a share of 1.5")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("fast@gpu", "unknown placement 'gpu'"), ("1.5", "a share of 1.5"), ("1.2.3", "a share of 1.2.3")],
+)
 def test_no_arm_is_guessed(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
         Arm.parse(name)
 
 
@@ -118,7 +121,7 @@ def test_no_arm_may_fail(tmp_path: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["--help"], 0, "python -m {module} --out build/"),
-        (["--out", "x", "--users", "0"], 2, "argument --users: invalid count value: '0'"),
+        (["--out", "x", "--users", "0"], 2, "argument --users: '0' is not accepted; expected a whole number from 1"),
         ([], 2, "the following arguments are required: --out"),
     ],
 )

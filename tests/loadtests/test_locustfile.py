@@ -187,8 +187,8 @@ def test_a_failed_request_is_status_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rate", "0"], "argument --rate: invalid positive value: '0'"),
-        (["--picture", "336"], "argument --picture: invalid pixels value: '336'"),
+        (["--rate", "0"], "argument --rate: '0' is not accepted; expected a number above 0"),
+        (["--picture", "336"], "argument --picture: '336' is not accepted; expected WIDTHxHEIGHT"),
         (["--processes", "2"], "one process gathers the results"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def test_alerts_are_named_once_by_state() -> None:
 def test_without_a_browser_the_command_that_installs_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "old.png").write_bytes(b"of an earlier run")
     complaint = screenshot(tmp_path / "report.html", tmp_path / "old.png")
@@ -54,25 +56,30 @@ def test_without_a_browser_the_command_that_installs_one_is_named(
     assert not (tmp_path / "old.png").exists()
 
 
-def test_a_picture_is_cut_below_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = tmp_path / "bin"
+def test_a_picture_by_the_browser_beside_this_python_is_cut_below_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser, programs = tmp_path / "venv/chromium-headless-shell", tmp_path / "bin"
+    browser.parent.mkdir()
+    browser.write_text(BROWSER)
+    browser.chmod(0o755)
     programs.mkdir()
     for name in ("sh", "cp", "dirname"):
         (programs / name).symlink_to(f"/bin/{name}")
-    (programs / "google-chrome").write_text(BROWSER)
-    (programs / "google-chrome").chmod(0o755)
     page = np.full((900, 300, 3), 255, np.uint8)
     page[100:200, 10:20] = 0
-    Image.fromarray(page).save(programs / "taken.png")
+    Image.fromarray(page).save(browser.with_name("taken.png"))
+    monkeypatch.setattr(sys, "executable", str(browser.with_name("python")))
     monkeypatch.setenv("PATH", str(programs))
     assert screenshot(tmp_path / "report.html", tmp_path / "report.png") is None
     assert Image.open(tmp_path / "report.png").size == (300, 232)
-    assert (programs / "arguments").read_text().split()[-1] == f"file://{tmp_path}/report.html"
+    assert browser.with_name("arguments").read_text().split()[-1] == f"file://{tmp_path}/report.html"
 
 
 def test_a_browser_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / BROWSERS[0]).write_text("#!/bin/sh\necho no display >&2\nexit 3\n")
     (tmp_path / BROWSERS[0]).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none" / "python"))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     complaint = screenshot(tmp_path / "report.html", tmp_path / "report.png")
     assert complaint == f"{tmp_path / BROWSERS[0]} ended with status 3: no display\n"

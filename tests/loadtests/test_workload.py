@@ -7,8 +7,9 @@ from random import Random
 import pytest
 from PIL import Image
 
-from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, grid_of, message, picture, question
+from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, grid_of, picture, question
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune_evaluation.photo import message
 
 
 def image_of(url: str) -> Image.Image:

@@ -191,6 +191,7 @@ BAD_GRIDS: dict[str, tuple[torch.Tensor, Any, str]] = {
     "huge": (ROWS[:4], [1, 400_000, 600_000], "image_embeds"),
     "fractions": (ROWS[:4], [1.0, 4.0, 4.0], "image_grid_thw"),
     "two": (ROWS[:4], saved(torch.tensor([GRID, GRID])), "image_grid_thw"),
+    "one number": (ROWS[:4], saved(torch.tensor(4)), "image_grid_thw"),
     "not a number": (ROWS[:4] / 0 * 0, GRID, "image_embeds"),
     "too wide": (torch.zeros(4, WIDTH + 1), GRID, "image_embeds"),
 }

@@ -53,6 +53,14 @@ def test_what_is_no_object_holds_none(body: bytes) -> None:
     assert misplaced_policy(body) is None
 
 
+@pytest.mark.parametrize(("begin", "end"), [(b"[", b"]"), (b'{"content": ', b"}")], ids=["lists", "contents"])
+def test_a_body_nested_too_deep_to_search_holds_none(begin: bytes, end: bytes) -> None:
+    """The first depths are those that Python 3.11 reads, and may be too deep to search."""
+    for depth in (*range(700, 1000), 1500):
+        body = b'{"messages": ' + begin * depth + b"null" + end * depth + b', "x": "prun"}'
+        assert misplaced_policy(body) is None
+
+
 @pytest.mark.parametrize("body", [b'{"prunin\\u0067": "fast"}', '{"pruning": 1}'.encode("utf-16")])
 def test_no_spelling_of_json_hides_it(client: TestClient, body: bytes) -> None:
     refused = client.post("/invocations", content=body, headers={"content-type": "application/json"})

@@ -78,7 +78,7 @@ def logged() -> Iterator[StringIO]:
 
 
 def test_a_pruned_request_is_one_line_with_its_id_and_none_of_its_text(logged: StringIO) -> None:
-    trace_of(PRUNED, PRUNED.as_cached(), WHOLE, preset="fast").finish("finished", "model")
+    trace_of(PRUNED, replace(PRUNED, cached=True), WHOLE, preset="fast").finish("finished", "model")
     [line] = logged.getvalue().splitlines()
     entry = json.loads(line)
     assert (entry["levelname"], entry["name"]) == ("INFO", "vllm.vtprune.requests")

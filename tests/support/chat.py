@@ -1,7 +1,6 @@
 """Asking a running server, over plain HTTP: what is sent and received is what the test writes and reads."""
 
 import base64
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_vtprune_checkpoints import tiny_checkpoint
+from vllm_vtprune_evaluation.photo import data_url
 
 DONE = "[DONE]"
 VISUAL_TOKENS = 576
@@ -123,9 +123,7 @@ def fresh_picture() -> Image.Image:
 
 def url_of(image: Image.Image, format: str = "PNG", **options: Any) -> str:
     """The image as a ``data:`` URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return url_of_bytes(buffer.getvalue(), format)
+    return data_url(image, format, **options)
 
 
 def url_of_bytes(data: bytes, format: str = "PNG") -> str:

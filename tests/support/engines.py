@@ -208,7 +208,7 @@ def running_engine(
 
     It runs in this process where nothing is asked for that needs others, which would have to import vLLM anew: a kind
     of executor, Triton's interpreter, which kernels are made for as they are imported, or an extension of the worker's
-    class, of which a process takes one.
+    class other than `OBSERVED_WORKER`: a process takes one.
 
     Args:
         environment: variables that are set while the engine starts.
@@ -219,17 +219,18 @@ def running_engine(
         "max_model_len": 2560,
         "limit_mm_per_prompt": {"image": 3},
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "worker_extension_cls": OBSERVED_WORKER,
     }
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
     in_process = (
         "TRITON_INTERPRET" not in environment
         and "distributed_executor_backend" not in options
-        and options.get("worker_extension_cls", OBSERVED_WORKER) == OBSERVED_WORKER
+        and "worker_extension_cls" not in options
     )
     if in_process:
         join_world()
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        shared |= {"distributed_executor_backend": "uni", "worker_extension_cls": OBSERVED_WORKER}
+        shared["distributed_executor_backend"] = "uni"
     with variables(environment), pytest.MonkeyPatch.context() as patch:
         if "TRITON_INTERPRET" in environment:  # vLLM was imported without
             patch.setattr("vllm.config.vllm.HAS_TRITON", True)

@@ -12,21 +12,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from tests.support.engines import BLOCK, TOLERANCE
+from tests.support.engines import BLOCK
 from tests.support.images import sample_images
-from vllm_vtprune_checkpoints.gemma3 import write_gemma3_checkpoint
-from vllm_vtprune_checkpoints.gemma4 import write_gemma4_checkpoint
-from vllm_vtprune_checkpoints.glm4v import write_glm4v_checkpoint
-from vllm_vtprune_checkpoints.idefics3 import write_idefics3_checkpoint
-from vllm_vtprune_checkpoints.internvl import write_internvl_checkpoint
-from vllm_vtprune_checkpoints.internvl_chat import write_internvl_chat_checkpoint
-from vllm_vtprune_checkpoints.llava import write_llava_checkpoint
-from vllm_vtprune_checkpoints.llava_next import write_llava_next_checkpoint
-from vllm_vtprune_checkpoints.llava_onevision import write_llava_onevision_checkpoint
-from vllm_vtprune_checkpoints.mistral3 import write_mistral3_checkpoint
-from vllm_vtprune_checkpoints.qwen2_5_vl import write_qwen2_5_vl_checkpoint
-from vllm_vtprune_checkpoints.qwen3_5 import write_qwen3_5_checkpoint
-from vllm_vtprune_checkpoints.qwen3_vl import write_qwen3_vl_checkpoint
+from vllm_vtprune_checkpoints import write_checkpoint
 
 
 class Turn(NamedTuple):
@@ -43,7 +31,6 @@ class Family:
     Attributes:
         write: writes its tiny checkpoint into a folder.
         sizes: width and height of a portrait, a landscape and a square, each of more tokens than one step prefills.
-        tolerance: of a log-probability.
         cls: whether its encoder has a CLS token, of which some methods read the attention.
         options: of the engine.
         block: tokens of a block of the prefix cache: more, where layers keep keys of different lengths.
@@ -54,7 +41,6 @@ class Family:
     name: str
     write: Callable[[Path], Path]
     sizes: tuple[tuple[int, int], ...] = ((200, 400), (420, 210), (280, 280))
-    tolerance: float = TOLERANCE
     cls: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     block: int = BLOCK
@@ -64,12 +50,7 @@ class Family:
     @property
     def engine_options(self) -> dict[str, Any]:
         """Every cache is on, and prefill goes in chunks smaller than an image."""
-        return {
-            "max_num_batched_tokens": 64,
-            "skip_mm_profiling": True,
-            "worker_extension_cls": "tests.support.processes.ObservedWorker",
-            **self.options,
-        }
+        return {"max_num_batched_tokens": 64, "skip_mm_profiling": True, **self.options}
 
     def pictures(self, stamp: str = "") -> list[Image.Image]:
         """Photographs of the family's `sizes`, RGB; with another stamp, others."""
@@ -79,7 +60,7 @@ class Family:
 
 def write_intern_s1_checkpoint(directory: Path) -> Path:
     """InternVL's weights under an architecture that vLLM serves with the same class, and that has no family of ours."""
-    write_internvl_checkpoint(directory, image_size=112)
+    write_checkpoint("internvl", directory, image_size=112)
     file = directory / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"architectures": ["InternS1ForConditionalGeneration"]}))
@@ -91,40 +72,42 @@ LINEAR_ATTENTION = {"worker_extension_cls": "tests.support.linear_attention.Floa
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llava", write_llava_checkpoint, cls=True, verify=True),
-        Family("llava_next", partial(write_llava_next_checkpoint, image_size=112), cls=True),
-        Family("llava_siglip", partial(write_llava_checkpoint, siglip=True), verify=True),
+        Family("llava", partial(write_checkpoint, "llava"), cls=True, verify=True),
+        Family("llava_next", partial(write_checkpoint, "llava_next", image_size=112), cls=True),
+        Family("llava_siglip", partial(write_checkpoint, "llava", siglip=True), verify=True),
         # vLLM takes no image of more tokens than one of 1153 x 944 pixels, here 156; the landscape is scaled to them.
-        Family("llava_onevision", write_llava_onevision_checkpoint, sizes=((90, 130), (360, 300), (120, 120))),
-        Family("internvl", partial(write_internvl_checkpoint, image_size=112), cls=True),
+        Family(
+            "llava_onevision", partial(write_checkpoint, "llava_onevision"), sizes=((90, 130), (360, 300), (120, 120))
+        ),
+        Family("internvl", partial(write_checkpoint, "internvl", image_size=112), cls=True),
         Family(
             "internvl_chat",
-            partial(write_internvl_chat_checkpoint, seed=1),  # of 0, an answer holds the token of images
+            partial(write_checkpoint, "internvl_chat", seed=1),  # of 0, an answer holds the token of images
             cls=True,
             options={"trust_remote_code": True},
-            twin=partial(write_internvl_checkpoint, image_size=112, seed=1),
+            twin=partial(write_checkpoint, "internvl", image_size=112, seed=1),
         ),
         Family("generic", write_intern_s1_checkpoint),
-        Family("glm4v", write_glm4v_checkpoint),
-        Family("glm4v_moe", partial(write_glm4v_checkpoint, moe=True), verify=True),
+        Family("glm4v", partial(write_checkpoint, "glm4v")),
+        Family("glm4v_moe", partial(write_checkpoint, "glm4v", moe=True), verify=True),
         # Placeholders overlap: vLLM waits for ever where its encoder cache, as large as a step, holds one image alone.
-        Family("gemma3", write_gemma3_checkpoint, options={"max_num_batched_tokens": 128}),
-        Family("gemma4", write_gemma4_checkpoint, block=2 * BLOCK, options={"max_num_batched_tokens": 32}),
+        Family("gemma3", partial(write_checkpoint, "gemma3"), options={"max_num_batched_tokens": 128}),
+        Family("gemma4", partial(write_checkpoint, "gemma4"), block=2 * BLOCK, options={"max_num_batched_tokens": 32}),
         Family(
             "gemma4_large",
-            partial(write_gemma4_checkpoint, large=True),
+            partial(write_checkpoint, "gemma4", large=True),
             options={"max_num_batched_tokens": 32},
             verify=True,
         ),
-        Family("idefics3", write_idefics3_checkpoint),
-        Family("mistral3", write_mistral3_checkpoint),
-        Family("qwen2_5_vl", write_qwen2_5_vl_checkpoint),
-        Family("qwen3_vl", write_qwen3_vl_checkpoint),
-        Family("qwen3_vl_moe", partial(write_qwen3_vl_checkpoint, size="tiny-moe"), verify=True),
-        Family("qwen3_5", partial(write_qwen3_5_checkpoint, dtype="float32"), options=LINEAR_ATTENTION),
+        Family("idefics3", partial(write_checkpoint, "idefics3")),
+        Family("mistral3", partial(write_checkpoint, "mistral3")),
+        Family("qwen2_5_vl", partial(write_checkpoint, "qwen2_5_vl")),
+        Family("qwen3_vl", partial(write_checkpoint, "qwen3_vl")),
+        Family("qwen3_vl_moe", partial(write_checkpoint, "qwen3_vl", size="tiny-moe"), verify=True),
+        Family("qwen3_5", partial(write_checkpoint, "qwen3_5", dtype="float32"), options=LINEAR_ATTENTION),
         Family(
             "qwen3_5_moe",
-            partial(write_qwen3_5_checkpoint, size="tiny-moe", dtype="float32"),
+            partial(write_checkpoint, "qwen3_5", size="tiny-moe", dtype="float32"),
             options=LINEAR_ATTENTION,
             verify=True,
         ),

@@ -1,13 +1,11 @@
 """A fixed, varied set of images: photographs that come in installed wheels, and pictures drawn on the spot."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vllm_vtprune_evaluation.photo import photograph
+from vllm_vtprune_evaluation.photo import package_photograph, photograph
 
 
 def sample_images(n: int, stamp: str = "") -> list[Image.Image]:
@@ -26,20 +24,12 @@ def sample_images(n: int, stamp: str = "") -> list[Image.Image]:
     return images
 
 
-def _wheel_photo(package: str, path: str) -> Image.Image:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the test images need {package}: pip install 'vllm-vtprune[dev,demo]'")
-    with Image.open(Path(spec.origin).parent / path) as image:
-        return image.convert("RGB")
-
-
 def _skimage(name: str) -> Image.Image:
-    return _wheel_photo("skimage", f"data/{name}")
+    return package_photograph("skimage", f"data/{name}")
 
 
 def _sklearn(name: str) -> Image.Image:
-    return _wheel_photo("sklearn", f"datasets/images/{name}")
+    return package_photograph("sklearn", f"datasets/images/{name}")
 
 
 def _noise(width: int, height: int, seed: int) -> Image.Image:

@@ -276,3 +276,4 @@ def test_accuracy_counts_whole_answers(trainee: Trainee, tokenizer: Any) -> None
     scores = answer_accuracy(trainee, batches, 8, CPU, grid=8)
     assert set(scores) >= {"all", "existence"}
     assert all(0 <= score <= 0.7 for score in scores.values()), "an untrained model should know little"
+    assert answer_accuracy(trainee, batches, 1, CPU, grid=8) == scores, "of one batch at least"

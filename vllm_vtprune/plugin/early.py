@@ -64,11 +64,6 @@ class EarlyEncoding:
 
         Skips an image that was requested before with the same policy and text: vLLM's processor cache probably holds
         its pruned item, and its features may have left the feature cache.
-
-        Args:
-            url: the image's URL.
-            media: the decoded image.
-            media_io_kwargs: the decoder's options.
         """
         with self._lock:
             expected = self._expected.get(url)

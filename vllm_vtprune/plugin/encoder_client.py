@@ -19,11 +19,12 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 
 from vllm_vtprune.allotment import Energies
-from vllm_vtprune.encoder import Encoded, Forward, PlannedImage
+from vllm_vtprune.encoder import Encoded, PlannedImage
 from vllm_vtprune.features import PreparedImage
 from vllm_vtprune.plugin import messages
 from vllm_vtprune.plugin.channel import Channel
 from vllm_vtprune.policy import PruningPolicy
+from vllm_vtprune.report import StageRun
 from vllm_vtprune.vision_encoder import EncoderError
 
 logger = init_logger("vllm.vtprune")
@@ -189,7 +190,7 @@ class EncoderClient:
                 case messages.Known(known=known):
                     future.set_result(known)
                 case messages.Encoded(id=number, fresh=fresh, began=began, seconds=seconds):
-                    forward = None if began is None else Forward(began, seconds)
+                    forward = None if began is None else StageRun("encode", began, seconds)
                     future.set_result(Encoded(Ticket(channel, number), forward, fresh))
                 case messages.Planned(plan=plan):
                     future.set_result(plan)

@@ -111,13 +111,15 @@ class _Session:
                     if held is not None:
                         held[1].cancel()
                 case messages.Plan(id=number, ticket=ticket):
-                    server.planners.submit(self._plan, request, *self._tickets[ticket])
-                case messages.Measure(ticket=ticket):
-                    server.planners.submit(self._measure, request, *self._tickets[ticket])
+                    planned = partial(self._planned, request, *self._tickets[ticket])
+                    server.planners.submit(self._answer, number, planned)
+                case messages.Measure(id=number, ticket=ticket):
+                    measured = partial(self._measured, request, *self._tickets[ticket])
+                    server.planners.submit(self._answer, number, measured)
                 case messages.WarmUp(id=number):
-                    server.planners.submit(self._do, number, server.warm_up)
+                    server.planners.submit(self._answer, number, partial(self._done, number, server.warm_up))
                 case messages.ForgetImages(id=number):
-                    self._do(number, server.runtime.encoder.forget_images)
+                    self._answer(number, partial(self._done, number, server.runtime.encoder.forget_images))
         except Exception as error:
             self._fail(request.id, error)
 
@@ -139,27 +141,25 @@ class _Session:
         began, seconds = (None, 0.0) if forward is None else (forward.began, forward.seconds)
         self.channel.send(messages.Encoded(ticket, encoded.fresh, began, seconds))
 
-    def _plan(self, plan: messages.Plan, key: str, encoding: Future[Encoded[VisualFeatures]]) -> None:
+    def _answer(self, number: int, answer: Callable[[], messages.Reply]) -> None:
         try:
-            policy = PruningPolicy.parse(plan.policy)
-            planned = self._server.runtime.encoder.plan_image(encoding.result(), policy, plan.noun_ids, key)
-            self.channel.send(messages.Planned(plan.id, planned))
-        except Exception as error:
-            self._fail(plan.id, error)
-
-    def _measure(self, measure: messages.Measure, key: str, encoding: Future[Encoded[VisualFeatures]]) -> None:
-        try:
-            energies = self._server.runtime.encoder.measure(encoding.result(), key)
-            self.channel.send(messages.Measured(measure.id, energies))
-        except Exception as error:
-            self._fail(measure.id, error)
-
-    def _do(self, number: int, task: Callable[[], None]) -> None:
-        try:
-            task()
-            self.channel.send(messages.Done(number))
+            self.channel.send(answer())
         except Exception as error:
             self._fail(number, error)
+
+    def _planned(self, plan: messages.Plan, key: str, encoding: Future[Encoded[VisualFeatures]]) -> messages.Planned:
+        policy = PruningPolicy.parse(plan.policy)
+        planned = self._server.runtime.encoder.plan_image(encoding.result(), policy, plan.noun_ids, key)
+        return messages.Planned(plan.id, planned)
+
+    def _measured(
+        self, measure: messages.Measure, key: str, encoding: Future[Encoded[VisualFeatures]]
+    ) -> messages.Measured:
+        return messages.Measured(measure.id, self._server.runtime.encoder.measure(encoding.result(), key))
+
+    def _done(self, number: int, task: Callable[[], None]) -> messages.Done:
+        task()
+        return messages.Done(number)
 
     def _fail(self, number: int, error: BaseException) -> None:
         if not isinstance(error, PolicyError):

@@ -28,7 +28,7 @@ from vllm_vtprune.footprint import Shape, footprint
 from vllm_vtprune.local_encoder import ENCODE_BATCH, ON_DEVICE_BYTES
 from vllm_vtprune.plugin import compat
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.vision_encoder import EncoderError
+from vllm_vtprune.vision_encoder import EncoderError, Weights
 
 logger = init_logger("vllm.vtprune")
 
@@ -66,6 +66,21 @@ def local_process(*, assigned: Sequence[int] | None = None, **facts: Any) -> Pro
         return Process(platform, tuple(visible), **facts)
     physical = tuple(current_platform.visible_device_id_to_physical_device_id(index) for index in visible)
     return Process(platform, physical, assigned=tuple(assigned), **facts)
+
+
+def encoder_labels(model_config: ModelConfig, engine: VllmConfig | None) -> tuple[Weights, str, str]:
+    """Weights, device and dtype of this API process's encoder, without loading it.
+
+    Args:
+        model_config: vLLM's config of the model.
+        engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
+
+    Raises:
+        EncoderError: the device is not on vLLM's platform or unknown.
+    """
+    weights: Weights = "dummy" if envs.load_format() == "dummy" else "checkpoint"
+    device = torch.device(device_for(envs.device(), process_of(engine)))
+    return weights, str(device), str(model_config.dtype).removeprefix("torch.")
 
 
 def footprint_of(model_config: ModelConfig, family: Family, largest: int) -> Footprint:

@@ -111,19 +111,18 @@ class ImageJob:
         tokenizer = processor.info.get_tokenizer()
         self.noun_ids = tuple(token for noun in self.nouns for token in noun_ids(noun, tokenizer))
 
-    def plan(self, processor: PruningProcessor, encoded: Encoded[Any]) -> PlannedImage:
-        """Plan the encoded image and set `report`.
-
-        Raises:
-            PolicyError: the features lack what the policy needs, or pruning would change the attention mask.
-            EncoderUnavailable: the process that holds the features has ended.
-        """
-        planned = processor.runtime.encoder.plan_image(encoded, self.policy, self.noun_ids, self.feature_key)
-        self.describe(processor, planned)
-        return planned
+    def reuse(self, report: ImageReport) -> None:
+        """Set `report` from that of an earlier request for the same image with this policy and these nouns."""
+        self.report = replace(
+            report,
+            nouns=self.nouns,
+            text_fallback=self.text_fallback,
+            placement_reason=None if report.placement is None else self.placement_reason,
+            allotted_tokens=self.allotted,
+        )
 
     def describe(self, processor: PruningProcessor, planned: PlannedImage) -> None:
-        """Set `report`.
+        """Set `report` from the plan of the encoded image.
 
         Raises:
             PolicyError: pruning would change the attention mask.
@@ -218,8 +217,7 @@ class ImageJob:
         report = self.report or ImageReport.of(self.policy, self.unpruned_tokens or kept, kept)
         if self.sent_plan is not None and self.return_kept:
             report = replace(report, kept=self.sent_plan.kept)
-        report = replace(report, detail=self.detail)
-        return report.as_cached() if self.policy.enabled and not self.processed else report
+        return replace(report, detail=self.detail, cached=self.policy.enabled and not self.processed)
 
 
 def _require_same_mask(processor: PruningProcessor, policy: PruningPolicy, tokens: int, kept: int) -> None:
@@ -271,12 +269,7 @@ def feature_key(
 
 
 def lossless_steps(processor: PruningProcessor, policy: PruningPolicy) -> tuple[tuple[str, ...], str | None]:
-    """The lossless steps of a policy that this model takes, and why it does not take the others; None if it takes all.
-
-    Args:
-        processor: the model's processor.
-        policy: the image's policy.
-    """
+    """The lossless steps of a policy that this model takes, and why it takes no others; None if it takes all."""
     obstacles = {
         "crop_borders": "" if isinstance(processor, DynamicResolution) else "this model resizes images to fixed sizes",
         "dedup": ""
@@ -302,7 +295,9 @@ def preprocess(
     """Preprocess an image for the encoder, with the lossless steps of its policy. Thread-safe."""
     steps, _ = lossless_steps(processor, policy)
     size = size_of(image)
-    image = after_crop(processor, policy, image)
+    edges = crop_of(processor, policy, image)
+    if edges is not None:
+        image = (image.media if isinstance(image, MediaWithBytes) else image).crop(edges)
     item = processor.stock_item(image, hf_kwargs)
     layout = processor.layout(item, size_of(image), hf_kwargs)
     if "crop_borders" in steps:
@@ -328,14 +323,6 @@ def crop_of(processor: PruningProcessor, policy: PruningPolicy, image: Any) -> E
     if not isinstance(picture, Image.Image):
         raise PolicyError("pruning.crop_borders", True, "a Pillow image, or false", "the image is an array")
     return crop_edges(np.asarray(picture), processor.token_side)
-
-
-def after_crop(processor: PruningProcessor, policy: PruningPolicy, image: Any) -> Any:
-    """The image without its borders if its policy crops them; see `crop_of`."""
-    edges = crop_of(processor, policy, image)
-    if edges is None:
-        return image
-    return (image.media if isinstance(image, MediaWithBytes) else image).crop(edges)
 
 
 def view_of(processor: PruningProcessor, policy: PruningPolicy, image: Any) -> Box:

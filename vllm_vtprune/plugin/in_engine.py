@@ -69,7 +69,9 @@ class SelectsInEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Load weights as the stock model does, and forget what was selected with others."""
-        self._selector = None
+        if self._selector is not None:
+            self._selector.close()
+            self._selector = None
         return super().load_weights(weights)  # type: ignore[misc]
 
 
@@ -90,6 +92,10 @@ class TokenSelector:
         self._reader = FeatureReader(model, family, config)
         self._token_rows = _token_rows(model, config)
         self._kept: BoundedTable[str, Tensor] = BoundedTable(KEPT_BYTES, lambda kept: kept.nbytes)
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        self._reader.close()
 
     def follow(self, selections: Sequence[Selection], positions: Iterable[Tensor]) -> None:
         """Keep the tokens at the given positions, (k,) for each image, when it is pruned next."""

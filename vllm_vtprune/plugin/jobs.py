@@ -31,14 +31,14 @@ from vllm_vtprune.plugin.items import pruned_item
 from vllm_vtprune.plugin.limits import DataMissing
 from vllm_vtprune.plugin.request import PRUNING_KEY, PromptPruning
 from vllm_vtprune.policy import PolicyError, PruningPolicy
-from vllm_vtprune.report import RequestReport, StageRun, in_prompt_order
+from vllm_vtprune.report import RequestReport, in_prompt_order
 from vllm_vtprune.sent_plan import SentPlan
 from vllm_vtprune.text import text_pipeline_name
 
 if TYPE_CHECKING:
     from vllm_vtprune.plugin.processor import PruningProcessor
 
-IDENTITY = "vtprune-6"
+IDENTITY = "vtprune-7"
 """Part of the hash of every pruned item. Change it whenever an unchanged policy starts to keep other tokens."""
 
 
@@ -185,13 +185,7 @@ class PromptJobs:
             runtime.prepared.put(job.feature_key, job.prepared)
         planned = runtime.planned.get(key)
         if planned is not None:
-            job.report = replace(
-                planned[1],
-                nouns=job.nouns,
-                text_fallback=job.text_fallback,
-                placement_reason=job.placement_reason,
-                allotted_tokens=job.allotted,
-            )
+            job.reuse(planned[1])
         elif is_cached:
             job.leave_to_engine(self.processor, job.prepared or self._preprocess(job))
         return True
@@ -206,13 +200,7 @@ class PromptJobs:
         planned = None if job.return_kept or job.sends_plan else runtime.planned.get(job.plan_key)
         if planned is not None and cache is not None and cache.is_cached([planned[0]])[0]:
             job.item_hash, report = planned
-            job.report = replace(
-                report,
-                nouns=job.nouns,
-                text_fallback=job.text_fallback,
-                placement_reason=None if report.placement is None else job.placement_reason,
-                allotted_tokens=job.allotted,
-            )
+            job.reuse(report)
             job.encoding = None
         else:
             self._encode(job)
@@ -254,10 +242,10 @@ class PromptJobs:
         runtime = self.processor.runtime
         encoded = [(job, job.encoding.result()) for job in self.images if job.encoding is not None]
         runtime.count_hits(image for _, image in encoded)
-        forwards = {image.forward for _, image in encoded if image.forward is not None}
-        self.report.stages += [StageRun("encode", forward.began, forward.seconds) for forward in forwards]
+        self.report.stages += {image.forward for _, image in encoded if image.forward is not None}  # images share runs
         for job, image in encoded:
-            planned = job.plan(self.processor, image)
+            planned = runtime.encoder.plan_image(image, job.policy, job.noun_ids, job.feature_key)
+            job.describe(self.processor, planned)
             self.report.add_timings(planned.timings)
             job.item = pruned_item(planned.embeds, self.processor.position_fields(planned, planned.kept))
             job.item_hash = _hash_of(job.plan_key, planned.places.runs)

@@ -83,7 +83,7 @@ class Known(msgspec.Struct, tag=True):
 
 
 class Encoded(msgspec.Struct, tag=True):
-    """The features of a ticket are ready; ``began`` and ``seconds`` as of `Forward`, None if they were cached."""
+    """The features of a ticket are ready; ``began`` and ``seconds`` as of `StageRun`, None if they were cached."""
 
     id: int
     fresh: bool

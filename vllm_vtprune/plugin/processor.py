@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -57,9 +57,6 @@ from vllm_vtprune.policy import PruningPolicy
 from vllm_vtprune.report import Placement, RequestReport, unpruned_media
 from vllm_vtprune.runtime import PruningRuntime
 from vllm_vtprune.vision_encoder import VisionEncoder
-
-if TYPE_CHECKING:
-    from vllm_vtprune.plugin.vision import EncoderFacts
 
 
 class CacheTooSmall(Exception):
@@ -137,17 +134,6 @@ class PruningProcessor(BaseMultiModalProcessor[Any]):
             config.model, config.revision = self.weights.load.model, None
         place = self.encoder_place or place_of(self.engine)
         return vision.load(self.family, config, largest=self.max_image_tokens(), place=place)
-
-    @property
-    def encoder_facts(self) -> EncoderFacts:
-        """Facts about this API process's encoder that need no loading.
-
-        Raises:
-            EncoderError: there is no device for it.
-        """
-        from vllm_vtprune.plugin import vision
-
-        return vision.EncoderFacts.of(self.model_config, self.engine)
 
     # Overridden by families
 

@@ -28,11 +28,6 @@ class FeatureReader:
     | ``cls_attention`` | attention of the layer whose output is used | sum |
     | ``keys`` | keys of that layer | mean |
     | ``overview_attention`` | attention of the first layer | sum |
-
-    Args:
-        model: vLLM's model.
-        family: the model's family.
-        config: vLLM's config of the model.
     """
 
     def __init__(self, model: nn.Module, family: Family, config: ModelConfig) -> None:
@@ -42,18 +37,23 @@ class FeatureReader:
         self._rows = family.rows
         self._connector = _RecordedCalls(_submodule(model, family.connector)) if family.connector else None
         self._attention = [_RecordedCalls(_submodule(model, path)) for path in family.attention or ()]
+        self._hooks = [hook for hook in (self._connector, *self._attention) if hook is not None]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Within this context, hooks record, and `features` uses what they recorded."""
-        hooks = [hook for hook in (self._connector, *self._attention) if hook is not None]
-        for hook in hooks:
+        for hook in self._hooks:
             hook.calls = []
         try:
             yield
         finally:
-            for hook in hooks:
+            for hook in self._hooks:
                 hook.calls = None
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for hook in self._hooks:
+            hook.handle.remove()
 
     def features(self, embeds: Sequence[Tensor], layouts: Sequence[Layout]) -> list[VisualFeatures]:
         """Features of each image, in memory of its own. Without records, ``encoder`` is ``embeds``.
@@ -143,7 +143,7 @@ class _RecordedCalls:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.calls: list[tuple[Tensor, ...]] | None = None
-        module.register_forward_pre_hook(self._record)
+        self.handle = module.register_forward_pre_hook(self._record)
 
     def _record(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if self.calls is not None:

@@ -41,49 +41,15 @@ from vllm.multimodal.utils import group_and_batch_mm_items
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_vtprune import envs
-from vllm_vtprune.devices import EncoderPlace, device_for
+from vllm_vtprune.devices import EncoderPlace
 from vllm_vtprune.features import PreparedImage, VisualFeatures
 from vllm_vtprune.plugin.compat import loading
 from vllm_vtprune.plugin.family import Family
-from vllm_vtprune.plugin.gpu import footprint_of, limit_memory, process_of
+from vllm_vtprune.plugin.gpu import footprint_of, limit_memory
 from vllm_vtprune.plugin.reading import FeatureReader, batches
 from vllm_vtprune.vision_encoder import EncoderError, VisionEncoder, Weights
 
 logger = init_logger("vllm.vtprune")
-
-
-@dataclass(frozen=True)
-class EncoderFacts:
-    """Facts about an encoder that need no loading.
-
-    Attributes:
-        weights: see `VisionEncoder.weights`.
-        device: device on which this process encodes.
-        dtype: dtype of the features.
-    """
-
-    weights: Weights
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, model_config: ModelConfig, engine: VllmConfig | None) -> EncoderFacts:
-        """Facts about a model's encoder.
-
-        Args:
-            model_config: vLLM's config of the model.
-            engine: the engine's config; None in `vllm.LLM`, whose processor does not get it.
-
-        Raises:
-            EncoderError: the device is not on vLLM's platform or unknown.
-        """
-        weights: Weights = "dummy" if envs.load_format() == "dummy" else "checkpoint"
-        return cls(weights, torch.device(device_for(envs.device(), process_of(engine))), model_config.dtype)
-
-    @property
-    def labels(self) -> tuple[Weights, str, str]:
-        """Weights, device and dtype as metric labels."""
-        return self.weights, str(self.device), str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -255,11 +221,6 @@ def load(family: Family, model_config: ModelConfig, *, largest: int, place: Enco
 
 class Encoder(VisionEncoder):
     """A vLLM model's vision encoder, read by a `FeatureReader`.
-
-    Args:
-        family: the model's family.
-        model_config: vLLM's config of the model.
-        device: see `build`.
 
     Raises:
         EncoderError: see `build`; or the checkpoint holds no input embeddings of the language model.

@@ -4,7 +4,7 @@ An image of one tile keeps the tokens with the highest CLS attention.
 """
 
 from fractions import Fraction
-from math import floor, isqrt, prod
+from math import floor, prod
 from typing import Literal
 
 from vllm_vtprune.features import Tiles, VisualFeatures
@@ -52,14 +52,11 @@ def tile_budgets(tiles: Tiles, overview_attention: Tensor | None, k: int) -> lis
     overview's ``m`` cells with the highest attention lie in a tile's box.
     """
     sizes = [prod(grid) for grid in tiles.grids]
-    overviews = [i for i, box in enumerate(tiles.boxes) if box is None]
-    if overview_attention is None or len(overviews) != 1 or len(sizes) == 1:
+    overview = tiles.overview
+    if overview_attention is None or overview is None or len(sizes) == 1:
         return shares(k, [float(size) for size in sizes], sizes)
-    overview = overviews[0]
     details = max(k - sizes[overview], floor(k * (1 - OVERVIEW)))
     rows, columns = tiles.grids[overview]
-    if rows * columns != len(overview_attention):  # the encoder's grid differs from the tokens'
-        rows = columns = isqrt(len(overview_attention))
     cells = overview_attention.sort(descending=True, stable=True).indices[:details].tolist()
     cells_in = [0.0] * len(sizes)
     for cell in cells:

@@ -28,7 +28,7 @@ class ReadsImportance(ReadsRelevance):
         return super().defaults(family) | {"importance": family.attention_or_norm}
 
     def idle(self) -> frozenset[str]:
-        unread = set() if self.importance in ("auto", "cls") else {"cls_attention"}
+        unread = set() if self.importance in ("auto", "cls", "relevance") else {"cls_attention"}
         return super().idle() | unread | (set() if self.importance == "relevance" else {"text", "relevance"})
 
     def importance_map(self, features: VisualFeatures, text_embeds: Tensor | None) -> Tensor:

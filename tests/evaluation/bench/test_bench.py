@@ -15,8 +15,9 @@ from PIL import Image, ImageChops
 from tests.support.fake_chat import DONE, ROLE, FakeChat, Reply, event, fake_chat, report, token, usage
 from vllm_vtprune_evaluation.bench import rounds
 from vllm_vtprune_evaluation.bench.command import _without_pruning, bench
-from vllm_vtprune_evaluation.bench.rounds import Arm, Asker, Level, turns
+from vllm_vtprune_evaluation.bench.rounds import Arm, Asker, Level, turn
 from vllm_vtprune_evaluation.bench.subjects import NoPictures, Subject, files, generated, scenes
+from vllm_vtprune_evaluation.options import load_format
 from vllm_vtprune_evaluation.photo import photograph
 from vllm_vtprune_server.images import ImageIntake
 
@@ -134,6 +135,19 @@ def test_our_options_are_not_those_of_stock_vllm() -> None:
     assert _without_pruning(options.split()) == ["--dtype", "float32", "--enforce-eager"]
 
 
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ("--load-format dummy --enforce-eager", "dummy"),
+        ("--load-format=dummy", "dummy"),
+        ("--served-model-name dummy", None),
+        ("--load-format auto --served-model-name dummy", "auto"),
+    ],
+)
+def test_weights_are_random_where_the_server_is_told_to_load_none(options: str, value: str | None) -> None:
+    assert load_format(options.split()) == value
+
+
 def test_a_policy_is_named_by_its_method_and_budget(tmp_path: Path) -> None:
     policy = {"method": "divprune", "budget": {"type": "tokens", "keep": 64}}
     with fake_chat(lambda body: reply({**body, "pruning": "fast" if body["pruning"] else False})) as fake:
@@ -219,9 +233,7 @@ def test_no_server_is_said(tmp_path: Path) -> None:
 
 def test_arms_take_turns_and_each_is_first_at_times() -> None:
     arms = [Arm("a"), Arm("b"), Arm("c")]
-    assert ["".join(arm.name for number, arm in turns(arms, range(4)) if number == n) for n in range(4)] == [
-        "abc", "bca", "cab", "abc",
-    ]  # fmt: skip
+    assert ["".join(arm.name for arm in turn(arms, number)) for number in range(4)] == ["abc", "bca", "cab", "abc"]
 
 
 def test_enough_rounds_for_an_interval_and_enough_requests_for_all_clients() -> None:

@@ -16,7 +16,6 @@ from vllm.model_executor.models.glm4_1v import (
     Glm4vMultiModalProcessor,
 )
 
-from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.qwen import PROVIDES, GridProcessor, merge_size
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.limits import VIDEO_OPTIONS
@@ -49,9 +48,6 @@ class PrunedGlm4vProcessor(GridProcessor, Glm4vMultiModalProcessor):
         intermediate=feed_forward,
         options=VIDEO_OPTIONS | {"do_resize", "size"},
     )
-
-    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        return self.raster_layout(item)
 
     def resized(self, height: int, width: int, unit: int, least: int, most: int) -> tuple[int, int]:
         """GLM treats an image as several frames, also in its pixel limits."""

@@ -40,11 +40,10 @@ class GridProcessor(DynamicResolution, PruningProcessor):
         grid = torch.tensor([1, *(merge * side for side in image.grid)])
         return {"image_grid_thw": grid, KEPT_POSITIONS: kept}
 
-    def raster_layout(self, item: Mapping[str, Any], connector_rows: torch.Tensor | None = None) -> Layout:
-        """The layout of an image whose tokens form one grid; ``connector_rows`` as in `Layout`."""
+    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
         _, height, width = item["image_grid_thw"].data.tolist()
         merge = merge_size(self.info.get_hf_config())
-        return Layout(height * width, grid=(height // merge, width // merge), connector_rows=connector_rows)
+        return Layout(height * width, grid=(height // merge, width // merge))
 
     def distinct_tokens(self, item: Mapping[str, Any]) -> tuple[int, ...]:
         return distinct_tokens(item["pixel_values"].data, merge_size(self.info.get_hf_config()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers.vision_utils import get_vision_window_index
@@ -33,7 +34,7 @@ class PrunedQwen2_5_VLProcessor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
         vision = self.info.get_hf_config().vision_config
         grid = item["image_grid_thw"].data[None]
         order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-        return self.raster_layout(item, connector_rows=order.argsort())
+        return replace(super().layout(item, size, hf_kwargs), connector_rows=order.argsort())
 
 
 @processed_by(PrunedQwen2_5_VLProcessor)

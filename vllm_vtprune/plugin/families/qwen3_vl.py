@@ -5,13 +5,11 @@ Like Qwen2.5-VL, without windows, and with additional embeddings for deeper laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLMultiModalProcessor
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
-from vllm_vtprune.features import Layout
 from vllm_vtprune.plugin.families.qwen import OPTIONS, PROVIDES, QwenProcessor, merge_size
 from vllm_vtprune.plugin.family import Family
 from vllm_vtprune.plugin.model import PrunedModel, processed_by
@@ -36,9 +34,6 @@ class PrunedQwen3VLProcessor(QwenProcessor, Qwen3VLMultiModalProcessor):
         deepstack=planes,
         options=OPTIONS,
     )
-
-    def layout(self, item: Mapping[str, Any], size: tuple[int, int], hf_kwargs: Mapping[str, object]) -> Layout:
-        return self.raster_layout(item)
 
 
 @processed_by(PrunedQwen3VLProcessor)
