@@ -21,10 +21,10 @@ pytestmark = pytest.mark.engine
 
 
 def test_the_demo_asks_once_unpruned_and_once_pruned(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("vllm_vtprune_evaluation.demo.announced_server", lambda *arguments: nullcontext(server.url))
-    demo(["--json"])
+    demo(["--json", "--out", str(tmp_path / "demo.png")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result) == ["question", "right_answer", "weights", "unpruned", "pruned"]
     for arm in (result["unpruned"], result["pruned"]):
