@@ -49,7 +49,7 @@ def models_inspected_here() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def freed_memory_is_returned() -> Iterator[None]:
-    """Engines and training leave gigabytes in glibc's heap: two processes of tests and their servers need 24 GB."""
+    """glibc keeps what engines and training freed, beside which the servers of other tests may not fit."""
     yield
     ctypes.CDLL(None).malloc_trim(0)
 

@@ -114,10 +114,12 @@ def endpoint(
         args.uds = "in this process"  # no port is awaited
         app = build_app(args, TASKS, config.model_config)
         app.state.log_stats = False
-        with TestClient(app, raise_server_exceptions=False) as client:
-            assert client.portal is not None
-            client.portal.call(init_app_state, engine, app.state, args, TASKS)
-            yield Endpoint(client, engine.renderer.mm_processor, core.requests)
-            client.portal.call(engine.shutdown)
-        shutdown.stopping.clear()
-        gc.unfreeze()  # what vLLM's server froze when it started
+        try:
+            with TestClient(app, raise_server_exceptions=False) as client:
+                assert client.portal is not None
+                client.portal.call(init_app_state, engine, app.state, args, TASKS)
+                yield Endpoint(client, engine.renderer.mm_processor, core.requests)
+        finally:
+            engine.shutdown()
+            shutdown.stopping.clear()
+            gc.unfreeze()  # what vLLM's server froze when it started
