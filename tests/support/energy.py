@@ -1,23 +1,18 @@
 """Rank and energy of a feature matrix, read from its spectrum."""
 
-from __future__ import annotations
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from vllm_vtprune.budget import Solver, spectrum
+from vllm_vtprune.budget import spectrum
 
 
-def energy_rank(
-    F: Tensor,
-    threshold: float,
-    solver: Solver = "auto",
-    rank: int = 300,
-    power_iterations: int = 2,
-    generator: torch.Generator | None = None,
-) -> int:
-    """``k*``: the fewest singular directions of ``F (N, d_v)`` with a ``threshold`` share of its energy (Eq. 6)."""
-    fewest = spectrum(F, threshold, solver, rank, power_iterations, generator).rank_at(threshold)
+def energy_rank(F: Tensor, threshold: float, *options: Any, **named: Any) -> int:
+    """``k*``: the fewest singular directions of ``F (N, d_v)`` with a ``threshold`` share of its energy (Eq. 6).
+
+    The options are those of `spectrum`.
+    """
+    fewest = spectrum(F, threshold, *options, **named).rank_at(threshold)
     assert fewest is not None
     return fewest
 
