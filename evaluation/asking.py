@@ -11,8 +11,8 @@ from openai import AsyncOpenAI, OpenAIError
 
 from vllm_vtprune_evaluation.answers import Answer, Answers
 from vllm_vtprune_evaluation.arms import Arm
+from vllm_vtprune_evaluation.messages import data_url, message
 from vllm_vtprune_evaluation.options import weights_digest
-from vllm_vtprune_evaluation.photo import data_url, message
 from vllm_vtprune_evaluation.progress import Progress
 from vllm_vtprune_evaluation.questions import Picture, is_right
 

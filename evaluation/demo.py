@@ -18,8 +18,9 @@ from vllm_vtprune.overlay import draw_kept, enlarged, side_by_side, with_caption
 from vllm_vtprune_checkpoints import DEFAULT, RANDOM_WEIGHTS, weights_of
 from vllm_vtprune_evaluation import tables
 from vllm_vtprune_evaluation.inspection import require_writable
+from vllm_vtprune_evaluation.messages import data_url, message
 from vllm_vtprune_evaluation.options import SERVE_OPTIONS, add_family_argument, model_of
-from vllm_vtprune_evaluation.photo import data_url, message, photograph
+from vllm_vtprune_evaluation.photo import photograph
 from vllm_vtprune_server.process import ServerFailed, announced_server
 
 PHOTOGRAPH_QUESTION = "What is the astronaut wearing, and what is behind her?"

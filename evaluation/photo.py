@@ -1,15 +1,9 @@
-"""Photographs from installed packages; images as data URLs, and in messages of a chat."""
+"""Photographs from installed packages."""
 
-import base64
-import io
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
-
-Message = dict[str, Any]
 
 
 def package_file(package: str, file: str) -> Path:
@@ -36,16 +30,3 @@ def photograph() -> Image.Image:
     Eileen Collins, photographed by NASA in 1993 (in the public domain).
     """
     return package_photograph("skimage", "data/astronaut.png")
-
-
-def data_url(image: Image.Image, format: str = "PNG", **options: Any) -> str:
-    """The image as a ``data:`` URL of a file in this format, written with these options of Pillow."""
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def message(text: str, images: Sequence[str] = ()) -> Message:
-    """A user's message: images (URLs), then text."""
-    parts: list[Message] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}

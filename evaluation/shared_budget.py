@@ -17,8 +17,8 @@ from PIL import Image
 from vllm_vtprune_evaluation.answers import Answers, subject
 from vllm_vtprune_evaluation.arms import UNPRUNED, Arm, fixed
 from vllm_vtprune_evaluation.asking import ask_all
+from vllm_vtprune_evaluation.messages import data_url
 from vllm_vtprune_evaluation.options import count, embedded_model, make_folder, served
-from vllm_vtprune_evaluation.photo import data_url
 from vllm_vtprune_evaluation.questions import pictures
 from vllm_vtprune_evaluation.results import differences, results
 from vllm_vtprune_evaluation.tables import markdown, percent

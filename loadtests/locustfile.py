@@ -43,8 +43,8 @@ from loadtests.workload import LENGTHS, PIXELS, POLICIES, SIZES, Conversation, p
 from vllm_vtprune_evaluation.load.client import ServerMissing, ask, connect, served_model, wall_clock
 from vllm_vtprune_evaluation.load.records import Record, save_records
 from vllm_vtprune_evaluation.load.results import broken, result
+from vllm_vtprune_evaluation.messages import Message, message
 from vllm_vtprune_evaluation.options import count, size
-from vllm_vtprune_evaluation.photo import Message, message
 
 log = logging.getLogger("loadtests")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it writes a line for every request

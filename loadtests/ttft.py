@@ -45,7 +45,7 @@ from vllm_vtprune_evaluation.load.client import ask, connect
 from vllm_vtprune_evaluation.load.machine import machine
 from vllm_vtprune_evaluation.load.ratios import PairedRatio, paired_ratio
 from vllm_vtprune_evaluation.load.records import Record
-from vllm_vtprune_evaluation.photo import message
+from vllm_vtprune_evaluation.messages import message
 
 QUESTION = "What is in the picture?"
 VISUAL_TOKENS = 576

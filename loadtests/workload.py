@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vllm_vtprune_checkpoints.words import OBJECTS, QUALITIES
-from vllm_vtprune_evaluation.photo import Message, data_url, message
+from vllm_vtprune_evaluation.messages import Message, data_url, message
 
 POLICIES: tuple[object, ...] = (
     False,

@@ -16,7 +16,7 @@ from vllm_vtprune_evaluation.bench.summary import Quality, Speed
 from vllm_vtprune_evaluation.load.page import Section, distribution, empty, svg, write_page
 from vllm_vtprune_evaluation.load.ratios import PairedRatio
 from vllm_vtprune_evaluation.load.results import samples
-from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_evaluation.messages import data_url
 from vllm_vtprune_evaluation.tables import table, written
 
 SPEED_HEAD = ("clients", "arm", "p50 ms", "p99 ms", "to off", "req/s", "to off", "tok/s")

@@ -16,7 +16,7 @@ from typing import Any
 from vllm_vtprune_evaluation.bench.subjects import Subject
 from vllm_vtprune_evaluation.load.records import Record
 from vllm_vtprune_evaluation.load.results import span
-from vllm_vtprune_evaluation.photo import message
+from vllm_vtprune_evaluation.messages import message
 
 FEWEST = 4  # rounds; fewer say too little of the spread
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from loadtests.workload import LENGTHS, POLICIES, SIZES, Conversation, grid_of, picture, question
 from vllm_vtprune.policy import PruningPolicy
-from vllm_vtprune_evaluation.photo import message
+from vllm_vtprune_evaluation.messages import message
 
 
 def image_of(url: str) -> Image.Image:

@@ -15,7 +15,8 @@ from vllm_vtprune_evaluation.bench.command import bench
 from vllm_vtprune_evaluation.calibrate import calibrate
 from vllm_vtprune_evaluation.command import evaluate
 from vllm_vtprune_evaluation.demo import POLICY, demo
-from vllm_vtprune_evaluation.photo import data_url, photograph
+from vllm_vtprune_evaluation.messages import data_url
+from vllm_vtprune_evaluation.photo import photograph
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_vtprune_checkpoints import tiny_checkpoint
-from vllm_vtprune_evaluation.photo import data_url
+from vllm_vtprune_evaluation.messages import data_url
 
 DONE = "[DONE]"
 VISUAL_TOKENS = 576
