@@ -54,13 +54,15 @@ def freed_memory_is_returned() -> Iterator[None]:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Groups before xdist reads them, the order after pytest has put together what shares a parameter of a session."""
     if not os.environ.get("VTPRUNE_VERIFY"):
         config.hook.pytest_deselected(items=[item for item in items if takes_minutes(item)])
         items[:] = [item for item in items if not takes_minutes(item)]
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    yield
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=turn)
 
