@@ -110,14 +110,12 @@ class Answers:
             except json.JSONDecodeError as error:
                 if number == len(lines) - 1:  # truncated when the process was killed
                     break
-                raise AnswersError(f"{path}:{number + 1}: is not JSON: give --out another folder") from error
+                raise AnswersError(f"{path}:{number + 1}: is not JSON; choose another folder") from error
             valid_lines.append(line)
             if number > 0:
                 self._note(entry.pop("arm"), entry.pop("policy"), Answer(**entry))
             elif entry != subject:
-                raise AnswersError(
-                    f"{path} holds answers of {entry}, and these would be of {dict(subject)}: give --out another folder"
-                )
+                raise AnswersError(f"{path} holds answers of {entry}, expected {dict(subject)}; choose another folder")
         valid_lines = valid_lines or [json.dumps(subject)]
         new_file = path.with_suffix(".new")
         new_file.write_text("".join(f"{line}\n" for line in valid_lines))

@@ -39,6 +39,7 @@ from vllm_vtprune_evaluation.questions import Picture, is_right
 
 SERVED_AS = "offline float32"
 CONTEXT = multiprocessing.get_context("spawn")  # how worker processes start
+STOP_SECONDS = 5.0  # that a worker gets to end, before it is killed
 BATCH_TOKENS = 1024  # tokens of pictures and questions per batch; larger batches do not fit the CPU's cache
 
 Pending: TypeAlias = Sequence[tuple[int, Sequence[int]]]
@@ -102,8 +103,11 @@ class Workers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for connection in self._processes:
+            connection.close()  # a worker ends when it next reads or writes
         for process in self._processes.values():
-            process.kill()  # all its answers have arrived
+            process.join(timeout=STOP_SECONDS)
+            process.kill()
 
     def answer(
         self, pictures: Sequence[Picture], arms: Sequence[Arm], answers: Answers, progress: Callable[[int], object]

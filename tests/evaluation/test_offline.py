@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.support.forked import context
@@ -205,6 +206,21 @@ def test_a_process_that_fails_is_told_of(tmp_path: Path) -> None:
         answer_offline(str(broken), asked()[:1], [UNPRUNED], answers)
 
 
+class Unpaintable(Picture):
+    """A picture from a package that is not installed."""
+
+    def paint(self) -> Image.Image:
+        raise ModuleNotFoundError("No module named 'skimage.data'", name="skimage.data")
+
+
+def test_a_package_that_a_process_lacks_is_named(tmp_path: Path) -> None:
+    [scene] = asked()[:1]
+    picture = Unpaintable(scene.label, scene.source, scene.questions)
+    with Answers(tmp_path / "answers.jsonl", {}) as answers, pytest.raises(ModuleNotFoundError) as lacking:
+        answer_offline(str(TRAINED), [picture], [UNPRUNED], answers)
+    assert lacking.value.name == "skimage.data"
+
+
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
 def test_other_models_are_refused(family: str, tmp_path: Path) -> None:
     options = ["--offline", "--model", str(tiny_checkpoint(family)), "--out", str(tmp_path)]
@@ -249,5 +265,5 @@ def test_the_scenes_of_the_split_are_asked(tmp_path: Path, capsys: pytest.Captur
     evaluate([*options, "--split", "validation", "--out", str(tmp_path)])
     about = json.loads(capsys.readouterr().out.splitlines()[-1])["about"]
     assert (about["split"], about["served as"]) == ("validation", "offline float32")
-    with pytest.raises(SystemExit, match="give --out another folder"):
+    with pytest.raises(SystemExit, match="choose another folder"):
         evaluate([*options, "--out", str(tmp_path)])
