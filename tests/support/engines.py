@@ -227,8 +227,8 @@ def running_engine(
         and "distributed_executor_backend" not in options
         and "worker_extension_cls" not in options
     )
+    join_world()
     if in_process:
-        join_world()
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         shared["distributed_executor_backend"] = "uni"
     with variables(environment), pytest.MonkeyPatch.context() as patch:
