@@ -93,13 +93,13 @@ def takes_minutes(item: pytest.Item) -> bool:
 
 
 def group_of(item: pytest.Item) -> str:
-    """What a test shares an engine with, or its file: each family apart, where its engines start one by one."""
+    """What a test shares an engine with, or its file; there, families and model runners have engines of their own."""
     shared = {SHARED[name] for name in fixtures_of(item) & SHARED.keys()}
     if shared:
         return shared.pop()
-    file = item.nodeid.partition("::")[0]
-    family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
-    return f"{file} {family}" if isinstance(family, str) else file
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    apart = [parameters[name] for name in ("model_runner", "family") if isinstance(parameters.get(name), str)]
+    return " ".join((item.nodeid.partition("::")[0], *apart))
 
 
 def fixtures_of(item: pytest.Item) -> set[str]:

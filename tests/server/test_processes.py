@@ -52,11 +52,11 @@ def engines(request: pytest.FixtureRequest) -> int:
 
 
 @contextmanager
-def serving(log: Path, engines: int = 1) -> Iterator[Server]:
-    """Two API processes; requests without a policy follow the preset `balanced`."""
+def serving(log: Path, engines: int = 1, processes: int = 2) -> Iterator[Server]:
+    """Two API processes, or one; requests without a policy follow the preset `balanced`."""
     options = [
         *random_model(),
-        *("--api-server-count", "2", "--data-parallel-size", str(engines)),
+        *("--api-server-count", str(processes), "--data-parallel-size", str(engines)),
         *("--pruning-default", "balanced"),
         *("--max-model-len", "2048"),
         *SMALL_KV_CACHE,
@@ -73,6 +73,12 @@ def two_processes(engines: int, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield server
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("one-process") / "server.log", processes=1) as server:
+        yield server
+
+
 def processes_of(server: Server) -> list[psutil.Process]:
     """A server's processes, the first one first."""
     port = str(urlsplit(server.url).port)
@@ -86,9 +92,9 @@ def processes_that_loaded_an_encoder(server: Server) -> list[str]:
     return [line[: line.index(")")].lstrip("(") for line in lines]
 
 
-def test_only_the_api_process_load_the_encoder(server: Server) -> None:
-    server.ask(messages=[user("Where is the dog?", fresh_url())], pruning=by_energy(64))
-    [process] = processes_that_loaded_an_encoder(server)
+def test_a_single_api_process_loads_the_encoder_itself(one_process: Server) -> None:
+    one_process.ask(messages=[user("Where is the dog?", fresh_url())], pruning=by_energy(64))
+    [process] = processes_that_loaded_an_encoder(one_process)
     assert re.fullmatch(r"APIServer pid=\d+", process)
 
 
@@ -103,10 +109,10 @@ def test_one_encoder_process_loads_it_and_neither_api_process_nor_engine_does(tw
 
 @pytest.mark.parametrize("policy", [by_energy(64), {"method": "prumerge", "budget": {"type": "method"}}])
 def test_answers_and_reports_are_those_of_a_server_with_one_process(
-    two_processes: Server, server: Server, policy: Body
+    two_processes: Server, one_process: Server, policy: Body
 ) -> None:
     messages = [user("Where are the dog and the bus?", fresh_url())]
-    answers = [each.ask(messages=messages, pruning=policy, max_tokens=16) for each in (two_processes, server)]
+    answers = [each.ask(messages=messages, pruning=policy, max_tokens=16) for each in (two_processes, one_process)]
     reports = [answer["pruning"] for answer in answers]
     stages = [{stage for stage, ms in report.pop("timings_ms").items() if ms is not None} for report in reports]
     assert stages[0] == stages[1] > {"encode", "budget", "select"}
