@@ -2,6 +2,8 @@
 
 `make test` draws a fixed sample from every large grid. Here `VTPRUNE_VERIFY=1` asks the tests for all of it. What a
 test hands to pytest's `record_property` is recorded too, so a case count or a measured error bound ends up in the file.
+Tests run two at a time. What failed is run again at the end, alone, because a busy machine can make a test too slow.
+What passes only then is listed as `passed_alone`.
 Arguments are passed on to pytest. With any, or after Ctrl-C, the record is only a part: it goes to standard output.
 """
 
@@ -26,24 +28,30 @@ class Recorder:
     """A pytest plugin: outcomes and times by file, and the properties that tests record."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.outcomes: dict[str, str] = {}
         self.seconds: Counter[str] = Counter()
         self.properties: dict[str, dict[str, Any]] = {}
-        self.failures: list[str] = []
+        self.failures: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A worker of xdist adds the test's group to its name.
         name = report.nodeid.rpartition("@")[0] if hasattr(report, "node") else report.nodeid
-        file = name.partition("::")[0]
-        self.seconds[file] += report.duration
+        self.seconds[file_of(name)] += report.duration
+        if report.when == "setup":
+            self.outcomes[name] = report.outcome
+            self.failures.pop(name, None)
+        if report.outcome != "passed":
+            self.outcomes[name] = report.outcome
         if report.failed:
-            self.failures.append(f"{name} ({report.when})")
+            self.failures[name] = str(report.when)
             # pytest itself shows failures at the end, an hour later.
             print(f"\n{name} ({report.when})\n{report.longreprtext}", file=sys.stderr, flush=True)
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[file][report.outcome] += 1
         if report.when == "teardown" and report.user_properties:
             self.properties[name] = dict(report.user_properties)
+
+
+def file_of(name: str) -> str:
+    return name.partition("::")[0]
 
 
 def git(*arguments: str) -> str:
@@ -66,7 +74,12 @@ def main(arguments: list[str]) -> int:
     started = time.time()
     two_at_a_time = ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
     status = pytest.main(["-q", "--rootdir", str(ROOT), *two_at_a_time, *arguments], plugins=[recorder])
-    total = sum(recorder.outcomes.values(), Counter())
+    failed = list(recorder.failures)
+    if status == pytest.ExitCode.TESTS_FAILED:
+        status = pytest.main(["-q", "--rootdir", str(ROOT), *(f"{ROOT}/{name}" for name in failed)], plugins=[recorder])
+    files: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, outcome in recorder.outcomes.items():
+        files[file_of(name)][outcome] += 1
     record = {
         "commit": git("rev-parse", "HEAD") or None,
         "modified": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/verification.json")),
@@ -74,11 +87,12 @@ def main(arguments: list[str]) -> int:
         "seconds": round(time.time() - started, 1),
         "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
         "packages": installed(),
-        "counts": dict(sorted(total.items())),
-        "failures": recorder.failures,
+        "counts": dict(sorted(Counter(recorder.outcomes.values()).items())),
+        "failures": [f"{name} ({when})" for name, when in recorder.failures.items()],
+        "passed_alone": [name for name in failed if name not in recorder.failures],
         "files": {
             file: {**dict(sorted(counts.items())), "seconds": round(recorder.seconds[file], 1)}
-            for file, counts in sorted(recorder.outcomes.items())
+            for file, counts in sorted(files.items())
         },
         "results": dict(sorted(recorder.properties.items())),
     }
