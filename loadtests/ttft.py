@@ -16,6 +16,7 @@ the kinds of request alternate. What is compared:
 
 The ideal speed-ups are those of a selection that costs nothing: (E + S(stock length)) / (E + S(pruned length)) for a
 picture never seen, (E + S(stock length)) / S(pruned length) for one whose features are cached.
+``off_over_cold`` and ``off_over_hit`` compare requests to one server, seconds apart: surer on a busy host.
 """
 
 from __future__ import annotations
@@ -188,6 +189,8 @@ def summary(samples: Samples, *, keep: int) -> dict[str, Any]:
         "share_of_ideal": paired_ratio(products(samples["stock"], ideal), products(samples["cold"], unpruned)),
         "speedup_hit": paired_ratio(samples["stock"], samples["hit"]),
         "ideal_hit": paired_ratio(unpruned, samples["S_pruned"]),
+        "off_over_cold": paired_ratio(samples["off"], samples["cold"]),
+        "off_over_hit": paired_ratio(samples["off"], samples["hit"]),
         "off_over_stock": paired_ratio(samples["off"], samples["stock"]),
     }
     return {"keep": keep, "visual_tokens": VISUAL_TOKENS, "ratios": {name: asdict(r) for name, r in ratios.items()}}

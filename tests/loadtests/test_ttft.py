@@ -72,5 +72,7 @@ def test_a_selection_that_costs_nothing_reaches_the_ideal() -> None:
     assert ratios["share_of_ideal"]["value"] == pytest.approx(1.0)
     assert ratios["speedup_hit"]["value"] == pytest.approx(ratios["ideal_hit"]["value"])
     assert ratios["off_over_stock"]["value"] == pytest.approx(1.0)
+    assert ratios["off_over_cold"] == ratios["speedup_cold"]
+    assert ratios["off_over_hit"] == ratios["speedup_hit"]
     slower = ttft.summary({**samples, "cold": [10.0, 11.0]}, keep=128)["ratios"]
     assert slower["share_of_ideal"]["value"] == pytest.approx(0.5)
