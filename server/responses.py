@@ -32,6 +32,9 @@ from vllm_vtprune_server.validation import MISSING, bounded, not_accepted, refus
 
 TEXTS = ("input", "instructions", "tools", "chat_template_kwargs")
 """Fields of a request whose texts enter the prompt."""
+ROLES = ("user", "assistant", "system", "developer")
+PART_TYPES = ("input_text", INPUT_IMAGE, "input_file")
+"""Types of content parts in a message that is not the assistant's."""
 
 
 class PruningResponsesRequest(PruningRequest, ResponsesRequest):
@@ -52,6 +55,14 @@ class PruningResponsesRequest(PruningRequest, ResponsesRequest):
         elif isinstance(items, list):
             data["input"] = [_read_item(f"input.{index}", item, conversation) for index, item in enumerate(items)]
         return data, [conversation]
+
+    @classmethod
+    def explain_invalid(cls, data: Any) -> None:
+        items = get(data, "input")
+        for index, item in enumerate(items if isinstance(items, list) else ()):
+            reference = isinstance(item, Mapping) and item.keys().isdisjoint(("role", "content"))
+            if get(item, "type") == "message" or (get(item, "type") is None and not reference):
+                _check_message(f"input.{index}", item)
 
     @classmethod
     def is_image(cls, part: Mapping[str, Any]) -> bool:
@@ -76,6 +87,27 @@ def _read_item(path: str, item: Any, conversation: Conversation) -> Any:
     parts = [part if get(part, "type") == INPUT_IMAGE else {} for part in parts_of(item, key)]
     conversation.images = [*conversation.images, *images_of(f"{path}.{key}", parts, message_text)]
     return without_pruning(item, key)
+
+
+def _check_message(path: str, item: Any) -> None:
+    """Name what is wrong in an invalid message. Pydantic tries every type of item, so the first error is of any type."""
+    if not isinstance(item, Mapping):
+        raise not_accepted(path, item, "an object")
+    role, content = item.get("role", MISSING), item.get("content", MISSING)
+    if role not in ROLES:
+        raise not_accepted(f"{path}.role", role, f"one of {', '.join(ROLES)}")
+    if role == "assistant" or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise not_accepted(f"{path}.content", content, "a string or a list of content parts")
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping):
+            raise not_accepted(f"{path}.content.{index}", part, "an object")
+        kind = part.get("type", MISSING)
+        if kind not in PART_TYPES:
+            raise not_accepted(f"{path}.content.{index}.type", kind, f"one of {', '.join(PART_TYPES)}")
+        if kind == "input_text" and not isinstance(part.get("text"), str):
+            raise not_accepted(f"{path}.content.{index}.text", part.get("text", MISSING), "a string")
 
 
 def _check_answer(path: str, parts: list[Any]) -> None:
