@@ -43,7 +43,7 @@ class PruningPlan:
 @full_float32()
 def plan_tokens(
     features: VisualFeatures,
-    policy: PruningPolicy,
+    policy: object,
     text_embeds: Tensor | None = None,
     *,
     family: FamilyDefaults = LLAVA,
@@ -52,15 +52,17 @@ def plan_tokens(
 
     Args:
         features: the image's tokens, in any floating-point type; computed in float32 and float64.
-        policy: the policy; ``null`` and ``auto`` resolve to defaults of ``family`` and the available ``features``.
+        policy: a policy, its fields, or a preset's name; ``null`` and ``auto`` resolve to defaults of ``family``
+            and the available ``features``.
         text_embeds: ``(M, d)`` rows of the language model's input embedding table for the text's nouns. None or
             ``M = 0`` for the text-agnostic form.
         family: defaults of the model family.
 
     Raises:
-        PolicyError: the features lack what the policy needs, or the method selects no tokens (`resize`).
+        PolicyError: the policy is invalid, the features lack what it needs, or the method selects no tokens (`resize`).
         ValueError: features or text are not finite, or their shapes do not match.
     """
+    policy = PruningPolicy.parse(policy, param="policy")
     if not policy.enabled:
         all_tokens = torch.arange(features.num_tokens, device=features.embeds.device)
         return PruningPlan(

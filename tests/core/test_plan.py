@@ -5,7 +5,7 @@ import torch
 
 from vllm_vtprune import PruningPolicy, VisualFeatures, plan_tokens
 from vllm_vtprune.features import Tiles
-from vllm_vtprune.policy import MethodBudget, RatioBudget
+from vllm_vtprune.policy import MethodBudget, PolicyError, RatioBudget
 from vllm_vtprune.selectors.method import Method
 from vllm_vtprune.selectors.uniform import Uniform
 
@@ -23,6 +23,16 @@ def test_none_keeps_everything() -> None:
     assert plan.budget == 36
     assert plan.energy is None
     assert torch.equal(plan.embeds, features.embeds)
+
+
+def test_a_policy_may_be_a_name_or_fields() -> None:
+    features = image()
+    for policy in ("fast", {"budget": {"type": "tokens", "keep": 5}}):
+        expected = plan_tokens(features, PruningPolicy.parse(policy))
+        assert expected.budget < 36
+        assert torch.equal(plan_tokens(features, policy).kept, expected.kept)
+    with pytest.raises(PolicyError, match=r'^policy: "fats" is not accepted \(did you mean fast\?\)'):
+        plan_tokens(features, "fats")
 
 
 def test_text_that_is_not_used_is_not_looked_at() -> None:
