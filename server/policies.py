@@ -161,10 +161,7 @@ class Policies:
         """
         if not isinstance(value, Mapping):
             return value, False
-        try:
-            refuse_unknown(value, [*POLICY_FIELDS, PRESET, RETURN_KEPT])
-        except PolicyError as error:
-            raise error.under(param) from None
+        refuse_unknown(value, [*POLICY_FIELDS, PRESET, RETURN_KEPT], param=param)
         policy = dict(value)
         return_kept = policy.pop(RETURN_KEPT, False)
         if not isinstance(return_kept, bool):

@@ -223,13 +223,14 @@ class TextOptions(Strict):
     modifiers: bool = Field(default=True, description="With clean, use the nouns' adjectives and numbers too.")
 
 
-def refuse_unknown(keys: Mapping[Any, Any], known: Iterable[str]) -> None:
-    """Raise PolicyError for the first unknown key, with the nearest known one."""
+def refuse_unknown(keys: Mapping[Any, Any], known: Iterable[str], *, param: str = "") -> None:
+    """Raise PolicyError for the first unknown key, with the nearest known one; ``param`` is its parent's path."""
     known = list(known)
     for key, value in keys.items():
         if key not in known:
             problem = f"unknown field{did_you_mean(key, known)}"
-            raise PolicyError(_shown_key(key), value, "one of " + ", ".join(known), problem)
+            path = f"{param}.{_shown_key(key)}" if param else _shown_key(key)
+            raise PolicyError(path, value, "one of " + ", ".join(known), problem)
 
 
 def unknown_value(value: object, known: Iterable[str]) -> str:

@@ -53,3 +53,5 @@ def test_media_of_another_name_are_reported_as_they_stand() -> None:
 def test_a_wrong_policy_is_refused_all_the_same(processor: Any) -> None:
     with pytest.raises(PolicyError, match=r"mm_processor_kwargs\.pruning\.method"):
         asked(processor, pruning={"method": "no such"})
+    with pytest.raises(PolicyError, match=r"^mm_processor_kwargs\.pruning\.txets: .*mean texts.*method, .*, images\."):
+        asked(processor, pruning={"txets": ["Where?"]})

@@ -15,8 +15,9 @@ from functools import cache
 
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_vtprune.options import refuse_unknown
 from vllm_vtprune.plugin.image import ImageJob
-from vllm_vtprune.policy import FamilyDefaults, PolicyError, PruningPolicy
+from vllm_vtprune.policy import POLICY_FIELDS, PRESET, FamilyDefaults, PolicyError, PruningPolicy
 
 PRUNING_KEY = "pruning"
 REPORT_KEY = "pruning"
@@ -74,9 +75,12 @@ class PromptPruning:
             return value
         if from_client:
             raise PolicyError(PARAM, value, SERVER_FIELD)
-        fields = dict(value) if isinstance(value, Mapping) else {}
-        texts, image_values = fields.pop("texts", None), fields.pop("images", None)
-        prompt_policy = PruningPolicy.parse(fields if isinstance(value, Mapping) else value, param=PARAM)
+        texts = image_values = None
+        if isinstance(value, Mapping):
+            refuse_unknown(value, [*POLICY_FIELDS, PRESET, "texts", "images"], param=PARAM)
+            value = dict(value)
+            texts, image_values = value.pop("texts", None), value.pop("images", None)
+        prompt_policy = PruningPolicy.parse(value, param=PARAM)
         policies = [
             PruningPolicy.parse(image_value, param=f"{PARAM}.images.{index}", default=prompt_policy)
             for index, image_value in enumerate(_per_image("images", image_values, num_images))
