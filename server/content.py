@@ -30,6 +30,10 @@ TEXT_KEYS = {
 EMBEDDINGS = {**{key: key for key in ("image_embeds", "video_embeds", "audio_embeds")}, "prompt_embeds": "data"}
 """Type of an embeddings part -> the key of its data."""
 
+OPTIONS = ("mm_processor_kwargs", "chat_template_kwargs", "vllm_xargs")
+"""Fields of a request that hold options by name."""
+POLICY_KEYS = frozenset({"budget", "preset", "return_kept"})
+"""Keys of a policy that no API has at the top level of a request."""
 WORD = re.compile(r"[A-Za-z][a-z]*")
 LEAST_SIMILARITY = 0.85  # difflib's ratio; two swapped letters give 0.86
 
@@ -46,7 +50,7 @@ def resembles_pruning(key: object) -> bool:
 
 
 def refuse_misspelt(body: Mapping[str, Any], known: Collection[str]) -> None:
-    """Reject a request field that would be ignored but is probably a misspelt ``pruning``.
+    """Reject a request field that would be ignored but is probably a misspelt ``pruning``, or one of its fields.
 
     Raises:
         InvalidField: names the field.
@@ -54,18 +58,22 @@ def refuse_misspelt(body: Mapping[str, Any], known: Collection[str]) -> None:
     for key, value in body.items():
         if key not in known and resembles_pruning(key):
             raise misspelt(key)
+        if key in POLICY_KEYS and key not in known and value is not None:
+            raise refused(key, "misplaced field of a policy", f"it inside {FIELD}")
         if key == "extra_body" and isinstance(value, Mapping):
             _refuse_inside("extra_body", value, "it beside messages: extra_body is an argument of the openai client")
 
 
-def refuse_in_options(options: object) -> None:
-    """Reject a policy among a request's ``mm_processor_kwargs``.
+def refuse_in_options(body: Mapping[str, Any]) -> None:
+    """Reject a policy among a request's options for the processor, the chat template or the sampler.
 
     Raises:
         InvalidField: names the field.
     """
-    if isinstance(options, Mapping):
-        _refuse_inside("mm_processor_kwargs", options, f"it in the field {FIELD}")
+    for name in OPTIONS:
+        options = body.get(name)
+        if isinstance(options, Mapping):
+            _refuse_inside(name, options, f"it in the field {FIELD}")
 
 
 def refuse_misplaced(

@@ -86,7 +86,7 @@ class PruningRequest(BaseModel):
         conversations: list[Conversation] = []
         if isinstance(data, Mapping):
             refuse_misspelt(data, cls.model_fields.keys() | cls.internal)
-            refuse_in_options(data.get("mm_processor_kwargs"))
+            refuse_in_options(data)
             written = data.get("pruning")
             data, conversations = cls.read({key: value for key, value in data.items() if key != "pruning"})
             for conversation in conversations:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.apis import image_block, input_image, message_user, response_user
 from tests.support.chat import Body, image_part, url_of_bytes, user
+from vllm_vtprune_server.content import OPTIONS
 from vllm_vtprune_server.messages import PruningCountTokensRequest, PruningMessagesRequest
 from vllm_vtprune_server.protocol import PruningBatchRequest, PruningRequest
 from vllm_vtprune_server.responses import PruningResponsesRequest
@@ -116,6 +117,15 @@ REFUSED: dict[str, tuple[Callable[..., PruningRequest], Body, str]] = {
     "an image without a URL": (responses, asked({"type": "input_image", "file_id": "f"}), "content.0.image_url"),
     "a URL in an object": (responses, asked(input_image({"url": URL})), "content.0.image_url"),
     "another detail": (responses, asked(input_image(URL, detail="best")), "content.0.detail"),
+    "a text of another API": (responses, asked({"type": "text", "text": "Where?"}), "content.0.type"),
+    "an image of another API": (responses, asked(TEXT, image_part(URL)), "content.1.type"),
+    "a part without a type": (responses, asked({"text": "Where?"}), "content.0.type"),
+    "a text that is a number": (responses, asked({**TEXT, "text": 5}), "content.0.text"),
+    "a part that is a text": (responses, asked("Where?"), "content.0"),
+    "a content that is a number": (responses, {"role": "user", "content": 5}, "content"),
+    "no content": (responses, {"role": "user"}, "content"),
+    "another role": (responses, {"type": "message", "role": "usr", "content": "Where?"}, "role"),
+    "no role": (responses, {"content": "Where?"}, "role"),
     "an answer without parts": (responses, answered(), "content"),
     "an answer that is a refusal": (responses, answered({"type": "refusal", "refusal": "No."}), "content.0.text"),
     "a policy of a text": (responses, asked({**TEXT, "pruning": "fast"}), "content.0.pruning"),
@@ -153,7 +163,8 @@ def test_a_policy_where_no_api_reads_it_is_refused(model: type[PruningRequest]) 
     for fields, param in (
         ({"prunning": "fast"}, "prunning"),
         ({"extra_body": {"pruning": "fast"}}, "extra_body.pruning"),
-        ({"mm_processor_kwargs": {"pruning": "fast"}}, "mm_processor_kwargs.pruning"),
+        ({"preset": "fast"}, "preset"),
+        *(({name: {"pruning": "fast"}}, f"{name}.pruning") for name in OPTIONS),
     ):
         with pytest.raises(InvalidField) as refused:
             model.model_validate({**body, **fields})

@@ -13,7 +13,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import MM_PARSER_MAP
 
-from vllm_vtprune_server.content import PART_TYPES, resembles_pruning
+from vllm_vtprune_server.content import PART_TYPES, POLICY_KEYS, resembles_pruning
 from vllm_vtprune_server.protocol import PruningChatCompletionRequest
 from vllm_vtprune_server.validation import MAX_MESSAGE, MAX_PARAM, explain
 
@@ -228,14 +228,22 @@ def test_our_field_where_it_would_not_be_read_is_named(key: str) -> None:
     assert refusal(body_of({"type": "text", "text": "Hello", key: "fast"}))[1] == f"messages.0.content.0.{key}"
 
 
+@pytest.mark.parametrize("key", sorted(POLICY_KEYS))
+def test_a_field_of_a_policy_beside_the_messages_is_named(key: str) -> None:
+    expected = f"{key}: misplaced field of a policy; expected it inside pruning."
+    assert refusal({"messages": [USER], key: "fast"}) == (expected, key)
+    assert PruningChatCompletionRequest.model_validate({"messages": [USER], key: None})
+
+
 def test_no_field_of_an_api_is_taken_for_ours() -> None:
     parameters = get_type_hints(CompletionCreateParamsNonStreaming)
     responses = get_type_hints(ResponseCreateParamsNonStreaming)
     others = ["prompt", "prompt_id", "provider", "plugins", "proxy", "priming", "printing", "planning", "pricing",
-              "running", "tuning", "purpose", "preset", "private", "provider_options", "return_prompt", "punctuation",
+              "running", "tuning", "purpose", "private", "provider_options", "return_prompt", "punctuation",
               "parent_message_id", "guided_json", "guided_regex", "transforms", "runtime"]  # fmt: skip
     known = {*PruningChatCompletionRequest.model_fields, *parameters, *responses, *CompletionRequest.model_fields}
     assert len(known) > 100
+    assert not known & POLICY_KEYS
     assert [key for key in [*known - {"pruning"}, *others] if resembles_pruning(key)] == []
     assert PruningChatCompletionRequest.model_validate(
         {"messages": [USER], **dict.fromkeys(others, 1), "extra_body": {"prompt": 1}}
