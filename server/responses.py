@@ -90,7 +90,7 @@ def _read_item(path: str, item: Any, conversation: Conversation) -> Any:
 
 
 def _check_message(path: str, item: Any) -> None:
-    """Name what is wrong in an invalid message. Pydantic tries every type of item, so the first error is of any type."""
+    """Name what is wrong in an invalid message. Pydantic's first error may be of another type of item."""
     if not isinstance(item, Mapping):
         raise not_accepted(path, item, "an object")
     role, content = item.get("role", MISSING), item.get("content", MISSING)
