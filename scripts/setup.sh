@@ -14,6 +14,7 @@ device=${DEVICE:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
 tools=${TOOLS:-all}
 stamp=$venv/.vtprune-setup
 log=$venv/setup.log
+tools_log=$venv/tools.log
 sources=$(cat pyproject.toml scripts/setup.sh scripts/torchvision_cpu.py | sha256sum | cut -c1-16)
 wanted="$device $sources $tools"
 
@@ -43,7 +44,7 @@ settings_of_pip() {
 }
 
 install() {
-    local options=(--python "$venv/bin/python" --index-strategy unsafe-best-match --compile-bytecode)
+    local options=(--python "$venv/bin/python" --index-strategy unsafe-best-match)
     mapfile -t -O "${#options[@]}" options < <(settings_of_pip)
     [ "$tools" = none ] || options+=(--group test)
     # What was downloaded, without the list of all packages.
@@ -52,7 +53,7 @@ install() {
 }
 
 install_project() {
-    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet uv
+    [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --disable-pip-version-check --quiet uv
     if [ "$device" = gpu ]; then
         install
     else
@@ -81,7 +82,7 @@ unpack() {
     (
         cd "$scratch" && apt-get download "$@" &&
             for file in *.deb; do dpkg-deb --extract "$file" "$folder" || exit 1; done
-    ) >>"$log" 2>&1 || status=1
+    ) >>"$tools_log" 2>&1 || status=1
     rm -rf "$scratch"
     return $status
 }
@@ -96,7 +97,7 @@ fetch_prometheus() {
     if unpack "$scratch" prometheus; then
         cp "$scratch/usr/bin/prometheus" "$scratch/usr/bin/promtool" "$venv/bin/"
     else
-        echo "setup: apt-get did not give Prometheus (see $log); until prometheus and promtool are on the PATH," \
+        echo "setup: apt-get did not give Prometheus (see $tools_log); until prometheus and promtool are on the PATH," \
             "the tests in tests/deploy will fail" >&2
     fi
     rm -rf "$scratch"
@@ -104,10 +105,10 @@ fetch_prometheus() {
 
 # A package and those that it needs and this machine lacks.
 lacking() {
-    apt-get -s install --no-install-recommends "$1" 2>>"$log" | sed -n 's/^Inst \([^ ]*\) .*/\1/p'
+    apt-get -s install --no-install-recommends "$1" 2>>"$tools_log" | sed -n 's/^Inst \([^ ]*\) .*/\1/p'
 }
 
-# The test of the playground runs Chromium.
+# The tests of the playground run Chromium.
 fetch_chromium() {
     if command -v chromium >/dev/null || command -v chromium-headless-shell >/dev/null || [ -x "$venv/bin/chromium" ]; then
         return
@@ -123,9 +124,15 @@ fetch_chromium() {
         chmod +x "$venv/bin/chromium"
     else
         rm -rf "$root"
-        echo "setup: apt-get did not give Chromium (see $log); until chromium is on the PATH," \
+        echo "setup: apt-get did not give Chromium (see $tools_log); until chromium is on the PATH," \
             "tests/server/test_playground.py will fail" >&2
     fi
+}
+
+fetch_tools() {
+    lacking prometheus >/dev/null || apt-get update >>"$tools_log" 2>&1 || true
+    fetch_prometheus
+    fetch_chromium
 }
 
 found=$(cat "$stamp" 2>/dev/null || true)
@@ -143,19 +150,22 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 rm -f "$stamp"
 echo "setup: installing vLLM ($device) and the project into $venv: about 3 GB, some minutes"
+fetching=
+if [ "$tools" != none ]; then
+    fetch_tools &
+    fetching=$!
+fi
 install_project
 if [ "$device" = cpu ]; then
     repair_for_cpu
 fi
-"$venv/bin/python" -c "from vllm.model_executor.models.llava import LlavaForConditionalGeneration" >"$log" 2>&1 || {
-    cat "$log" >&2
+# Where only the tools were missing, vLLM has been imported before.
+if [ "$found" != "$device $sources none" ] &&
+    ! output=$("$venv/bin/python" -c "from vllm.model_executor.models.llava import LlavaForConditionalGeneration" 2>&1); then
+    echo "$output" >&2
     echo "setup: vLLM is installed but does not import" >&2
     exit 1
-}
-if [ "$tools" != none ]; then
-    lacking prometheus >/dev/null || apt-get update >>"$log" 2>&1 || true
-    fetch_prometheus
-    fetch_chromium
 fi
+[ -z "$fetching" ] || wait "$fetching"
 echo "$wanted" >"$stamp"
 echo "setup: done in $((SECONDS - started)) s"
