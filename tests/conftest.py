@@ -5,6 +5,7 @@ of those, so the tests of an engine or a server go to one of them together, and 
 """
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # several engines run at a time: each has its own, smaller setting
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # of eager engines, one small function would be compiled by each
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more crawl where engines keep the cores busy
 os.environ.setdefault("VTPRUNE_ENCODER_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM binds every engine to the same core
@@ -28,6 +30,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("unhurried")
+
+gc.disable()  # until the tests are collected: what is imported for them stays
 
 SHARED = {
     "server": "server",
@@ -65,6 +69,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     yield
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=turn)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

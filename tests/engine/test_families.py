@@ -120,9 +120,6 @@ def without_plugin(model_runner: str) -> Iterator[Executor]:
 @pytest.fixture(scope="module")
 def stock(family: Family, checkpoint: Path, model_runner: str, without_plugin: Executor) -> Any:
     """What an engine without the plugin answers."""
-    if "worker_extension_cls" in family.options:  # which vLLM's worker class of a process takes once
-        with fresh_process(MODEL_RUNNERS[model_runner] | WITHOUT_PLUGIN) as alone:
-            return alone.submit(serve, family.name, checkpoint).result()
     return without_plugin.submit(serve, family.name, checkpoint).result()
 
 

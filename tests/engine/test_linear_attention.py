@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path, model_runner: str) -> Iterator[Engine]:
-    options = {**FAMILY.engine_options, "worker_extension_cls": "", "dtype": "bfloat16"}
+    options = {**FAMILY.engine_options, "dtype": "bfloat16"}
     with running_engine(checkpoint, "bfloat16", environment=MODEL_RUNNERS[model_runner], **options) as engine:
         yield engine
 

@@ -34,9 +34,6 @@ TOLERANCE = 1e-3
 BLOCK = 32
 """Tokens of a KV-cache block, the least that the CPU kernels take: the prefix cache works in whole blocks."""
 
-OBSERVED_WORKER = "tests.support.processes.ObservedWorker"
-"""The extension of the worker's class that engines have in this process."""
-
 KV_CACHE_BYTES = 2**28
 """Of each engine: several run at the same time."""
 
@@ -206,9 +203,8 @@ def running_engine(
 ) -> Iterator[Engine]:
     """Start an engine whose metrics are labelled `name`, and stop it.
 
-    It runs in this process where nothing is asked for that needs others, which would have to import vLLM anew: a kind
-    of executor, Triton's interpreter, which kernels are made for as they are imported, or an extension of the worker's
-    class other than `OBSERVED_WORKER`: a process takes one.
+    Its core and its worker run in this process: others would have to import vLLM anew. An executor that is asked for
+    has both in processes of their own, Triton's interpreter the worker: kernels are made for it as they are imported.
 
     Args:
         environment: variables that are set while the engine starts.
@@ -219,22 +215,20 @@ def running_engine(
         "max_model_len": 2560,
         "limit_mm_per_prompt": {"image": 3},
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "worker_extension_cls": OBSERVED_WORKER,
+        "worker_extension_cls": "tests.support.processes.ObservedWorker",
     }
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
-    in_process = (
-        "TRITON_INTERPRET" not in environment
-        and "distributed_executor_backend" not in options
-        and "worker_extension_cls" not in options
-    )
+    core_is_here = "distributed_executor_backend" not in options
+    all_is_here = core_is_here and "TRITON_INTERPRET" not in environment
     join_world()
-    if in_process:
+    gc.freeze()  # vLLM collects garbage six times as it starts, which takes half a second each among all its modules
+    if core_is_here:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        shared["distributed_executor_backend"] = "uni"
+        shared["distributed_executor_backend"] = "uni" if all_is_here else "mp"
     with variables(environment), pytest.MonkeyPatch.context() as patch:
         if "TRITON_INTERPRET" in environment:  # vLLM was imported without
             patch.setattr("vllm.config.vllm.HAS_TRITON", True)
-        if in_process:  # which loads the model's class anyway; vLLM would inspect it in another process first
+        if all_is_here:  # this process loads the model's class anyway; vLLM would inspect it in another process first
             patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
         llm = LLM(
             model=str(checkpoint),
@@ -249,10 +243,11 @@ def running_engine(
         yield Engine(llm, environment)
     finally:
         with pytest.MonkeyPatch.context() as patch:
-            if in_process:  # other engines of this process go on using vLLM's groups
+            if core_is_here:  # other engines of this process go on using vLLM's groups
                 patch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)
             llm.llm_engine.engine_core.shutdown(timeout=1)  # then by force: its interpreters take 10 s to clean up
         del llm
+        gc.unfreeze()
         gc.collect()
 
 

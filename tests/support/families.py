@@ -67,8 +67,6 @@ def write_intern_s1_checkpoint(directory: Path) -> Path:
     return directory
 
 
-LINEAR_ATTENTION = {"worker_extension_cls": "tests.support.linear_attention.Float32Worker"}
-
 FAMILIES = {
     family.name: family
     for family in (
@@ -104,11 +102,10 @@ FAMILIES = {
         Family("qwen2_5_vl", partial(write_checkpoint, "qwen2_5_vl")),
         Family("qwen3_vl", partial(write_checkpoint, "qwen3_vl")),
         Family("qwen3_vl_moe", partial(write_checkpoint, "qwen3_vl", size="tiny-moe"), verify=True),
-        Family("qwen3_5", partial(write_checkpoint, "qwen3_5", dtype="float32"), options=LINEAR_ATTENTION),
+        Family("qwen3_5", partial(write_checkpoint, "qwen3_5", dtype="float32")),
         Family(
             "qwen3_5_moe",
             partial(write_checkpoint, "qwen3_5", size="tiny-moe", dtype="float32"),
-            options=LINEAR_ATTENTION,
             verify=True,
         ),
     )

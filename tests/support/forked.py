@@ -39,14 +39,20 @@ def run(code: str) -> CompletedProcess[str]:
         return CompletedProcess(code, process.exitcode or 0, *outputs)
 
 
-def set_environment(variables: Mapping[str, str]) -> None:
-    """Have these variables and no others: a forked process has those with which its parent started."""
+def begin(variables: Mapping[str, str]) -> None:
+    """Have these environment variables and no others: a forked process has those with which its parent started.
+
+    And inspect models here, where vLLM would import itself anew in another process.
+    """
     os.environ.clear()
     os.environ.update(variables)
+    from vllm.model_executor.models import registry  # by a process that is not forked, with these variables
+
+    registry._run_in_subprocess = lambda function: function()
 
 
 def _run(folder: Path, code: str, environment: Mapping[str, str]) -> None:
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_CREAT), descriptor)
-    set_environment(environment)
+    begin(environment)
     exec(code, {})

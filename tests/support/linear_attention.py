@@ -1,7 +1,7 @@
 """Linear attention (Gated DeltaNet) in float32 on CPUs, where vLLM 0.32.0 has it in bfloat16 alone.
 
 Bfloat16 moves log-probabilities by 0.2, as much as some errors would. All else is vLLM's: which states a step begins
-with and where it leaves them, how prompts are cut, what is cached.
+with and where it leaves them, how prompts are cut, what is cached. What computes in bfloat16 keeps vLLM's kernel.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu, softplus
-from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 
-from tests.support.processes import ObservedWorker
+stock = gdn_attention.cpu_gdn_attention_core
+
+
+def by_type(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, layer_name: LayerNameType) -> None:
+    """What this module, once imported, puts in the place of vLLM's kernel: vLLM registers it with its first layer."""
+    compute = in_float32 if mixed_qkv.dtype == torch.float32 else stock
+    compute(mixed_qkv, b, a, core_attn_out, layer_name)
 
 
 def in_float32(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, layer_name: LayerNameType) -> None:
-    """In place of vLLM's ``cpu_gdn_attention_core``, token by token, for heads whose keys are as wide as their values.
+    """As vLLM's ``cpu_gdn_attention_core``, token by token, for heads whose keys are as wide as their values.
 
     Args:
         mixed_qkv: (T, c) queries, keys and values of the tokens of a step, before their convolution.
@@ -27,6 +32,8 @@ def in_float32(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, l
         core_attn_out: (T, h, d_v) to be filled.
         layer_name: of the layer.
     """
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule  # takes seconds
+
     context = get_forward_context()
     layer = context.no_compile_layers[_resolve_layer_name(layer_name)]
     if context.attn_metadata is None:
@@ -60,8 +67,4 @@ def in_float32(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, l
         core_attn_out[tokens], states[slot] = seen[0], state[0]
 
 
-class Float32Worker(ObservedWorker):
-    """`worker_extension_cls`: workers import this before they build a model."""
-
-
-gdn_attention.cpu_gdn_attention_core = in_float32
+gdn_attention.cpu_gdn_attention_core = by_type

@@ -1,4 +1,7 @@
-"""Lets a test look into the processes of a vLLM engine: the engine core's and its worker's."""
+"""Lets a test look into the processes of a vLLM engine: the engine core's and its worker's.
+
+Workers import this before they build a model, and with it the stand-in of `tests.support.linear_attention`.
+"""
 
 import gc
 import os
@@ -6,6 +9,8 @@ import sys
 from typing import Any
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+import tests.support.linear_attention  # noqa: F401
 
 
 def state(model: object = None) -> dict[str, Any]:
