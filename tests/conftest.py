@@ -1,7 +1,7 @@
 """Settings of every test: no model hub, small KV caches, one thread for small tensors; and who runs what.
 
-`make test` and `make verify` run them in several processes. What is started once for many tests must not be started in each
-of those, so the tests of an engine or a server go to one of them together, and so do the other tests of a file.
+`make test` and `make verify` run them in several processes. What is started once for many tests must not be started in
+each of those, so the tests of an engine or a server go to one of them together, and so do the other tests of a file.
 """
 
 import ctypes
