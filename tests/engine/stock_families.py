@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.support.engines import Ask, Engine, running_engine, variables
 from tests.support.families import FAMILIES, Chat, Family, Turn
-from tests.support.forked import begin, context
+from tests.support.forked import context, prepare
 from tests.support.processes import state
 
 WITHOUT_PLUGIN = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -28,7 +28,7 @@ def fresh_process(environment: Mapping[str, str]) -> Iterator[Executor]:
     """A process with these variables, some of which vLLM reads as it is imported; it has loaded no plugins of vLLM."""
     imported_anew = "TRITON_INTERPRET" in environment
     method = get_context("spawn") if imported_anew else context()
-    with ProcessPoolExecutor(1, method, begin, ({**os.environ, **environment},)) as process:
+    with ProcessPoolExecutor(1, method, prepare, ({**os.environ, **environment},)) as process:
         with variables(environment):
             process.submit(os.getpid).result()  # by which it starts
         yield process

@@ -218,17 +218,17 @@ def running_engine(
         "worker_extension_cls": "tests.support.processes.ObservedWorker",
     }
     environment = {"HF_HUB_OFFLINE": "1", **(environment or {})}
-    core_is_here = "distributed_executor_backend" not in options
-    all_is_here = core_is_here and "TRITON_INTERPRET" not in environment
+    core_in_process = "distributed_executor_backend" not in options
+    worker_in_process = core_in_process and "TRITON_INTERPRET" not in environment
     join_world()
-    gc.freeze()  # vLLM collects garbage six times as it starts, which takes half a second each among all its modules
-    if core_is_here:
+    gc.freeze()  # vLLM collects garbage six times as it starts: half a second each if modules are looked through
+    if core_in_process:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        shared["distributed_executor_backend"] = "uni" if all_is_here else "mp"
+        shared["distributed_executor_backend"] = "uni" if worker_in_process else "mp"
     with variables(environment), pytest.MonkeyPatch.context() as patch:
         if "TRITON_INTERPRET" in environment:  # vLLM was imported without
             patch.setattr("vllm.config.vllm.HAS_TRITON", True)
-        if all_is_here:  # this process loads the model's class anyway; vLLM would inspect it in another process first
+        if worker_in_process:  # which loads the model's class anyway; vLLM would inspect it in another process first
             patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
         llm = LLM(
             model=str(checkpoint),
@@ -243,7 +243,7 @@ def running_engine(
         yield Engine(llm, environment)
     finally:
         with pytest.MonkeyPatch.context() as patch:
-            if core_is_here:  # other engines of this process go on using vLLM's groups
+            if core_in_process:  # other engines of this process go on using vLLM's groups
                 patch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)
             llm.llm_engine.engine_core.shutdown(timeout=1)  # then by force: its interpreters take 10 s to clean up
         del llm

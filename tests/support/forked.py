@@ -39,14 +39,14 @@ def run(code: str) -> CompletedProcess[str]:
         return CompletedProcess(code, process.exitcode or 0, *outputs)
 
 
-def begin(variables: Mapping[str, str]) -> None:
-    """Have these environment variables and no others: a forked process has those with which its parent started.
+def prepare(variables: Mapping[str, str]) -> None:
+    """Set the environment variables of a new process, which has its parent's, and have it inspect models itself.
 
-    And inspect models here, where vLLM would import itself anew in another process.
+    vLLM would inspect them in another process, which has to import vLLM anew.
     """
     os.environ.clear()
     os.environ.update(variables)
-    from vllm.model_executor.models import registry  # by a process that is not forked, with these variables
+    from vllm.model_executor.models import registry  # reads the variables, unless forked
 
     registry._run_in_subprocess = lambda function: function()
 
@@ -54,5 +54,5 @@ def begin(variables: Mapping[str, str]) -> None:
 def _run(folder: Path, code: str, environment: Mapping[str, str]) -> None:
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_CREAT), descriptor)
-    begin(environment)
+    prepare(environment)
     exec(code, {})
